@@ -1,0 +1,110 @@
+"""Settings of an armed engine, and the limits on what one request may ask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from steer_engine.errors import UnsupportedEngineError
+from steer_engine.spec import Op, parse_blocks
+
+CONFIG_KEY = "steer_engine"
+"""Key of our settings in vLLM's `additional_config`, which reaches every process and enters the compile-cache key."""
+
+ALL_OPS = tuple(Op)
+
+
+class SteeringConfig(BaseModel):
+    """What is armed. Everything in here changes the compiled graph or device memory; nothing else belongs here.
+
+    blocks: `"all"`, `"8-22"` or a list; sites that exist in the graph.
+    ops: operations that a request may use; `("add",)` compiles to a graph without any reduction of ours.
+    rows: bank rows (and program entries) that one request may need per block after adds are merged.
+    capture: blocks whose residual stream can be read (empty: reading is not armed).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blocks: str | tuple[int, ...] = "all"
+    ops: tuple[Op, ...] = ALL_OPS
+    rows: int = Field(default=4, ge=1, le=16)
+    capture: str | tuple[int, ...] = ()
+
+    @field_validator("ops")
+    @classmethod
+    def _some_operation(cls, ops: tuple[Op, ...]) -> tuple[Op, ...]:
+        if not ops:
+            raise ValueError("at least one operation must be armed; the smallest set is ['add']")
+        return tuple(op for op in Op if op in ops)
+
+    @property
+    def adds_only(self) -> bool:
+        return self.ops == (Op.ADD,)
+
+    def armed_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The armed block numbers of a model with `num_blocks` blocks, ascending."""
+        return _select(self.blocks, num_blocks, "--steering-blocks")
+
+    def capture_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The block numbers whose stream can be read, ascending; always a subset of the armed ones."""
+        if self.capture == ():
+            return ()
+        wanted = _select(self.capture, num_blocks, "capture blocks")
+        unarmed = set(wanted) - set(self.armed_blocks(num_blocks))
+        if unarmed:
+            raise UnsupportedEngineError(
+                f"Reading is asked at blocks {sorted(unarmed)} which are not armed; arm them with --steering-blocks."
+            )
+        return wanted
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """Plain JSON for `VllmConfig.additional_config`."""
+        return {CONFIG_KEY: self.model_dump(mode="json")}
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> SteeringConfig | None:
+        """The settings if this engine is armed, else None.
+
+        Armed means: `additional_config` has our key, or the environment says STEER_ENGINE=1 (all defaults).
+        """
+        raw = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+        if raw is None:
+            return cls() if os.environ.get("STEER_ENGINE", "") == "1" else None
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UnsupportedEngineError(
+                f"additional_config.{CONFIG_KEY}.{where}: {first['msg']}. Valid keys: {sorted(cls.model_fields)}."
+            ) from None
+
+
+class Limits(BaseModel):
+    """What one request may ask; `GET /v1/steering` publishes these numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_edits: int = 8
+    max_abs_scale: float = 1000.0
+    max_dose: float = 100.0
+    """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
+    max_spec_bytes: int = 65_536
+
+
+def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:
+    if wanted == "all":
+        return tuple(range(num_blocks))
+    try:
+        blocks = parse_blocks(wanted if isinstance(wanted, str) else list(wanted))
+    except ValueError as error:
+        raise UnsupportedEngineError(f"{what}: {error}") from None
+    assert blocks is not None
+    if blocks[-1] >= num_blocks:
+        raise UnsupportedEngineError(
+            f"{what} names block {blocks[-1]}, but the model has {num_blocks} blocks: 0 to {num_blocks - 1}."
+        )
+    return blocks

@@ -1,0 +1,72 @@
+"""Everything that Steer Engine raises on purpose.
+
+    SteerError
+    ├── SteeringRequestError     what a request asks is wrong (HTTP 400)
+    │   ├── UnknownVectorError   no vector or preset of that name (404)
+    │   └── PayloadTooLargeError more than a published limit (413)
+    ├── CapacityError            right request, no room now (503, with Retry-After)
+    ├── VectorFileError          a file is not a usable control vector
+    │   └── ModelMismatchError   a good vector, for another model
+    ├── DerivationError          contrast pairs or dumps that cannot give a vector
+    └── UnsupportedEngineError   an armed engine must not start like this
+
+A message says the thing, the value given, what is valid, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class SteerError(Exception):
+    """Root of the tree; `message` is one or two sentences for a person."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class SteeringRequestError(SteerError, ValueError):
+    """What a request asks is wrong. `param` is the path of the field, as in OpenAI's error envelope."""
+
+    status = 400
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownVectorError(SteeringRequestError):
+    """No vector (or preset) of that name or digest is registered."""
+
+    status = 404
+
+
+class PayloadTooLargeError(SteeringRequestError):
+    """More than a published limit allows."""
+
+    status = 413
+
+
+class CapacityError(SteerError):
+    """The request is right but there is no room for it now; try again after `retry_after` seconds."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class VectorFileError(SteerError, ValueError):
+    """A file, or the bytes of one, is not a usable control vector."""
+
+
+class ModelMismatchError(VectorFileError):
+    """A sound control vector whose hidden size or blocks do not fit the model."""
+
+
+class DerivationError(SteerError, ValueError):
+    """Contrast pairs or activation dumps from which no vector can be derived."""
+
+
+class UnsupportedEngineError(SteerError, RuntimeError):
+    """This engine cannot be armed: its version, model or settings are not supported."""
