@@ -79,7 +79,7 @@ class EditSpec(_Strict):
     scale: Finite = 1.0
     op: Annotated[Op, Field(strict=False)] = Op.ADD
     unit: Literal["vector", "residual"] = "vector"
-    blocks: str | int | list[int] = "all"
+    blocks: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | int | Annotated[list[int], Field(max_length=1024)] = "all"
     scope: Literal["all", "prompt", "generation"] | Span = "all"
     gate: Gate | None = None
     lo: Finite | None = None
@@ -113,7 +113,7 @@ class EditSpec(_Strict):
 class SteeringSpec(_Strict):
     """The `steering` field of a request: edits in order, or the name of a preset."""
 
-    edits: Annotated[list[EditSpec], Field(min_length=1)] | None = None
+    edits: Annotated[list[EditSpec], Field(min_length=1, max_length=1024)] | None = None
     preserve_norm: bool = False
     preset: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
 

@@ -1,0 +1,237 @@
+"""The compiled form of a spec: per block, which bank rows apply with which coefficients, at which positions.
+
+A `ProgramTemplate` is compiled once per spec; `at(prompt_len)` gives the `Program` of one request. A program is
+plain data (ints, floats, digests) on the wire: it travels inside `SamplingParams.extra_args`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from steer_engine.edit import Edit, Scope
+from steer_engine.spec import Op
+
+PROGRAM_KEY = "_steer_program"
+"""Reserved key of `SamplingParams.extra_args`; refused when a client writes it."""
+
+LARGEST = 3.4028234663852886e38
+"""An open bound of a clamp: float32's largest number, since JSON has no infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowKey:
+    """What a bank row holds: a weighted sum of vectors at its block, or one vector's unit direction."""
+
+    terms: tuple[tuple[str, float], ...]
+    """(vector digest, weight), sorted; one term of weight 1 is the vector as it is."""
+    unit: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """g(x) * row added to x, where g(x) = c0 + c1*|x| + c2*<x,u> + c3*(clip(<x,u>, lo, hi) - <x,u>) and u is the row.
+
+    start, end: absolute positions once the prompt's length is known. gate: row and bounds on cos(x, row).
+    """
+
+    row: RowKey
+    c0: float = 0.0
+    c1: float = 0.0
+    c2: float = 0.0
+    c3: float = 0.0
+    lo: float = -LARGEST
+    hi: float = LARGEST
+    start: int = 0
+    end: int = 0
+    gate: tuple[RowKey, float, float] | None = None
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return (self.c0, self.c1, self.c2, self.c3, self.lo, self.hi)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites:
+    """Blocks that share one list of entries."""
+
+    blocks: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """Which positions of a request to read: start <= p < end, or a list of positions."""
+
+    start: int
+    end: int
+
+    def covers(self, position: int) -> bool:
+        return self.start <= position < self.end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What one request carries to the workers.
+
+    identity: (edit digest, start, end) in canonical order: what the prefix cache must know.
+    """
+
+    sites: tuple[Sites, ...] = ()
+    vectors: tuple[str, ...] = ()
+    identity: tuple[tuple[str, int, int], ...] = ()
+    keep_norm: bool = False
+    capture: Capture | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain lists, ints, floats and strings."""
+        wire: dict[str, Any] = {
+            "sites": [[list(site.blocks), [_entry_to_wire(entry) for entry in site.entries]] for site in self.sites],
+            "vectors": list(self.vectors),
+            "identity": [list(item) for item in self.identity],
+            "keep_norm": self.keep_norm,
+        }
+        if self.capture is not None:
+            wire["capture"] = [self.capture.start, self.capture.end]
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Program:
+        capture = wire.get("capture")
+        return cls(
+            sites=tuple(
+                Sites(blocks=tuple(blocks), entries=tuple(_entry_from_wire(entry) for entry in entries))
+                for blocks, entries in wire["sites"]
+            ),
+            vectors=tuple(wire["vectors"]),
+            identity=tuple((digest, start, end) for digest, start, end in wire["identity"]),
+            keep_norm=wire["keep_norm"],
+            capture=Capture(start=capture[0], end=capture[1]) if capture else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramTemplate:
+    """A program but for the prompt's length: entries with symbolic scopes, blocks with equal entries grouped."""
+
+    sites: tuple[tuple[tuple[int, ...], tuple[tuple[Entry, Scope], ...]], ...]
+    edits: tuple[Edit, ...]
+    keep_norm: bool = False
+    vectors: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
+        """`edits` in canonical order."""
+        by_entries: dict[tuple[tuple[Entry, Scope], ...], list[int]] = {}
+        for block in sorted({block for edit in edits for block in edit.blocks}):
+            entries = tuple(_entries_at(block, [edit for edit in edits if block in edit.blocks]))
+            if entries:
+                by_entries.setdefault(entries, []).append(block)
+        named = {edit.vector for edit in edits} | {edit.gate.vector for edit in edits if edit.gate}
+        return cls(
+            sites=tuple((tuple(blocks), entries) for entries, blocks in by_entries.items()),
+            edits=tuple(edits),
+            keep_norm=keep_norm,
+            vectors=tuple(sorted(named)),
+        )
+
+    @property
+    def rows(self) -> int:
+        """The most rows or entries that any block needs."""
+        return max((_rows_of(entries) for _, entries in self.sites), default=0)
+
+    def at(self, prompt_len: int) -> Program:
+        """The program of a request whose prompt has `prompt_len` tokens; what covers no position vanishes."""
+        sites = []
+        for blocks, symbolic in self.sites:
+            entries = []
+            for entry, scope in symbolic:
+                start, end = scope.at(prompt_len)
+                if start < end:
+                    entries.append(_placed(entry, start, end))
+            if entries:
+                sites.append(Sites(blocks=blocks, entries=tuple(entries)))
+        placed = [(edit.digest, *edit.scope.at(prompt_len)) for edit in self.edits]
+        return Program(
+            sites=tuple(sites),
+            vectors=self.vectors if sites else (),
+            identity=tuple(item for item in placed if item[1] < item[2]),
+            keep_norm=self.keep_norm,
+        )
+
+
+def _entries_at(block: int, edits: Sequence[Edit]) -> list[tuple[Entry, Scope]]:
+    """The entries of one block: in each run of ungated adds, those of equal scope become one row."""
+    entries: list[tuple[Entry, Scope]] = []
+    for commutes, run in groupby(edits, key=lambda edit: edit.commutes):
+        if not commutes:
+            entries.extend((_entry_of(edit, block), edit.scope) for edit in run)
+            continue
+        sums: dict[Scope, dict[str, float]] = {}
+        for edit in run:
+            terms = sums.setdefault(edit.scope, {})
+            terms[edit.vector] = terms.get(edit.vector, 0.0) + edit.scales[edit.blocks.index(block)]
+        for scope, terms in sorted(sums.items()):
+            weighted = tuple(sorted((vector, scale) for vector, scale in terms.items() if scale))
+            if len(weighted) == 1:
+                # One vector: its row holds it as it is, so that all scales of it share the row.
+                entries.append((Entry(row=RowKey(terms=((weighted[0][0], 1.0),)), c0=weighted[0][1]), scope))
+            elif weighted:
+                entries.append((Entry(row=RowKey(terms=weighted), c0=1.0), scope))
+    return entries
+
+
+def _entry_of(edit: Edit, block: int) -> Entry:
+    scale = edit.scales[edit.blocks.index(block)]
+    whole = RowKey(terms=((edit.vector, 1.0),))
+    unit = RowKey(terms=((edit.vector, 1.0),), unit=True)
+    gate = None
+    if edit.gate is not None:
+        gate = (RowKey(terms=((edit.gate.vector, 1.0),), unit=True), edit.gate.min_cos, edit.gate.max_cos)
+    match edit.op:
+        case Op.ADD:
+            return Entry(row=whole, c0=scale, gate=gate)
+        case Op.ADD_RELATIVE:
+            return Entry(row=unit, c1=scale, gate=gate)
+        case Op.ABLATE:
+            return Entry(row=unit, c2=-scale, gate=gate)
+        case Op.CLAMP | Op.SET:
+            lo = -LARGEST if edit.lo is None else edit.lo
+            hi = LARGEST if edit.hi is None else edit.hi
+            return Entry(row=unit, c3=1.0, lo=lo, hi=hi, gate=gate)
+
+
+def _rows_of(entries: Sequence[tuple[Entry, Scope]]) -> int:
+    rows = {entry.row for entry, _ in entries} | {entry.gate[0] for entry, _ in entries if entry.gate}
+    return max(len(entries), len(rows))
+
+
+def _placed(entry: Entry, start: int, end: int) -> Entry:
+    return Entry(
+        row=entry.row, c0=entry.c0, c1=entry.c1, c2=entry.c2, c3=entry.c3, lo=entry.lo, hi=entry.hi,
+        start=start, end=end, gate=entry.gate,
+    )  # fmt: skip
+
+
+def _row_to_wire(row: RowKey) -> list[Any]:
+    return [[list(term) for term in row.terms], row.unit]
+
+
+def _row_from_wire(wire: list[Any]) -> RowKey:
+    return RowKey(terms=tuple((vector, weight) for vector, weight in wire[0]), unit=wire[1])
+
+
+def _entry_to_wire(entry: Entry) -> list[Any]:
+    gate = [_row_to_wire(entry.gate[0]), entry.gate[1], entry.gate[2]] if entry.gate else None
+    return [_row_to_wire(entry.row), list(entry.coefficients), entry.start, entry.end, gate]
+
+
+def _entry_from_wire(wire: list[Any]) -> Entry:
+    row, coefficients, start, end, gate = wire
+    c0, c1, c2, c3, lo, hi = coefficients
+    gate_entry = (_row_from_wire(gate[0]), gate[1], gate[2]) if gate else None
+    return Entry(
+        row=_row_from_wire(row), c0=c0, c1=c1, c2=c2, c3=c3, lo=lo, hi=hi, start=start, end=end, gate=gate_entry
+    )
