@@ -1,0 +1,1 @@
+"""Every contact with the engine side of vLLM."""
