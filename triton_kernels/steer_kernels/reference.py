@@ -1,0 +1,159 @@
+"""Plain-torch twins of the kernels: what tests compare with, and what a CPU engine runs.
+
+Legend: see `tables`. N = rows selected from the T rows of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from steer_kernels import tables as tb
+from steer_kernels.tables import Tables
+
+
+def rows_view(stream: torch.Tensor) -> torch.Tensor:
+    """[..., T, D] with leading ones (the Transformers backend has [1, T, D]) as [T, D], sharing memory."""
+    assert stream.numel() == stream.shape[-2] * stream.shape[-1], f"expected one row a token, got {tuple(stream.shape)}"
+    while stream.dim() > 2:
+        stream = stream[0]
+    return stream
+
+
+def edit_residual_reference(
+    hidden: torch.Tensor | None,
+    carried: torch.Tensor,
+    tables: Tables,
+    site: int,
+    *,
+    adds_only: bool,
+    capture: bool = False,
+    rows_N: torch.Tensor | None = None,
+) -> None:
+    """Edits `carried` [..., T, D] in place, as `edit_residual` does. x = hidden + carried, or carried alone.
+
+    rows_N: the rows with slot_T != 0, if the caller knows them (once a step instead of once a site).
+    """
+    carried_TD = rows_view(carried)
+    hidden_TD = None if hidden is None else rows_view(hidden)
+    num_tokens = carried_TD.shape[0]
+    if capture:
+        _read(hidden_TD, carried_TD, tables, site)
+    if rows_N is None:
+        rows_N = tables.slot_T[:num_tokens].nonzero().squeeze(1)
+    if rows_N.numel() == 0:
+        return
+    slot_N = tables.slot_T[rows_N].long()
+    count_N = tables.counts_SL[slot_N, site]
+    num_entries = int(count_N.max())
+    if num_entries == 0:
+        return
+    if int(count_N.min()) == 0:
+        here_N = count_N.nonzero().squeeze(1)
+        rows_N, slot_N, count_N = rows_N[here_N], slot_N[here_N], count_N[here_N]
+    words_NEW = tables.entries_SLEW[slot_N, site, :num_entries]
+    pos_N1 = tables.pos_T[rows_N].unsqueeze(1)
+    order_E = torch.arange(num_entries, dtype=torch.int32, device=count_N.device)
+    applies_NE = (words_NEW[..., tb.START] <= pos_N1) & (pos_N1 < words_NEW[..., tb.END])
+    applies_NE &= order_E < count_N.unsqueeze(1)
+    if adds_only:
+        delta_ND = _add(words_NEW, applies_NE, tables.bank_RD)
+        touched_N = applies_NE.any(1)
+    else:
+        delta_ND, touched_N = _edit(
+            _stream(hidden_TD, carried_TD, rows_N), words_NEW, applies_NE, tables.bank_RD, tables.keep_norm_S[slot_N]
+        )
+    if not bool(touched_N.all()):
+        chosen_N = touched_N.nonzero().squeeze(1)
+        rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
+    carried_TD[rows_N] = (carried_TD[rows_N].float() + delta_ND).to(carried_TD.dtype)
+
+
+def _stream(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    x_ND = carried_TD[rows_N].float()
+    return x_ND if hidden_TD is None else hidden_TD[rows_N].float() + x_ND
+
+
+def _read(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int) -> None:
+    assert tables.capture_T is not None and tables.captured_LCD is not None, "these tables have no capture buffers"
+    reader_T = tables.capture_T[: carried_TD.shape[0]]
+    rows_N = reader_T.nonzero().squeeze(1)
+    if rows_N.numel():
+        x_ND = _stream(hidden_TD, carried_TD, rows_N)
+        tables.captured_LCD[site, reader_T[rows_N].long() - 1] = x_ND.to(tables.captured_LCD.dtype)
+
+
+def _add(words_NEW: torch.Tensor, applies_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
+    """Sum of c0 * w over the entries that apply, in order: float32 [N, D]."""
+    scale_NE = words_NEW[..., tb.C0].view(torch.float32) * applies_NE
+    row_NE = words_NEW[..., tb.ROW].long()
+    delta_ND = bank_RD[row_NE[:, 0]].float() * scale_NE[:, :1]
+    for e in range(1, row_NE.shape[1]):
+        delta_ND += bank_RD[row_NE[:, e]].float() * scale_NE[:, e : e + 1]
+    return delta_ND
+
+
+def _edit(
+    x_ND: torch.Tensor,
+    words_NEW: torch.Tensor,
+    applies_NE: torch.Tensor,
+    bank_RD: torch.Tensor,
+    keep_norm_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole algebra. Returns x' - x as float32 [N, D], and bool [N]: at least one entry applied."""
+    delta_ND = torch.zeros_like(x_ND)
+    touched_N = torch.zeros_like(applies_NE[:, 0])
+    for e in range(applies_NE.shape[1]):
+        words_NW = words_NEW[:, e]
+        c0, c1, c2, c3, lo, hi = words_NW[:, tb.C0 : tb.HI + 1].view(torch.float32).unbind(1)
+        now_ND = x_ND + delta_ND
+        applies_N = applies_NE[:, e] & _gate(now_ND, words_NW, bank_RD)
+        w_ND = bank_RD[words_NW[:, tb.ROW].long()].float()
+        dot_N = (now_ND * w_ND).sum(1)
+        clipped_N = torch.minimum(torch.maximum(dot_N, lo), hi)
+        g_N = c0 + c1 * now_ND.norm(dim=1) + c2 * dot_N + c3 * (clipped_N - dot_N)
+        delta_ND += torch.where(applies_N, g_N, 0.0).unsqueeze(1) * w_ND
+        touched_N = touched_N | applies_N
+    keep_N = (keep_norm_N != 0) & touched_N
+    if bool(keep_N.any()):
+        edited_ND = x_ND + delta_ND
+        norm_N = edited_ND.norm(dim=1)
+        ratio_N = torch.where(norm_N > 0, x_ND.norm(dim=1) / norm_N, 1.0)
+        delta_ND = torch.where(keep_N.unsqueeze(1), edited_ND * ratio_N.unsqueeze(1) - x_ND, delta_ND)
+    return delta_ND, touched_N
+
+
+def _gate(x_ND: torch.Tensor, words_NW: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
+    """bool [N]: min_cos <= cos(x, gate row) <= max_cos, or there is no gate. The cosine with a zero row is 0."""
+    row_N = words_NW[:, tb.GATE_ROW]
+    open_N = row_N < 0
+    if bool(open_N.all()):
+        return open_N
+    low_N, high_N = words_NW[:, tb.GATE_MIN : tb.GATE_MAX + 1].view(torch.float32).unbind(1)
+    gate_ND = bank_RD[row_N.clamp(min=0).long()].float()
+    size_N = x_ND.norm(dim=1) * gate_ND.norm(dim=1)
+    cos_N = torch.where(size_N > 0, (x_ND * gate_ND).sum(1) / size_N, 0.0)
+    return open_N | ((cos_N >= low_N) & (cos_N <= high_N))
+
+
+def route_rows_reference(
+    query_start_loc_B1: torch.Tensor,
+    idx_mapping_B: torch.Tensor,
+    positions_T: torch.Tensor,
+    tables: Tables,
+    num_tokens: int,
+) -> None:
+    """Writes slot_T and pos_T, as `route_rows` does."""
+    num_requests = idx_mapping_B.shape[0]
+    tables.slot_T.zero_()
+    tables.pos_T.zero_()
+    if num_tokens == 0 or num_requests == 0:
+        return
+    rows_T = torch.arange(num_tokens, dtype=torch.int32, device=query_start_loc_B1.device)
+    request_T = torch.searchsorted(query_start_loc_B1[1 : num_requests + 1], rows_T, right=True)
+    slot_T = idx_mapping_B[request_T.clamp(max=num_requests - 1)] + 1
+    slot_T = torch.where(request_T < num_requests, slot_T, 0).long()
+    pos_T = positions_T[:num_tokens].to(torch.int32)
+    span_T2 = tables.span_S2[slot_T]
+    steered_T = (span_T2[:, 0] <= pos_T) & (pos_T < span_T2[:, 1])
+    tables.slot_T[:num_tokens] = torch.where(steered_T, slot_T, 0).to(torch.int32)
+    tables.pos_T[:num_tokens] = torch.where(steered_T, pos_T, 0)
