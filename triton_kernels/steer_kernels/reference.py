@@ -74,7 +74,8 @@ def _stream(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N: to
 
 
 def _read(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int) -> None:
-    assert tables.capture_T is not None and tables.captured_LCD is not None, "these tables have no capture buffers"
+    assert tables.capture_T is not None, "these tables have no capture buffers"
+    assert tables.captured_LCD is not None
     reader_T = tables.capture_T[: carried_TD.shape[0]]
     rows_N = reader_T.nonzero().squeeze(1)
     if rows_N.numel():
