@@ -8,6 +8,7 @@
     ├── VectorFileError          a file is not a usable control vector
     │   └── ModelMismatchError   a good vector, for another model
     ├── DerivationError          contrast pairs or dumps that cannot give a vector
+    ├── ModelError               a packaged model cannot be had
     └── UnsupportedEngineError   an armed engine must not start like this
 
 A message says the thing, the value given, what is valid, and what to do next.
@@ -70,3 +71,7 @@ class DerivationError(SteerError, ValueError):
 
 class UnsupportedEngineError(SteerError, RuntimeError):
     """This engine cannot be armed: its version, model or settings are not supported."""
+
+
+class ModelError(SteerError, RuntimeError):
+    """A packaged model cannot be had: its package is missing, or it did not convert."""
