@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a vLLM process does: load the plugins, then import the module that looks for the package. The last line is the verdict.
+# What a vLLM process does: load the plugins, then look for the package. The last line is the verdict.
 ASK = """
 import sys
 from vllm.plugins import load_general_plugins
@@ -125,7 +125,8 @@ class Recorder:
         if name == "triton_kernels":
             raise SystemExit("asked for triton_kernels at import")
 sys.meta_path.insert(0, Recorder())
-import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.worker_base, vllm.v1.executor.multiproc_executor
+import vllm.entrypoints.openai.api_server, vllm.v1.engine.core
+import vllm.v1.worker.worker_base, vllm.v1.executor.multiproc_executor
 print("never asked")
 """
     assert verdict(["-c", code], VLLM_PLUGINS="") == "never asked"

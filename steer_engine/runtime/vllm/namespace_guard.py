@@ -1,9 +1,10 @@
 """Keeps the repository's folder `triton_kernels/` from being taken for the third-party package of that name.
 
-Wraps no symbol. vLLM asks `vllm.utils.import_utils.has_triton_kernels()` when its fused-MoE modules are imported (0.32, 0.33: at
-model load, after the general plugins), and an importable folder without `__init__.py` is enough for a yes: it then logs an error
-and turns its own MoE kernels off. An install of ours never makes the folder importable, but a process started in the repository
-root (`python -c`, `python -m`, a script there, and every child spawned from one) has the root on `sys.path`.
+Wraps no symbol. vLLM asks `vllm.utils.import_utils.has_triton_kernels()` when its fused-MoE modules are imported (0.32:
+at model load, after the general plugins), and an importable folder without `__init__.py` is enough for a yes: it then
+logs an error and turns its own MoE kernels off. An install of ours never makes the folder importable, but a process
+started in the repository root (`python -c`, `python -m`, a script there, and every child spawned from one) has the root
+on `sys.path`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ _NAME = "triton_kernels"
 
 
 def hide_kernel_folder() -> bool:
-    """Make `import triton_kernels` fail where it would find our folder; leave a real package alone. True if hidden by this call."""
+    """Make `import triton_kernels` fail where it would find our folder; leave a real package alone.
+
+    True if this call hid it.
+    """
     spec = _spec()
     if spec is None or not _is_our_folder(spec):
         return False

