@@ -1,0 +1,201 @@
+"""The control vector: one direction of the residual stream per block."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_engine.errors import ModelMismatchError, VectorFileError
+from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata
+
+Direction = npt.NDArray[np.float32]
+
+DIGEST_TAG = b"steer-engine control vector v1\n"
+"""Opens the digested bytes, so that the digest of a vector can never equal one of something else."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlVector:
+    """Directions per block, for sites as everywhere in Steer Engine: block l = the output of block l, from 0.
+
+    directions: block -> float32 `[hidden_size]`, finite; read-only copies of what was given. Not every block of the
+        model needs one. A direction may be zero (then it does nothing).
+    Equality and hash go by content (the digest), not by names or provenance.
+    """
+
+    directions: Mapping[int, Direction]
+    metadata: VectorMetadata = field(default_factory=VectorMetadata)
+
+    def __post_init__(self) -> None:
+        directions = _checked_directions(self.directions)
+        hidden_size = next(iter(directions.values())).shape[0]
+        declared = self.metadata.hidden_size
+        if declared is not None and declared != hidden_size:
+            raise VectorFileError(f"The metadata says hidden size {declared} but the directions have {hidden_size}.")
+        num_blocks = self.metadata.num_blocks
+        if num_blocks is not None and max(directions) >= num_blocks:
+            raise VectorFileError(
+                f"There is a direction for block {max(directions)} but the model is said to have {num_blocks} blocks "
+                "(counted from 0)."
+            )
+        metadata = self.metadata.model_copy(update={"hidden_size": hidden_size}, deep=True)
+        object.__setattr__(self, "directions", MappingProxyType(directions))
+        object.__setattr__(self, "metadata", metadata)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks that have a direction, ascending."""
+        return tuple(self.directions)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the residual stream."""
+        return int(next(iter(self.directions.values())).shape[0])
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """Block -> Euclidean norm of its direction, computed in float64."""
+        return {block: float(np.linalg.norm(v.astype(np.float64))) for block, v in self.directions.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """`"sha256:<64 hex>"` over the content: directions and residual norms, never names.
+
+        Bytes: the tag; then per block, ascending, `<u4 block, u4 D` and D little-endian float32; then per residual
+        norm of a block that has a direction, ascending, `<u4 block, f8 norm`.
+        """
+        sha = hashlib.sha256(DIGEST_TAG)
+        for block, direction in self.directions.items():
+            sha.update(struct.pack("<II", block, direction.shape[0]))
+            sha.update(direction.astype("<f4", copy=False).tobytes())
+        for block, norm in sorted(self.metadata.residual_norms.items()):
+            if block in self.directions:
+                sha.update(struct.pack("<Id", block, norm))
+        return f"sha256:{sha.hexdigest()}"
+
+    def check(self, *, hidden_size: int, num_blocks: int) -> None:
+        """Raise ModelMismatchError unless the vector fits a model of this width and depth."""
+        if self.hidden_size != hidden_size:
+            raise ModelMismatchError(
+                f"The vector has hidden size {self.hidden_size} but the model has {hidden_size}; "
+                f"it was made for {self.metadata.model or 'another model'}."
+            )
+        if self.blocks[-1] >= num_blocks:
+            raise ModelMismatchError(
+                f"The vector has a direction for block {self.blocks[-1]} but the model's last is {num_blocks - 1}; "
+                f"it was made for {self.metadata.model or 'another model'}."
+            )
+
+    def restrict(self, blocks: Iterable[int]) -> ControlVector:
+        """The same vector at only those of its blocks that are named; none left is an error."""
+        wanted = set(blocks)
+        kept = {block: v for block, v in self.directions.items() if block in wanted}
+        if not kept:
+            raise VectorFileError(f"None of the blocks {sorted(wanted)} has a direction; it has {list(self.blocks)}.")
+        return ControlVector(directions=kept, metadata=self.metadata)
+
+    def with_metadata(self, **fields: Any) -> ControlVector:
+        """The same directions with some metadata fields replaced (validated)."""
+        metadata = VectorMetadata.checked({**self.metadata.model_dump(), **fields})
+        return ControlVector(directions=self.directions, metadata=metadata)
+
+    def __add__(self, other: ControlVector) -> ControlVector:
+        if not isinstance(other, ControlVector):
+            return NotImplemented
+        if self.hidden_size != other.hidden_size:
+            raise VectorFileError(f"Hidden sizes {self.hidden_size} and {other.hidden_size} cannot be added.")
+        # A block that one side lacks counts as zero there.
+        summed = {
+            block: _plus(self.directions.get(block), other.directions.get(block))
+            for block in self.directions.keys() | other.directions.keys()
+        }
+        return ControlVector(directions=summed, metadata=self.metadata.joined(other.metadata))
+
+    def __neg__(self) -> ControlVector:
+        return ControlVector(directions={b: np.negative(v) for b, v in self.directions.items()}, metadata=self.metadata)
+
+    def __sub__(self, other: ControlVector) -> ControlVector:
+        return self + (-other) if isinstance(other, ControlVector) else NotImplemented
+
+    def __mul__(self, scale: float) -> ControlVector:
+        if isinstance(scale, bool) or not isinstance(scale, int | float | np.floating | np.integer):
+            return NotImplemented
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused at construction, by name
+            scaled = {b: (v * np.float64(scale)).astype(np.float32) for b, v in self.directions.items()}
+        return ControlVector(directions=scaled, metadata=self.metadata)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> ControlVector:
+        if isinstance(divisor, bool) or not isinstance(divisor, int | float | np.floating | np.integer):
+            return NotImplemented
+        if divisor == 0:
+            raise ZeroDivisionError("A control vector cannot be divided by 0.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = {b: (v / np.float64(divisor)).astype(np.float32) for b, v in self.directions.items()}
+        return ControlVector(directions=scaled, metadata=self.metadata)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, ControlVector) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy does not pickle; Ray and spawned processes need this.
+        return _rebuild, (dict(self.directions), self.metadata)
+
+    def __repr__(self) -> str:
+        return (
+            f"ControlVector({len(self.blocks)} blocks {self.blocks[0]}..{self.blocks[-1]}, "
+            f"hidden_size={self.hidden_size}, {self.digest[:19]})"
+        )
+
+
+def _rebuild(directions: dict[int, Direction], metadata: VectorMetadata) -> ControlVector:
+    return ControlVector(directions=directions, metadata=metadata)
+
+
+def _plus(a: Direction | None, b: Direction | None) -> Direction:
+    if a is None or b is None:
+        present = b if a is None else a
+        assert present is not None
+        return present
+    with np.errstate(over="ignore"):
+        return np.add(a, b)
+
+
+def _checked_directions(given: Mapping[int, Any]) -> dict[int, Direction]:
+    """Read-only float32 copies by ascending block; VectorFileError for anything that is not a usable direction."""
+    if not given:
+        raise VectorFileError("A control vector needs a direction for at least one block; none was given.")
+    for block in given:
+        if isinstance(block, bool) or not isinstance(block, int | np.integer) or not 0 <= block < MAX_BLOCKS:
+            raise VectorFileError(f"Block {block!r} is not a block number; valid are 0 to {MAX_BLOCKS - 1}.")
+    checked: dict[int, Direction] = {}
+    for block in sorted(given):
+        array = np.asarray(given[block])
+        if array.dtype.kind != "f":
+            raise VectorFileError(f"The direction of block {block} has dtype {array.dtype}; floating point is needed.")
+        if array.ndim != 1 or not 1 <= array.shape[0] <= MAX_HIDDEN_SIZE:
+            raise VectorFileError(
+                f"The direction of block {block} has shape {list(array.shape)}; "
+                f"[D] with D from 1 to {MAX_HIDDEN_SIZE} is needed."
+            )
+        if checked and array.shape[0] != (width := next(iter(checked.values())).shape[0]):
+            raise VectorFileError(f"Hidden sizes differ: {width} before block {block}, {array.shape[0]} at it.")
+        with np.errstate(over="ignore"):
+            direction = np.array(array, dtype=np.float32, order="C")
+        if not np.isfinite(direction).all():
+            raise VectorFileError(f"The direction of block {block} has values that are not finite in float32.")
+        direction.flags.writeable = False
+        checked[int(block)] = direction
+    return checked

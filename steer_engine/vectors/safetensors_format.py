@@ -1,0 +1,177 @@
+"""The control-vector file: safetensors with a convention. docs/vector_format.md describes it for other tools.
+
+    8 bytes     header length, little-endian unsigned
+    header      JSON: "__metadata__" (text -> text) and one entry "direction.{l}" per block
+    data        the directions, without gaps
+
+The reader is strict and is written as a security boundary: every number in the header is checked against a named limit
+and against the real size before anything is allocated, and each way of being wrong is one VectorFileError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from steer_engine.errors import VectorFileError
+from steer_engine.vectors.atomic_write import write_atomically
+from steer_engine.vectors.control_vector import ControlVector, Direction
+from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE
+from steer_engine.vectors.metadata_text import metadata_from_text, metadata_to_text, parse_json_object
+
+MAX_HEADER_BYTES = 1 << 20
+"""1,024 blocks need about 100 kB; a header of a million keys is refused by its length, unread."""
+
+MAX_FILE_BYTES = 8 + MAX_HEADER_BYTES + MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
+"""The largest vector the limits allow."""
+
+DType = Literal["float32", "float16", "bfloat16"]
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+_NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
+
+
+def to_bytes(vector: ControlVector, dtype: DType = "float32") -> bytes:
+    """Serialise. Equal vectors with equal metadata give equal bytes; 16-bit dtypes round to nearest even.
+
+    Raises:
+        VectorFileError: a value does not fit the dtype, or the dtype is not one of the three.
+    """
+    code = _CODES.get(dtype)
+    if code is None:
+        raise VectorFileError(f"dtype {dtype!r} is none of {', '.join(_CODES)}.")
+    payloads = {block: _encode(direction, code, block) for block, direction in vector.directions.items()}
+    header: dict[str, Any] = {"__metadata__": metadata_to_text(vector.metadata)}
+    offset = 0
+    for block, payload in payloads.items():
+        header[f"direction.{block}"] = {
+            "dtype": code,
+            "shape": [vector.hidden_size],
+            "data_offsets": [offset, offset + len(payload)],
+        }
+        offset += len(payload)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data starts 8-byte aligned, as safetensors asks
+    if len(text) > MAX_HEADER_BYTES:
+        raise VectorFileError(f"The metadata is too long: a header of {len(text)} bytes, at most {MAX_HEADER_BYTES}.")
+    return struct.pack("<Q", len(text)) + text + b"".join(payloads.values())
+
+
+def from_bytes(data: bytes | memoryview) -> ControlVector:
+    """Read a control vector from the bytes of a file.
+
+    Raises:
+        VectorFileError: anything that is not exactly such a file; one sentence says what.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise VectorFileError(f"{len(data)} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
+    if len(data) < 8:
+        raise VectorFileError(f"{len(data)} bytes are too few for a safetensors file.")
+    (header_size,) = struct.unpack("<Q", data[:8])
+    if header_size > MAX_HEADER_BYTES:
+        raise VectorFileError(f"The header says it has {header_size} bytes; at most {MAX_HEADER_BYTES} are read.")
+    if 8 + header_size > len(data):
+        raise VectorFileError(f"The header says it has {header_size} bytes; only {len(data) - 8} follow.")
+    header = _parse_header(bytes(data[8 : 8 + header_size]))
+    metadata = metadata_from_text(header.pop("__metadata__", None))
+    body = memoryview(data)[8 + header_size :]
+    spans = {name: _checked_span(name, entry) for name, entry in header.items()}
+    if not spans:
+        raise VectorFileError("The file has no tensors; a control vector has one `direction.{l}` per block.")
+    _require_gapless(spans, len(body))
+    directions = {int(name.partition(".")[2]): _decode(body[a:b], code) for name, (code, a, b) in spans.items()}
+    return ControlVector(directions=directions, metadata=metadata)
+
+
+def load(path: str | os.PathLike[str]) -> ControlVector:
+    """Read a file; VectorFileError names it."""
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            # One byte more than allowed is enough to know, however large the file (or endless the device) is.
+            data = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+    try:
+        return from_bytes(data)
+    except VectorFileError as error:
+        raise VectorFileError(f"{path}: {error.message}") from None
+
+
+def save(vector: ControlVector, path: str | os.PathLike[str], dtype: DType = "float32") -> None:
+    """Write a file atomically: whoever looks finds the old one, the new one or none, never a part."""
+    write_atomically(Path(path), to_bytes(vector, dtype))
+
+
+def _parse_header(raw: bytes) -> dict[str, Any]:
+    if not raw.startswith(b"{"):  # safetensors' own rule; also keeps other files out early
+        raise VectorFileError("The header does not begin with '{'; this is not a safetensors file.")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise VectorFileError("The header is not UTF-8.") from None
+    return parse_json_object(text, "the header")
+
+
+def _checked_span(name: str, entry: Any) -> tuple[str, int, int]:
+    """(dtype code, begin, end) of one tensor, consistent in itself."""
+    match = _NAME.fullmatch(name)
+    if match is None or int(match[1]) >= MAX_BLOCKS:
+        raise VectorFileError(
+            f"Tensor {name[:64]!r} does not belong here; names are direction.0 to direction.{MAX_BLOCKS - 1}."
+        )
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise VectorFileError(f"Tensor {name} is not described by exactly dtype, shape and data_offsets.")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _ITEMSIZE:
+        raise VectorFileError(f"Tensor {name} has dtype {str(code)[:32]!r}; valid are {', '.join(_ITEMSIZE)}.")
+    if not _whole_numbers(shape) or len(shape) != 1 or not 1 <= shape[0] <= MAX_HIDDEN_SIZE:
+        raise VectorFileError(f"Tensor {name} has shape {str(shape)[:64]}; [D], D up to {MAX_HIDDEN_SIZE}, is needed.")
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != shape[0] * _ITEMSIZE[code]:
+        raise VectorFileError(f"Tensor {name} has data_offsets {str(offsets)[:64]} that do not fit shape and dtype.")
+    return code, offsets[0], offsets[1]
+
+
+def _require_gapless(spans: dict[str, tuple[str, int, int]], size: int) -> None:
+    """The tensors tile the data exactly: no gap, no overlap, nothing before, nothing after."""
+    end_of_last = 0
+    for name, (_, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
+        if begin != end_of_last:
+            raise VectorFileError(f"Tensor {name} begins at byte {begin}, not {end_of_last}: a gap or an overlap.")
+        end_of_last = end
+    if end_of_last != size:
+        raise VectorFileError(f"The tensors need {end_of_last} bytes of data but the file has {size}.")
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _decode(raw: memoryview, code: str) -> Direction:
+    if code == "BF16":
+        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, dtype="<f4" if code == "F32" else "<f2").astype(np.float32)
+
+
+def _encode(direction: Direction, code: str, block: int) -> bytes:
+    if code == "F32":
+        return direction.astype("<f4").tobytes()
+    if code == "F16":
+        with np.errstate(over="ignore"):
+            half = direction.astype("<f2")
+        fits = bool(np.isfinite(half).all())
+        encoded = half.tobytes()
+    else:
+        bits = direction.view(np.uint32).astype(np.uint64)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # to nearest, ties to even
+        fits = bool(np.isfinite((rounded.astype(np.uint32) << 16).view(np.float32)).all())
+        encoded = rounded.tobytes()
+    if not fits:
+        raise VectorFileError(f"The direction of block {block} has values too large for {code}; save it as float32.")
+    return encoded

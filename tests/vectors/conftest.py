@@ -1,0 +1,29 @@
+"""Samples that the vector tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from steer_engine.vectors import ControlVector, VectorMetadata
+
+
+@pytest.fixture
+def vector() -> ControlVector:
+    """Blocks 2, 3 and 7 of a model with 12 blocks and hidden size 6, fully described."""
+    rng = np.random.default_rng(7)
+    return ControlVector(
+        directions={block: rng.normal(size=6).astype(np.float32) for block in (7, 2, 3)},
+        metadata=VectorMetadata(
+            model="example/tiny",
+            architecture="LlamaForCausalLM",
+            num_blocks=12,
+            method="diffmean",
+            position="last",
+            residual_norms={2: 10.5, 3: 11.25, 7: 0.1},
+            dataset_digest="sha256:" + "ab" * 32,
+            created_with={"steer-engine": "0.1.0"},
+            notes="A sample with an umlaut: ü.",
+            extra={"author": "someone"},
+        ),
+    )
