@@ -45,6 +45,26 @@ def steer_engine(
     """
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def serve(context: typer.Context) -> None:
+    """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering.
+
+    Takes every flag of `vllm serve`, and those that begin with --steering-.
+
+    Examples:
+
+        steer-engine serve smollm2-135m --steering-vectors vectors/ --port 8000
+
+        steer-engine serve org/model --steering-blocks 8-22 --steering-ops add --max-model-len 4096
+    """
+    from steer_engine.serving.command import serve as run
+
+    raise typer.Exit(run(context.args))
+
+
 def main() -> None:
     """Entry point of the console script. A mistake of the user's is one line, not a traceback."""
     try:

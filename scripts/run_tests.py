@@ -1,0 +1,108 @@
+"""Run the test suites, each in a process of its own, and end with one line that adds them up.
+
+They can't share a process: the V2 runner and the kernels need Triton's interpreter before torch is imported, the V1
+runner must not have it, and each engine keeps its memory until its process ends.
+
+    scripts/run_tests.py [--all] [SUITE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "engine", "serving")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A pytest run: its paths under tests/ (none = everything that has no suite of its own) and its environment."""
+
+    name: str
+    folder: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+    def command(self, *, everything: bool, report: Path) -> list[str]:
+        chosen = [f"tests/{self.folder}"] if self.folder else ["tests", *(f"--ignore=tests/{name}" for name in FOLDERS)]
+        marks = [] if everything else ["-m", "not slow"]
+        return [
+            str(Path(sys.executable).with_name("pytest")),
+            "-q",
+            "--durations=5",
+            f"--junitxml={report}",
+            *marks,
+            *chosen,
+        ]
+
+
+SUITES = (
+    Suite(name="unit"),
+    Suite(name="kernels", folder="kernels"),
+    Suite(name="engine-v1", folder="engine", env={"STEER_TEST_RUNNER": "v1"}),
+    Suite(name="engine-v2", folder="engine", env={"STEER_TEST_RUNNER": "v2"}),
+    Suite(name="serving", folder="serving"),
+)
+
+
+def run(suite: Suite, *, everything: bool) -> Counter[str]:
+    """Counts of passed, failed and skipped tests. A run that broke down without a failed test counts as one failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = suite.command(everything=everything, report=report)
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | suite.env, check=False).returncode
+        counts = read_report(report) if report.exists() else Counter[str]()
+    if status not in (0, 1) or (status == 1 and not counts["failed"]):
+        counts["failed"] += 1  # collection error, crash of the interpreter, or no test at all
+    return counts
+
+
+def read_report(report: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcomes = {child.tag for child in case}
+        counts["failed" if outcomes & {"failure", "error"} else "skipped" if "skipped" in outcomes else "passed"] += 1
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the test suites, each in its own process.")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(suite.name for suite in SUITES)}"
+    )
+    parser.add_argument("--all", action="store_true", help="the long tests as well")
+    arguments = parser.parse_args()
+    names = {suite.name for suite in SUITES}
+    if unknown := [name for name in arguments.suites if name not in names]:
+        parser.error(f"no suite is called {unknown[0]!r}; there are: {', '.join(sorted(names))}")
+    total: Counter[str] = Counter()
+    lines = []
+    for suite in SUITES:
+        if arguments.suites and suite.name not in arguments.suites:
+            continue
+        print(f"\n==> {suite.name}", flush=True)
+        began = time.monotonic()
+        counts = run(suite, everything=arguments.all)
+        total += counts
+        lines.append(
+            f"{suite.name:10} {counts['passed']:4} passed {counts['failed']:3} failed {counts['skipped']:3} skipped"
+            f" {time.monotonic() - began:6.0f} s"
+        )
+    print("", *lines, sep="\n")
+    print(
+        f"{total['passed']} passed, {total['failed']} failed"
+        + (f", {total['skipped']} skipped" if total["skipped"] else "")
+    )
+    return 1 if total["failed"] or not total["passed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
