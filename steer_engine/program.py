@@ -63,13 +63,11 @@ class Sites:
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """Which positions of a request to read: start <= p < end, or a list of positions."""
+    """Positions start <= p < end of a request are read; what was read is fetched by `key`."""
 
+    key: str
     start: int
     end: int
-
-    def covers(self, position: int) -> bool:
-        return self.start <= position < self.end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ class Program:
             "keep_norm": self.keep_norm,
         }
         if self.capture is not None:
-            wire["capture"] = [self.capture.start, self.capture.end]
+            wire["capture"] = [self.capture.key, self.capture.start, self.capture.end]
         return wire
 
     @classmethod
@@ -108,7 +106,7 @@ class Program:
             vectors=tuple(wire["vectors"]),
             identity=tuple((digest, start, end) for digest, start, end in wire["identity"]),
             keep_norm=wire["keep_norm"],
-            capture=Capture(start=capture[0], end=capture[1]) if capture else None,
+            capture=Capture(key=capture[0], start=capture[1], end=capture[2]) if capture else None,
         )
 
 

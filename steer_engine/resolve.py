@@ -136,9 +136,7 @@ def resolve(
     return ResolvedSpec(edits=edits, preserve_norm=spec.preserve_norm, preset=preset, template=template)
 
 
-def _resolve_edit(
-    asked: EditSpec, param: str, vectors: VectorSource, model: ModelShape, limits: Limits
-) -> Edit:
+def _resolve_edit(asked: EditSpec, param: str, vectors: VectorSource, model: ModelShape, limits: Limits) -> Edit:
     if asked.op not in model.ops:
         armed = ", ".join(op.value for op in model.ops)
         raise SteeringRequestError(

@@ -79,7 +79,9 @@ class EditSpec(_Strict):
     scale: Finite = 1.0
     op: Annotated[Op, Field(strict=False)] = Op.ADD
     unit: Literal["vector", "residual"] = "vector"
-    blocks: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | int | Annotated[list[int], Field(max_length=1024)] = "all"
+    blocks: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | int | Annotated[list[int], Field(max_length=1024)] = (
+        "all"
+    )
     scope: Literal["all", "prompt", "generation"] | Span = "all"
     gate: Gate | None = None
     lo: Finite | None = None
@@ -183,7 +185,10 @@ _FIELDS = {*SteeringSpec.model_fields, *EditSpec.model_fields, *Gate.model_field
 
 def _first_error(error: ValidationError) -> SteeringRequestError:
     # A union (name or inline vector, scope word or span) reports every branch; the deepest one is the one meant.
-    first = max(error.errors(include_url=False), key=lambda item: (item["loc"][:3] == error.errors()[0]["loc"][:3], len(item["loc"])))
+    first = max(
+        error.errors(include_url=False),
+        key=lambda item: (item["loc"][:3] == error.errors()[0]["loc"][:3], len(item["loc"])),
+    )
     param = "steering"
     for part in first["loc"]:
         if isinstance(part, int):

@@ -1,1 +1,1 @@
-"""The engine side: what runs inside vLLM."""
+"""What steers inside an engine: store, bank, programs, routing and the op. Only `runtime.vllm` knows vLLM."""

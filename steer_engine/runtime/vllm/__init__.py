@@ -1,1 +1,1 @@
-"""Every contact with the engine side of vLLM."""
+"""Every patch of vLLM's engine side, one file per class patched; `register` is the plugin that applies them."""

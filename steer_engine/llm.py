@@ -1,0 +1,138 @@
+"""The offline engine: `vllm.LLM`, armed. Steers per request, and reads the residual stream."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from steer_engine.config import SteeringConfig
+from steer_engine.errors import SteeringRequestError
+from steer_engine.models import resolve_model
+from steer_engine.runtime.vllm.register import register
+from steer_engine.vectors import ControlVector, Registry
+
+register()
+
+import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM is imported)
+
+from steer_engine.runtime.vllm import shipping  # noqa: E402
+from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, STEERING_KEY, Frontend  # noqa: E402
+
+Prompt = str | list[int]
+Position = str | list[int]
+
+
+class LLM(vllm.LLM):
+    """A `vllm.LLM` whose requests can be steered and read.
+
+        llm = LLM("smollm2-135m", vectors={"cheerful": vector})
+        params = vllm.SamplingParams(extra_args={"steering": {"edits": [{"vector": "cheerful", "scale": 0.3}]}})
+        llm.generate("My day was", params)
+
+    Args:
+        model: a path, a Hugging Face id, or the name of a packaged model.
+        vectors: a folder of vector files, or vectors by name.
+        steering: what is armed (all blocks and operations by default).
+        capture: arm reading of the residual stream; `capture_blocks` says where (all armed blocks by default).
+        kwargs: anything that `vllm.LLM` takes.
+
+    Raises:
+        UnsupportedEngineError: this model or configuration cannot be armed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        vectors: str | Path | Mapping[str, ControlVector] | None = None,
+        steering: SteeringConfig | None = None,
+        capture: bool = False,
+        capture_blocks: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = steering or SteeringConfig()
+        if capture:
+            blocks = config.blocks if capture_blocks is None else tuple(capture_blocks)
+            config = config.model_copy(update={"capture": blocks})
+        additional = {**kwargs.pop("additional_config", {}), **config.to_additional_config()}
+        super().__init__(resolve_model(model), additional_config=additional, **kwargs)
+        if isinstance(vectors, Mapping):
+            for name, vector in vectors.items():
+                self.vectors.add(name, vector)
+        elif vectors is not None:
+            self._frontend.registry = Registry(Path(vectors))
+        self._status = shipping.check_status([shipping.call(self.llm_engine, "steer_status")])
+
+    @property
+    def _frontend(self) -> Frontend:
+        return cast(Frontend, self.llm_engine.input_processor.steering)
+
+    @property
+    def vectors(self) -> Registry:
+        """The vectors that requests can name; `add(name, vector)` registers one."""
+        return self._frontend.registry
+
+    @property
+    def hidden_size(self) -> int:
+        return self._frontend.model.hidden_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self._frontend.model.num_blocks
+
+    @property
+    def armed_blocks(self) -> tuple[int, ...]:
+        return self._frontend.model.armed_blocks
+
+    @property
+    def capture_blocks(self) -> tuple[int, ...]:
+        """The blocks that `capture` reads, in the order of its first axis."""
+        return tuple(self._status["workers"][0]["capture_blocks"])
+
+    def steering_status(self) -> dict[str, Any]:
+        """How the workers are armed right now, as they say themselves."""
+        return shipping.check_status([shipping.call(self.llm_engine, "steer_status")])
+
+    def capture(
+        self,
+        prompts: Sequence[Prompt],
+        position: Position = "last",
+        *,
+        steering: Mapping[str, Any] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[np.ndarray]:
+        """Read the residual stream of prompts at `capture_blocks`, before any edit of the same block.
+
+        position: "last" token, "mean" over the prompt, "all" tokens, or a list of positions (negative: from the end).
+        steering: steer the prompts while they are read.
+
+        Returns one float32 array per prompt: [blocks, positions, D]; one position for "last" and "mean".
+        """
+        if isinstance(position, str) and position not in ("last", "mean", "all"):
+            raise SteeringRequestError(f"position {position!r} is none of 'last', 'mean', 'all', or a list of numbers.")
+        keys = [uuid.uuid4().hex for _ in prompts]
+        start = -1 if position == "last" else 0
+        params = []
+        for key in keys:
+            extra_args: dict[str, Any] = {CAPTURE_KEY: {"key": key, "start": start, "end": None}}
+            if steering is not None:
+                extra_args[STEERING_KEY] = dict(steering)
+            params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
+        inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
+        self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
+        return [self._take(key, position) for key in keys]
+
+    def _take(self, key: str, position: Position) -> np.ndarray:
+        reply = shipping.call(self.llm_engine, "steer_take", key)
+        if not reply["ok"]:
+            raise RuntimeError(f"Reading failed in the worker: {reply['reason']}")
+        rows_LPD = np.frombuffer(reply["rows"], dtype=np.float32).reshape(reply["shape"])
+        if position == "mean":
+            return cast(np.ndarray, rows_LPD.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32))
+        if isinstance(position, list):
+            return rows_LPD[:, position]
+        return rows_LPD

@@ -1,0 +1,96 @@
+"""Device rows of the vectors in use, shared by content and counted by reference."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from steer_engine.program import RowKey
+
+Row = tuple[RowKey, int]
+"""What a row holds, and the block it is for."""
+
+
+class Bank:
+    """Which row of `bank_RD` holds what. R rows, D hidden size.
+
+    A row whose last user left keeps its content until the place is needed, so that a vector in steady use is
+    copied to the device once. Rows are rewritten on the stream that runs the steps: a step in flight has read
+    the old content by then.
+    """
+
+    def __init__(self, bank_RD: torch.Tensor, make_row: Callable[[RowKey, int], np.ndarray]) -> None:
+        self._bank_RD = bank_RD
+        self._make_row = make_row
+        self._row_of: dict[Row, int] = {}
+        self._users: dict[int, int] = {}
+        self._idle: OrderedDict[Row, int] = OrderedDict()
+        self._never_used = list(range(bank_RD.shape[0] - 1, -1, -1))
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._bank_RD.shape[0])
+
+    @property
+    def num_pinned(self) -> int:
+        return len(self._users)
+
+    def can_pin(self, rows: Sequence[Row]) -> bool:
+        """Whether `pin` would find room."""
+        wanted = set(rows)
+        new = sum(row not in self._row_of for row in wanted)
+        reused = sum(row in self._idle for row in wanted)
+        return new <= len(self._never_used) + len(self._idle) - reused
+
+    def pin(self, rows: Sequence[Row]) -> list[int]:
+        """Row numbers of `rows`, written to the device where they are new; each counts one user more."""
+        assert self.can_pin(rows), "admission keeps the bank from being full"
+        for row in rows:
+            # First take out of the idle ones what this very request uses: it must not be evicted for its siblings.
+            if row in self._idle:
+                self._users[self._idle.pop(row)] = 0
+        new: dict[int, Row] = {}
+        numbers = []
+        for row in rows:
+            number = self._row_of.get(row)
+            if number is None:
+                number = self._take_place()
+                self._row_of[row] = number
+                self._users[number] = 0
+                new[number] = row
+            self._users[number] += 1
+            numbers.append(number)
+        if new:
+            self._write(new)
+        return numbers
+
+    def unpin(self, rows: Sequence[Row]) -> None:
+        """One user less for each of `rows`; rows without users may be overwritten from now on."""
+        for row in rows:
+            number = self._row_of[row]
+            self._users[number] -= 1
+            if self._users[number] == 0:
+                del self._users[number]
+                self._idle[row] = number
+
+    def forget(self, digest: str) -> None:
+        """Give up idle rows made from a vector that left the store."""
+        for row in [row for row in self._idle if any(term[0] == digest for term in row[0].terms)]:
+            self._never_used.append(self._idle.pop(row))
+            del self._row_of[row]
+
+    def _take_place(self) -> int:
+        if self._never_used:
+            return self._never_used.pop()
+        row, number = self._idle.popitem(last=False)
+        del self._row_of[row]
+        return number
+
+    def _write(self, new: dict[int, Row]) -> None:
+        content_ND = torch.from_numpy(np.stack([self._make_row(key, block) for key, block in new.values()]))
+        index_N = torch.tensor(list(new), dtype=torch.int64)
+        device, dtype = self._bank_RD.device, self._bank_RD.dtype
+        self._bank_RD.index_copy_(0, index_N.to(device), content_ND.to(dtype).to(device))

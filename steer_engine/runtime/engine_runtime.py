@@ -1,0 +1,136 @@
+"""One engine's steering state in one worker: buffers, store, bank, programs and the routing of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from steer_kernels.reference import edit_residual_reference, route_rows_reference
+from steer_kernels.tables import Tables
+
+from steer_engine.config import SteeringConfig
+from steer_engine.program import Program
+from steer_engine.runtime.bank import Bank
+from steer_engine.runtime.programs import Programs
+from steer_engine.runtime.store import Store
+from steer_engine.runtime.stream import StreamForm
+
+
+class EngineRuntime:
+    """Everything that the op and the runner adapters share. Slots count from 1; slot 0 is "not steered".
+
+    forms: armed block -> how it carries the stream, as the start-up probe found.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SteeringConfig,
+        forms: Mapping[int, StreamForm],
+        capture_blocks: tuple[int, ...],
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_requests: int,
+        max_tokens: int,
+        use_triton: bool,
+    ) -> None:
+        self.config = config
+        self.forms = dict(forms)
+        self.armed_blocks = tuple(sorted(forms))
+        self.capture_blocks = capture_blocks
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.use_triton = use_triton
+        self.store = Store()
+        num_sites = len(self.armed_blocks)
+        self.tables = Tables.allocate(
+            num_slots=max_requests + 1,
+            num_sites=num_sites,
+            num_entries=config.rows,
+            num_rows=max_requests * num_sites * config.rows,
+            hidden_size=hidden_size,
+            max_tokens=max_tokens,
+            bank_dtype=dtype,
+            device=device,
+            capture_rows=max_tokens if capture_blocks else 0,
+        )
+        self.bank = Bank(self.tables.bank_RD, self.store.row)
+        self.programs = Programs(self.tables, self.bank, self.armed_blocks)
+        self._reads = bool(capture_blocks)
+        self._rows_N: torch.Tensor | None = None
+        self._reading = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all buffers."""
+        tensors = (getattr(self.tables, name) for name in type(self.tables).__slots__)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def admit(self, slot: int, program: Program) -> None:
+        self.programs.admit(slot, program)
+
+    def release(self, slot: int) -> None:
+        self.programs.release(slot)
+
+    def route(
+        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor, num_tokens: int
+    ) -> None:
+        """Say which row of the coming step belongs to whose program, on the device.
+
+        idx_mapping_B: batch position -> slot - 1 (-1 = unsteered). Rows from `num_tokens` on are unsteered.
+        """
+        if self.use_triton:
+            from steer_kernels.route_rows import route_rows
+
+            route_rows(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
+        else:
+            route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
+            # Without a device queue the host may look: which rows are steered is found once a step, not per site.
+            self._rows_N = self.tables.slot_T[:num_tokens].nonzero().squeeze(1)
+
+    def idle(self) -> None:
+        """The coming forward pass is a dummy: nothing is steered or read in it."""
+        self.tables.slot_T.zero_()
+        self._rows_N = None
+        self._stop_reading()
+
+    def read(self, rows: list[int]) -> None:
+        """Read these token rows of the coming step at every capture block (see `captured`)."""
+        assert self.tables.capture_T is not None
+        self._stop_reading()
+        if rows:
+            index_C = torch.tensor(rows, dtype=torch.int64, device=self.tables.capture_T.device)
+            places_C = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=index_C.device)
+            self.tables.capture_T[index_C] = places_C
+            self._reading = True
+
+    def captured(self, num_rows: int) -> torch.Tensor:
+        """float32 [capture blocks, num_rows, D] on the host: what the last step read, in the order asked."""
+        assert self.tables.captured_LCD is not None
+        sites = [self.armed_blocks.index(block) for block in self.capture_blocks]
+        return self.tables.captured_LCD[sites, :num_rows].cpu()
+
+    def edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
+        """The op's body (see `op.edit_residual`)."""
+        if self.use_triton:
+            from steer_kernels.edit_residual import edit_residual
+
+            edit_residual(hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._reads)
+        elif self._reading or self._rows_N is not None and self._rows_N.numel():
+            edit_residual_reference(
+                hidden,
+                carried,
+                self.tables,
+                site,
+                adds_only=self.config.adds_only,
+                capture=self._reading,
+                rows_N=self._rows_N,
+            )
+
+    def _stop_reading(self) -> None:
+        if self._reading and self.tables.capture_T is not None:
+            self.tables.capture_T.zero_()
+        self._reading = False

@@ -1,0 +1,77 @@
+"""The compiled programs of running requests, one slot each, as the kernels read them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from steer_kernels.tables import GATE_ROW, NUM_WORDS, ROW, Entry, Tables, encode_entry
+
+from steer_engine.program import Program
+from steer_engine.runtime.bank import Bank, Row
+
+
+class Programs:
+    """Writes a request's program into its slot when it is admitted, and clears it when it leaves.
+
+    S slots (0 = never used), L armed sites, E entries a site, W words an entry.
+    """
+
+    def __init__(self, tables: Tables, bank: Bank, armed_blocks: tuple[int, ...]) -> None:
+        self._tables = tables
+        self._bank = bank
+        self._site_of = {block: site for site, block in enumerate(armed_blocks)}
+        self._pinned: dict[int, list[Row]] = {}
+
+    @property
+    def steered_slots(self) -> set[int]:
+        return set(self._pinned)
+
+    def admit(self, slot: int, program: Program) -> None:
+        """Write `program` into `slot`. The slot must be free; programs without sites leave it unsteered."""
+        assert slot > 0 and slot not in self._pinned, f"slot {slot} is taken"
+        if not program.sites:
+            return
+        _, num_sites, num_entries, _ = self._tables.entries_SLEW.shape
+        entries_LEW = np.zeros((num_sites, num_entries, NUM_WORDS), dtype=np.int32)
+        counts_L = np.zeros(num_sites, dtype=np.int32)
+        pinned: list[Row] = []
+        for group in program.sites:
+            sites = [self._site_of[block] for block in group.blocks]
+            counts_L[sites] = len(group.entries)
+            for e, entry in enumerate(group.entries):
+                rows = [(entry.row, block) for block in group.blocks]
+                row_numbers = self._bank.pin(rows)
+                pinned += rows
+                words_W = encode_entry(
+                    Entry(0, entry.start, entry.end, *entry.coefficients)
+                    if entry.gate is None
+                    else Entry(0, entry.start, entry.end, *entry.coefficients, 0, *entry.gate[1:])
+                )
+                entries_LEW[sites, e] = words_W
+                entries_LEW[sites, e, ROW] = row_numbers
+                if entry.gate is not None:
+                    gates = [(entry.gate[0], block) for block in group.blocks]
+                    entries_LEW[sites, e, GATE_ROW] = self._bank.pin(gates)
+                    pinned += gates
+        self._pinned[slot] = pinned
+        placed = [(entry.start, entry.end) for group in program.sites for entry in group.entries]
+        span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
+        tables = self._tables
+        _write(tables.entries_SLEW[slot], entries_LEW)
+        _write(tables.counts_SL[slot], counts_L)
+        _write(tables.keep_norm_S[slot : slot + 1], np.array([program.keep_norm], dtype=np.int32))
+        _write(tables.span_S2[slot], np.array(span_2, dtype=np.int32))
+
+    def release(self, slot: int) -> None:
+        """The slot's request has left; nothing happens for a slot that is not steered."""
+        pinned = self._pinned.pop(slot, None)
+        if pinned is None:
+            return
+        self._bank.unpin(pinned)
+        self._tables.span_S2[slot] = 0
+        self._tables.counts_SL[slot] = 0
+
+
+def _write(target: torch.Tensor, content: np.ndarray) -> None:
+    # From pageable memory: the copy has read `content` when it returns, and is ordered after the steps in flight.
+    target.copy_(torch.from_numpy(content))

@@ -1,0 +1,99 @@
+"""Arms one worker: probes the model, allocates the buffers, and puts the op behind every armed block.
+
+Runs inside `load_model`: before the first profile run, so that the op is in the compiled graph and the buffers are
+counted before vLLM sizes its KV cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm.forward_context import get_forward_context
+
+from steer_engine.config import CONFIG_KEY, SteeringConfig
+from steer_engine.runtime import op
+from steer_engine.runtime.engine_runtime import EngineRuntime
+from steer_engine.runtime.stream import StreamForm
+from steer_engine.runtime.vllm.blocks import find_blocks, probe_forms
+from steer_engine.runtime.vllm.supported import check_supported
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+
+def arm(runner: Any) -> None:
+    """Arm the model of a runner that has just loaded it; does nothing where the engine is not armed.
+
+    The runtime ends up in `static_forward_context`, where vLLM's own attention op finds its layers: one per engine,
+    so that several engines in a process do not meet.
+    """
+    vllm_config: VllmConfig = runner.vllm_config
+    config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+    if config is None:
+        return
+    check_supported(vllm_config)
+    num_blocks = vllm_config.model_config.get_total_num_hidden_layers()
+    blocks = find_blocks(runner.model, num_blocks)
+    armed = config.armed_blocks(num_blocks)
+    forms = probe_forms(runner.model, blocks, armed, vllm_config, runner.device)
+    runtime = EngineRuntime(
+        config=config,
+        forms=forms,
+        capture_blocks=config.capture_blocks(num_blocks),
+        hidden_size=vllm_config.model_config.get_hidden_size(),
+        dtype=vllm_config.model_config.dtype,
+        device=runner.device,
+        max_requests=vllm_config.scheduler_config.max_num_seqs,
+        max_tokens=_most_rows(vllm_config),
+        use_triton=vllm_config.use_v2_model_runner or runner.device.type != "cpu",
+    )
+    for site, block in enumerate(armed):
+        blocks[block].forward = _edited(blocks[block].forward, forms[block], site)
+    vllm_config.compilation_config.static_forward_context[CONFIG_KEY] = runtime
+    logger.info(
+        "Steering is armed: %d of %d blocks (%s), operations %s, bank and tables %.1f MiB.",
+        len(armed), num_blocks, ", ".join(sorted({form.value for form in forms.values()})),
+        ", ".join(config.ops), runtime.num_bytes / 2**20,
+    )  # fmt: skip
+
+
+def runtime_of(runner: Any) -> EngineRuntime | None:
+    """The runtime of a runner's engine, or None where it is not armed."""
+    context = runner.vllm_config.compilation_config.static_forward_context
+    return cast("EngineRuntime | None", context.get(CONFIG_KEY))
+
+
+def _running() -> EngineRuntime:
+    return cast(EngineRuntime, get_forward_context().no_compile_layers[CONFIG_KEY])
+
+
+op.bind(_running)
+
+
+def _most_rows(vllm_config: VllmConfig) -> int:
+    """Token rows of the largest batch, padding included."""
+    captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    return int(max(vllm_config.scheduler_config.max_num_batched_tokens, *captured)) + 1
+
+
+def _edited(original: Callable[..., Any], form: StreamForm, site: int) -> Callable[..., Any]:
+    """`original` with the op behind it. No data-dependent Python: Dynamo traces through."""
+    if form is StreamForm.SPLIT:
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            op.edit_residual(output[0], output[1], site)
+            return output
+
+    else:
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            op.edit_residual(None, output[0] if isinstance(output, tuple) else output, site)
+            return output
+
+    return forward

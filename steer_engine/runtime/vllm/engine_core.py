@@ -1,0 +1,103 @@
+"""The engine core: holds which vectors all workers have, and lets in only what they can steer.
+
+Wraps `vllm.v1.engine.core.EngineCore.preprocess_add_request` (an exception there fails that request alone) and adds
+utility methods, which clients reach by name. Known for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from steer_engine.config import SteeringConfig
+from steer_engine.errors import CapacityError, SteeringRequestError
+from steer_engine.program import PROGRAM_KEY
+from steer_engine.runtime.vllm.patching import Symbol, wrap
+
+PREPROCESS = Symbol("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",))
+COLLECTIVE_RPC = Symbol("vllm.v1.engine.core:EngineCore.collective_rpc", ("method", "timeout", "args"))
+SYMBOLS = (PREPROCESS, COLLECTIVE_RPC)
+
+Reply = dict[str, Any]
+_RESIDENT = "_steer_resident"
+
+
+def hook() -> None:
+    wrap(PREPROCESS, _preprocess_add_request)
+    owner, _ = PREPROCESS.owner()
+    for method in (steer_put, steer_drop, steer_status, steer_take):
+        setattr(owner, method.__name__, method)
+
+
+def steer_put(self: Any, digest: str, payload: bytes) -> Reply:
+    """Put a vector into all workers, or into none."""
+    replies = self.collective_rpc("steer_put", args=(digest, payload))
+    failed = [reply for reply in replies if not reply["ok"]]
+    if failed:
+        self.collective_rpc("steer_drop", args=(digest,))
+        return {"ok": False, "reason": failed[0]["reason"]}
+    _resident(self).add(digest)
+    return {"ok": True}
+
+
+def steer_drop(self: Any, digest: str) -> Reply:
+    """Give up a vector, unless a request of this engine names it."""
+    if any(digest in _vectors_of(request.sampling_params) for request in self.scheduler.requests.values()):
+        return {"ok": False, "reason": "in use"}
+    _resident(self).discard(digest)
+    self.collective_rpc("steer_drop", args=(digest,))
+    return {"ok": True}
+
+
+def steer_status(self: Any) -> Reply:
+    """How every worker is armed, and which vectors all of them hold."""
+    armed = SteeringConfig.from_additional_config(self.vllm_config.additional_config) is not None
+    if not armed:
+        return {"ok": False, "reason": "this engine is not armed for steering", "armed": False}
+    workers = self.collective_rpc("steer_status")
+    failed = [worker["reason"] for worker in workers if not worker["ok"]]
+    if failed:
+        return {"ok": False, "reason": failed[0], "armed": True}
+    return {"ok": True, "armed": True, "workers": workers, "vectors": sorted(_resident(self))}
+
+
+def steer_take(self: Any, key: str) -> Reply:
+    """What was read under a capture key. All ranks read the same stream; the first one answers."""
+    reply: Reply = self.collective_rpc("steer_take", args=(key,))[0]
+    return reply
+
+
+def _resident(engine_core: Any) -> set[str]:
+    if not hasattr(engine_core, _RESIDENT):
+        setattr(engine_core, _RESIDENT, set())
+    resident: set[str] = getattr(engine_core, _RESIDENT)
+    return resident
+
+
+def _vectors_of(params: Any) -> list[str]:
+    extra_args = getattr(params, "extra_args", None)
+    program = extra_args.get(PROGRAM_KEY) if extra_args else None
+    return list(program["vectors"]) if program else []
+
+
+def _preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        _check_steering(self, request)
+        return original(self, request)
+
+    return preprocess_add_request
+
+
+def _check_steering(engine_core: Any, request: Any) -> None:
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    if not extra_args:
+        return
+    if extra_args.get("steering"):
+        raise SteeringRequestError("This request's steering was never compiled; it came by a way that we do not know.")
+    if PROGRAM_KEY not in extra_args:
+        return
+    if SteeringConfig.from_additional_config(engine_core.vllm_config.additional_config) is None:
+        raise SteeringRequestError("This engine is not armed for steering.")
+    absent = sorted(set(_vectors_of(request.sampling_params)) - _resident(engine_core))
+    if absent:
+        raise CapacityError(f"The engine does not hold vector {absent[0]}; send the request again.")

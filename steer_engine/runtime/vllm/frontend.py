@@ -1,0 +1,123 @@
+"""Steering as the API process sees it: resolve what a request asks, compile it, know what the engine holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer_engine.config import Limits, SteeringConfig
+from steer_engine.errors import SteeringRequestError
+from steer_engine.program import PROGRAM_KEY, Capture
+from steer_engine.resolve import ResolvedSpec, resolve
+from steer_engine.runtime.vllm.supported import check_supported, model_shape
+from steer_engine.spec import parse_spec
+from steer_engine.vectors import ControlVector, Registry
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+STEERING_KEY = "steering"
+CAPTURE_KEY = "steering_capture"
+"""`SamplingParams.extra_args[CAPTURE_KEY] = {"key": str, "start": int, "end": int | None}`; offline only."""
+
+_RESERVED_PREFIX = "_steer"
+_SPEC_CACHE = 1024
+
+
+class Frontend:
+    """One per `InputProcessor`, as `input_processor.steering`. Not armed: refuses steering, does nothing else."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+        self.armed = self.config is not None
+        self.limits = Limits()
+        self.registry = Registry(None)
+        self.resident: set[str] = set()
+        """Digests that this process believes the engine holds. A hint: the engine core decides."""
+        self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()
+        if self.config is not None:
+            check_supported(vllm_config)
+            self.model = model_shape(vllm_config, self.config)
+            folder = os.environ.get("STEER_ENGINE_VECTORS")
+            strict = os.environ.get("STEER_ENGINE_STRICT") == "1"
+            self.registry = Registry(Path(folder) if folder else None, strict=strict)
+
+    def vector(self, name_or_digest: str) -> ControlVector:
+        """The registered vector; raises UnknownVectorError."""
+        return self.registry.get(name_or_digest)
+
+    def resolve(self, raw: Any) -> ResolvedSpec | None:
+        """What `raw` (a spec as a mapping or JSON text; None or False = not asked) means now.
+
+        Raises:
+            SteeringRequestError: what is asked is wrong, or this engine is not armed.
+        """
+        spec = parse_spec(raw)
+        if spec is None:
+            return None
+        if not self.armed:
+            raise SteeringRequestError(
+                "This server is not armed for steering: start it with 'steer-engine serve', or set STEER_ENGINE=1.",
+                "steering",
+            )
+        return resolve(spec, self.vector, self.model, self.limits)
+
+    def missing(self, resolved: ResolvedSpec) -> list[str]:
+        """Digests that this process believes the engine lacks."""
+        return [digest for digest in resolved.vectors if digest not in self.resident]
+
+    def compile(self, extra_args: dict[str, Any], prompt_len: int) -> dict[str, Any]:
+        """A new `extra_args` in which the request's steering is compiled for a prompt of `prompt_len` tokens.
+
+        Raises:
+            SteeringRequestError: as `resolve`; or the client wrote a key of ours.
+        """
+        check_reserved_keys(extra_args)
+        rest = {key: value for key, value in extra_args.items() if key not in (STEERING_KEY, CAPTURE_KEY)}
+        resolved = self._resolve_cached(extra_args.get(STEERING_KEY))
+        capture = self._capture(extra_args.get(CAPTURE_KEY), prompt_len)
+        if resolved is None and capture is None:
+            return rest
+        program: dict[str, Any] = {"sites": [], "vectors": [], "identity": [], "keep_norm": False}
+        if resolved is not None:
+            program = resolved.template.at(prompt_len).to_wire()
+        if capture is not None:
+            program["capture"] = [capture.key, capture.start, capture.end]
+        return rest | {PROGRAM_KEY: program}
+
+    def _resolve_cached(self, raw: Any) -> ResolvedSpec | None:
+        # By digest a spec means the same for ever, so its compiled form is kept; by name it does not.
+        if not isinstance(raw, str):
+            return self.resolve(raw)
+        cached = self._resolved.get(raw)
+        if cached is not None:
+            self._resolved.move_to_end(raw)
+            return cached
+        resolved = self.resolve(raw)
+        if resolved is not None and resolved.to_wire() == raw:
+            self._resolved[raw] = resolved
+            if len(self._resolved) > _SPEC_CACHE:
+                self._resolved.popitem(last=False)
+        return resolved
+
+    def _capture(self, raw: Any, prompt_len: int) -> Capture | None:
+        if raw is None:
+            return None
+        if self.config is None or self.config.capture == ():
+            raise SteeringRequestError("Reading is not armed on this engine: steer_engine.LLM(..., capture=True).")
+        start, end = raw["start"], raw["end"]
+        start = max(0, start + prompt_len) if start < 0 else start
+        end = prompt_len if end is None else end
+        return Capture(key=str(raw["key"]), start=start, end=end)
+
+
+def check_reserved_keys(extra_args: dict[str, Any]) -> None:
+    """Raise SteeringRequestError for a key that only we may write."""
+    for key in extra_args:
+        if isinstance(key, str) and key.startswith(_RESERVED_PREFIX):
+            raise SteeringRequestError(f"{key[:80]!r} is a reserved key; ask for steering with 'steering'.", key[:80])

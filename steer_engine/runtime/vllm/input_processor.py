@@ -1,0 +1,72 @@
+"""The one way in for server and offline alike: compiles a request's steering, once per prompt.
+
+Wraps `vllm.v1.engine.input_processor.InputProcessor.{__init__, process_inputs}`. Known for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+
+from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.program import PROGRAM_KEY
+from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, Frontend
+from steer_engine.runtime.vllm.patching import Symbol, wrap
+
+_CLASS = "vllm.v1.engine.input_processor:InputProcessor"
+INIT = Symbol(f"{_CLASS}.__init__", ("vllm_config",))
+PROCESS_INPUTS = Symbol(f"{_CLASS}.process_inputs", ("request_id", "prompt", "params", "resumable"))
+SYMBOLS = (
+    INIT,
+    PROCESS_INPUTS,
+    Symbol("vllm.utils:length_from_prompt_token_ids_or_embeds"),
+    Symbol("vllm.exceptions:VLLMNotFoundError"),
+    Symbol("vllm.exceptions:VLLMValidationError"),
+)
+
+
+def hook() -> None:
+    wrap(INIT, _init)
+    wrap(PROCESS_INPUTS, _process_inputs)
+
+
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        # First: a configuration that cannot be armed is refused before anything is started.
+        self.steering = Frontend(vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        sampling = request.sampling_params
+        if isinstance(sampling, SamplingParams) and sampling.extra_args:
+            # vLLM cloned the params, but not the dict in them: several prompts share it.
+            sampling.extra_args = _compile(self.steering, request, bool(kwargs.get("resumable")))
+        return request
+
+    return process_inputs
+
+
+def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any]:
+    sampling = request.sampling_params
+    prompt_len = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    try:
+        extra_args = frontend.compile(sampling.extra_args, prompt_len)
+        if PROGRAM_KEY in extra_args and resumable:
+            raise SteeringRequestError("Streaming input cannot be steered: its prompt's length changes.", "steering")
+    except UnknownVectorError as error:
+        raise VLLMNotFoundError(error.message) from error
+    except SteeringRequestError as error:
+        raise VLLMValidationError(error.message, parameter=error.param) from error
+    if CAPTURE_KEY in sampling.extra_args:
+        # A cached position is never computed, so it could not be read.
+        sampling.skip_reading_prefix_cache = True
+    return extra_args

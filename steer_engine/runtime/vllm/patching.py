@@ -1,0 +1,73 @@
+"""How vLLM's methods are wrapped: by name, once, and only where the symbol looks as we know it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from steer_engine.errors import UnsupportedEngineError
+
+_MARK = "__steer_engine_wrapped__"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function or method of vLLM that we wrap or call.
+
+    path: `module:Class.method` or `module:function`. parameters: the names that we rely on, in any position.
+    """
+
+    path: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        return self.path.partition(":")[0]
+
+    def owner(self) -> tuple[Any, str]:
+        """The object that has the attribute, and the attribute's name."""
+        module, _, qualified = self.path.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parents, name = qualified.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return owner, name
+
+    def problem(self) -> str | None:
+        """What is different from the symbol that we know, or None."""
+        try:
+            owner, name = self.owner()
+            function = inspect.unwrap(getattr(owner, name))
+        except (ImportError, AttributeError) as error:
+            return f"{self.path} is missing ({error})"
+        if not self.parameters:
+            return None
+        known = inspect.signature(function).parameters
+        missing = [parameter for parameter in self.parameters if parameter not in known]
+        return f"{self.path} has no parameter {', '.join(missing)}" if missing else None
+
+
+def check_symbols(symbols: tuple[Symbol, ...], vllm_version: str) -> None:
+    """Raise UnsupportedEngineError that names vLLM's version and every symbol that differs."""
+    problems = [problem for symbol in symbols if (problem := symbol.problem())]
+    if problems:
+        raise UnsupportedEngineError(
+            f"Steer Engine does not know vLLM {vllm_version}: {'; '.join(problems)}. Install a vLLM that it knows "
+            "(0.32 or 0.33), or uninstall steer-engine to run this vLLM without steering."
+        )
+
+
+def wrap(symbol: Symbol, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the symbol by `make(original)`. A second call changes nothing. Class methods stay class methods."""
+    owner, name = symbol.owner()
+    found = owner.__dict__.get(name, getattr(owner, name))
+    original = found.__func__ if isinstance(found, classmethod) else found
+    if getattr(original, _MARK, False):
+        return
+    wrapped = functools.wraps(original)(make(original))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)

@@ -1,0 +1,90 @@
+"""Brings vectors into an engine before a request needs them, and asks how its workers are armed.
+
+Vectors travel by vLLM's own RPC, as the bytes of our own safetensors file; an engine has them on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from steer_engine import __version__
+from steer_engine.errors import CapacityError, UnsupportedEngineError
+from steer_engine.runtime.vllm.frontend import Frontend
+from steer_engine.runtime.vllm.patching import Symbol
+from steer_engine.vectors import safetensors_format
+
+SYMBOLS = (
+    Symbol("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method", "args")),
+    Symbol("vllm.v1.engine.core_client:SyncMPClient.call_utility", ("method", "args")),
+    Symbol("vllm.v1.engine.core_client:InprocClient.__init__"),
+)
+
+HANDSHAKE_SECONDS = 30.0
+"""How long a readiness check waits for the engine. The call itself is never cut: its reply would be left unread."""
+
+
+async def ship(async_llm: Any, digests: Iterable[str]) -> None:
+    """Put vectors into every engine of `async_llm`. Raises CapacityError where an engine cannot take one."""
+    frontend: Frontend = async_llm.input_processor.steering
+    for digest in digests:
+        payload = _payload(frontend, digest)
+        replies = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_put", digest, payload))
+        _settle(frontend, digest, replies)
+
+
+def ship_sync(llm_engine: Any, digests: Iterable[str]) -> None:
+    """The same for an offline engine."""
+    frontend: Frontend = llm_engine.input_processor.steering
+    for digest in digests:
+        _settle(frontend, digest, [call(llm_engine, "steer_put", digest, _payload(frontend, digest))])
+
+
+def call(llm_engine: Any, method: str, *args: Any) -> Any:
+    """A utility method of an offline engine's core, in this process or another."""
+    client = llm_engine.engine_core
+    if hasattr(client, "call_utility"):
+        return client.call_utility(method, *args)
+    return getattr(client.engine_core, method)(*args)
+
+
+async def handshake(async_llm: Any) -> dict[str, Any]:
+    """How the engines are armed: the status of the first, after comparing all of them.
+
+    Raises:
+        UnsupportedEngineError: an engine or worker is not armed, not alike, or of another version.
+        CapacityError: no answer in time.
+    """
+    client = async_llm.engine_core
+    task = asyncio.ensure_future(client.call_utility_all_async("steer_status"))
+    done, _ = await asyncio.wait({task}, timeout=HANDSHAKE_SECONDS)
+    if not done:
+        raise CapacityError(f"The engine did not answer within {HANDSHAKE_SECONDS:g} s.", retry_after=5)
+    return check_status(task.result())
+
+
+def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first status, if all engines and workers are armed alike."""
+    for status in statuses:
+        if not status["ok"]:
+            raise UnsupportedEngineError(status["reason"])
+    workers = [worker for status in statuses for worker in status["workers"]]
+    for worker in workers:
+        if worker["version"] != __version__:
+            raise UnsupportedEngineError(f"A worker runs steer-engine {worker['version']}, the server {__version__}.")
+        for key in ("armed_blocks", "forms", "ops", "rows", "hidden_size", "dtype"):
+            if worker[key] != workers[0][key]:
+                raise UnsupportedEngineError(f"Workers differ in {key}: {workers[0][key]} and {worker[key]}.")
+    return statuses[0]
+
+
+def _payload(frontend: Frontend, digest: str) -> bytes:
+    return safetensors_format.to_bytes(frontend.vector(digest))
+
+
+def _settle(frontend: Frontend, digest: str, replies: list[dict[str, Any]]) -> None:
+    failed = [reply["reason"] for reply in replies if not reply["ok"]]
+    if failed:
+        raise CapacityError(f"The engine could not take vector {digest}: {failed[0]}.")
+    frontend.resident.add(digest)

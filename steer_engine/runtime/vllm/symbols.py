@@ -1,0 +1,25 @@
+"""Every vLLM symbol of the engine side that we wrap or call, for the check at start-up and the upgrade test."""
+
+from __future__ import annotations
+
+from steer_engine.runtime.vllm import (
+    async_llm,
+    block_hash,
+    engine_core,
+    input_processor,
+    llm_engine,
+    model_runner_v1,
+    model_runner_v2,
+    shipping,
+    worker,
+)
+from steer_engine.runtime.vllm.patching import Symbol
+
+MODULES = (
+    async_llm, block_hash, engine_core, input_processor, llm_engine, model_runner_v1, model_runner_v2, worker,
+)  # fmt: skip
+"""The modules with a `hook()` and `SYMBOLS`."""
+
+
+def all_symbols() -> tuple[Symbol, ...]:
+    return tuple(symbol for module in (*MODULES, shipping) for symbol in module.SYMBOLS)
