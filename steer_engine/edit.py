@@ -44,6 +44,11 @@ class Scope:
         last = Bound(False, NO_END) if end is None else Bound(end < 0, end)
         return cls(first, last)
 
+    @property
+    def wire(self) -> list[list[int | bool]]:
+        """Plain data, for digests."""
+        return [[self.start.from_end, self.start.offset], [self.end.from_end, self.end.offset]]
+
     def at(self, prompt_len: int) -> tuple[int, int]:
         """Absolute [start, end) for a prompt of `prompt_len` tokens."""
         return min(self.start.at(prompt_len), NO_END), min(self.end.at(prompt_len), NO_END)

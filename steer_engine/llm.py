@@ -26,7 +26,7 @@ Prompt = str | list[int]
 Position = str | list[int]
 
 
-class LLM(vllm.LLM):
+class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
     """A `vllm.LLM` whose requests can be steered and read.
 
         llm = LLM("smollm2-135m", vectors={"cheerful": vector})

@@ -87,10 +87,7 @@ class ResolvedSpec:
 
     @cached_property
     def digest(self) -> str:
-        placed = [
-            [edit.digest, edit.scope.start.from_end, edit.scope.start.offset, edit.scope.end.from_end, edit.scope.end.offset]
-            for edit in self.template.edits
-        ]  # fmt: skip
+        placed = [[edit.digest, edit.scope.wire] for edit in self.template.edits]
         return sha256_of([placed, self.preserve_norm and bool(placed)])
 
     def to_wire(self) -> str:

@@ -193,7 +193,7 @@ def _first_error(error: ValidationError) -> SteeringRequestError:
     for part in first["loc"]:
         if isinstance(part, int):
             param += f"[{part}]"
-        elif part in _FIELDS or first["type"] == "extra_forbidden" and part == first["loc"][-1]:
+        elif part in _FIELDS or (first["type"] == "extra_forbidden" and part == first["loc"][-1]):
             param += f".{str(part)[:MAX_ECHO_CHARS]}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

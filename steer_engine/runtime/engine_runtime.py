@@ -119,7 +119,7 @@ class EngineRuntime:
             from steer_kernels.edit_residual import edit_residual
 
             edit_residual(hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._reads)
-        elif self._reading or self._rows_N is not None and self._rows_N.numel():
+        elif self._reading or (self._rows_N is not None and self._rows_N.numel()):
             edit_residual_reference(
                 hidden,
                 carried,

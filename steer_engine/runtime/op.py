@@ -7,14 +7,14 @@ fixed addresses, found through the engine whose step is running, so that nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from steer_engine.runtime.engine_runtime import EngineRuntime
 
-_library = torch.library.Library("steer_engine", "DEF")
+_library: Any = torch.library.Library("steer_engine", "DEF")  # type: ignore[no-untyped-call]
 _library.define("edit_residual(Tensor? hidden, Tensor(a!) carried, int site) -> ()")
 
 _running: Callable[[], EngineRuntime] | None = None

@@ -28,7 +28,8 @@ class Programs:
 
     def admit(self, slot: int, program: Program) -> None:
         """Write `program` into `slot`. The slot must be free; programs without sites leave it unsteered."""
-        assert slot > 0 and slot not in self._pinned, f"slot {slot} is taken"
+        assert slot > 0, "slot 0 is never steered"
+        assert slot not in self._pinned, f"slot {slot} is taken"
         if not program.sites:
             return
         _, num_sites, num_entries, _ = self._tables.entries_SLEW.shape
@@ -42,12 +43,11 @@ class Programs:
                 rows = [(entry.row, block) for block in group.blocks]
                 row_numbers = self._bank.pin(rows)
                 pinned += rows
-                words_W = encode_entry(
-                    Entry(0, entry.start, entry.end, *entry.coefficients)
-                    if entry.gate is None
-                    else Entry(0, entry.start, entry.end, *entry.coefficients, 0, *entry.gate[1:])
-                )
-                entries_LEW[sites, e] = words_W
+                c0, c1, c2, c3, lo, hi = entry.coefficients
+                words = Entry(0, entry.start, entry.end, c0, c1, c2, c3, lo, hi)
+                if entry.gate is not None:
+                    words = words._replace(gate_row=0, min_cos=entry.gate[1], max_cos=entry.gate[2])
+                entries_LEW[sites, e] = encode_entry(words)
                 entries_LEW[sites, e, ROW] = row_numbers
                 if entry.gate is not None:
                     gates = [(entry.gate[0], block) for block in group.blocks]

@@ -25,3 +25,7 @@ def register() -> None:
     check_symbols(symbols.all_symbols(), vllm_version)
     for module in symbols.MODULES:
         module.hook()
+
+    from steer_engine.serving.vllm import register as serving
+
+    serving.register()
