@@ -1,0 +1,1 @@
+"""The API side: the request field, its answers, routes, the middleware and the `serve` command."""

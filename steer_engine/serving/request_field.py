@@ -1,0 +1,73 @@
+"""Where a request may say its steering, and the refusal of every other place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from steer_engine.errors import SteeringRequestError
+
+FIELD = "steering"
+XARGS = "vllm_xargs"
+MISPLACED = ("extra_body", "extra_args", "sampling_params")
+"""Objects in which clients put the field by mistake, and where no carrying endpoint would read it."""
+
+RESERVED_PREFIX = "_steer"
+"""Keys of `SamplingParams.extra_args` that only Steer Engine writes."""
+
+MAX_KEY_ECHO = 80
+
+
+def steering_of(body: Mapping[str, Any]) -> Any:
+    """The steering that a request asks, as it was written; None = not asked, False = none, not even a default.
+
+    `body` holds the request's fields: `steering`, or its JSON text in `vllm_xargs.steering`. `null` is the same as
+    leaving it out.
+
+    Raises:
+        SteeringRequestError: asked in two ways, in a place that nothing would read, or with a reserved key.
+    """
+    xargs = body.get(XARGS)
+    in_xargs = None
+    if isinstance(xargs, Mapping):
+        _refuse_reserved_keys(xargs)
+        in_xargs = xargs.get(FIELD)
+        if in_xargs is not None and not isinstance(in_xargs, str):
+            raise SteeringRequestError(
+                f"{XARGS}.{FIELD} must be a JSON string, not {type(in_xargs).__name__}; an object goes into the "
+                "top-level field 'steering'.",
+                f"{XARGS}.{FIELD}",
+            )
+    top = body.get(FIELD)
+    if top is not None and in_xargs is not None:
+        raise SteeringRequestError(
+            f"Steering is asked twice, in '{FIELD}' and in '{XARGS}.{FIELD}'; give one of them.", FIELD
+        )
+    for place in MISPLACED:
+        if mentions_steering({place: body.get(place)}):
+            raise SteeringRequestError(
+                f"Steering inside '{place}' would not be read; 'steering' is a field of the request itself.", place
+            )
+    return in_xargs if top is None else top
+
+
+def mentions_steering(body: Any) -> bool:
+    """Whether a decoded JSON body asks for steering in any place where a client could think that it is read."""
+    if isinstance(body, list):
+        return any(mentions_steering(item) for item in body if isinstance(item, dict))
+    if not isinstance(body, Mapping):
+        return False
+    if body.get(FIELD) not in (None, False):
+        return True
+    return any(
+        mentions_steering(inner) or any(isinstance(key, str) and key.startswith(RESERVED_PREFIX) for key in inner)
+        for inner in (body.get(place) for place in (XARGS, *MISPLACED))
+        if isinstance(inner, Mapping)
+    )
+
+
+def _refuse_reserved_keys(xargs: Mapping[Any, Any]) -> None:
+    for key in xargs:
+        if isinstance(key, str) and key.startswith(RESERVED_PREFIX):
+            param = f"{XARGS}.{key[:MAX_KEY_ECHO]}"
+            raise SteeringRequestError(f"{param} is reserved; ask with the field 'steering' instead.", param)

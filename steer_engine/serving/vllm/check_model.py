@@ -1,0 +1,125 @@
+"""Wraps `BaseServing._check_model` and `PoolingBaseServing._check_model`. Known for vLLM 0.32, 0.33.
+
+Why: it is the one asynchronous step that every endpoint takes before rendering and before a stream's 200. Steering is
+resolved here, its vectors are shipped, and what remains on the request names vectors by content only, so that the
+loops of a responses request and further prompts cannot resolve differently. Endpoints that cannot carry steering refuse
+it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from steer_engine.errors import SteerError, SteeringRequestError
+from steer_engine.runtime.vllm.patching import wrap
+from steer_engine.serving import told
+from steer_engine.serving.envelope import envelope_of
+from steer_engine.serving.request_field import FIELD, MISPLACED, XARGS, steering_of
+from steer_engine.serving.vllm import symbols
+
+REPORT = "_steer_engine_report"
+"""Attribute of a request object: the `steering` object of its answer. Set past pydantic, so that no dump shows it."""
+
+
+def hook() -> None:
+    wrap(symbols.CHECK_MODEL, _steering)
+    wrap(symbols.POOLING_CHECK_MODEL, _refusing)
+
+
+def report_of(request: Any) -> dict[str, Any] | None:
+    """What the answer to `request` says about steering; None where none was asked."""
+    report: dict[str, Any] | None = getattr(request, REPORT, None)
+    return report
+
+
+def _steering(original: Any) -> Any:
+    async def _check_model(self: Any, request: Any) -> Any:
+        refusal = await original(self, request)
+        if refusal is not None:
+            return refusal
+        note = told.begin()
+        try:
+            note.report = await _steer(self, request)
+        except SteerError as error:
+            note.retry_after = getattr(error, "retry_after", None)
+            return _error_response(error)
+        if note.report is not None:
+            object.__setattr__(request, REPORT, note.report)
+        return None
+
+    return _check_model
+
+
+def _refusing(original: Any) -> Any:
+    async def _check_model(self: Any, request: Any) -> Any:
+        told.begin()
+        # vLLM's pooling endpoints ignore a returned error: this one has to be raised.
+        if steering_asked(request) not in (None, False):
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(f"{type(self).__name__} cannot carry steering.", parameter=FIELD)
+        return await original(self, request)
+
+    return _check_model
+
+
+async def _steer(serving: Any, request: Any) -> dict[str, Any] | None:
+    """Resolve and ship what `request` asks, and leave it by digests in `vllm_xargs`. Returns the report."""
+    asked = steering_asked(request)
+    if asked in (None, False):
+        _forget(request)
+        return None
+    if not _carries(serving):
+        raise SteeringRequestError(f"This endpoint ({type(serving).__name__}) cannot carry steering.", FIELD)
+    if getattr(request, "use_beam_search", False):
+        raise SteeringRequestError("Beam search cannot be steered.", "use_beam_search")
+    frontend = getattr(serving.engine_client.input_processor, "steering", None)
+    if frontend is None:
+        raise SteeringRequestError("This server is not armed for steering; start it with 'steer-engine serve'.", FIELD)
+    resolved = frontend.resolve(asked)
+    _forget(request)
+    if resolved is None:
+        return None
+    if missing := frontend.missing(resolved):
+        from steer_engine.runtime.vllm.shipping import ship
+
+        await ship(serving.engine_client, missing)
+    request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: resolved.to_wire()}
+    report: dict[str, Any] = resolved.report()
+    return report
+
+
+def steering_asked(request: Any) -> Any:
+    """`steering_of` for a request object of vLLM: typed fields, and the extra ones that pydantic kept."""
+    fields = {key: getattr(request, key, None) for key in (FIELD, XARGS, *MISPLACED)}
+    params = fields["sampling_params"]
+    if params is not None and not isinstance(params, Mapping):
+        fields["sampling_params"] = {"extra_args": getattr(params, "extra_args", None)}
+    return steering_of(fields)
+
+
+def _forget(request: Any) -> None:
+    """Take the client's spelling off the request: the field, and the JSON text among the extra arguments."""
+    if extra := getattr(request, "__pydantic_extra__", None):
+        extra.pop(FIELD, None)
+    xargs = getattr(request, XARGS, None)
+    if isinstance(xargs, dict):
+        xargs.pop(FIELD, None)
+
+
+def _carries(serving: Any) -> bool:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    # Cohere's handler is a chat handler whose own request class drops unknown fields.
+    return isinstance(serving, OpenAIServingChat | OpenAIServingCompletion | OpenAIServingResponses) and not type(
+        serving
+    ).__module__.startswith("vllm.entrypoints.cohere")
+
+
+def _error_response(error: SteerError) -> Any:
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+    return ErrorResponse(error=ErrorInfo(**envelope_of(error)["error"]))

@@ -1,0 +1,65 @@
+"""The symbols of vLLM's API side that Steer Engine wraps or calls, with the parameters that it relies on.
+
+Known for vLLM 0.32 and 0.33. They are checked when the hooks are set and in a test, so that another vLLM fails there,
+by name, and never by serving a request unsteered.
+"""
+
+from __future__ import annotations
+
+from steer_engine.runtime.vllm.patching import Symbol
+
+_OPENAI = "vllm.entrypoints.openai"
+_CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
+_COMPLETION = f"{_OPENAI}.completion.serving:OpenAIServingCompletion"
+
+ASYNC_LLM_INIT = Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", ("vllm_config",))
+CHECK_MODEL = Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",))
+POOLING_CHECK_MODEL = Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",))
+CHAT_FULL = Symbol(f"{_CHAT}.chat_completion_full_generator", ("request", "result_generator"))
+CHAT_STREAM = Symbol(f"{_CHAT}.chat_completion_stream_generator", ("request", "result_generator"))
+CHAT_BATCH_FULL = Symbol(
+    f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch.chat_completion_full_generator_batch",
+    ("request", "generators"),
+)
+COMPLETION_FULL = Symbol(f"{_COMPLETION}.request_output_to_completion_response", ("final_res_batch", "request"))
+COMPLETION_STREAM = Symbol(f"{_COMPLETION}.completion_stream_generator", ("request", "result_generator"))
+RESPONSE_FROM_REQUEST = Symbol(f"{_OPENAI}.responses.protocol:ResponsesResponse.from_request", ("request",))
+MESSAGES_BASE_REQUEST = Symbol(
+    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._build_base_request",
+    ("anthropic_request", "openai_messages"),
+)
+
+WRAPPED = (
+    ASYNC_LLM_INIT,
+    CHECK_MODEL,
+    POOLING_CHECK_MODEL,
+    CHAT_FULL,
+    CHAT_STREAM,
+    CHAT_BATCH_FULL,
+    COMPLETION_FULL,
+    COMPLETION_STREAM,
+    RESPONSE_FROM_REQUEST,
+    MESSAGES_BASE_REQUEST,
+)
+
+USED = (
+    Symbol(f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse"),
+    Symbol(f"{_OPENAI}.responses.serving:OpenAIServingResponses"),
+    Symbol("vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"),
+    Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
+    Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
+    Symbol("vllm.exceptions:VLLMValidationError"),
+)
+
+ALL = (*WRAPPED, *USED)
+"""What a process that serves needs."""
+
+COMMAND = (
+    Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init", ("subparsers",)),
+    Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.validate", ("args",)),
+    Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
+    Symbol("vllm.entrypoints.serve.utils.api_utils:cli_env_setup"),
+    Symbol("vllm.logger:configure_logging_from_args"),
+    Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
+)
+"""What `steer-engine serve` calls; not asked of processes that only serve."""

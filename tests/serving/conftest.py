@@ -1,0 +1,58 @@
+"""One armed server on the real 135M model for the whole suite, and the vectors it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving.server_process import Server, steer_engine_serve
+
+from steer_engine.vectors import ControlVector, VectorMetadata, save
+
+NUM_BLOCKS, HIDDEN_SIZE = 30, 576
+BLOCKS = range(8, 22)
+
+
+def random_vector(seed: int, *, hidden_size: int = HIDDEN_SIZE) -> ControlVector:
+    """Random directions of norm 1 at BLOCKS."""
+    rng = np.random.default_rng(seed)
+    directions = {}
+    for block in BLOCKS:
+        direction = rng.standard_normal(hidden_size)
+        directions[block] = (direction / np.linalg.norm(direction)).astype(np.float32)
+    return ControlVector(directions=directions, metadata=VectorMetadata(notes=f"random, seed {seed}"))
+
+
+@pytest.fixture(scope="session")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ControlVector]:
+    """Name -> vector, as the server's folder has them; `narrow` is for another model."""
+    return {
+        "east": random_vector(1),
+        "west": random_vector(2),
+        "narrow": random_vector(3, hidden_size=64),
+    }
+
+
+@pytest.fixture(scope="session")
+def vectors_dir(vectors: dict[str, ControlVector], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    for name, vector in vectors.items():
+        save(vector, folder / f"{name}.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"no header")
+    (folder / "notes.txt").write_text("not a vector, and not meant to be one")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(smollm2: str, vectors_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`steer-engine serve smollm2-135m`, with as many of vLLM's routes as it has."""
+    del smollm2  # converted by now: the server's own start is what takes the time
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    command = steer_engine_serve(
+        "smollm2-135m", "--steering-vectors", str(vectors_dir), "--enable-scale-out", "--enable-prompt-tokens-details"
+    )
+    running = Server(command, log, env={"VLLM_SERVER_DEV_MODE": "1"})
+    yield running
+    running.kill()

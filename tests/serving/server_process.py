@@ -1,0 +1,111 @@
+"""A real server as a child process, with its log kept for what tests read there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_SECONDS = 240
+STOP_SECONDS = 60
+
+# The order of importance is the machine's: one small model, two cores, other tests beside it.
+SMALL = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "512")
+
+
+class Server:
+    """Starts `command` on a free port and waits until `ready_path` answers 200."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        ready_path: str = "/readyz",
+        wait: bool = True,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = log
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        if wait:
+            try:
+                self._wait_for(ready_path)
+            except BaseException:
+                self.kill()
+                raise
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
+        """POST with a time limit; `body` may be bytes to send as they are."""
+        content = {"content": body} if isinstance(body, bytes) else {"json": body}
+        headers = {"content-type": "application/json", **kwargs.pop("headers", {})}
+        return httpx.post(self.url + path, headers=headers, timeout=60, **content, **kwargs)
+
+    def request(self, method: str, path: str, body: Any) -> httpx.Response:
+        return httpx.request(method, self.url + path, json=body, timeout=60)
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **kwargs)
+
+    def stop(self) -> int:
+        """SIGTERM, as an orchestrator does; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End the server and the engine processes that it started (they share its session)."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(STOP_SECONDS)
+
+    def _wait_for(self, path: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.get(path).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise AssertionError(f"The server is not ready on {path}; the end of its log:\n{self.log[-6000:]}")
+
+
+def steer_engine_serve(model: str, *flags: str) -> list[str]:
+    """The command line that a user types."""
+    return [str(Path(sys.executable).with_name("steer-engine")), "serve", model, *SMALL, *flags]
+
+
+def plain_vllm_serve(model: str, *flags: str) -> list[str]:
+    """vLLM's own server, with our package installed and not asked for."""
+    return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, *SMALL, *flags]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,157 @@
+"""`steer-engine serve`: every vLLM flag and ours, turned into an armed start; mistakes are one sentence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from steer_engine.config import CONFIG_KEY, SteeringConfig
+from steer_engine.errors import SteerError, UnsupportedEngineError, VectorFileError
+from steer_engine.serving import command
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("VLLM_PLUGINS", "STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", "VLLM_CPU_KVCACHE_SPACE"):
+        # Set first, so that what the command itself sets is undone too.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("steer_engine.models.get_model", lambda model: Path("/cache") / model.name)
+
+
+def parsed(*argv: str) -> Any:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    return command._parser(ServeSubcommand()).parse_args(["serve", *argv])
+
+
+def armed(*argv: str) -> Any:
+    args = parsed(*argv)
+    command.arm(args)
+    return args
+
+
+def test_a_packaged_model_is_served_under_its_name() -> None:
+    args = armed("smollm2-135m")
+    assert args.model_tag == "/cache/smollm2-135m"
+    assert args.served_model_name == ["smollm2-135m"]
+
+
+def test_other_models_and_names_stay_as_they_are() -> None:
+    args = armed("org/model")
+    assert (args.model_tag, args.served_model_name) == ("org/model", None)
+    assert armed("smollm2-135m", "--served-model-name", "mine").served_model_name == ["mine"]
+
+
+def test_defaults_arm_everything(tmp_path: Path) -> None:
+    args = armed("org/model")
+    assert SteeringConfig.from_additional_config(args.additional_config) == SteeringConfig()
+    assert args.shutdown_timeout == command.SHUTDOWN_TIMEOUT_S
+    assert os.environ["STEER_ENGINE_VECTORS"] == str(tmp_path / "data" / "steer-engine" / "vectors")
+    assert Path(os.environ["STEER_ENGINE_VECTORS"]).is_dir()
+    assert "STEER_ENGINE_STRICT" not in os.environ
+
+
+def test_our_flags_reach_the_engine(tmp_path: Path) -> None:
+    args = armed(
+        "org/model", "--steering-blocks", "8-22", "--steering-ops=add,ablate", "--steering_rows", "2",
+        "--steering-vectors", str(tmp_path), "--tensor-parallel-size", "2", "--shutdown-timeout", "7",
+    )  # fmt: skip
+    config = SteeringConfig.from_additional_config(args.additional_config)
+    assert config is not None
+    assert (config.blocks, [op.value for op in config.ops], config.rows) == ("8-22", ["add", "ablate"], 2)
+    assert os.environ["STEER_ENGINE_VECTORS"] == str(tmp_path)
+    assert (args.tensor_parallel_size, args.shutdown_timeout) == (2, 7)
+
+
+def test_the_user_s_additional_config_is_kept() -> None:
+    args = armed("org/model", "--additional-config", '{"a": 1, "steer_engine": {"rows": 3}}', "--steering-ops", "add")
+    assert args.additional_config["a"] == 1
+    assert args.additional_config[CONFIG_KEY]["rows"] == 3
+    assert args.additional_config[CONFIG_KEY]["ops"] == ["add"]
+
+
+def test_flags_may_come_from_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: org/model\nsteering-blocks: 8-22\nsteering-vectors: {tmp_path}\nmax-model-len: 99\n")
+    args = armed("--config", str(file))
+    assert args.additional_config[CONFIG_KEY]["blocks"] == "8-22"
+    assert args.max_model_len == 99
+    assert args.model == "org/model"
+
+
+@pytest.mark.parametrize("flag", ["--steering-block", "--steering", "--steering-vec=x", "--steering_row"])
+def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match="--steering-blocks"):
+        command._refuse_unknown_flags(["org/model", flag])
+    command._refuse_unknown_flags(["org/model", "--steering-blocks=1", "--steering_rows", "2", "--strange"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--steering-blocks", "22-8"], "backwards"),
+        (["--steering-ops", "add,multiply"], "ops"),
+        (["--steering-rows", "99"], "rows"),
+        (["--steering-vectors", "/no/such/folder"], "not a folder"),
+        (["--grpc"], "--grpc"),
+        (["--enable-elastic-ep"], "--enable-elastic-ep"),
+        (["--additional-config", '{"steer_engine": {"lines": 3}}'], "lines"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv: list[str], says: str) -> None:
+    args = parsed("org/model", *argv)
+    with pytest.raises(SteerError) as refused:
+        command.arm(args)
+    assert says in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    args = parsed("org/model")
+    with pytest.raises(UnsupportedEngineError, match="VLLM_USE_RUST_FRONTEND"):
+        command.arm(args)
+
+
+def test_strict_names_the_broken_file_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(VectorFileError, match=r"broken\.safetensors"):
+        armed("org/model", "--steering-vectors", str(tmp_path), "--steering-strict")
+    armed("org/model", "--steering-vectors", str(tmp_path))
+
+
+def test_all_plugins_that_would_load_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    command._name_plugins()
+    assert "steer_engine" in os.environ["VLLM_PLUGINS"].split(",")
+    monkeypatch.setenv("VLLM_PLUGINS", "other,steer_engine")
+    command._name_plugins()
+    assert os.environ["VLLM_PLUGINS"] == "other,steer_engine"
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    command._name_plugins()
+    assert os.environ["VLLM_PLUGINS"] == "steer_engine"
+
+
+def test_the_kv_cache_of_a_cpu_is_a_share_unless_something_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("CPU builds only")
+    available = psutil.virtual_memory().available
+    assert 0.1 * available < armed("org/model").kv_cache_memory_bytes < 0.5 * available
+    assert armed("org/model", "--kv-cache-memory-bytes", "1G").kv_cache_memory_bytes == 2**30
+    assert armed("org/model", "--gpu-memory-utilization", "0.3").kv_cache_memory_bytes is None
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert armed("org/model").kv_cache_memory_bytes is None
+
+
+def test_help_shows_our_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help=SteerEngine")
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--steering-vectors", "--steering-blocks", "--steering-strict"))

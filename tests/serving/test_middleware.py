@@ -1,0 +1,165 @@
+"""Steering is told in headers, and is lost on no path."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from steer_engine.serving import told
+from steer_engine.serving.middleware import CARRYING_PATHS, Receive, Scope, Send, SteeringMiddleware
+
+SPEC = {"edits": [{"vector": "cheerful"}]}
+CARRYING = "/v1/chat/completions"
+OTHER = "/v1/embeddings"
+
+
+class App:
+    """Reads the body in the way of a real handler, notes it, and answers; `hook` stands for the steering hook."""
+
+    def __init__(self, *, hook: bool = True, report: dict[str, Any] | None = None, status: int = 200) -> None:
+        self.hook, self.report, self.status = hook, report, status
+        self.retry_after: float | None = None
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        self.bodies.append(body)
+        if self.hook:
+            note = told.begin()
+            note.report, note.retry_after = self.report, self.retry_after
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.body", "body": b"first ", "more_body": True})
+        await send({"type": "http.response.body", "body": b"second"})
+
+
+async def post(app: App, path: str, content: bytes, root_path: str = "") -> httpx.Response:
+    transport = httpx.ASGITransport(app=SteeringMiddleware(app), root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        return await client.post(path, content=content)
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+async def test_a_steered_answer_has_the_headers() -> None:
+    app = App(report={"digest": "sha256:ab", "preset": "calm", "edits": []})
+    answer = await post(app, CARRYING, body(steering=SPEC))
+    assert answer.status_code == 200
+    assert answer.headers["X-Steering"] == "sha256:ab"
+    assert answer.headers["X-Steering-Preset"] == "calm"
+    assert answer.headers["a"] == "b"
+    assert answer.text == "first second"
+    assert app.bodies == [body(steering=SPEC)]
+
+
+async def test_an_unsteered_answer_has_none() -> None:
+    answer = await post(App(), CARRYING, body(prompt="x"))
+    assert not [name for name in answer.headers if name.startswith("x-steering")]
+
+
+async def test_an_error_does_not_claim_that_steering_was_applied() -> None:
+    answer = await post(App(report={"digest": "sha256:ab", "edits": []}, status=404), CARRYING, body(steering=SPEC))
+    assert answer.status_code == 404
+    assert "x-steering" not in answer.headers
+
+
+async def test_retry_after_belongs_to_503() -> None:
+    for status, expected in ((503, "3"), (400, None)):
+        app = App(status=status)
+        app.retry_after = 2.6
+        answer = await post(app, CARRYING, body(steering=SPEC))
+        assert answer.headers.get("retry-after") == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        body(steering=SPEC),
+        body(steering="x"),
+        b'{"\\u0073teering": {"edits": []}}',
+        body(vllm_xargs={"steering": "{}"}),
+        body(sampling_params={"extra_args": {"steering": "{}"}}),
+        body(sampling_params={"extra_args": {"_steer_program": "{}"}}),
+        b'[{"steering": {}}, {"steering": {"edits": []}}]',
+        b'--x\r\ncontent-disposition: form-data; name="steering"\r\n\r\n{}\r\n--x--',
+        b"model=m&steering=%7B%7D",
+    ],
+)
+async def test_a_path_that_cannot_carry_steering_refuses_it_before_its_handler(content: bytes) -> None:
+    app = App()
+    answer = await post(app, OTHER, content)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steering"
+    assert answer.json()["error"]["code"] == 400
+    assert OTHER in answer.json()["error"]["message"]
+    assert app.bodies == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not json: steering", body(steering=None), body(input="steering"), b"\xff\\u steering", b"[" * 9999],
+)
+async def test_other_bodies_pass_untouched(content: bytes) -> None:
+    app = App()
+    answer = await post(app, OTHER, content)
+    assert answer.status_code == 200
+    assert app.bodies == [content]
+
+
+@pytest.mark.parametrize("path", sorted(CARRYING_PATHS))
+async def test_an_answer_that_no_hook_took_account_of_is_replaced(path: str) -> None:
+    answer = await post(App(hook=False), path, body(steering=SPEC))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steering"
+    assert (await post(App(hook=False), path, body(prompt="x"))).text == "first second"
+    assert (await post(App(hook=False, status=422), path, body(steering=SPEC))).status_code == 422
+
+
+async def test_a_trailing_slash_or_a_root_path_is_the_same_path() -> None:
+    assert (await post(App(), CARRYING + "/", body(steering=SPEC))).status_code == 200
+    assert (await post(App(), "/root" + CARRYING, body(steering=SPEC), root_path="/root")).status_code == 200
+    assert (await post(App(), "/root" + OTHER, body(steering=SPEC), root_path="/root")).status_code == 400
+
+
+async def test_our_own_routes_take_specs() -> None:
+    assert (await post(App(), "/v1/steering/validate", body(steering=SPEC))).status_code == 200
+
+
+async def test_a_body_in_pieces_is_read_whole_and_listening_goes_on() -> None:
+    pieces = [b'{"steer', b'ing": ', b'{"edits": []}}']
+    messages = [{"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]} for piece in pieces]
+    incoming = iter([*messages, {"type": "http.disconnect"}])
+    seen, sent = [], []
+
+    async def receive() -> Any:
+        return next(incoming)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([await receive() for _ in range(4)])
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CARRYING, "headers": []}
+    await SteeringMiddleware(app)(scope, receive, send)
+    assert seen == [*messages, {"type": "http.disconnect"}]
+    incoming = iter(messages)
+    await SteeringMiddleware(app)(scope | {"path": OTHER}, receive, send)
+    assert sent[0]["status"] == 400
+
+
+async def test_concurrent_requests_do_not_see_each_other() -> None:
+    assert told.current.get() is None
+    await post(App(report={"digest": "sha256:ab", "edits": []}), CARRYING, body(steering=SPEC))
+    assert told.current.get() is None
+    answer = await post(App(hook=False), CARRYING, body(prompt="x"))
+    assert "x-steering" not in answer.headers

@@ -1,0 +1,69 @@
+"""Readiness is the engine's own word, asked once at a time and never abandoned."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from steer_engine.errors import CapacityError, UnsupportedEngineError
+from steer_engine.serving.readiness import Readiness
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.calls = 0
+        self.finished = 0
+        self.wait: asyncio.Event | None = None
+        self.error: Exception | None = None
+
+    async def handshake(self) -> dict[str, Any]:
+        self.calls += 1
+        if self.wait is not None:
+            await self.wait.wait()
+        self.finished += 1
+        if self.error is not None:
+            raise self.error
+        return {"workers": 1}
+
+
+async def test_the_answer_is_the_engine_s() -> None:
+    engine = Engine()
+    assert await Readiness(engine.handshake).check() == {"workers": 1}
+
+
+async def test_each_probe_asks_anew_but_probes_at_once_share_a_call() -> None:
+    engine = Engine()
+    readiness = Readiness(engine.handshake)
+    await readiness.check()
+    await readiness.check()
+    assert engine.calls == 2
+    await asyncio.gather(*(readiness.check() for _ in range(20)))
+    assert engine.calls == 3
+
+
+async def test_a_timeout_leaves_the_call_running() -> None:
+    engine = Engine()
+    engine.wait = asyncio.Event()
+    readiness = Readiness(engine.handshake, timeout_s=0.01)
+    for _ in range(2):
+        with pytest.raises(CapacityError, match=r"0\.01 s"):
+            await readiness.check()
+    assert (engine.calls, engine.finished) == (1, 0)
+    engine.wait.set()
+    assert await readiness.check() == {"workers": 1}
+    assert (engine.calls, engine.finished) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(UnsupportedEngineError("not armed"), UnsupportedEngineError), (RuntimeError("dead"), CapacityError)],
+)
+async def test_any_failure_is_a_reason(raised: Exception, expected: type[Exception]) -> None:
+    engine = Engine()
+    engine.error = raised
+    with pytest.raises(expected):
+        await Readiness(engine.handshake).check()
+    engine.error = None
+    assert await Readiness(engine.handshake).check() == {"workers": 1}

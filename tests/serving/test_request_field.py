@@ -1,0 +1,83 @@
+"""Exactly one way to ask; every other place is an error, never a steering that nobody reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steer_engine.errors import SteeringRequestError
+from steer_engine.serving.request_field import mentions_steering, steering_of
+
+SPEC: dict[str, Any] = {"edits": [{"vector": "cheerful"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        ({}, None),
+        ({"steering": None}, None),
+        ({"steering": False}, False),
+        ({"steering": SPEC}, SPEC),
+        ({"vllm_xargs": {"steering": "{}"}}, "{}"),
+        ({"steering": None, "vllm_xargs": {"steering": "{}"}}, "{}"),
+        ({"steering": SPEC, "vllm_xargs": {"steering": None}}, SPEC),
+        ({"steering": SPEC, "vllm_xargs": None}, SPEC),
+        ({"vllm_xargs": {"session_id": "a"}}, None),
+        ({"messages": [{"role": "user", "content": '"steering": {}'}]}, None),
+    ],
+)
+def test_where_steering_is_read(body: dict[str, Any], asked: Any) -> None:
+    assert steering_of(body) == asked
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"steering": SPEC, "vllm_xargs": {"steering": "{}"}}, "steering"),
+        ({"steering": False, "vllm_xargs": {"steering": "{}"}}, "steering"),
+        ({"vllm_xargs": {"steering": 3}}, "vllm_xargs.steering"),
+        ({"vllm_xargs": {"steering": ["a"]}}, "vllm_xargs.steering"),
+        ({"vllm_xargs": {"_steer_program": "x"}}, "vllm_xargs._steer_program"),
+        ({"vllm_xargs": {"_steer": "x"}, "steering": SPEC}, "vllm_xargs._steer"),
+        ({"extra_body": {"steering": SPEC}}, "extra_body"),
+        ({"extra_body": {"vllm_xargs": {"steering": "{}"}}}, "extra_body"),
+        ({"extra_args": {"steering": "{}"}}, "extra_args"),
+        ({"extra_args": {"_steer_program": 1}}, "extra_args"),
+        ({"sampling_params": {"extra_args": {"steering": "{}"}}}, "sampling_params"),
+    ],
+)
+def test_refused_places(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(SteeringRequestError) as refused:
+        steering_of(body)
+    assert refused.value.param == param
+    assert refused.value.status == 400
+    assert mentions_steering(body) or body["vllm_xargs"].get("steering") is not None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [{"function": {"parameters": {"properties": {"steering": {"type": "string"}}}}}]},
+        {"steering": None},
+        {"steering": False},
+        {"input": "steering"},
+        {"vllm_xargs": {"steering": None}},
+        ["steering"],
+        "steering",
+        None,
+        3,
+    ],
+)
+def test_other_uses_of_the_word_are_left_alone(body: Any) -> None:
+    assert not mentions_steering(body)
+
+
+def test_a_list_of_requests_is_looked_through() -> None:
+    assert mentions_steering([{"prompt": "a"}, {"prompt": "b", "steering": SPEC}])
+
+
+def test_a_long_reserved_key_is_not_echoed_whole() -> None:
+    with pytest.raises(SteeringRequestError) as refused:
+        steering_of({"vllm_xargs": {"_steer" + "x" * 10_000: 1}})
+    assert len(refused.value.message) < 300
