@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from steer_engine.errors import VectorFileError
-from steer_engine.vectors import ControlVector, load
-from steer_engine.vectors.files import SUFFIXES
+
+if TYPE_CHECKING:
+    from steer_engine.vectors import ControlVector
 
 app = typer.Typer(no_args_is_help=True, help="Control-vector files: safetensors and GGUF.")
 
@@ -25,6 +26,8 @@ def show(
     The dose is |v| over the mean residual norm |x|: what scale 1 adds, in parts of the stream.
     Example: steer-engine vectors show vectors/cheerful.safetensors
     """
+    from steer_engine.vectors import load  # costs half a second, which help need not wait for
+
     if path.is_dir():
         _show_folder(path)
     else:
@@ -32,6 +35,9 @@ def show(
 
 
 def _show_folder(folder: Path) -> None:
+    from steer_engine.vectors import load
+    from steer_engine.vectors.files import SUFFIXES
+
     table = Table("name", "blocks", "D", "method", "model", "digest", title=str(folder))
     broken: list[str] = []
     for file in sorted(entry for entry in folder.iterdir() if entry.suffix in SUFFIXES):
