@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="[bold]Start here[/bold]\n\n"
-    "steer-engine derive smollm2-135m --pairs pairs.jsonl --out vectors/cheerful.safetensors\n\n"
+    "steer-engine derive smollm2-135m --pairs sentiment --blocks 8-19 --out vectors/cheerful.safetensors\n\n"
     "steer-engine vectors show vectors/\n\n"
     "steer-engine serve smollm2-135m --steering-vectors vectors/",
 )
@@ -46,24 +46,26 @@ def steer_engine(
     """
 
 
-@app.command(
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Settings of a command that hands all its arguments to another parser, which is imported only then."""
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
 def serve(context: typer.Context) -> None:
-    """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering.
-
-    Takes every flag of `vllm serve`, and those that begin with --steering-.
-
-    Examples:
-
-        steer-engine serve smollm2-135m --steering-vectors vectors/ --port 8000
-
-        steer-engine serve org/model --steering-blocks 8-22 --steering-ops add --max-model-len 4096
-    """
+    """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering."""
     from steer_engine.serving.command import serve as run
 
     raise typer.Exit(run(context.args))
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def derive(context: typer.Context) -> None:
+    """Derive a control vector from contrast pairs, on the engine that will serve it."""
+    from steer_engine.derive.command import derive_command
+
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    command.command(context_settings={"help_option_names": ["-h", "--help"]})(derive_command)
+    command(args=context.args, prog_name=context.command_path)
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ def vector() -> ControlVector:
 def test_help_teaches_with_examples() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for expected in ("serve", "derive", "vectors", "models", "steer-engine serve smollm2-135m --steering-vectors"):
-        assert expected in done.stdout
+    for example in ("derive smollm2-135m --pairs sentiment", "vectors show", "serve smollm2-135m --steering-vectors"):
+        assert f"steer-engine {example}" in done.stdout
 
 
 def test_help_imports_no_engine() -> None:
@@ -106,6 +106,20 @@ def test_markup_in_a_message_is_printed_as_it_is(tmp_path: Path) -> None:
     broken = tmp_path / "[red]x.safetensors"
     broken.write_bytes(b"")
     assert "[red]x.safetensors" in run("vectors", "show", str(broken)).stderr
+
+
+def test_derive_passes_its_arguments_on(tmp_path: Path) -> None:
+    done = run("derive", "--help")
+    assert done.returncode == 0
+    assert "Usage: steer-engine derive [OPTIONS]" in done.stdout
+    assert "--pairs" in done.stdout
+    done = run(
+        "derive", "smollm2-135m", "--pairs", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "v.safetensors")
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "none.jsonl" in done.stderr
+    assert run("derive", "smollm2-135m").returncode == 2  # required options are missing
 
 
 def test_serve_passes_flags_on_and_reports_its_status() -> None:

@@ -35,7 +35,7 @@ def main() -> int:
     with show.step("model: find or convert the checkpoint"):
         model_path = str(get_model(PACKAGED[MODEL], lambda line: out.print(f"   {line}", style="dim")))
     with show.step(f"vector: {METHOD} of {pairs_path().name}, blocks {BLOCKS}"):
-        vectors = derive_once(model_path)
+        vectors = derive_once(MODEL, model_path)
 
     flags = [*SERVER_FLAGS, *([] if gpu_name() else CPU_FLAGS)]
     command = [MODEL, "--steering-vectors", str(vectors), *flags]

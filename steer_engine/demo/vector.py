@@ -29,15 +29,15 @@ def vector_folder(model_path: str) -> Path:
     return cache_dir() / "demo" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def derive_once(model_path: str) -> Path:
-    """The folder that holds the vector's file, which is derived if it is not there yet."""
+def derive_once(model: str, model_path: str) -> Path:
+    """The folder that holds the vector's file, derived if it is not there yet. `model` is what the vector calls it."""
     folder = vector_folder(model_path)
     file = folder / f"{NAME}.safetensors"
     if not file.exists():
         # Imported here: only a first run needs Ray.
         from steer_engine.derive import derive
 
-        vector = derive(model_path, pairs_path(), method=METHOD, blocks=BLOCKS, position=POSITION)
+        vector = derive(model, pairs_path(), method=METHOD, blocks=BLOCKS, position=POSITION)
         folder.mkdir(parents=True, exist_ok=True)
         save(vector, file)
     return folder
