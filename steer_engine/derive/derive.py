@@ -1,0 +1,142 @@
+"""Contrast pairs in, control vector out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steer_engine.derive.actors import pool
+from steer_engine.derive.fit import MAX_ROWS_BYTES, Readings, fit
+from steer_engine.derive.methods import FROM_ROWS, require_method
+from steer_engine.derive.pairs import Pair, Pairs, load_pairs
+from steer_engine.derive.position import Position
+from steer_engine.derive.progress import Progress
+from steer_engine.derive.reader import EngineFacts, ReaderConfig
+from steer_engine.errors import DerivationError
+from steer_engine.models import PACKAGED, resolve_model
+from steer_engine.spec import parse_blocks
+from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.metadata import VectorMetadata
+
+
+def derive(
+    model: str,
+    pairs: str | os.PathLike[str] | Pairs | Sequence[Pair],
+    *,
+    method: str = "diffmean",
+    blocks: str | int | Iterable[int] = "all",
+    position: str = "last",
+    chat: bool = False,
+    dtype: str = "auto",
+    actors: int = 1,
+    ray_address: str | None = None,
+    gpus_per_actor: float | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> ControlVector:
+    """Derive a control vector on the engine that will serve it.
+
+    Ray actors, each with a `steer_engine.LLM`, read the residual stream of every text at the very hook that steers, and
+    send back sums (or rows, for methods that need them).
+
+    Args:
+        model: path, Hugging Face id, or the name of a packaged model.
+        pairs: JSONL file or name of a packaged set (see `load_pairs`), or pairs.
+        method: one of `methods.METHODS`. Scale 1 of the vector is the difference of the means for all but `mean`.
+        blocks: sites to read, `"all"`, `"8-22"`, a number or numbers.
+        position: token rows that stand for a text: `"last"`, `"mean"`, or numbers such as `"-1,-2"`.
+        chat: render the texts with the model's chat template.
+        actors: engines that read side by side. ray_address: cluster to run them on (None: a local Ray for this call).
+        gpus_per_actor: None takes one each where Ray has as many.
+        engine_args: further arguments of the engine, such as `{"tensor_parallel_size": 2}`.
+
+    Raises:
+        DerivationError: the pairs or settings cannot give a vector; names file and line where there is one.
+        UnsupportedEngineError: the model cannot be armed.
+    """
+    require_method(method)
+    pairs = _as_pairs(pairs)
+    config = ReaderConfig(
+        model=_model_for_actors(model, local=ray_address is None),
+        blocks=_as_blocks(blocks),
+        position=Position(position),
+        chat=chat,
+        keep_rows=method in FROM_ROWS,
+        source=pairs.source or "pairs",
+        engine_args=tuple({**_engine_defaults(), "dtype": dtype, **(engine_args or {})}.items()),
+    )
+    with (
+        Progress(enabled=progress) as shown,
+        pool(config, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor) as engines,
+    ):
+        with shown.waiting(f"starting {actors} engine{'s' if actors > 1 else ''} for {model}"):
+            facts = engines.facts()
+        if config.keep_rows:
+            _require_room(len(pairs), facts)
+        readings = Readings()
+        with shown.counting("reading", total=len(pairs), unit="pairs") as advance:
+            for reading in engines.read(pairs):
+                readings.add(reading)
+                advance(reading.positive.count)
+    directions, norms = fit(readings, method, facts.blocks)
+    return ControlVector(
+        directions=directions,
+        metadata=VectorMetadata(
+            model=Path(model).name if Path(model).exists() else model,
+            architecture=facts.architecture,
+            hidden_size=facts.hidden_size,
+            num_blocks=facts.num_blocks,
+            method=method,
+            position=position,
+            residual_norms=norms,
+            dataset_digest=pairs.digest,
+            created_with=dict(facts.versions),
+            notes=f"{len(pairs)} pairs, read in {facts.dtype}{', chat template' if chat else ''}.",
+        ),
+    )
+
+
+def _model_for_actors(model: str, *, local: bool) -> str:
+    """The model as an actor can open it, whatever its working directory.
+
+    A packaged model goes by its name, since another machine keeps it elsewhere; here it is made ready beforehand, where
+    the user sees it.
+    """
+    if model in PACKAGED:
+        if local:
+            resolve_model(model)
+        return model
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _engine_defaults() -> dict[str, Any]:
+    """Reading needs no CUDA graphs or compilation (a minute or two saved), no cache, and no more length than fits."""
+    return {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": -1}
+
+
+def _as_pairs(pairs: str | os.PathLike[str] | Pairs | Sequence[Pair]) -> Pairs:
+    if isinstance(pairs, Pairs):
+        return pairs
+    if isinstance(pairs, str | os.PathLike):
+        return load_pairs(pairs)
+    return Pairs(tuple(pairs))
+
+
+def _as_blocks(blocks: str | int | Iterable[int]) -> tuple[int, ...] | None:
+    try:
+        return parse_blocks(blocks if isinstance(blocks, str | int) else list(blocks))
+    except ValueError as error:
+        raise DerivationError(f"{error}.") from None
+
+
+def _require_room(num_pairs: int, facts: EngineFacts) -> None:
+    size = 2 * num_pairs * len(facts.blocks) * facts.hidden_size * np.dtype(np.float32).itemsize
+    if size > MAX_ROWS_BYTES:
+        raise DerivationError(
+            f"The rows of {num_pairs} pairs at {len(facts.blocks)} blocks take {size >> 20} MiB; this method keeps "
+            f"them all, at most {MAX_ROWS_BYTES >> 20} MiB. Choose fewer blocks or pairs, or diffmean."
+        )

@@ -1,0 +1,82 @@
+"""From readings to directions and residual norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_engine.derive.methods import FROM_MOMENTS, FROM_ROWS, require_method
+from steer_engine.derive.moments import Moments, Rows
+from steer_engine.derive.reader import Reading
+from steer_engine.errors import DerivationError
+
+MAX_ROWS_BYTES = 1 << 30
+"""Rows kept in memory by the methods that need them."""
+
+ZERO = 2.0**-20
+"""A direction shorter than this, in mean residual norms, is what float32 rounding leaves of nothing: a relative error
+of 2**-24 per value read, times 16 for the model's own roundings behind it."""
+
+
+class Readings:
+    """What has been read so far, merged in the order of the chunks."""
+
+    def __init__(self) -> None:
+        self._positive: Moments | None = None
+        self._negative: Moments | None = None
+        self._positive_NLD: list[Rows] = []
+        self._negative_NLD: list[Rows] = []
+        self._next = 0
+
+    def add(self, reading: Reading) -> None:
+        """Merge the next chunk; out of order is a bug, since sums would depend on it."""
+        assert reading.index == self._next, f"chunk {reading.index} came where {self._next} was due"
+        self._next += 1
+        self._positive = reading.positive if self._positive is None else self._positive + reading.positive
+        self._negative = reading.negative if self._negative is None else self._negative + reading.negative
+        if reading.positive_NLD is not None and reading.negative_NLD is not None:
+            self._positive_NLD.append(reading.positive_NLD)
+            self._negative_NLD.append(reading.negative_NLD)
+
+    @property
+    def moments(self) -> tuple[Moments, Moments]:
+        assert self._positive is not None
+        assert self._negative is not None
+        return self._positive, self._negative
+
+    def rows(self, which: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Positive and negative rows `[N, D]` of the block at place `which`, in float64."""
+        assert self._positive_NLD, "rows were not kept"
+        positive = np.concatenate([rows[:, which] for rows in self._positive_NLD]).astype(np.float64)
+        negative = np.concatenate([rows[:, which] for rows in self._negative_NLD]).astype(np.float64)
+        return positive, negative
+
+
+def fit(
+    readings: Readings, method: str, blocks: Sequence[int]
+) -> tuple[dict[int, npt.NDArray[np.float32]], dict[int, float]]:
+    """Directions and mean residual norms by block.
+
+    Raises:
+        DerivationError: positives and negatives do not differ where they were read.
+    """
+    require_method(method)
+    positive, negative = readings.moments
+    norm_L = (positive.norm_L + negative.norm_L) / (positive.norm_count + negative.norm_count)
+    if method in FROM_MOMENTS:
+        directions_LD = FROM_MOMENTS[method](positive, negative)
+    else:
+        directions_LD = np.stack([FROM_ROWS[method](*readings.rows(which)) for which in range(len(blocks))])
+    length_L = np.linalg.norm(directions_LD, axis=1)
+    zero = [block for block, length, norm in zip(blocks, length_L, norm_L, strict=True) if length <= ZERO * norm]
+    if zero:
+        raise DerivationError(
+            f"Positives and negatives do not differ at block(s) {', '.join(map(str, zero))}: "
+            "the direction there is zero. "
+            "Texts that differ only before the position read, or the same texts on both sides, do this; "
+            "choose other pairs, blocks or another position."
+        )
+    directions = {block: directions_LD[i].astype(np.float32) for i, block in enumerate(blocks)}
+    return directions, {block: float(norm_L[i]) for i, block in enumerate(blocks)}

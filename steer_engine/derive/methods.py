@@ -1,0 +1,166 @@
+"""From rows of the residual stream to a direction. Pure NumPy, float64, no engine.
+
+The formulas are those of the literature: `diffmean` is CAA's (Rimsky et al. 2024) and the contrastive reading of
+Højer et al. (ICLR 2025), `pca_centred` its PCA and repeng's `pca_diff`, `pca` repeng's `pca_center`, `lat` that of
+Zou et al. (2023).
+
+Every direction is signed so that positives project higher, and is as long as the difference of the means: scale 1
+means the same push whatever the method. Only `mean` is taken as it is.
+
+Shape suffixes: N texts, L blocks, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_engine.derive.moments import Moments
+from steer_engine.errors import DerivationError
+
+Array = npt.NDArray[np.float64]
+
+LAT_SEED = 0
+"""`lat` pairs texts at random; a fixed seed makes the same data give the same vector."""
+
+LOGISTIC_L2 = 1.0
+"""Strength of the ridge on standardised rows, as scikit-learn's C = 1."""
+
+LDA_SHRINKAGE = 0.1
+"""Ridge of the within-class scatter, in parts of its mean eigenvalue."""
+
+
+def mean(positive: Moments, negative: Moments) -> Array:
+    """mu+ (reading). `[L, D]`"""
+    return positive.mean_LD
+
+
+def diffmean(positive: Moments, negative: Moments) -> Array:
+    """mu+ - mu-. `[L, D]`"""
+    return positive.mean_LD - negative.mean_LD
+
+
+def mean_centred(target: Moments, background: Moments) -> Array:
+    """mu_target - mu_background: `diffmean`'s formula, where negatives are everyday texts. `[L, D]`"""
+    return target.mean_LD - background.mean_LD
+
+
+def pca(positive_ND: Array, negative_ND: Array) -> Array:
+    """Top right singular vector of the paired differences, uncentred: it keeps their mean. `[D]`"""
+    return _top_direction(_differences(positive_ND, negative_ND), positive_ND, negative_ND)
+
+
+def pca_centred(positive_ND: Array, negative_ND: Array) -> Array:
+    """First principal component of the paired differences. `[D]`"""
+    differences_ND = _differences(positive_ND, negative_ND)
+    return _top_direction(differences_ND - differences_ND.mean(axis=0), positive_ND, negative_ND)
+
+
+def lat(positive_ND: Array, negative_ND: Array) -> Array:
+    """First principal component of differences between randomly paired texts of both classes. `[D]`"""
+    rows_ND = np.concatenate([positive_ND, negative_ND])
+    order = np.random.default_rng(LAT_SEED).permutation(len(rows_ND))
+    half = len(order) // 2
+    differences_ND = rows_ND[order[:half]] - rows_ND[order[half : 2 * half]]
+    return _top_direction(differences_ND - differences_ND.mean(axis=0), positive_ND, negative_ND)
+
+
+def logistic(positive_ND: Array, negative_ND: Array) -> Array:
+    """Weights of a ridge-penalised logistic regression on standardised rows, in the rows' own units. `[D]`
+
+    Solved in the span of the rows (N unknowns instead of D) by scipy's L-BFGS.
+    """
+    from scipy.optimize import minimize
+
+    rows_ND = np.concatenate([positive_ND, negative_ND])
+    label_N = np.concatenate([np.ones(len(positive_ND)), -np.ones(len(negative_ND))])
+    spread_D = rows_ND.std(axis=0)
+    spread_D[spread_D == 0.0] = 1.0
+    scaled_ND = (rows_ND - rows_ND.mean(axis=0)) / spread_D
+    # scaled = basis @ span: the optimal weights lie in the row span, and |w| is kept by an orthonormal one.
+    basis_NK, values_K, span_KD = np.linalg.svd(scaled_ND, full_matrices=False)
+    features_NK = basis_NK * values_K
+
+    def loss(theta: Array) -> tuple[float, Array]:
+        weight_K, bias = theta[:-1], theta[-1]
+        margin_N = label_N * (features_NK @ weight_K + bias)
+        slope_N = -label_N * np.exp(-np.logaddexp(0.0, margin_N))
+        value = np.logaddexp(0.0, -margin_N).sum() + 0.5 * LOGISTIC_L2 * weight_K @ weight_K
+        return float(value), np.append(features_NK.T @ slope_N + LOGISTIC_L2 * weight_K, slope_N.sum())
+
+    found = minimize(loss, np.zeros(len(values_K) + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    return _signed_and_scaled((found.x[:-1] @ span_KD) / spread_D, positive_ND, negative_ND)
+
+
+def lda(positive_ND: Array, negative_ND: Array) -> Array:
+    """(S_w + lambda I)^-1 (mu+ - mu-), lambda a tenth of S_w's mean eigenvalue. `[D]`
+
+    By the Woodbury identity in the span of the rows, so that no `[D, D]` matrix is made.
+    """
+    gap_D = positive_ND.mean(axis=0) - negative_ND.mean(axis=0)
+    within_ND = np.concatenate([positive_ND - positive_ND.mean(axis=0), negative_ND - negative_ND.mean(axis=0)])
+    within_ND = within_ND / np.sqrt(len(within_ND))
+    ridge = LDA_SHRINKAGE * float((within_ND**2).sum()) / within_ND.shape[1]
+    if ridge == 0.0:
+        return _signed_and_scaled(gap_D, positive_ND, negative_ND)
+    gram_NN = within_ND @ within_ND.T
+    inner_N = np.linalg.solve(gram_NN + ridge * np.eye(len(gram_NN)), within_ND @ gap_D)
+    return _signed_and_scaled((gap_D - within_ND.T @ inner_N) / ridge, positive_ND, negative_ND)
+
+
+FROM_MOMENTS: dict[str, Callable[[Moments, Moments], Array]] = {
+    "diffmean": diffmean,
+    "mean": mean,
+    "mean_centred": mean_centred,
+}
+"""Methods that need sums only: any number of texts in constant memory."""
+
+FROM_ROWS: dict[str, Callable[[Array, Array], Array]] = {
+    "pca": pca,
+    "pca_centred": pca_centred,
+    "lat": lat,
+    "logistic": logistic,
+    "lda": lda,
+}
+"""Methods that need the rows of one block at a time."""
+
+METHODS = (*FROM_MOMENTS, *FROM_ROWS)
+
+
+def require_method(name: str) -> str:
+    """The name, or DerivationError with the valid ones."""
+    if name not in METHODS:
+        raise DerivationError(f"There is no method {name[:64]!r}; valid are {', '.join(METHODS)}.")
+    return name
+
+
+def _differences(positive_ND: Array, negative_ND: Array) -> Array:
+    assert positive_ND.shape == negative_ND.shape, "paired methods need one negative per positive"
+    return positive_ND - negative_ND
+
+
+def _top_direction(rows_ND: Array, positive_ND: Array, negative_ND: Array) -> Array:
+    """Right singular vector of the largest singular value, by the smaller of the two Gram matrices."""
+    num_rows, width = rows_ND.shape
+    if num_rows < width:
+        _, vectors_NN = np.linalg.eigh(rows_ND @ rows_ND.T)
+        direction_D = rows_ND.T @ vectors_NN[:, -1]
+    else:
+        _, vectors_DD = np.linalg.eigh(rows_ND.T @ rows_ND)
+        direction_D = vectors_DD[:, -1]
+    return _signed_and_scaled(direction_D, positive_ND, negative_ND)
+
+
+def _signed_and_scaled(direction_D: Array, positive_ND: Array, negative_ND: Array) -> Array:
+    """The direction with positives projecting higher, as long as the difference of the means.
+
+    A direction at right angles to that difference keeps the sign it has; a zero direction stays zero.
+    """
+    gap_D = positive_ND.mean(axis=0) - negative_ND.mean(axis=0)
+    length = float(np.linalg.norm(direction_D))
+    if length == 0.0:
+        return direction_D
+    sign = -1.0 if direction_D @ gap_D < 0.0 else 1.0
+    return direction_D * (sign * float(np.linalg.norm(gap_D)) / length)

@@ -1,0 +1,60 @@
+"""Progress on a terminal or in a notebook; a few plain lines where output goes to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Stages of one run on standard error."""
+
+    def __init__(self, *, enabled: bool, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._enabled = enabled
+        self._bars = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not enabled or not self._animated,
+        )
+
+    @property
+    def _animated(self) -> bool:
+        return self._console.is_terminal or self._console.is_jupyter
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Something of unknown length."""
+        self._say(what)
+        task = self._bars.add_task(what, total=None)
+        yield
+        self._bars.remove_task(task)
+
+    @contextmanager
+    def counting(self, what: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Something of `total` steps; call what it yields with the number of steps done since the last call."""
+        self._say(f"{what} {total} {unit}")
+        task = self._bars.add_task(f"{what} {unit}", total=total)
+        yield lambda steps: self._bars.advance(task, steps)
+
+    def _say(self, line: str) -> None:
+        if self._enabled and not self._animated:
+            self._console.print(line, highlight=False, markup=False)

