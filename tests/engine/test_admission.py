@@ -1,0 +1,122 @@
+"""Invariants 7 and 8 offline: what cannot be steered is refused by a clear error, and the next request is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_vector
+from driving import edit, generate, params, sampled, score, steering, tokens
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.program import PROGRAM_KEY
+
+PROMPT = tokens(4, 20)
+
+REFUSED: dict[str, tuple[Any, str, str]] = {
+    "unknown vector": (steering(edit("nobody")), "steering.edits[0].vector", "nobody"),
+    "block out of range": (steering(edit("r0", blocks="1-3")), "steering.edits[0].blocks", "block"),
+    "other hidden size": (steering(edit("wide")), "steering.edits[0].vector", "hidden size"),
+    "not finite": (steering(edit("r0", float("nan"))), "steering.edits[0].scale", "finite"),
+    "absurd": (steering(edit("r0", 1e6)), "steering.edits[0].scale", "1000"),
+    "unknown key": (steering(edit("r0", strength=2)), "steering.edits[0].strength", "unknown"),
+    "wrong type": (steering(edit("r0", "2")), "steering.edits[0].scale", "number"),  # type: ignore[arg-type]
+    "no edits": ({"edits": []}, "steering.edits", "at least 1"),
+    "too many rows": (
+        steering(*[edit(f"r{i}", scope={"start": i}) for i in range(5)]),
+        "steering.edits",
+        "--steering-rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_specs(tiny: LLM, name: str) -> None:
+    spec, param, words = REFUSED[name]
+    tiny.vectors.add("wide", random_vector(0, hidden_size=128))
+    before = sampled(generate(tiny, [PROMPT], [None])[0])
+    with pytest.raises(SteeringRequestError) as caught:
+        generate(tiny, [PROMPT], [spec])
+    assert caught.value.param == param
+    assert words in caught.value.message
+    assert not tiny.llm_engine.has_unfinished_requests()
+    assert sampled(generate(tiny, [PROMPT], [None])[0]) == before
+
+
+def test_unknown_vectors_have_a_status_of_their_own(tiny: LLM) -> None:
+    with pytest.raises(UnknownVectorError):
+        generate(tiny, [PROMPT], [steering(edit("nobody"))])
+
+
+def test_the_reserved_key_is_ours(tiny: LLM) -> None:
+    wire = {"sites": [], "vectors": [], "identity": [], "keep_norm": False}
+    with pytest.raises(VLLMValidationError, match="reserved"):
+        tiny.generate(
+            {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1, extra_args={PROGRAM_KEY: wire}), use_tqdm=False
+        )
+
+
+def test_the_callers_params_stay_untouched(tiny: LLM) -> None:
+    asked = params(steering(edit("r0", 2.0)))
+    tiny.generate([{"prompt_token_ids": PROMPT}, {"prompt_token_ids": PROMPT[:7]}], asked, use_tqdm=False)
+    assert asked.extra_args == {"steering": steering(edit("r0", 2.0))}
+
+
+def test_children_of_n_are_steered(tiny: LLM) -> None:
+    """Every sample of n=3, re-scored: its tokens are as likely as the steered model says, not the plain one."""
+    spec = steering(edit("r5", 1.5))
+    output = generate(tiny, [PROMPT], [spec], n=3, temperature=1.0, max_tokens=8)[0]
+    assert len(output.outputs) == 3
+    for completion in output.outputs:
+        ids = list(completion.token_ids)
+        reported = np.array([step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)])
+        whole = [*PROMPT, *ids]
+        steered = score(tiny, [whole], [spec])[0][len(PROMPT) - 1 :]
+        plain = score(tiny, [whole], [None])[0][len(PROMPT) - 1 :]
+        assert np.abs(reported - steered).max() <= 1e-4
+        assert np.abs(reported - plain).max() >= 1e-2
+
+
+def test_more_requests_than_slots(tiny: LLM) -> None:
+    """Three waves of distinct programs over 32 slots: slots and rows are handed on cleanly, in any order."""
+    num = 40
+    prompts = [tokens(200 + i, 6 + i % 5) for i in range(num)]
+    specs = [steering(edit(f"r{i % 32}", 1.0 + i / num)) if i % 3 else None for i in range(num)]
+    lengths = [1 + (7 * i) % 11 for i in range(num)]
+    inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    batch = tiny.generate(
+        inputs, [params(spec, max_tokens=n) for spec, n in zip(specs, lengths, strict=True)], use_tqdm=False
+    )
+    tiny.llm_engine.reset_prefix_cache()
+    for i in range(0, num, 3):
+        for j in (i, (i + 1) % num):
+            alone = generate(tiny, [prompts[j]], [specs[j]], max_tokens=lengths[j])[0]
+            ids, logprobs = sampled(alone)
+            assert list(batch[j].outputs[0].token_ids) == ids
+            assert np.abs(np.subtract(sampled(batch[j])[1], logprobs)).max() <= 1e-4
+    worker = tiny.steering_status()["workers"][0]
+    # The last ones to finish are cleared by the next step; an unsteered request brings one.
+    generate(tiny, [PROMPT], [None], max_tokens=1)
+    worker = tiny.steering_status()["workers"][0]
+    assert worker["steered_slots"] == 0
+    assert worker["bank_rows_pinned"] == 0
+
+
+def test_an_aborted_request_leaves_nothing(tiny: LLM) -> None:
+    engine = tiny.llm_engine
+    engine.add_request("goes", {"prompt_token_ids": PROMPT}, params(steering(edit("r6", 3.0)), max_tokens=50))
+    for _ in range(4):
+        engine.step()
+    engine.abort_request(["goes"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    tiny.llm_engine.reset_prefix_cache()
+    plain = sampled(generate(tiny, [PROMPT], [None])[0])
+    tiny.llm_engine.reset_prefix_cache()
+    again = sampled(generate(tiny, [PROMPT], [None])[0])
+    assert plain == again
+    assert tiny.steering_status()["workers"][0]["steered_slots"] == 0

@@ -1,0 +1,121 @@
+"""Invariant 6: equal steering shares cached prefixes, unequal steering never does, and what may be shared is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_vector
+from driving import edit, generate, sampled, steering, tokens
+
+from steer_engine import LLM
+
+BLOCK = 32
+PROMPT = tokens(2, 4 * BLOCK + 5)
+FULL = 4 * BLOCK
+
+
+@pytest.fixture
+def llm(tiny: LLM) -> LLM:
+    tiny.llm_engine.reset_prefix_cache()
+    return tiny
+
+
+def ask(llm: LLM, spec: dict[str, Any] | None, prompt: list[int] = PROMPT) -> tuple[int, tuple[list[int], list[float]]]:
+    """Cached prompt tokens, and the answer."""
+    output = generate(llm, [prompt], [spec], max_tokens=4)[0]
+    return output.num_cached_tokens, sampled(output)
+
+
+def test_equal_steering_shares_whatever_the_vector_is_called(llm: LLM) -> None:
+    llm.vectors.add("r0-again", random_vector(0))
+    cached, first = ask(llm, steering(edit("r0")))
+    assert cached == 0
+    cached, second = ask(llm, steering(edit("r0-again")))
+    assert cached == FULL
+    assert np.abs(np.subtract(first[1], second[1])).max() <= 1e-5
+    cached, _ = ask(llm, steering(edit("r0", 0.25), edit("r0", 0.75)))
+    assert cached == FULL, "adds of one vector sum up to the same edit"
+
+
+def test_unequal_steering_does_not_share(llm: LLM) -> None:
+    plain_cached, plain = ask(llm, None)
+    assert plain_cached == 0
+    different = [
+        steering(edit("r0")),
+        steering(edit("r0", 1.25)),
+        steering(edit("r1")),
+        steering(edit("r0", blocks=1)),
+        steering(edit("r0", op="ablate")),
+        steering(edit("r0"), preserve_norm=True),
+        steering(edit("r0", gate={"vector": "r1", "min_cos": -0.9})),
+    ]
+    alone = {}
+    for number, spec in enumerate(different):
+        cached, answer = ask(llm, spec)
+        assert cached == 0, spec
+        alone[number] = answer
+    # And each finds its own again, right; nobody was served another's.
+    cached, again = ask(llm, None)
+    assert cached == FULL
+    assert np.abs(np.subtract(again[1], plain[1])).max() <= 1e-5
+    for number, spec in enumerate(different):
+        cached, answer = ask(llm, spec)
+        assert cached == FULL
+        assert np.abs(np.subtract(answer[1], alone[number][1])).max() <= 1e-5
+
+
+def test_generation_scope_shares_the_prompt_with_plain_traffic(llm: LLM) -> None:
+    plain = ask(llm, None)[1]
+    cached, steered = ask(llm, steering(edit("r0", 1.5, scope="generation")))
+    assert cached == FULL
+    assert steered != plain
+    cached, other = ask(llm, steering(edit("r1", 1.5, scope="generation")))
+    assert cached == FULL
+    assert other not in (plain, steered)
+    # The other way round, and cold against warm.
+    llm.llm_engine.reset_prefix_cache()
+    cold = ask(llm, steering(edit("r0", 1.5, scope="generation")))
+    assert cold[0] == 0
+    assert np.abs(np.subtract(cold[1][1], steered[1])).max() <= 1e-5
+    cached, again = ask(llm, None)
+    assert cached == FULL
+    assert np.abs(np.subtract(again[1], plain[1])).max() <= 1e-5
+
+
+def test_blocks_before_a_span_are_shared(llm: LLM) -> None:
+    ask(llm, None)
+    assert ask(llm, steering(edit("r0", scope={"start": 2 * BLOCK})))[0] == 2 * BLOCK
+    assert ask(llm, steering(edit("r0", scope={"start": 2 * BLOCK + 7, "end": 2 * BLOCK + 9})))[0] == 2 * BLOCK
+    # Blocks are chained: behind an edited block nothing is shared, even where nothing is edited.
+    assert ask(llm, steering(edit("r0", scope={"end": 1})))[0] == 0
+    # The same offsets at the same place, asked in other words.
+    assert ask(llm, steering(edit("r0", scope={"start": 2 * BLOCK + 7 - len(PROMPT), "end": 2 * BLOCK + 9})))[0] == FULL
+
+
+def test_generated_blocks_are_keyed_too(llm: LLM) -> None:
+    """An answer that becomes a prompt: its blocks were made under steering, and only equal steering may read them."""
+    spec = steering(edit("r0", 1.5))
+    prompt = PROMPT[: 2 * BLOCK]
+    output = generate(llm, [prompt], [spec], max_tokens=2 * BLOCK + 2)[0]
+    grown = [*prompt, *output.outputs[0].token_ids]
+    assert ask(llm, None, grown)[0] == 0
+    assert ask(llm, spec, grown)[0] == 4 * BLOCK
+
+
+def test_a_replaced_vector_never_serves_stale_blocks(llm: LLM) -> None:
+    llm.vectors.add("changing", random_vector(50))
+    _, before = ask(llm, steering(edit("changing", 1.5)))
+    llm.vectors.add("changing", random_vector(51))
+    cached, after = ask(llm, steering(edit("changing", 1.5)))
+    assert cached == 0
+    assert before != after
+
+
+def test_reading_is_never_shortened_by_the_cache(llm: LLM) -> None:
+    ask(llm, None)
+    assert ask(llm, None)[0] == FULL
+    rows = llm.capture([PROMPT], "all")[0]
+    assert rows.shape[1] == len(PROMPT)
+    assert np.abs(rows).max(axis=2).min() > 0

@@ -1,0 +1,83 @@
+"""Invariant 1: armed at every block, with vectors in the bank, an engine that is asked nothing is plain vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RUNNER, SETTINGS, TINY_VOCAB
+from driving import edit, generate, sampled, steering, tokens
+
+from steer_engine import LLM
+
+PROMPTS = [tokens(seed, 5 + 7 * seed) for seed in range(12)]
+ANSWER = {"max_tokens": 8}
+TINY_SETTINGS = {**SETTINGS, "dtype": "float32", "max_logprobs": TINY_VOCAB, "max_num_batched_tokens": 256}
+
+Plain = Callable[[str, dict[str, Any]], tuple[np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """Tokens and logprobs of PROMPTS from a process without the plugin, with the same settings."""
+
+    def run(model: str, llm_settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        folder = tmp_path_factory.mktemp("plain")
+        settings = {"model": model, "llm": llm_settings, "prompts": PROMPTS, "params": ANSWER}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        script = Path(__file__).with_name("plain_vllm.py")
+        environment = {**os.environ, "VLLM_PLUGINS": ""}
+        command = [sys.executable, "-P", str(script), str(folder / "settings.json"), str(folder / "out.npz")]
+        subprocess.run(command, check=True, env=environment, timeout=280)
+        saved = np.load(folder / "out.npz")
+        return saved["ids"], saved["logprobs"]
+
+    return run
+
+
+def silent(llm: LLM) -> tuple[np.ndarray, np.ndarray]:
+    """PROMPTS without steering, after steered requests have filled bank rows at every block."""
+    specs = [steering(edit(f"r{seed % 32}", 3.0)) for seed in range(len(PROMPTS))]
+    steered = generate(llm, PROMPTS, specs, **ANSWER)
+    llm.llm_engine.reset_prefix_cache()
+    outputs = generate(llm, PROMPTS, [None] * len(PROMPTS), **ANSWER)
+    assert [sampled(output) for output in steered] != [sampled(output) for output in outputs]
+    ids, logprobs = zip(*(sampled(output) for output in outputs), strict=True)
+    return np.array(ids), np.array(logprobs, dtype=np.float64)
+
+
+def assert_identical(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> None:
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_eager_float32(tiny: LLM, tiny_llama: str, plain: Plain) -> None:
+    assert_identical(silent(tiny), plain(tiny_llama, {**TINY_SETTINGS, "enforce_eager": True}))
+
+
+@pytest.mark.v1_only
+def test_compiled_float32(tiny_compiled: LLM, tiny_llama: str, plain: Plain) -> None:
+    assert_identical(silent(tiny_compiled), plain(tiny_llama, TINY_SETTINGS))
+
+
+@pytest.mark.v1_only
+def test_eager_bfloat16_on_the_real_model(smollm2: str, plain: Plain) -> None:
+    from conftest import random_vector
+
+    settings = {**SETTINGS, "dtype": "bfloat16", "enforce_eager": True}
+    vectors = {f"r{seed}": random_vector(seed, num_blocks=30, hidden_size=576, norm=4.0) for seed in range(32)}
+    llm = LLM(smollm2, vectors=vectors, **settings)
+    assert_identical(silent(llm), plain(smollm2, settings))
+
+
+def test_the_runner_is_the_one_meant(tiny: LLM) -> None:
+    """The reference process takes the same runner: it inherits the variables that choose it."""
+    assert (os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1") == (RUNNER == "v2")
+    assert tiny.steering_status()["workers"][0]["bank_rows"] > 0
