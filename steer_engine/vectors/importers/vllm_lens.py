@@ -1,0 +1,124 @@
+"""A vllm-lens steering vector as JSON: what its clients send in `apply_steering_vectors`, saved to a file.
+
+    {"activations": {"data": base64, "dtype": "int16", "original_dtype": "torch.bfloat16", "shape": [L, D],
+                     "compression": "zstd"},
+     "layer_indices": [l, ...], "scale": 1.0, ...}
+
+Row i of the activations is added to the output of block `layer_indices[i]`, times the scale. Without `compression` the
+data are raw values.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_engine.errors import VectorFileError
+from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE
+
+MAX_FILE_BYTES = 1 << 28
+MAX_DATA_BYTES = MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
+"""Of the unpacked activations: a few bytes of zstd can claim to be terabytes."""
+
+_STORED = {"torch.float32": "<f4", "torch.float16": "<f2", "torch.float64": "<f8", "torch.bfloat16": "<u2"}
+"""How the values of each torch dtype are stored; bfloat16 as the bits of an int16."""
+
+
+def load(path: Path) -> ControlVector:
+    """Read such a file, or a list with one such object.
+
+    Raises:
+        VectorFileError: not such an object, or one that a control vector cannot be: per position, or `norm_match`.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise VectorFileError(f"{path}: larger than {MAX_FILE_BYTES} bytes.")
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError):
+        raise VectorFileError(f"{path}: not JSON.") from None
+    if isinstance(parsed, list) and len(parsed) == 1:
+        parsed = parsed[0]
+    try:
+        return _vector(parsed)
+    except VectorFileError as error:
+        raise VectorFileError(f"{path}: {error.message}") from None
+
+
+def _vector(parsed: Any) -> ControlVector:
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("activations"), dict):
+        raise VectorFileError("not one object with `activations` and `layer_indices`.")
+    if parsed.get("norm_match") or parsed.get("position_indices"):
+        raise VectorFileError("norm_match and position_indices are not part of a vector; ask for them in the request.")
+    rows_LD = _rows(parsed["activations"])
+    indices = parsed.get("layer_indices")
+    if not isinstance(indices, list) or len(set(map(str, indices))) != len(rows_LD) or len(indices) != len(rows_LD):
+        raise VectorFileError(f"`layer_indices` must name {len(rows_LD)} different layers, one per row.")
+    if not all(type(index) is int for index in indices):
+        raise VectorFileError("`layer_indices` are not whole numbers.")
+    scale = parsed.get("scale", 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise VectorFileError(f"scale {str(scale)[:32]!r} is not a finite number.")
+    return ControlVector(directions=dict(zip(indices, rows_LD, strict=True))) * float(scale)
+
+
+def _rows(tensor: dict[str, Any]) -> npt.NDArray[Any]:
+    """`[L, D]` of the encoded tensor; `[L, 1, D]` is taken as one position for all."""
+    dtype, shape = tensor.get("dtype"), tensor.get("shape")
+    means = tensor.get("original_dtype", f"torch.{dtype}")
+    if (
+        not isinstance(means, str)
+        or means not in _STORED
+        or dtype != means.partition(".")[2].replace("bfloat16", "int16")
+    ):
+        raise VectorFileError(f"dtype {str(dtype)[:32]!r} for {str(means)[:32]!r} is not one that is read.")
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        raise VectorFileError("shape is not a list of sizes.")
+    if len(shape) == 3 and shape[1] == 1:
+        shape = [shape[0], shape[2]]
+    if len(shape) != 2:
+        raise VectorFileError(
+            f"shape {str(shape)[:64]} is not [layers, hidden size]; one row per position is not read."
+        )
+    expected = math.prod(shape) * np.dtype(_STORED[means]).itemsize
+    if expected > MAX_DATA_BYTES:
+        raise VectorFileError(f"shape {shape} is larger than any control vector.")
+    raw = _raw(tensor, expected)
+    if len(raw) != expected:
+        raise VectorFileError(f"the data have {len(raw)} bytes where shape and dtype need {expected}.")
+    values = np.frombuffer(raw, dtype=_STORED[means]).reshape(shape)
+    if means == "torch.bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+def _raw(tensor: dict[str, Any], expected: int) -> bytes:
+    try:
+        packed = base64.b64decode(tensor.get("data", ""), validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise VectorFileError("the data are not base64.") from None
+    compression = tensor.get("compression")
+    if compression is None:
+        return packed
+    if compression != "zstd":
+        raise VectorFileError(f"compression {str(compression)[:32]!r} is not known.")
+    try:
+        zstandard = import_module("zstandard")
+    except ImportError:
+        raise VectorFileError("the data are compressed; reading them needs: pip install zstandard.") from None
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(packed) as stream:
+            unpacked: bytes = stream.read(expected + 1)  # never more than the shape needs, whatever the frame claims
+            return unpacked
+    except zstandard.ZstdError:
+        raise VectorFileError("the data are not zstd.") from None

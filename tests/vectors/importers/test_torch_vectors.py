@@ -1,0 +1,124 @@
+"""Golden files of each convention, written here: row values say which block they must land on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from steer_engine.errors import VectorFileError
+from steer_engine.vectors.importers import import_vector
+
+
+class SteeringVector:
+    """Stands for the pickled object of the steering-vectors package."""
+
+    layer_activations: dict[int, torch.Tensor]
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+def row(value: float) -> torch.Tensor:
+    return torch.full((4,), float(value))
+
+
+def test_caa_layer_is_the_block(tmp_path: Path) -> None:
+    for layer in (0, 13):
+        torch.save(row(layer).to(torch.bfloat16), tmp_path / f"vec_layer_{layer}_Llama-2-7b-chat-hf.pt")
+    one = import_vector(tmp_path / "vec_layer_13_Llama-2-7b-chat-hf.pt", "caa")
+    assert {block: v.tolist() for block, v in one.directions.items()} == {13: [13.0] * 4}
+    folder = import_vector(tmp_path, "caa")
+    assert {block: v[0] for block, v in folder.directions.items()} == {0: 0.0, 13: 13.0}
+    assert folder.metadata.method == "diffmean"
+
+
+def test_caa_names_must_say_the_layer_once(tmp_path: Path) -> None:
+    with pytest.raises(VectorFileError, match=r"has no file vec_layer_\*\.pt"):
+        import_vector(tmp_path, "caa")
+    torch.save(row(1), tmp_path / "vector.pt")
+    with pytest.raises(VectorFileError, match="the name does not say the layer"):
+        import_vector(tmp_path / "vector.pt", "caa")
+    torch.save(row(1), tmp_path / "vec_layer_1_a.pt")
+    torch.save(row(1), tmp_path / "vec_layer_1_b.pt")
+    with pytest.raises(VectorFileError, match="two files for layer 1"):
+        import_vector(tmp_path, "caa")
+
+
+def test_persona_row_l_is_block_l_minus_1(tmp_path: Path) -> None:
+    rows = torch.stack([row(value) for value in (100.0, 0.0, 1.0, 2.0, 200.0)])  # embeddings, 0, 1, 2, normed
+    torch.save(rows, tmp_path / "evil_prompt_avg_diff.pt")
+    vector = import_vector(tmp_path / "evil_prompt_avg_diff.pt", "persona")
+    assert {block: v[0] for block, v in vector.directions.items()} == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert vector.metadata.num_blocks == 4
+    torch.save(row(1), tmp_path / "flat.pt")
+    with pytest.raises(VectorFileError, match=r"shape \[4\], where a tensor of 2"):
+        import_vector(tmp_path / "flat.pt", "persona")
+    torch.save(rows[:2], tmp_path / "short.pt")
+    with pytest.raises(VectorFileError, match="2 rows"):
+        import_vector(tmp_path / "short.pt", "persona")
+
+
+def test_refusal_layer_l_is_block_l_minus_1(tmp_path: Path) -> None:
+    torch.save(row(7).double(), tmp_path / "direction.pt")
+    with pytest.raises(VectorFileError, match="the layer is not known"):
+        import_vector(tmp_path / "direction.pt", "refusal")
+    (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -5, "layer": 14}))
+    vector = import_vector(tmp_path / "direction.pt", "refusal")
+    assert {block: v.tolist() for block, v in vector.directions.items()} == {13: [7.0] * 4}
+    for layer in (0, -1, 1024, "14", True, 1.0):
+        (tmp_path / "direction_metadata.json").write_text(json.dumps({"layer": layer}))
+        with pytest.raises(VectorFileError, match="has no block before it"):
+            import_vector(tmp_path / "direction.pt", "refusal")
+
+
+def test_a_dict_of_layers(tmp_path: Path) -> None:
+    torch.save({5: row(5), 2: row(2)}, tmp_path / "layers.pt")
+    vector = import_vector(tmp_path / "layers.pt", "layers")
+    assert {block: v[0] for block, v in vector.directions.items()} == {2: 2.0, 5: 5.0}
+    for bad, sentence in (
+        (row(1), "not a dict"),
+        ({"5": row(1)}, "not a dict"),
+        ({}, "at least one block"),
+        ({5: torch.ones(2, 2)}, r"layers\.pt: .*shape \[2, 2\]"),
+        ({5: torch.ones(2, dtype=torch.int64)}, "floating-point"),
+        ({5: 1.0}, "holds float"),
+        ({5: torch.tensor([float("nan")])}, "not finite"),
+        ({5: torch.ones(1).expand(2**33)}, "is no vector"),
+    ):
+        torch.save(bad, tmp_path / "layers.pt")
+        with pytest.raises(VectorFileError, match=sentence):
+            import_vector(tmp_path / "layers.pt", "layers")
+
+
+def test_a_pickle_of_code_is_refused_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Exploit(), tmp_path / "evil.pt")
+    with pytest.raises(VectorFileError, match="could run any code"):
+        import_vector(tmp_path / "evil.pt", "persona")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_steering_vectors_pickles_are_refused_with_the_way_to_reexport(tmp_path: Path) -> None:
+    theirs = SteeringVector()
+    theirs.layer_activations = {3: row(3)}
+    torch.save(theirs, tmp_path / "v.pt")
+    with pytest.raises(VectorFileError, match="re-export it with: python -c") as caught:
+        import_vector(tmp_path / "v.pt", "layers")
+    # The printed line works.
+    code = caught.value.message.partition('python -c "')[2].rstrip('"')
+    code = code.replace("IN.pt", str(tmp_path / "v.pt")).replace("OUT.pt", str(tmp_path / "out.pt"))
+    exec(code, {"__name__": "reexport"})
+    assert import_vector(tmp_path / "out.pt", "layers").blocks == (3,)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02.", b"PK\x03\x04" + b"\0" * 40])
+def test_what_is_no_torch_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "vec_layer_1_x.pt").write_bytes(content)
+    with pytest.raises(VectorFileError, match=r"vec_layer_1_x\.pt"):
+        import_vector(tmp_path / "vec_layer_1_x.pt", "caa")
