@@ -12,16 +12,16 @@ from steer_engine.vectors.metadata import VectorMetadata
 FORMAT = "control-vector"
 FORMAT_VERSION = "1"
 
-_JSON_FIELDS = ("residual_norms", "created_with", "extra")
-_NUMBER_FIELDS = ("hidden_size", "num_blocks")
-_TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
+JSON_FIELDS = ("residual_norms", "created_with", "extra")
+NUMBER_FIELDS = ("hidden_size", "num_blocks")
+TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
 
 
 def metadata_to_text(metadata: VectorMetadata) -> dict[str, str]:
     """The `__metadata__` map: text to text, unknown fields left out, structured ones as JSON."""
     text = {"format": FORMAT, "format_version": FORMAT_VERSION}
     for name, value in metadata.model_dump().items():
-        if name in _JSON_FIELDS:
+        if name in JSON_FIELDS:
             if value:
                 entries = {str(key): entry for key, entry in value.items()}
                 text[name] = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
@@ -39,18 +39,18 @@ def metadata_from_text(text: Any) -> VectorMetadata:
     if text.get("format_version") != FORMAT_VERSION:
         found = text.get("format_version", "none")
         raise VectorFileError(f"Format version {found[:32]!r} is not known; this release reads {FORMAT_VERSION!r}.")
-    fields: dict[str, Any] = {name: text[name] for name in _TEXT_FIELDS if name in text}
-    for name in _NUMBER_FIELDS:
+    fields: dict[str, Any] = {name: text[name] for name in TEXT_FIELDS if name in text}
+    for name in NUMBER_FIELDS:
         if name in text:
             if re.fullmatch(r"[0-9]{1,9}", text[name]) is None:
                 raise VectorFileError(f"The metadata field {name} is {text[name][:32]!r}; a whole number is needed.")
             fields[name] = int(text[name])
-    for name in _JSON_FIELDS:
+    for name in JSON_FIELDS:
         if name in text:
             fields[name] = parse_json_object(text[name], f"the metadata field {name}")
     if "residual_norms" in fields:
         fields["residual_norms"] = {_block_key(k): _as_float(v) for k, v in fields["residual_norms"].items()}
-    foreign = text.keys() - {"format", "format_version", *_TEXT_FIELDS, *_NUMBER_FIELDS, *_JSON_FIELDS}
+    foreign = text.keys() - {"format", "format_version", *TEXT_FIELDS, *NUMBER_FIELDS, *JSON_FIELDS}
     if foreign:
         fields["extra"] = {**{name: text[name] for name in sorted(foreign)}, **fields.get("extra", {})}
     return VectorMetadata.checked(fields)
