@@ -53,8 +53,8 @@ class Pool:
             raise DerivationError(f"The actors run different engines: {facts}. Install the same on every node.")
         return facts[0]
 
-    def read(self, pairs: Sequence[Pair]) -> Iterator[Reading]:
-        """Readings of all chunks, in chunk order."""
+    def read(self, pairs: Sequence[Pair], *, keep_rows_of: int = 0) -> Iterator[Reading]:
+        """Readings of all chunks, in chunk order; the chunks of the first `keep_rows_of` pairs bring their rows."""
         chunks = [list(pairs[i : i + PAIRS_PER_CHUNK]) for i in range(0, len(pairs), PAIRS_PER_CHUNK)]
         window = CHUNKS_IN_FLIGHT * len(self._actors)
         waiting = list(reversed(range(len(chunks))))
@@ -67,7 +67,9 @@ class Pool:
             while waiting and waiting[-1] < next_index + 2 * window and min(load) < CHUNKS_IN_FLIGHT:
                 which = load.index(min(load))
                 index = waiting.pop()
-                running[self._actors[which].read.remote(index, chunks[index])] = which
+                running[
+                    self._actors[which].read.remote(index, chunks[index], index * PAIRS_PER_CHUNK < keep_rows_of)
+                ] = which
                 load[which] += 1
             ready, _ = self._ray.wait(list(running), num_returns=1)
             for reference in ready:
@@ -97,7 +99,9 @@ class Pool:
                 raise cause from None
             raise DerivationError(f"An engine failed: {_last_line(error)}") from error
         except errors.RayActorError as error:
-            raise _death(error) from error
+            raise DerivationError(
+                f"An engine died, and again when it was started anew ({MAX_ACTOR_RESTARTS} times): {_last_line(error)}"
+            ) from error
 
 
 @contextmanager
@@ -172,14 +176,3 @@ def _actor_env(actors: int, *, local: bool) -> dict[str, str]:
 def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _death(error: Exception) -> SteerError:
-    """Why an actor is gone: what its constructor raised where that is known, else a sentence."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None)
-        if isinstance(inner, SteerError):
-            return inner
-        cause = inner if isinstance(inner, BaseException) else cause.__cause__
-    return DerivationError(f"An engine could not start, or died {MAX_ACTOR_RESTARTS + 1} times: {_last_line(error)}")

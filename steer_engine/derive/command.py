@@ -72,7 +72,14 @@ def derive_command(
     doses = sorted(norms[block] / streams[block] for block in vector.blocks)
     Console(stderr=True, soft_wrap=True).print(
         f"{out}: {len(vector.blocks)} blocks, {doses[0]:.1%} to {doses[-1]:.1%} of the residual norm at scale 1, "
-        f"{vector.digest}",
+        f"{_separation(vector.metadata.separation)}{vector.digest}",
         markup=False,
         highlight=False,
     )
+
+
+def _separation(by_block: dict[int, float]) -> str:
+    if not by_block:
+        return ""
+    best = max(by_block, key=lambda block: by_block[block])
+    return f"held-out AUROC up to {by_block[best]:.3f} (block {best}), "

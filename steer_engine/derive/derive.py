@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from steer_engine.derive.actors import pool
-from steer_engine.derive.fit import MAX_ROWS_BYTES, Readings, fit
+from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_BYTES, Readings, fit
 from steer_engine.derive.methods import FROM_ROWS, require_method
 from steer_engine.derive.pairs import Pair, Pairs, load_pairs
 from steer_engine.derive.position import Position
@@ -65,7 +65,6 @@ def derive(
         blocks=_as_blocks(blocks),
         position=Position(position),
         chat=chat,
-        keep_rows=method in FROM_ROWS,
         source=pairs.source or "pairs",
         engine_args=tuple({**_engine_defaults(), "dtype": dtype, **(engine_args or {})}.items()),
     )
@@ -75,16 +74,15 @@ def derive(
     ):
         with shown.waiting(f"starting {actors} engine{'s' if actors > 1 else ''} for {model}"):
             facts = engines.facts()
-        if config.keep_rows:
-            _require_room(len(pairs), facts)
+        keep_rows_of = _num_rows_to_keep(method, len(pairs), facts)
         readings = Readings()
         with shown.counting("reading", total=len(pairs), unit="pairs") as advance:
-            for reading in engines.read(pairs):
+            for reading in engines.read(pairs, keep_rows_of=keep_rows_of):
                 readings.add(reading)
                 advance(reading.positive.count)
-    directions, norms = fit(readings, method, facts.blocks)
+    fitted = fit(readings, method, facts.blocks)
     return ControlVector(
-        directions=directions,
+        directions=fitted.directions,
         metadata=VectorMetadata(
             model=Path(model).name if Path(model).exists() else model,
             architecture=facts.architecture,
@@ -92,7 +90,8 @@ def derive(
             num_blocks=facts.num_blocks,
             method=method,
             position=position,
-            residual_norms=norms,
+            residual_norms=fitted.residual_norms,
+            separation=fitted.separation,
             dataset_digest=pairs.digest,
             created_with=dict(facts.versions),
             notes=f"{len(pairs)} pairs, read in {facts.dtype}{', chat template' if chat else ''}.",
@@ -133,10 +132,15 @@ def _as_blocks(blocks: str | int | Iterable[int]) -> tuple[int, ...] | None:
         raise DerivationError(f"{error}.") from None
 
 
-def _require_room(num_pairs: int, facts: EngineFacts) -> None:
-    size = 2 * num_pairs * len(facts.blocks) * facts.hidden_size * np.dtype(np.float32).itemsize
+def _num_rows_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:
+    """Pairs whose rows are kept: all for methods that need them, else as many as a bounded sample for quality takes."""
+    size_of_pair = 2 * len(facts.blocks) * facts.hidden_size * np.dtype(np.float32).itemsize
+    if method not in FROM_ROWS:
+        return min(num_pairs, SAMPLE_BYTES // size_of_pair)
+    size = num_pairs * size_of_pair
     if size > MAX_ROWS_BYTES:
         raise DerivationError(
             f"The rows of {num_pairs} pairs at {len(facts.blocks)} blocks take {size >> 20} MiB; this method keeps "
             f"them all, at most {MAX_ROWS_BYTES >> 20} MiB. Choose fewer blocks or pairs, or diffmean."
         )
+    return num_pairs

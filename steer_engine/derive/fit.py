@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from steer_engine.derive.methods import FROM_MOMENTS, FROM_ROWS, require_method
 from steer_engine.derive.moments import Moments, Rows
+from steer_engine.derive.quality import held_out_auroc, mean_difference
 from steer_engine.derive.reader import Reading
 from steer_engine.errors import DerivationError
 
 MAX_ROWS_BYTES = 1 << 30
 """Rows kept in memory by the methods that need them."""
+
+SAMPLE_BYTES = 1 << 28
+"""Rows kept by the other methods, of the first pairs, to say how well the direction separates."""
 
 ZERO = 2.0**-20
 """A direction shorter than this, in mean residual norms, is what float32 rounding leaves of nothing: a relative error
@@ -46,6 +51,11 @@ class Readings:
         assert self._negative is not None
         return self._positive, self._negative
 
+    @property
+    def num_rows(self) -> int:
+        """Pairs whose rows were kept."""
+        return sum(len(rows) for rows in self._positive_NLD)
+
     def rows(self, which: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Positive and negative rows `[N, D]` of the block at place `which`, in float64."""
         assert self._positive_NLD, "rows were not kept"
@@ -54,10 +64,17 @@ class Readings:
         return positive, negative
 
 
-def fit(
-    readings: Readings, method: str, blocks: Sequence[int]
-) -> tuple[dict[int, npt.NDArray[np.float32]], dict[int, float]]:
-    """Directions and mean residual norms by block.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What was fitted, by block: directions, mean residual norms, and held-out AUROC where there are pairs enough."""
+
+    directions: dict[int, npt.NDArray[np.float32]]
+    residual_norms: dict[int, float]
+    separation: dict[int, float]
+
+
+def fit(readings: Readings, method: str, blocks: Sequence[int]) -> Fit:
+    """Directions of a method, with what is to be known about them.
 
     Raises:
         DerivationError: positives and negatives do not differ where they were read.
@@ -78,5 +95,16 @@ def fit(
             "Texts that differ only before the position read, or the same texts on both sides, do this; "
             "choose other pairs, blocks or another position."
         )
-    directions = {block: directions_LD[i].astype(np.float32) for i, block in enumerate(blocks)}
-    return directions, {block: float(norm_L[i]) for i, block in enumerate(blocks)}
+    return Fit(
+        directions={block: directions_LD[i].astype(np.float32) for i, block in enumerate(blocks)},
+        residual_norms={block: float(norm_L[i]) for i, block in enumerate(blocks)},
+        separation=_separation(readings, method, blocks),
+    )
+
+
+def _separation(readings: Readings, method: str, blocks: Sequence[int]) -> dict[int, float]:
+    if method == "mean" or not readings.num_rows:  # the mean of one side is not made to tell sides apart
+        return {}
+    row_method = FROM_ROWS.get(method, mean_difference)
+    areas = ((block, held_out_auroc(*readings.rows(which), row_method)) for which, block in enumerate(blocks))
+    return {block: area for block, area in areas if area is not None}

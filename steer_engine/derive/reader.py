@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,13 +16,16 @@ from steer_engine.derive.pairs import Pair
 from steer_engine.derive.position import Position
 from steer_engine.errors import DerivationError
 
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderConfig:
     """How pairs are read.
 
     model: path or Hugging Face id. blocks: sites to read, None = all. position: which token rows stand for a text.
-    chat: render texts with the model's chat template. keep_rows: return each text's rows besides their sums.
+    chat: render texts with the model's chat template.
     source: name of the pairs, for messages. engine_args: further arguments of `steer_engine.LLM`.
     """
 
@@ -29,7 +33,6 @@ class ReaderConfig:
     position: Position
     blocks: tuple[int, ...] | None = None
     chat: bool = False
-    keep_rows: bool = False
     source: str = "pairs"
     engine_args: tuple[tuple[str, Any], ...] = ()
 
@@ -58,25 +61,38 @@ class Reading:
 
 
 class Reader:
-    """Hosts `steer_engine.LLM` with reading armed. `facts` once, then `read` per chunk; holds no state between chunks.
+    """Hosts `steer_engine.LLM` with reading armed. `facts`, then `read` per chunk; holds no state between chunks.
 
-    Raises:
-        UnsupportedEngineError: the model cannot be armed.
-        DerivationError: a block that the model has not.
+    The engine starts with the first call, not with the object: what stops it then reaches the caller as it was raised,
+    and an actor that was started anew after its death needs no further care.
     """
 
     def __init__(self, config: ReaderConfig) -> None:
+        self._config = config
+
+    @cached_property
+    def _llm(self) -> LLM:
         # One process per actor: the engine core in this one, not in a child of it. Read when vLLM is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from steer_engine.llm import LLM
 
-        self._config = config
-        blocks = None if config.blocks is None else list(config.blocks)
-        self._llm = LLM(config.model, capture=True, capture_blocks=blocks, **dict(config.engine_args))
-        self._tokenizer = self._llm.get_tokenizer()
-        self._max_tokens = int(self._llm.model_config.max_model_len) - 1  # reading generates one token
+        blocks = None if self._config.blocks is None else list(self._config.blocks)
+        return LLM(self._config.model, capture=True, capture_blocks=blocks, **dict(self._config.engine_args))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    @property
+    def _max_tokens(self) -> int:
+        return int(self._llm.model_config.max_model_len) - 1  # reading generates one token
 
     def facts(self) -> EngineFacts:
+        """Start the engine and say what it is.
+
+        Raises:
+            UnsupportedEngineError: the model cannot be armed, or has not the blocks.
+        """
         return EngineFacts(
             architecture=str(self._llm.model_config.architecture),
             hidden_size=self._llm.hidden_size,
@@ -86,24 +102,22 @@ class Reader:
             versions=installed_versions(),
         )
 
-    def read(self, index: int, pairs: Sequence[Pair]) -> Reading:
-        """Read a chunk in one batch.
+    def read(self, index: int, pairs: Sequence[Pair], keep_rows: bool) -> Reading:
+        """Read a chunk in one batch; `keep_rows` returns each text's row besides their sums.
 
         Raises:
             DerivationError: a text has no tokens or more than the model takes; names its line.
         """
         prompts = [self._tokens(pair, text) for pair in pairs for text in (pair.positive, pair.negative)]
-        read_position = self._config.position.of_engine
-        arrays = self._llm.capture(prompts, position=read_position)
+        arrays = self._llm.capture(prompts, position=self._config.position.of_engine)
         samples = [self._sample(array, pairs[i // 2]) for i, array in enumerate(arrays)]
         positive, negative = samples[::2], samples[1::2]
-        keep = self._config.keep_rows
         return Reading(
             index=index,
             positive=Moments.of(positive),
             negative=Moments.of(negative),
-            positive_NLD=_stacked(positive) if keep else None,
-            negative_NLD=_stacked(negative) if keep else None,
+            positive_NLD=_stacked(positive) if keep_rows else None,
+            negative_NLD=_stacked(negative) if keep_rows else None,
         )
 
     def _sample(self, rows_LTD: Rows, pair: Pair) -> Sample:

@@ -35,6 +35,8 @@ class VectorMetadata(BaseModel):
 
     residual_norms: block -> mean Euclidean norm of a token row of the residual stream there, measured where the vector
         was derived. It is what `unit: "residual"` multiplies, so it counts as content (it enters the digest).
+    separation: block -> how often the direction there, derived from other pairs, ranked a positive above a negative
+        (AUROC; 0.5 is chance).
     dataset_digest: "sha256:..." of the contrast pairs.
     created_with: package -> version.
     extra: keys of other tools, kept as they are.
@@ -49,6 +51,7 @@ class VectorMetadata(BaseModel):
     method: Text = ""
     position: Text = ""
     residual_norms: dict[Block, float] = Field(default_factory=dict)
+    separation: dict[Block, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     dataset_digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     created_with: Annotated[dict[Key, Text], Field(max_length=MAX_EXTRA)] = Field(default_factory=dict)
     notes: Annotated[str, Field(max_length=MAX_NOTES)] = ""
@@ -61,6 +64,11 @@ class VectorMetadata(BaseModel):
             if not (math.isfinite(norm) and norm > 0.0):
                 raise ValueError(f"the residual norm of block {block} is {norm}; it must be positive and finite")
         return dict(sorted(norms.items()))
+
+    @field_validator("separation")
+    @classmethod
+    def _sorted(cls, areas: dict[int, float]) -> dict[int, float]:
+        return dict(sorted(areas.items()))
 
     @classmethod
     def checked(cls, fields: Mapping[str, object]) -> VectorMetadata:
@@ -90,6 +98,7 @@ class VectorMetadata(BaseModel):
             method=_agreed(self.method, other.method),
             position=_agreed(self.position, other.position),
             residual_norms=norms,
+            separation=self.separation if self.separation == other.separation else {},
             dataset_digest=_agreed(self.dataset_digest, other.dataset_digest),
             created_with=dict(sorted(self.created_with.items() & other.created_with.items())),
             notes=_agreed(self.notes, other.notes),

@@ -12,7 +12,7 @@ from steer_engine.vectors.metadata import VectorMetadata
 FORMAT = "control-vector"
 FORMAT_VERSION = "1"
 
-JSON_FIELDS = ("residual_norms", "created_with", "extra")
+JSON_FIELDS = ("residual_norms", "separation", "created_with", "extra")
 NUMBER_FIELDS = ("hidden_size", "num_blocks")
 TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
 
@@ -48,8 +48,9 @@ def metadata_from_text(text: Any) -> VectorMetadata:
     for name in JSON_FIELDS:
         if name in text:
             fields[name] = parse_json_object(text[name], f"the metadata field {name}")
-    if "residual_norms" in fields:
-        fields["residual_norms"] = {_block_key(k): _as_float(v) for k, v in fields["residual_norms"].items()}
+    for name in ("residual_norms", "separation"):
+        if name in fields:
+            fields[name] = {_block_key(key, name): _as_float(value) for key, value in fields[name].items()}
     foreign = text.keys() - {"format", "format_version", *TEXT_FIELDS, *NUMBER_FIELDS, *JSON_FIELDS}
     if foreign:
         fields["extra"] = {**{name: text[name] for name in sorted(foreign)}, **fields.get("extra", {})}
@@ -79,9 +80,9 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
     return parsed
 
 
-def _block_key(key: str) -> int:
+def _block_key(key: str, name: str) -> int:
     if re.fullmatch(r"0|[1-9][0-9]{0,3}", key) is None:
-        raise VectorFileError(f"The metadata's residual_norms name block {key[:32]!r}, which is not a block number.")
+        raise VectorFileError(f"The metadata's {name} name block {key[:32]!r}, which is not a block number.")
     return int(key)
 
 

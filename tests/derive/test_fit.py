@@ -45,17 +45,19 @@ def merged(positive: np.ndarray, negative: np.ndarray, size: int) -> Readings:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_direction_and_a_norm_per_block(method: str) -> None:
     positive, negative = data()
-    directions, norms = fit(merged(positive, negative, 7), method, BLOCKS)
-    assert tuple(directions) == BLOCKS
-    assert {v.dtype for v in directions.values()} == {np.dtype(np.float32)}
+    fitted = fit(merged(positive, negative, 7), method, BLOCKS)
+    assert tuple(fitted.directions) == BLOCKS
+    assert {v.dtype for v in fitted.directions.values()} == {np.dtype(np.float32)}
     both = np.concatenate([positive, negative]).astype(np.float64)
     expected = np.linalg.norm(both, axis=2).mean(axis=0)
-    assert [norms[block] for block in BLOCKS] == pytest.approx(list(expected), rel=1e-12)
+    assert [fitted.residual_norms[block] for block in BLOCKS] == pytest.approx(list(expected), rel=1e-12)
+    assert tuple(fitted.separation) == (() if method == "mean" else BLOCKS)
+    assert all(area > 0.5 for area in fitted.separation.values())
 
 
 def test_diffmean_against_numpy() -> None:
     positive, negative = data()
-    directions, _ = fit(merged(positive, negative, 7), "diffmean", BLOCKS)
+    directions = fit(merged(positive, negative, 7), "diffmean", BLOCKS).directions
     expected = (positive.astype(np.float64) - negative).mean(axis=0).astype(np.float32)
     assert np.abs(np.stack([*directions.values()]) - expected).max() <= 2**-23 * np.abs(expected).max()
 
@@ -88,5 +90,5 @@ def test_sums_do_not_depend_on_who_read_what() -> None:
         readings = Readings()
         for chunk in sorted(order, key=lambda c: c.index):
             readings.add(chunk)
-        results.add(b"".join(v.tobytes() for v in fit(readings, "diffmean", BLOCKS)[0].values()))
+        results.add(b"".join(v.tobytes() for v in fit(readings, "diffmean", BLOCKS).directions.values()))
     assert len(results) == 1

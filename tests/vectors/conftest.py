@@ -21,6 +21,7 @@ def vector() -> ControlVector:
             method="diffmean",
             position="last",
             residual_norms={2: 10.5, 3: 11.25, 7: 0.1},
+            separation={3: 0.75, 2: 1.0},
             dataset_digest="sha256:" + "ab" * 32,
             created_with={"steer-engine": "0.1.0"},
             notes="A sample with an umlaut: ü.",

@@ -23,6 +23,8 @@ from steer_engine.vectors import VectorMetadata
         ({"residual_norms": {1: float("nan")}}, "residual_norms"),
         ({"residual_norms": {1: float("inf")}}, "residual_norms"),
         ({"residual_norms": {1: "2"}}, "residual_norms"),
+        ({"separation": {1: 1.5}}, "separation"),
+        ({"separation": {1: float("nan")}}, "separation"),
         ({"dataset_digest": "sha256:00"}, "dataset_digest"),
         ({"dataset_digest": "sha256:" + "a" * 64 + "\n"}, "dataset_digest"),
         ({"created_with": {str(i): "" for i in range(65)}}, "created_with"),

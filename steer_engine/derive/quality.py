@@ -1,0 +1,50 @@
+"""How well a direction tells positives from negatives that it has not seen.
+
+Shape suffixes: N texts, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+FOLDS = 5
+MIN_PAIRS = 2 * FOLDS
+"""Fewer leave less than two held-out pairs a fold: a number that says nothing is not given."""
+
+
+def auroc(positive_N: Array, negative_N: Array) -> float:
+    """Probability that a random positive scores above a random negative, ties counting half."""
+    scores = np.concatenate([positive_N, negative_N])
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank_N = (np.cumsum(count) - (count - 1) / 2.0)[place]
+    num_positive, num_negative = len(positive_N), len(negative_N)
+    wins = rank_N[:num_positive].sum() - num_positive * (num_positive + 1) / 2.0
+    return float(wins / (num_positive * num_negative))
+
+
+def held_out_auroc(positive_ND: Array, negative_ND: Array, method: Callable[[Array, Array], Array]) -> float | None:
+    """Mean AUROC over folds of whole pairs: the direction comes from the other folds. None for too few pairs.
+
+    A fold is every `FOLDS`-th pair, so that sets sorted by topic are spread evenly.
+    """
+    num_pairs = len(positive_ND)
+    if num_pairs < MIN_PAIRS:
+        return None
+    fold_N = np.arange(num_pairs) % FOLDS
+    areas = []
+    for fold in range(FOLDS):
+        held_out = fold_N == fold
+        direction_D = method(positive_ND[~held_out], negative_ND[~held_out])
+        areas.append(auroc(positive_ND[held_out] @ direction_D, negative_ND[held_out] @ direction_D))
+    return float(np.mean(areas))
+
+
+def mean_difference(positive_ND: Array, negative_ND: Array) -> Array:
+    """`diffmean` from rows. `[D]`"""
+    difference_D: Array = positive_ND.mean(axis=0) - negative_ND.mean(axis=0)
+    return difference_D
