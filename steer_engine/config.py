@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.spec import Op, parse_blocks
+from steer_engine.spec import MAX_SPEC_CHARS, Op, parse_blocks
 
 CONFIG_KEY = "steer_engine"
 """Key of our settings in vLLM's `additional_config`, which reaches every process and enters the compile-cache key."""
@@ -92,7 +92,8 @@ class Limits(BaseModel):
     max_abs_scale: float = 1000.0
     max_dose: float = 100.0
     """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
-    max_spec_bytes: int = 65_536
+    max_spec_bytes: int = MAX_SPEC_CHARS
+    """Of a spec as JSON text; `parse_spec` holds to it."""
 
 
 def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from steer_engine.config import Limits
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import ProgramTemplate
-from steer_engine.spec import MAX_ECHO_CHARS, EditSpec, Op, Span, SteeringSpec, parse_blocks
+from steer_engine.spec import EditSpec, Op, Span, SteeringSpec, parse_blocks
+from steer_engine.spec_errors import shown
 from steer_engine.vectors import ControlVector
 
 LARGEST_FINITE = {"float32": 3.4028234663852886e38, "float16": 65504.0, "bfloat16": 3.3895313892515355e38}
@@ -113,7 +114,7 @@ def resolve(
         SteeringRequestError: anything else that the request asks wrongly; `param` says where.
     """
     if spec.edits is None:
-        raise UnknownVectorError(f"There is no preset named {str(spec.preset)[:MAX_ECHO_CHARS]!r}.", "steering.preset")
+        raise UnknownVectorError(f"There is no preset named {shown(spec.preset)}.", "steering.preset")
     if len(spec.edits) > limits.max_edits:
         raise SteeringRequestError(
             f"{len(spec.edits)} edits asked, at most {limits.max_edits} are allowed in one request.", "steering.edits"
@@ -184,7 +185,7 @@ def _lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> 
         raise UnknownVectorError(error.message, param) from None
     if vector.hidden_size != model.hidden_size:
         raise SteeringRequestError(
-            f"Vector {name[:MAX_ECHO_CHARS]!r} has hidden size {vector.hidden_size}, the model has "
+            f"Vector {shown(name)} has hidden size {vector.hidden_size}, the model has "
             f"{model.hidden_size}: it was made for another model.",
             param,
         )

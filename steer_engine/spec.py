@@ -7,17 +7,24 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, field_validator, model_validator
 
-from steer_engine.errors import SteeringRequestError
+from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
+from steer_engine.spec_errors import request_error, shown, told_apart, wrong_field
 
-MAX_BLOCK_NUMBER = 65_535
+MAX_BLOCK_NUMBER = 1023
+"""The last block that any model may have (vectors are bounded alike)."""
 MAX_NAME_CHARS = 128
-MAX_ECHO_CHARS = 80
-"""How much of a client's text an error message repeats."""
+MAX_EDITS = 1024
+"""What the schema reads; `Limits.max_edits` says how many a server takes."""
+MAX_SPEC_CHARS = 65_536
+"""Of a spec as JSON text; eight edits that spell out all blocks fit."""
+MAX_FIELDS = 32
+"""Of one object. More than any has, and few enough that naming the unknown ones costs nothing."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Position = Annotated[int, Field(ge=-(2**30), le=2**30)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 
 
 class Op(StrEnum):
@@ -38,6 +45,13 @@ class Op(StrEnum):
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise ValueError(f"{len(fields)} fields given; there are {', '.join(cls.model_fields)}")
+        return fields
+
 
 class Span(_Strict):
     """Positions start <= p < end; negative numbers count from the prompt's end, as Python slices do; null = open."""
@@ -49,7 +63,7 @@ class Span(_Strict):
 class Gate(_Strict):
     """Apply an edit only where cos(x, vector) lies in [min_cos, max_cos]."""
 
-    vector: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+    vector: Name
     min_cos: Annotated[Finite, Field(ge=-1, le=1)] | None = None
     max_cos: Annotated[Finite, Field(ge=-1, le=1)] | None = None
 
@@ -58,7 +72,7 @@ class Gate(_Strict):
         if self.min_cos is None and self.max_cos is None:
             raise ValueError("a gate needs min_cos or max_cos")
         if self.min_cos is not None and self.max_cos is not None and self.min_cos > self.max_cos:
-            raise ValueError(f"min_cos {self.min_cos} is above max_cos {self.max_cos}")
+            raise wrong_field("min_cos", f"min_cos {self.min_cos:g} is above max_cos {self.max_cos:g}")
         return self
 
 
@@ -68,6 +82,38 @@ class InlineVector(_Strict):
     data: Annotated[str, Field(min_length=1)]
 
 
+def _tag_of_vector(vector: Any) -> str | None:
+    return "<name>" if isinstance(vector, str) else "<inline>" if isinstance(vector, dict | InlineVector) else None
+
+
+def _tag_of_blocks(blocks: Any) -> str | None:
+    if isinstance(blocks, str):
+        return "<range>"
+    if isinstance(blocks, list):
+        return "<list>"
+    return "<number>" if isinstance(blocks, int) and not isinstance(blocks, bool) else None
+
+
+def _tag_of_scope(scope: Any) -> str | None:
+    return "<word>" if isinstance(scope, str) else "<span>" if isinstance(scope, dict | Span) else None
+
+
+VectorField = Annotated[
+    Annotated[Name, Tag("<name>")] | Annotated[InlineVector, Tag("<inline>")],
+    told_apart(_tag_of_vector, "a vector's name, its digest 'sha256:...', or {'data': base64 of a safetensors file}"),
+]
+BlocksField = Annotated[
+    Annotated[str, Field(max_length=MAX_NAME_CHARS), Tag("<range>")]
+    | Annotated[int, Tag("<number>")]
+    | Annotated[list[int], Field(max_length=MAX_BLOCK_NUMBER + 1, fail_fast=True), Tag("<list>")],
+    told_apart(_tag_of_blocks, "'all', a range such as '8-22', a block's number, or a list of numbers"),
+]
+ScopeField = Annotated[
+    Annotated[Literal["all", "prompt", "generation"], Tag("<word>")] | Annotated[Span, Tag("<span>")],
+    told_apart(_tag_of_scope, "'all', 'prompt', 'generation', or {'start': a, 'end': b}"),
+]
+
+
 class EditSpec(_Strict):
     """One edit: `op` with `vector` at `blocks`, over the positions of `scope`.
 
@@ -75,14 +121,12 @@ class EditSpec(_Strict):
     of the row's own norm (add_relative); the part that is removed (ablate).
     """
 
-    vector: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | InlineVector
+    vector: VectorField
     scale: Finite = 1.0
     op: Annotated[Op, Field(strict=False)] = Op.ADD
     unit: Literal["vector", "residual"] = "vector"
-    blocks: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | int | Annotated[list[int], Field(max_length=1024)] = (
-        "all"
-    )
-    scope: Literal["all", "prompt", "generation"] | Span = "all"
+    blocks: BlocksField = "all"
+    scope: ScopeField = "all"
     gate: Gate | None = None
     lo: Finite | None = None
     hi: Finite | None = None
@@ -96,35 +140,38 @@ class EditSpec(_Strict):
 
     @model_validator(mode="after")
     def _fields_of_the_operation(self) -> EditSpec:
+        op = self.op.value
         if self.op is Op.CLAMP:
             if self.lo is None and self.hi is None:
-                raise ValueError("op 'clamp' needs lo, hi or both")
+                raise wrong_field("lo", "op 'clamp' needs lo, hi or both")
             if self.lo is not None and self.hi is not None and self.lo > self.hi:
-                raise ValueError(f"lo {self.lo} is above hi {self.hi}")
+                raise wrong_field("lo", f"lo {self.lo:g} is above hi {self.hi:g}")
         elif self.lo is not None or self.hi is not None:
-            raise ValueError(f"lo and hi belong to op 'clamp', not to {self.op.value!r}")
-        if (self.op is Op.SET) != (self.target is not None):
-            raise ValueError("op 'set' needs a target, and only 'set' takes one")
+            raise wrong_field("hi" if self.lo is None else "lo", f"lo and hi belong to op 'clamp', not to {op!r}")
+        if self.op is Op.SET and self.target is None:
+            raise wrong_field("target", "op 'set' needs a target")
+        if self.op is not Op.SET and self.target is not None:
+            raise wrong_field("target", f"a target belongs to op 'set', not to {op!r}")
         if self.op in (Op.CLAMP, Op.SET) and self.scale != 1.0:
-            raise ValueError(f"op {self.op.value!r} takes no scale")
+            raise wrong_field("scale", f"op {op!r} takes no scale")
         if self.unit == "residual" and self.op is not Op.ADD:
-            raise ValueError("unit 'residual' belongs to op 'add'")
+            raise wrong_field("unit", f"unit 'residual' belongs to op 'add', not to {op!r}")
         return self
 
 
 class SteeringSpec(_Strict):
     """The `steering` field of a request: edits in order, or the name of a preset."""
 
-    edits: Annotated[list[EditSpec], Field(min_length=1, max_length=1024)] | None = None
+    edits: Annotated[list[EditSpec], Field(min_length=1, max_length=MAX_EDITS, fail_fast=True)] | None = None
     preserve_norm: bool = False
-    preset: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
+    preset: Name | None = None
 
     @model_validator(mode="after")
     def _edits_or_preset(self) -> SteeringSpec:
         if (self.edits is None) == (self.preset is None):
             raise ValueError("give either edits or the name of a preset")
         if self.preset is not None and self.preserve_norm:
-            raise ValueError("a preset says itself whether norms are preserved")
+            raise wrong_field("preserve_norm", "a preset says itself whether norms are preserved")
         return self
 
 
@@ -135,18 +182,18 @@ def parse_blocks(blocks: str | int | list[int]) -> tuple[int, ...] | None:
             return None
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", blocks, flags=re.ASCII)
         if match is None:
-            raise ValueError(f"blocks {blocks[:MAX_ECHO_CHARS]!r} is none of 'all', '8-22', '14', [8, 9], 14")
+            raise ValueError(f"{shown(blocks)} is none of 'all', '8-22', '14', [8, 9], 14")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise ValueError(f"blocks {blocks!r} runs backwards; write '{last}-{first}'")
-        numbers = list(range(first, last + 1))
+            raise ValueError(f"{shown(blocks)} runs backwards; write '{last}-{first}'")
+        ends = [first, last]
     else:
-        numbers = [blocks] if isinstance(blocks, int) else blocks
-    if not numbers:
-        raise ValueError("blocks is an empty list; leave it out for all blocks of the vector")
-    if min(numbers) < 0 or max(numbers) > MAX_BLOCK_NUMBER:
-        raise ValueError(f"block numbers run from 0; got {min(numbers)} to {max(numbers)}")
-    return tuple(sorted(set(numbers)))
+        ends = [blocks] if isinstance(blocks, int) else blocks
+    if not ends:
+        raise ValueError("an empty list; leave it out for all blocks of the vector")
+    if wrong := [number for number in (min(ends), max(ends)) if not 0 <= number <= MAX_BLOCK_NUMBER]:
+        raise ValueError(f"{shown(wrong[0])} is no block's number; they run from 0 to {MAX_BLOCK_NUMBER} at most")
+    return tuple(range(first, last + 1)) if isinstance(blocks, str) else tuple(sorted(set(ends)))
 
 
 def parse_spec(raw: Any) -> SteeringSpec | None:
@@ -154,48 +201,51 @@ def parse_spec(raw: Any) -> SteeringSpec | None:
 
     Raises:
         SteeringRequestError: with `param` naming the first field that is wrong.
+        PayloadTooLargeError: JSON text of more than MAX_SPEC_CHARS.
     """
     if raw is None or raw is False:
         return None
     if isinstance(raw, SteeringSpec):
         return raw
     if isinstance(raw, str):
-        try:
-            raw = json.loads(raw, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise SteeringRequestError(f"steering is not valid JSON: {error}"[:200], "steering") from None
+        raw = _from_json(raw)
         if raw is None or raw is False:
             return None
     if not isinstance(raw, dict):
         raise SteeringRequestError(
-            f"steering must be an object with 'edits' or 'preset', not {type(raw).__name__}.", "steering"
+            f"steering must be an object with 'edits' or 'preset', not {shown(raw)}.", "steering"
         )
     try:
         return SteeringSpec.model_validate(raw)
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise request_error(error, _OBJECTS) from None
+
+
+def _from_json(text: str) -> Any:
+    if len(text) > MAX_SPEC_CHARS:
+        raise PayloadTooLargeError(
+            f"steering is JSON text of {len(text)} characters; at most {MAX_SPEC_CHARS} are read.", "steering"
+        )
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at character {error.pos}"
+    except ValueError as error:
+        reason = str(error) if "is not a JSON number" in str(error) else "a number in it has too many digits"
+    raise SteeringRequestError(f"steering is not valid JSON: {reason}.", "steering")
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-_FIELDS = {*SteeringSpec.model_fields, *EditSpec.model_fields, *Gate.model_fields, *Span.model_fields, "data"}
-
-
-def _first_error(error: ValidationError) -> SteeringRequestError:
-    # A union (name or inline vector, scope word or span) reports every branch; the deepest one is the one meant.
-    first = max(
-        error.errors(include_url=False),
-        key=lambda item: (item["loc"][:3] == error.errors()[0]["loc"][:3], len(item["loc"])),
-    )
-    param = "steering"
-    for part in first["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif part in _FIELDS or (first["type"] == "extra_forbidden" and part == first["loc"][-1]):
-            param += f".{str(part)[:MAX_ECHO_CHARS]}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown field"
-    return SteeringRequestError(f"{param}: {message}.", param)
+_OBJECTS: dict[str, type[BaseModel]] = {
+    "steering": SteeringSpec,
+    "edits": EditSpec,
+    "vector": InlineVector,
+    "scope": Span,
+    "gate": Gate,
+}
+"""The object that a field holds, to say which fields it has."""
