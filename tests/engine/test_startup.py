@@ -1,0 +1,139 @@
+"""What an engine says when it starts: refusals with a reason, unarmed engines untouched, unknown vLLMs named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import vllm
+from conftest import SETTINGS
+from driving import edit, generate, sampled, steering, tokens
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+
+from steer_engine import LLM
+from steer_engine.config import CONFIG_KEY, SteeringConfig
+from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
+from steer_engine.runtime.vllm import symbols
+from steer_engine.runtime.vllm.patching import Symbol, check_symbols, wrap
+from steer_engine.runtime.vllm.register import register
+from steer_engine.runtime.vllm.supported import check_supported
+
+
+def test_every_symbol_is_as_we_know_it() -> None:
+    known = symbols.all_symbols()
+    assert len(known) >= 20
+    check_symbols(known, vllm.__version__)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "words"),
+    [
+        (Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.gone"), "is missing"),
+        (Symbol("vllm.v1.worker.nowhere:GPUModelRunner.load_model"), "is missing"),
+        (Symbol("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("req",)), "has no parameter req"),
+    ],
+)
+def test_an_unknown_vllm_is_named(symbol: Symbol, words: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match=words) as caught:
+        check_symbols((symbol,), "9.99")
+    assert "9.99" in caught.value.message
+    assert symbol.path in caught.value.message
+
+
+def test_registering_twice_wraps_once() -> None:
+    owner, name = symbols.all_symbols()[0].owner()
+    before = getattr(owner, name)
+    register()
+    assert getattr(owner, name) is before
+
+
+def test_wrapping_keeps_the_original_reachable() -> None:
+    class Thing:
+        def method(self) -> int:
+            return 1
+
+    import steer_engine.runtime.vllm.patching as patching
+
+    patching.Thing = Thing  # type: ignore[attr-defined]
+    symbol = Symbol("steer_engine.runtime.vllm.patching:Thing.method")
+    make: Callable[..., Any] = lambda original: lambda self: original(self) + 1  # noqa: E731
+    wrap(symbol, make)
+    wrap(symbol, make)
+    assert Thing().method() == 2
+
+
+REFUSED: dict[str, Callable[[Any], None]] = {
+    "pipeline parallelism": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
+    "micro-batching": lambda c: setattr(c.parallel_config, "enable_dbo", True),
+    "prefill context": lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2),
+    "kv_sharing_fast_prefill": lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True),
+    "sleep mode": lambda c: setattr(c.model_config, "enable_sleep_mode", True),
+    "KV connector": lambda c: setattr(c, "kv_transfer_config", object()),
+    "runner type": lambda c: setattr(c.model_config, "runner_type", "pooling"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_modes_that_are_not_exact_are_refused(tiny_llama: str, what: str) -> None:
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, **SETTINGS).create_engine_config()
+    check_supported(config)
+    REFUSED[what](config)
+    with pytest.raises(UnsupportedEngineError, match=what):
+        check_supported(config)
+
+
+def test_the_rust_front_end_is_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, **SETTINGS).create_engine_config()
+    with pytest.raises(UnsupportedEngineError, match="VLLM_USE_RUST_FRONTEND"):
+        check_supported(config)
+
+
+def test_settings_are_checked(tiny_llama: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match="rowz"):
+        SteeringConfig.from_additional_config({CONFIG_KEY: {"rowz": 1}})
+    with pytest.raises(UnsupportedEngineError, match="3 blocks"):
+        LLM(tiny_llama, steering=SteeringConfig(blocks="1-3"), enforce_eager=True, **SETTINGS)
+
+
+def test_an_unarmed_engine_is_untouched_and_refuses(tiny_llama: str) -> None:
+    plain = vllm.LLM(tiny_llama, enforce_eager=True, dtype="float32", **SETTINGS)
+    context = plain.llm_engine.vllm_config.compilation_config.static_forward_context
+    assert CONFIG_KEY not in context
+    prompt = tokens(5, 20)
+    before = sampled(generate(plain, [prompt], [None])[0])
+    with pytest.raises(SteeringRequestError, match="not armed"):
+        generate(plain, [prompt], [steering(edit("r0"))])
+    with pytest.raises(VLLMValidationError, match="not armed"):
+        plain.llm_engine.input_processor.process_inputs(
+            "direct",
+            {"type": "token", "prompt_token_ids": prompt},
+            vllm.SamplingParams(extra_args={"steering": steering(edit("r0"))}),
+            supported_tasks=("generate",),
+        )
+    assert sampled(generate(plain, [prompt], [None])[0]) == before
+
+
+def test_a_leaner_engine(tiny_llama: str) -> None:
+    """Only some blocks and one operation armed: those work, the others are refused by name."""
+    from conftest import random_vector
+
+    config = SteeringConfig(blocks="1-2", ops=("add",), rows=1)
+    llm = LLM(
+        tiny_llama, vectors={"r0": random_vector(0)}, steering=config, enforce_eager=True, dtype="float32", **SETTINGS
+    )
+    worker = llm.steering_status()["workers"][0]
+    assert worker["armed_blocks"] == [1, 2]
+    assert worker["ops"] == ["add"]
+    prompt = tokens(6, 20)
+    plain, steered = generate(llm, [prompt] * 2, [None, steering(edit("r0", 2.0, blocks="1-2"))])
+    assert sampled(plain) != sampled(steered)
+    for spec, words in (
+        (steering(edit("r0")), "not armed"),
+        (steering(edit("r0", op="ablate", blocks=1)), "--steering-ops"),
+        (steering(edit("r0", blocks=1), edit("r0", blocks=1, scope="prompt")), "--steering-rows"),
+    ):
+        with pytest.raises(SteeringRequestError, match=words):
+            generate(llm, [prompt], [spec])
