@@ -9,12 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from steer_engine.commands.vector_tools import import_file, report
 from steer_engine.errors import VectorFileError
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
 
 app = typer.Typer(no_args_is_help=True, help="Control-vector files: safetensors and GGUF.")
+app.command()(report)
+app.command("import")(import_file)
 
 
 @app.command()

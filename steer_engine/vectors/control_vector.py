@@ -60,10 +60,11 @@ class ControlVector:
         """D, the width of the residual stream."""
         return int(next(iter(self.directions.values())).shape[0])
 
-    @property
-    def norms(self) -> dict[int, float]:
+    @cached_property
+    def norms(self) -> Mapping[int, float]:
         """Block -> Euclidean norm of its direction, computed in float64."""
-        return {block: float(np.linalg.norm(v.astype(np.float64))) for block, v in self.directions.items()}
+        norms = {block: float(np.linalg.norm(v.astype(np.float64))) for block, v in self.directions.items()}
+        return MappingProxyType(norms)
 
     @cached_property
     def digest(self) -> str:

@@ -1,0 +1,69 @@
+"""A first block range and scale to try with a vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer_engine.errors import VectorFileError
+from steer_engine.vectors.control_vector import ControlVector
+
+GENTLE, STRONG = 0.25, 0.5
+"""Doses, summed over the blocks. On SmolLM2-135M (blocks 8-19 of 30, cheerful against gloomy) 0.24 turned the mood,
+0.48 turned it fully and left the text fluent, 0.95 broke it. One model: a place to start, not a law."""
+
+FIRST, LAST = 0.25, 0.65
+"""Depth of the blocks to start with: early ones hold words, late ones the next token."""
+
+WORSE = 0.05
+"""Blocks that separate worse than the best one by more than this are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Blocks `first` to `last`, and the scales of a gentle and a strong effect there."""
+
+    first: int
+    last: int
+    gentle: float
+    strong: float
+
+    def __str__(self) -> str:
+        return f"blocks {self.first}-{self.last}, scale {self.gentle:.2g} (gentle) to {self.strong:.2g} (strong)"
+
+
+def doses(vector: ControlVector) -> dict[int, float]:
+    """Block -> |v| / |x|: what scale 1 adds, in parts of the residual stream; only where its norm is known."""
+    streams = vector.metadata.residual_norms
+    return {block: norm / streams[block] for block, norm in vector.norms.items() if block in streams}
+
+
+def suggest(vector: ControlVector) -> Suggestion:
+    """Middle blocks that separate well, in one run, and scales by dose.
+
+    Raises:
+        VectorFileError: the file lacks the residual norms or the model's depth, without which nothing can be said.
+    """
+    num_blocks = vector.metadata.num_blocks
+    known = doses(vector)
+    if num_blocks is None or not known:
+        raise VectorFileError("The vector's metadata lack num_blocks or residual_norms: no suggestion can be made.")
+    middle = [block for block in known if FIRST * num_blocks <= block < LAST * num_blocks] or list(known)
+    separation = vector.metadata.separation
+    best = max((separation[block] for block in middle if block in separation), default=0.0)
+    good = [block for block in middle if separation.get(block, best) >= best - WORSE]
+    run = max(_runs(good), key=len)
+    total = sum(known[block] for block in run)
+    if total == 0.0:
+        raise VectorFileError("The vector's directions are zero: no scale has an effect.")
+    return Suggestion(first=run[0], last=run[-1], gentle=GENTLE / total, strong=STRONG / total)
+
+
+def _runs(blocks: list[int]) -> list[list[int]]:
+    """Maximal runs of consecutive numbers of an ascending list."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs

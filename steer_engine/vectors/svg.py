@@ -1,0 +1,62 @@
+"""Two small pictures as SVG text: bars by block, and a heat map. Numbers in, no text of a user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+WIDTH, HEIGHT, EDGE = 420, 200, 46
+_BLUE, _RED = (33, 102, 172), (178, 24, 43)
+
+
+def bars(values: Mapping[int, float], *, low: float = 0.0, high: float | None = None) -> str:
+    """One bar per block; the axis runs from `low` to `high` (the largest value)."""
+    top = max(values.values(), default=0.0) if high is None else high
+    span = top - low if top > low else 1.0
+    step = (WIDTH - EDGE) / max(1, len(values))
+    parts = []
+    for i, (block, value) in enumerate(values.items()):
+        height = (HEIGHT - EDGE) * min(1.0, max(0.0, (value - low) / span))
+        x, y = EDGE + i * step, HEIGHT - 24 - height
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" height="{height:.1f}" fill="#2166ac">'
+            f"<title>block {block}: {value:.4g}</title></rect>"
+        )
+        if i % max(1, len(values) // 10) == 0:
+            parts.append(_text(x + step * 0.4, HEIGHT - 8, str(block), "middle"))
+    parts += [_text(EDGE - 6, HEIGHT - 22, f"{low:.3g}", "end"), _text(EDGE - 6, 28, f"{low + span:.3g}", "end")]
+    return _picture(WIDTH, HEIGHT, parts)
+
+
+def heatmap(matrix: np.ndarray, labels: Sequence[int]) -> str:
+    """A square of values from -1 (red) over 0 (white) to 1 (blue), with every tenth label or so."""
+    count = len(labels)
+    step = (HEIGHT - 24) / max(1, count)
+    parts = []
+    for row in range(count):
+        for column in range(count):
+            value = float(matrix[row, column])
+            parts.append(
+                f'<rect x="{24 + column * step:.2f}" y="{row * step:.2f}" width="{step + 0.05:.2f}" '
+                f'height="{step + 0.05:.2f}" fill="{_colour(value)}">'
+                f"<title>{labels[row]}, {labels[column]}: {value:.3f}</title></rect>"
+            )
+        if row % max(1, count // 6) == 0:
+            parts.append(_text(20, row * step + step / 2 + 4, str(labels[row]), "end"))
+            parts.append(_text(24 + row * step + step / 2, HEIGHT - 8, str(labels[row]), "middle"))
+    return _picture(HEIGHT, HEIGHT, parts)
+
+
+def _colour(value: float) -> str:
+    end = _BLUE if value >= 0 else _RED
+    share = min(1.0, abs(value))
+    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in end)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11" fill="#555" text-anchor="{anchor}">{text}</text>'
+
+
+def _picture(width: int, height: int, parts: Sequence[str]) -> str:
+    return f'<svg width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from steer_engine.errors import VectorFileError
+from steer_engine.vectors import ControlVector, VectorMetadata
+from steer_engine.vectors.suggestion import doses, suggest
+
+
+def vector(size: float = 1.0, **metadata: object) -> ControlVector:
+    """Unit directions at all 20 blocks of a model whose stream has norm 10 everywhere."""
+    fields = {"num_blocks": 20, "residual_norms": dict.fromkeys(range(20), 10.0), **metadata}
+    return ControlVector(
+        directions={block: np.array([size, 0.0]) for block in range(20)}, metadata=VectorMetadata.checked(fields)
+    )
+
+
+def test_middle_blocks_and_scales_by_dose() -> None:
+    found = suggest(vector())
+    assert (found.first, found.last) == (5, 12)
+    assert found.gentle == pytest.approx(0.25 / 0.8)
+    assert found.strong == pytest.approx(0.5 / 0.8)
+    assert str(found) == "blocks 5-12, scale 0.31 (gentle) to 0.62 (strong)"
+    # Twice the vector needs half the scale.
+    assert suggest(vector(2.0)).gentle == pytest.approx(found.gentle / 2)
+
+
+def test_blocks_that_separate_badly_are_left_out() -> None:
+    separation = {**dict.fromkeys(range(20), 0.96), 8: 0.6, 10: 1.0, 1: 1.0}
+    assert (suggest(vector(separation=separation)).first, suggest(vector(separation=separation)).last) == (9, 12)
+
+
+def test_blocks_outside_the_middle_are_better_than_none() -> None:
+    late = vector().restrict([18, 19])
+    assert (suggest(late).first, suggest(late).last) == (18, 19)
+
+
+def test_doses_are_known_where_norms_are() -> None:
+    assert doses(vector(residual_norms={3: 4.0})) == {3: 0.25}
+    for bare in (vector(residual_norms={}), vector(num_blocks=None)):
+        with pytest.raises(VectorFileError, match="no suggestion can be made"):
+            suggest(bare)
+    with pytest.raises(VectorFileError, match="directions are zero"):
+        suggest(vector(0.0))

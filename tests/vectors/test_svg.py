@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+
+from steer_engine.vectors import svg
+
+
+def heights(picture: str) -> list[float]:
+    return [float(rect.attrib["height"]) for rect in ET.fromstring(picture).iter("rect")]
+
+
+def test_bars_are_in_proportion() -> None:
+    one, two, none = heights(svg.bars({3: 1.0, 4: 2.0, 5: 0.0}))
+    assert two == svg.HEIGHT - svg.EDGE
+    assert one == two / 2
+    assert none == 0.0
+
+
+def test_bars_of_a_given_range_are_cut_at_it() -> None:
+    assert heights(svg.bars({0: 0.75, 1: 0.2, 2: 3.0}, low=0.5, high=1.0)) == [77.0, 0.0, 154.0]
+    assert heights(svg.bars({0: 0.0, 1: 0.0})) == [0.0, 0.0]
+    assert heights(svg.bars({})) == []
+
+
+def test_a_heat_map_colours_by_sign_and_size() -> None:
+    picture = ET.fromstring(svg.heatmap(np.array([[1.0, -1.0], [0.0, 0.5]]), [4, 9]))
+    assert [rect.attrib["fill"] for rect in picture.iter("rect")] == ["#2166ac", "#b2182b", "#ffffff", "#90b2d6"]
+    assert "4, 9: -1.000" in [title.text for title in picture.iter("title")]
