@@ -13,9 +13,11 @@ def register() -> None:
     Raises:
         UnsupportedEngineError: this vLLM is not one that we know; names it, and what differs.
     """
+    from steer_engine.runtime.vllm.logs import log_with_vllm
     from steer_engine.runtime.vllm.namespace_guard import hide_kernel_folder
 
     hide_kernel_folder()
+    log_with_vllm()
 
     from vllm import __version__ as vllm_version
 
