@@ -26,8 +26,8 @@ fi
 
 echo "==> installing vLLM ($extra), Ray and tools: 2 to 4 minutes and about 4 GB the first time; full log in $log"
 if ! .venv/bin/python -m pip install -e ".[$extra,demo,derive,dev]" 2>&1 |
-    tee "$log" | awk '/^(  Downloading|Installing|Building|ERROR|Successfully)/ { print substr($0, 1, 110); fflush() }'; then
-    if [ "$extra" = cpu ] && grep -Eq 'No matching distribution found for torch==|from versions:.*torch' "$log"; then
+    tee "$log" | awk '/^(  Downloading .*MB\)|Installing|Building|ERROR|Successfully)/ { print substr($0, 1, 110); fflush() }'; then
+    if [ "$extra" = cpu ] && grep -q 'No matching distribution found for torch==' "$log"; then
         echo >&2
         echo "The CPU build of torch is not in your package index. This command fixes it:" >&2
         echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup" >&2

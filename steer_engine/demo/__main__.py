@@ -60,19 +60,22 @@ def ask_and_score(asker: Asker) -> list[str]:
     """Everything that is asked while the server runs; what was not shown, as sentences."""
     scales = (-SCALE, 0.0, SCALE)
     with show.step(f"{len(prompts.SHOWN)} prompts at three scales"):
-        shown = [asker.ask_side(prompts.SHOWN, scale) for scale in scales]
+        shown = asker.ask_sides(prompts.SHOWN, scales)
     show.show_answers(prompts.SHOWN, shown)
 
-    asked = (None, SCALE, -SCALE, SCALE / 2)
-    mixed = [(prompt, asked[number % len(asked)]) for number, prompt in enumerate(prompts.DEV + prompts.SHOWN[:2])]
+    mixed = [(prompt, scale) for prompt in prompts.SHOWN for scale in (None, -SCALE, SCALE / 2, SCALE)]
     with show.step(f"{len(mixed)} requests in flight at once"):
         replies, num_running = asker.ask_watched(mixed)
     show.show_batch(replies, num_running)
 
     with show.step(f"{len(prompts.HELD_OUT)} held-out prompts a side"):
-        low, plain, high = (asker.ask_side(prompts.HELD_OUT, scale) for scale in scales)
-    shifts = [shift("gloomy to cheerful", low, high), shift("gloomy to plain", low, plain)]
-    show.show_scores((low, plain, high), [*shifts, shift("plain to cheerful", plain, high)], len(prompts.HELD_OUT))
+        low, plain, high = asker.ask_sides(prompts.HELD_OUT, scales)
+    shifts = [
+        shift("gloomy to plain", low, plain),
+        shift("plain to cheerful", plain, high),
+        shift("gloomy to cheerful", low, high),
+    ]
+    show.show_scores((low, plain, high), shifts, len(prompts.HELD_OUT))
 
     faults = find_faults(plain, (low, high), shifts)
     if any((reply.scale is None) != (reply.digest is None) for reply in replies):

@@ -45,10 +45,12 @@ class Asker:
         """Answers to `(prompt, scale)` pairs, all in flight at once, in order."""
         return asyncio.run(self._ask_all(questions))
 
-    def ask_side(self, prompts: Sequence[str], scale: float) -> Side:
-        """Answers to all prompts at one scale, as a side to score; scale 0 asks plainly."""
-        replies = self.ask_all([(prompt, scale or None) for prompt in prompts])
-        return Side(scale=scale, answers=tuple(reply.text for reply in replies))
+    def ask_sides(self, prompts: Sequence[str], scales: Sequence[float]) -> list[Side]:
+        """Answers to all prompts at each scale, as sides to score; scale 0 asks plainly."""
+        replies = self.ask_all([(prompt, scale or None) for scale in scales for prompt in prompts])
+        texts = [reply.text for reply in replies]
+        n = len(prompts)
+        return [Side(scale=scale, answers=tuple(texts[k * n : (k + 1) * n])) for k, scale in enumerate(scales)]
 
     def ask_watched(self, questions: Sequence[tuple[str, float | None]]) -> tuple[list[Reply], int]:
         """As `ask_all`, and the largest number of requests that the engine ran in one step, by its own metrics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,12 @@ from steer_engine.demo.scoring import Shift, Side
 HEARTBEAT_S = 10
 """Where there is no terminal to animate, a line this often says that the wait goes on."""
 
+WIDTH = 120
+"""Columns where there is no terminal to ask, as in a log."""
+
 console = Console(highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = WIDTH
 
 
 @contextmanager
@@ -53,8 +59,10 @@ def show_answers(prompts: Sequence[str], sides: Sequence[Side]) -> None:
 def show_batch(replies: Sequence[Reply], num_running: int) -> None:
     """Requests that were in flight together, and what the server says it applied to each."""
     table = Table(title=f"One mixed batch: {len(replies)} requests sent at once, {num_running} in one engine step")
-    for name in ("prompt", "asked", "applied", "answer"):
-        table.add_column(name, overflow="ellipsis", no_wrap=True, ratio=3 if name == "answer" else None)
+    widths = {"prompt": 24, "asked": 6, "applied, as the answer says": 19}
+    for name, width in widths.items():
+        table.add_column(name, width=width, overflow="ellipsis", no_wrap=True)
+    table.add_column("answer", overflow="ellipsis", no_wrap=True)
     for reply in replies:
         asked = "plain" if reply.scale is None else f"{reply.scale:+g}"
         table.add_row(reply.prompt, asked, (reply.digest or "-")[:19], " ".join(reply.text.split()))
