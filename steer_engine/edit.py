@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from math import fsum
 from typing import Any
 
 from steer_engine.spec import Op
@@ -48,6 +49,13 @@ class Scope:
     def wire(self) -> list[list[int | bool]]:
         """Plain data, for digests."""
         return [[self.start.from_end, self.start.offset], [self.end.from_end, self.end.offset]]
+
+    @property
+    def is_empty(self) -> bool:
+        """Covers no position of any request, however long its prompt."""
+        if self.start.from_end == self.end.from_end:
+            return self.start.offset >= self.end.offset
+        return not self.end.from_end and self.end.offset <= 0
 
     def at(self, prompt_len: int) -> tuple[int, int]:
         """Absolute [start, end) for a prompt of `prompt_len` tokens."""
@@ -93,7 +101,8 @@ class Edit:
 
     @property
     def does_nothing(self) -> bool:
-        return self.op in (Op.ADD, Op.ADD_RELATIVE, Op.ABLATE) and not any(self.scales)
+        scaled = self.op in (Op.ADD, Op.ADD_RELATIVE, Op.ABLATE)
+        return self.scope.is_empty or (scaled and not any(self.scales))
 
     @cached_property
     def digest(self) -> str:
@@ -103,21 +112,28 @@ class Edit:
 
 
 def canonical_order(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The same effect in one form: adds that meet are summed per vector and sorted, edits that do nothing vanish."""
+    """The same effect in one form: edits that do nothing vanish, adds that meet are summed and sorted."""
     result: list[Edit] = []
-    for commutes, run in groupby(edits, key=lambda edit: edit.commutes):
-        if not commutes:
-            result.extend(edit for edit in run if not edit.does_nothing)
-            continue
-        sums: dict[tuple[str, Scope, tuple[int, ...]], Edit] = {}
-        for edit in run:
-            key = (edit.vector, edit.scope, edit.blocks)
-            other = sums.get(key)
-            if other is not None:
-                edit = replace(edit, scales=tuple(a + b for a, b in zip(other.scales, edit.scales, strict=True)))
-            sums[key] = edit
-        result.extend(sums[key] for key in sorted(sums) if not sums[key].does_nothing)
+    # First of all what does nothing goes: it must not stand between adds that could be summed.
+    effective = (edit for edit in edits if not edit.does_nothing)
+    for commutes, run in groupby(effective, key=lambda edit: edit.commutes):
+        meeting = list(run)
+        result.extend(_summed(meeting) if commutes else meeting)
     return tuple(result)
+
+
+def _summed(adds: Iterable[Edit]) -> Iterator[Edit]:
+    """One add per vector and scope, with the blocks at which something is left of the sum."""
+    scales: dict[tuple[str, Scope], dict[int, list[float]]] = {}
+    for add in adds:
+        at_block = scales.setdefault((add.vector, add.scope), {})
+        for block, scale in zip(add.blocks, add.scales, strict=True):
+            at_block.setdefault(block, []).append(scale)
+    for (vector, scope), at_block in sorted(scales.items()):
+        # fsum rounds once, so that the order of the summands does not show.
+        sums = {block: total for block in sorted(at_block) if (total := fsum(at_block[block]))}
+        if sums:
+            yield Edit(op=Op.ADD, vector=vector, blocks=tuple(sums), scales=tuple(sums.values()), scope=scope)
 
 
 def sha256_of(content: Any) -> str:

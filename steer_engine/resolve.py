@@ -13,12 +13,13 @@ from typing import Any
 from steer_engine.config import Limits
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.magnitudes import check_dose, check_held
 from steer_engine.program import ProgramTemplate
 from steer_engine.spec import EditSpec, Op, Span, SteeringSpec, parse_blocks
 from steer_engine.spec_errors import shown
 from steer_engine.vectors import ControlVector
 
-LARGEST_FINITE = {"float32": 3.4028234663852886e38, "float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+MAX_RUNS_SHOWN = 8
 
 VectorSource = Callable[[str], ControlVector]
 """Name or `sha256:...` digest -> vector; raises UnknownVectorError."""
@@ -119,6 +120,10 @@ def resolve(
         raise SteeringRequestError(
             f"{len(spec.edits)} edits asked, at most {limits.max_edits} are allowed in one request.", "steering.edits"
         )
+    if spec.preserve_norm and model.ops == (Op.ADD,):
+        raise SteeringRequestError(
+            "Preserving norms needs more than op 'add' armed (--steering-ops).", "steering.preserve_norm"
+        )
     edits = tuple(
         ResolvedEdit(asked=edit, edit=_resolve_edit(edit, f"steering.edits[{i}]", vectors, model, limits))
         for i, edit in enumerate(spec.edits)
@@ -162,7 +167,10 @@ def _resolve_edit(asked: EditSpec, param: str, vectors: VectorSource, model: Mod
         hi=asked.target if asked.op is Op.SET else asked.hi,
         gate=_gate(asked, blocks, param, vectors, model),
     )
-    _check_numbers(edit, vector, param, model, limits)
+    if edit.op is not Op.ADD:
+        _check_direction(vector, blocks, f"{param}.vector")
+    check_held(edit, vector, param, model.dtype, limits)
+    check_dose(edit, vector, param, limits)
     return edit
 
 
@@ -236,29 +244,6 @@ def _scales(asked: EditSpec, vector: ControlVector, blocks: tuple[int, ...], par
     return tuple(float(asked.scale) * norms[block] / vector.norms[block] for block in blocks)
 
 
-def _check_numbers(edit: Edit, vector: ControlVector, param: str, model: ModelShape, limits: Limits) -> None:
-    if edit.op is not Op.ADD:
-        _check_direction(vector, edit.blocks, f"{param}.vector")
-    largest = LARGEST_FINITE[model.dtype]
-    for bound in (edit.lo, edit.hi):
-        if bound is not None and abs(bound) > largest:
-            raise SteeringRequestError(f"{bound:g} is more than {model.dtype} can hold.", param)
-    for block, scale in zip(edit.blocks, edit.scales, strict=True):
-        size = abs(scale) * vector.norms[block]
-        residual = vector.metadata.residual_norms.get(block)
-        # A norm bounds every element; a bank row may hold the vector scaled (in a sum) or as it is.
-        if max(size, vector.norms[block]) * limits.max_edits > largest:
-            raise SteeringRequestError(
-                f"The vector at block {block}, scaled by {scale:g}, overflows {model.dtype}.", f"{param}.scale"
-            )
-        if edit.op is Op.ADD and residual and size > limits.max_dose * residual:
-            raise SteeringRequestError(
-                f"The dose at block {block} is {size / residual:.3g} residual norms; at most {limits.max_dose:g} "
-                "are allowed.",
-                f"{param}.scale",
-            )
-
-
 def _scope(scope: str | Span) -> Scope:
     if isinstance(scope, Span):
         return Scope.span(scope.start, scope.end)
@@ -266,11 +251,12 @@ def _scope(scope: str | Span) -> Scope:
 
 
 def describe_blocks(blocks: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` as "0-2, 5"."""
+    """`(0, 1, 2, 5)` as "0-2, 5"; the first MAX_RUNS_SHOWN runs of them."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:
             runs[-1].append(block)
         else:
             runs.append([block])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    shown_runs = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:MAX_RUNS_SHOWN]]
+    return ", ".join(shown_runs) + (f" and {len(runs) - MAX_RUNS_SHOWN} more" if len(runs) > MAX_RUNS_SHOWN else "")

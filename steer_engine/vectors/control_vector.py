@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_engine.errors import ModelMismatchError, VectorFileError
+from steer_engine.errors import ModelMismatchError, UnusableVectorError, VectorFileError
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata
 
 Direction = npt.NDArray[np.float32]
@@ -196,7 +196,7 @@ def _checked_directions(given: Mapping[int, Any]) -> dict[int, Direction]:
         with np.errstate(over="ignore"):
             direction = np.array(array, dtype=np.float32, order="C")
         if not np.isfinite(direction).all():
-            raise VectorFileError(f"The direction of block {block} has values that are not finite in float32.")
+            raise UnusableVectorError(f"The direction of block {block} has values that are not finite in float32.")
         direction.flags.writeable = False
         checked[int(block)] = direction
     return checked

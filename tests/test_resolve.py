@@ -1,0 +1,503 @@
+"""From what is asked to what it means: every refusal with its field and status, and the answer's report."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from random_specs import BY_DIGEST, HIDDEN_SIZE, MODEL, NUM_BLOCKS, VECTORS, source, specs
+from random_specs import resolved as resolved_here
+
+from steer_engine.config import Limits
+from steer_engine.edit import ALL, GENERATION, PROMPT, Scope
+from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.magnitudes import LARGEST_FINITE
+from steer_engine.resolve import MAX_RUNS_SHOWN, ModelShape, ResolvedSpec, describe_blocks, resolve
+from steer_engine.spec import MAX_SPEC_CHARS, Op, SteeringSpec, parse_spec
+from steer_engine.vectors import ControlVector, VectorMetadata
+
+LIMITS = Limits()
+
+
+def shape(**fields: Any) -> ModelShape:
+    return ModelShape(**{**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}, **fields})
+
+
+def vector_of(
+    size: float, block: int = 0, residual: float | None = None, hidden_size: int = HIDDEN_SIZE
+) -> ControlVector:
+    """A vector of norm `size` at one block."""
+    direction_D = np.zeros(hidden_size, dtype=np.float32)
+    direction_D[0] = size
+    norms = {} if residual is None else {block: residual}
+    return ControlVector(directions={block: direction_D}, metadata=VectorMetadata(residual_norms=norms))
+
+
+def resolve_with(
+    vector: ControlVector, model: ModelShape = MODEL, limits: Limits = LIMITS, **fields: Any
+) -> ResolvedSpec:
+    spec = parse_spec({"edits": [{"vector": "v", **fields}]})
+    assert spec is not None
+    return resolve(spec, {"v": vector, **VECTORS, vector.digest: vector}.__getitem__, model, limits)
+
+
+def resolved(*edits: dict[str, Any], model: ModelShape = MODEL, limits: Limits = LIMITS, **rest: Any) -> ResolvedSpec:
+    return resolved_here({"edits": [{"vector": "a", **edit} for edit in edits], **rest}, model, limits)
+
+
+def refused(*edits: dict[str, Any], **rest: Any) -> SteeringRequestError:
+    with pytest.raises(SteeringRequestError) as caught:
+        resolved(*edits, **rest)
+    return caught.value
+
+
+# What is resolved
+
+
+def test_names_become_digests() -> None:
+    (edit,) = resolved({"scale": 1.5}).edits
+    assert edit.edit.vector == VECTORS["a"].digest
+    assert edit.edit.blocks == VECTORS["a"].blocks
+    assert edit.edit.scales == (1.5,) * 4
+    assert edit.edit.scope == ALL
+
+
+@pytest.mark.parametrize(
+    ("scope", "meant"),
+    [
+        ("all", ALL),
+        ("prompt", PROMPT),
+        ("generation", GENERATION),
+        ({}, ALL),
+        ({"start": -1}, GENERATION),
+        ({"start": 3, "end": -2}, Scope.span(3, -2)),
+    ],
+)
+def test_scopes(scope: Any, meant: Scope) -> None:
+    assert resolved({"scope": scope}).edits[0].edit.scope == meant
+
+
+def test_all_blocks_are_those_of_the_vector() -> None:
+    assert resolved({"vector": "b"}).edits[0].edit.blocks == (1, 2, 3)
+    assert resolved({"vector": "b", "blocks": "2-3"}).edits[0].edit.blocks == (2, 3)
+    assert resolved({"vector": "b", "blocks": [3, 1, 3]}).edits[0].edit.blocks == (1, 3)
+
+
+def test_residual_units_are_mean_residual_norms_of_the_block() -> None:
+    vector = VECTORS["a"]
+    (edit,) = resolved({"scale": 0.5, "unit": "residual", "blocks": [1, 2]}).edits
+    for block, scale in zip((1, 2), edit.edit.scales, strict=True):
+        assert scale * vector.norms[block] == pytest.approx(0.5 * vector.metadata.residual_norms[block], rel=1e-15)
+
+
+def test_set_holds_both_ends_at_the_target() -> None:
+    edit = resolved({"op": "set", "target": 2}).edits[0].edit
+    assert (edit.lo, edit.hi) == (2.0, 2.0)
+
+
+def test_an_open_gate_bound_lets_everything_through() -> None:
+    gate = resolved({"gate": {"vector": "c", "max_cos": 0.5}}).edits[0].edit.gate
+    assert gate is not None
+    assert (gate.vector, gate.max_cos) == (VECTORS["c"].digest, 0.5)
+    assert gate.min_cos < -1
+
+
+# Refusals: where, why, with which status
+
+
+@pytest.mark.parametrize(
+    ("edit", "param", "says"),
+    [
+        ({"vector": "nobody"}, "vector", "nobody"),
+        ({"vector": "sha256:" + "0" * 64}, "vector", "sha256:0"),
+        ({"gate": {"vector": "nobody", "min_cos": 0.1}}, "gate.vector", "nobody"),
+    ],
+)
+def test_unknown_vectors(edit: dict[str, Any], param: str, says: str) -> None:
+    error = refused({}, edit)
+    assert isinstance(error, UnknownVectorError)
+    assert (error.param, error.status) == (f"steering.edits[1].{param}", 404)
+    assert says in error.message
+
+
+def test_unknown_presets() -> None:
+    with pytest.raises(UnknownVectorError) as caught:
+        resolve(SteeringSpec(preset="calm\n"), source, MODEL, LIMITS)
+    assert (caught.value.param, caught.value.status) == ("steering.preset", 404)
+    assert r"'calm\n'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("edit", "param", "says"),
+    [
+        ({"scale": 1000.5}, "scale", "at most 1000"),
+        ({"scale": -1e300}, "scale", "-1e+300"),
+        ({"vector": {"data": "AAAA"}}, "vector", "Inline"),
+        ({"blocks": 4}, "blocks", "0 to 3"),
+        ({"blocks": "2-1000"}, "blocks", "Block 1000"),
+        ({"vector": "d", "blocks": "1-2"}, "blocks", "no direction at blocks 1; it has 2"),
+        ({"blocks": 1, "gate": {"vector": "d", "min_cos": 0.1}}, "gate.vector", "no direction at blocks 1"),
+        ({"gate": {"vector": "b", "min_cos": 0.1}}, "gate.vector", "no direction at blocks 0"),
+    ],
+)
+def test_refusals(edit: dict[str, Any], param: str, says: str) -> None:
+    error = refused({}, edit)
+    assert (error.param, error.status) == (f"steering.edits[1].{param}", 400)
+    assert says in error.message
+
+
+def test_vectors_of_another_model() -> None:
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(1.0, hidden_size=HIDDEN_SIZE + 1))
+    assert caught.value.param == "steering.edits[0].vector"
+    assert "hidden size 17" in caught.value.message
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(1.0, block=NUM_BLOCKS))
+    assert caught.value.param == "steering.edits[0].blocks"
+
+
+def test_gates_of_another_model() -> None:
+    spec = parse_spec({"edits": [{"vector": "a", "blocks": 0, "gate": {"vector": "g", "min_cos": 0.0}}]})
+    assert spec is not None
+    vectors = {"a": VECTORS["a"], "g": vector_of(1.0, hidden_size=HIDDEN_SIZE + 1)}
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve(spec, vectors.__getitem__, MODEL, LIMITS)
+    assert caught.value.param == "steering.edits[0].gate.vector"
+
+
+def test_more_edits_than_the_limit() -> None:
+    assert len(resolved(*[{}] * 8).edits) == 8
+    error = refused(*[{}] * 9)
+    assert (error.param, error.status) == ("steering.edits", 400)
+    assert "at most 8" in error.message
+    assert refused({}, {}, limits=Limits(max_edits=1)).param == "steering.edits"
+
+
+def test_unarmed_operations() -> None:
+    model = shape(ops=(Op.ADD, Op.SET))
+    assert refused({"op": "ablate"}, model=model).param == "steering.edits[0].op"
+    assert "armed: add, set" in refused({"op": "ablate"}, model=model).message
+    resolved({"op": "set", "target": 1.0, "gate": {"vector": "a", "min_cos": 0.0}}, model=model, preserve_norm=True)
+
+
+def test_a_graph_of_adds_only_has_neither_gates_nor_norms() -> None:
+    model = shape(ops=(Op.ADD,))
+    resolved({}, model=model)
+    assert refused({"gate": {"vector": "a", "min_cos": 0.0}}, model=model).param == "steering.edits[0].gate"
+    error = refused({}, model=model, preserve_norm=True)
+    assert error.param == "steering.preserve_norm"
+    assert "--steering-ops" in error.message
+
+
+def test_unarmed_blocks() -> None:
+    model = shape(armed_blocks=(1, 2))
+    error = refused({}, model=model)
+    assert error.param == "steering.edits[0].blocks"
+    assert "Blocks 0, 3 are not armed here; armed: 1-2" in error.message
+    resolved({"blocks": "1-2"}, model=model)
+
+
+def test_rows_that_one_request_may_need() -> None:
+    model = shape(rows=2)
+    resolved({}, {"vector": "c"}, {"vector": "b"}, model=model)  # equal scopes: one row
+    resolved({}, {"scope": "prompt"}, model=model)
+    error = refused({}, {"scope": "prompt"}, {"scope": "generation"}, model=model)
+    assert error.param == "steering.edits"
+    assert "need 3 rows" in error.message
+    assert "room for 2" in error.message
+    assert refused({"gate": {"vector": "a", "min_cos": 0.0}}, model=shape(rows=1)).param == "steering.edits"
+
+
+@pytest.mark.parametrize("op", ["add_relative", "ablate", "clamp", "set"])
+def test_a_zero_vector_has_no_direction(op: str) -> None:
+    fields = {"clamp": {"lo": 0.0}, "set": {"target": 0.0}}.get(op, {})
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(0.0), op=op, **fields)
+    assert caught.value.param == "steering.edits[0].vector"
+    assert "zero at blocks 0" in caught.value.message
+
+
+def test_adding_a_zero_vector_is_allowed() -> None:
+    resolve_with(vector_of(0.0), scale=3.0)
+
+
+def test_a_zero_vector_measures_nothing_and_gates_nothing() -> None:
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(0.0, residual=1.0), unit="residual")
+    assert caught.value.param == "steering.edits[0].vector"
+    spec = parse_spec({"edits": [{"vector": "a", "blocks": 0, "gate": {"vector": "zero", "min_cos": 0.0}}]})
+    assert spec is not None
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve(spec, {"a": VECTORS["a"], "zero": vector_of(0.0)}.__getitem__, MODEL, LIMITS)
+    assert caught.value.param == "steering.edits[0].gate.vector"
+
+
+def test_residual_units_need_residual_norms() -> None:
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(1.0), unit="residual")
+    assert caught.value.param == "steering.edits[0].unit"
+
+
+# Doses
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"scale": 101.0}, "scale"),
+        ({"scale": -101.0}, "scale"),
+        ({"scale": 101.0, "unit": "residual"}, "scale"),
+        ({"scale": 101.0, "op": "add_relative"}, "scale"),
+        ({"scale": -101.0, "op": "ablate"}, "scale"),
+        ({"op": "set", "target": 202.0}, "target"),
+        ({"op": "set", "target": -202.0}, "target"),
+        ({"op": "clamp", "lo": 202.0}, "lo"),
+        ({"op": "clamp", "hi": -202.0}, "hi"),
+        ({"op": "clamp", "lo": -300.0, "hi": -202.0}, "hi"),
+    ],
+)
+def test_doses_are_limited(fields: dict[str, Any], name: str) -> None:
+    """At most 100 mean residual norms, which are 2 here, as the norm of the vector is."""
+    vector = vector_of(2.0, residual=2.0)
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector, **fields)
+    assert caught.value.param == f"steering.edits[0].{name}"
+    assert "101 residual norms; at most 100" in caught.value.message
+    smaller = {key: value * 99 / 101 if isinstance(value, float) else value for key, value in fields.items()}
+    resolve_with(vector, **smaller)
+
+
+@pytest.mark.parametrize("fields", [{"lo": -1e6}, {"hi": 1e6}, {"lo": -1e6, "hi": 1e6}])
+def test_bounds_that_hold_nothing_back_are_no_dose(fields: dict[str, Any]) -> None:
+    resolve_with(vector_of(2.0, residual=2.0), op="clamp", **fields)
+
+
+def test_without_residual_norms_only_the_scale_is_limited() -> None:
+    resolve_with(vector_of(2.0), scale=1000.0)
+    resolve_with(vector_of(2.0), op="set", target=1e6)
+    with pytest.raises(SteeringRequestError):
+        resolve_with(vector_of(2.0), op="add_relative", scale=101.0)
+
+
+# What device memory holds
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"op": "set", "target": 1.0}, "target"), ({"op": "clamp", "lo": -1.0}, "lo"), ({"op": "clamp", "hi": 1.0}, "hi")],
+)
+def test_bounds_fit_the_dtype(dtype: str, fields: dict[str, Any], name: str) -> None:
+    largest = LARGEST_FINITE[dtype]
+    fits = {key: value * largest if isinstance(value, float) else value for key, value in fields.items()}
+    resolve_with(vector_of(1.0), shape(dtype=dtype), **fits)
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(1.0), shape(dtype=dtype), **{**fits, name: fits[name] * 1.001})
+    assert caught.value.param == f"steering.edits[0].{name}"
+    assert dtype in caught.value.message
+
+
+def test_rows_that_overflow_float16() -> None:
+    half = shape(dtype="float16")
+    resolve_with(vector_of(100.0), half, scale=80.0)
+    for vector, scale in ((vector_of(100.0), 82.0), (vector_of(70_000.0), 0.001)):
+        with pytest.raises(SteeringRequestError) as caught:
+            resolve_with(vector, half, scale=scale)
+        assert caught.value.param == "steering.edits[0].scale"
+        assert "float16" in caught.value.message
+        resolve_with(vector, shape(dtype="bfloat16"), scale=scale)
+
+
+def test_unit_rows_do_not_overflow() -> None:
+    resolve_with(vector_of(1e30), shape(dtype="float16"), op="ablate")
+
+
+def test_as_many_edits_as_allowed_do_not_overflow_together() -> None:
+    """Eight adds of 65504 / 8 are one row, whose numbers are finite."""
+    edit = {"vector": "v", "scale": 65504 / 8 / 100}
+    spec = parse_spec({"edits": [edit] * 8})
+    assert spec is not None
+    template = resolve(spec, {"v": vector_of(100.0)}.__getitem__, shape(dtype="float16"), LIMITS).template
+    (_, ((entry, _),)) = template.sites[0]
+    assert abs(entry.c0) * 100.0 <= 65504
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 2.0**-16), ("float32", 1e-44), ("bfloat16", 1e-39)])
+def test_rows_too_small_to_hold_their_vector(dtype: str, size: float) -> None:
+    """They would round to something else or to nothing: steered by name only."""
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(size), shape(dtype=dtype))
+    assert caught.value.param == "steering.edits[0].vector"
+    assert f"too small for {dtype}" in caught.value.message
+    resolve_with(vector_of(1e-3), shape(dtype=dtype))
+
+
+def test_coefficients_fit_float32() -> None:
+    """A worker packs them as float32, and must not fail."""
+    with pytest.raises(SteeringRequestError) as caught:
+        resolve_with(vector_of(1e-38, residual=10.0), unit="residual", scale=50.0)
+    assert caught.value.param == "steering.edits[0].scale"
+
+
+# Digests
+
+
+def test_a_digest_does_not_depend_on_names_or_the_order_of_adds() -> None:
+    one = resolved({"vector": "a", "scale": 0.1}, {"vector": "b", "scale": 0.2}, {"vector": "a", "scale": 0.3})
+    other = resolved({"vector": VECTORS["b"].digest, "scale": 0.2}, {"scale": 0.3}, {"scale": 0.1}, {"scale": 0})
+    assert one.digest == other.digest
+    assert re.fullmatch("sha256:[0-9a-f]{64}", one.digest)
+    assert one.digest != resolved({"scale": 0.4}).digest
+
+
+def test_a_digest_depends_on_scope_order_and_norms() -> None:
+    asked: list[ResolvedSpec] = [
+        resolved({}),
+        resolved({"scope": "generation"}),
+        resolved({"scope": {"end": 1}}),
+        resolved({"scope": {"end": -1}}),
+        resolved({}, preserve_norm=True),
+        resolved({"op": "ablate"}, {}),
+        resolved({}, {"op": "ablate"}),
+        resolved({"blocks": 1}),
+    ]
+    assert len({spec.digest for spec in asked}) == len(asked)
+
+
+def test_all_that_does_nothing_is_one() -> None:
+    nothing = [
+        resolved({"scale": 0}),
+        resolved({"scale": 0}, preserve_norm=True),
+        resolved({"scale": 2}, {"scale": -2}),
+        resolved({"op": "ablate", "scope": {"start": 4, "end": 4}}),
+    ]
+    assert len({spec.digest for spec in nothing}) == 1
+    assert nothing[0].vectors == ()
+    assert nothing[0].report()["edits"] == []
+
+
+# What travels to the compile step, and what the answer says
+
+
+@settings(max_examples=80, deadline=None)
+@given(specs())
+def test_the_wire_means_the_same(raw: dict[str, Any]) -> None:
+    asked = resolved_here(raw)
+    wire = asked.to_wire()
+    assert not re.search('"(vector|name)":"[abcd]"', wire), "names stay behind"
+    again = resolve_wire(wire)
+    assert again.digest == asked.digest
+    assert again.template == asked.template
+    assert again.to_wire() == wire
+    assert again.vectors == asked.vectors
+
+
+def resolve_wire(wire: str) -> ResolvedSpec:
+    spec = parse_spec(wire)
+    assert spec is not None
+    return resolve(spec, BY_DIGEST.__getitem__, MODEL, LIMITS)
+
+
+def test_the_largest_wire_is_still_read() -> None:
+    """Eight edits with gates that spell out all blocks of a model of 1024."""
+    rng = np.random.default_rng(0)
+    directions = {block: rng.normal(size=2).astype(np.float32) for block in range(1024)}
+    vector = ControlVector(directions=directions)
+    model = shape(hidden_size=2, num_blocks=1024, armed_blocks=tuple(range(1024)))
+    gate = {"vector": vector.digest, "min_cos": -0.12345678901234567, "max_cos": 0.12345678901234567}
+    edit = {
+        "vector": vector.digest,
+        "op": "clamp",
+        "lo": -1 / 3,
+        "hi": 1 / 3,
+        "gate": gate,
+        "scope": {"start": -(2**30)},
+    }
+    spec = parse_spec({"edits": [edit] * 8, "preserve_norm": True})
+    assert spec is not None
+    wire = resolve(spec, lambda _: vector, model, LIMITS).to_wire()
+    assert 30_000 < len(wire) <= MAX_SPEC_CHARS
+    assert parse_spec(wire) is not None
+
+
+def test_the_report() -> None:
+    asked = resolved(
+        {"scale": 1.5, "blocks": "1-2"},
+        {"vector": VECTORS["b"].digest, "op": "clamp", "lo": -1, "scope": {"end": -2}},
+        {"scale": 0},
+        {"op": "set", "target": 0.5, "blocks": [2], "gate": {"vector": "c", "min_cos": 0.1}},
+    )
+    digests = {name: vector.digest for name, vector in VECTORS.items()}
+    first, second, third = (asked.edits[i].edit.digest for i in (0, 1, 3))
+    assert asked.report() == {
+        "digest": asked.digest,
+        "edits": [
+            {
+                "name": "a",
+                "vector": digests["a"],
+                "op": "add",
+                "scale": 1.5,
+                "unit": "vector",
+                "blocks": [1, 2],
+                "scope": "all",
+                "digest": first,
+            },
+            {
+                "vector": digests["b"],
+                "op": "clamp",
+                "scale": 1.0,
+                "unit": "vector",
+                "blocks": [1, 2, 3],
+                "scope": {"start": None, "end": -2},
+                "lo": -1.0,
+                "digest": second,
+            },
+            {
+                "name": "a",
+                "vector": digests["a"],
+                "op": "set",
+                "scale": 1.0,
+                "unit": "vector",
+                "blocks": [2],
+                "scope": "all",
+                "target": 0.5,
+                "gate": {"vector": digests["c"], "min_cos": 0.1},
+                "digest": third,
+            },
+        ],
+    }
+    json.dumps(asked.report(), allow_nan=False)
+
+
+def test_the_report_names_the_preset() -> None:
+    spec = parse_spec({"edits": [{"vector": "a"}]})
+    assert spec is not None
+    report = resolve(spec, source, MODEL, LIMITS, preset="calm").report()
+    assert report["preset"] == "calm"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "text"),
+    [((), ""), ((4,), "4"), ((0, 1, 2, 5), "0-2, 5"), ((1, 3, 5), "1, 3, 5"), (tuple(range(0, 40, 2)), None)],
+)
+def test_blocks_in_words(blocks: tuple[int, ...], text: str | None) -> None:
+    if text is None:
+        text = ", ".join(map(str, blocks[:MAX_RUNS_SHOWN])) + " and 12 more"
+    assert describe_blocks(blocks) == text
+
+
+def test_resolving_is_quick() -> None:
+    """Norms of a vector are computed once, not once per block: 30 ms per request otherwise, at this size."""
+    rng = np.random.default_rng(0)
+    vector = ControlVector(directions={block: rng.normal(size=4096).astype(np.float32) for block in range(32)})
+    model = shape(hidden_size=4096, num_blocks=32, armed_blocks=tuple(range(32)))
+    resolve_with(vector, model)
+    started = time.process_time()
+    for _ in range(10):
+        resolve_with(vector, model)
+    assert time.process_time() - started < 0.1
