@@ -52,6 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if here not in item.path.parents or item.get_closest_marker(other) is None]
 
 
+_ENGINES: list[Any] = []
+
+
+def kept(llm: Any) -> Any:
+    """Keep an engine alive to the end: one that is collected takes the process groups of all others with it."""
+    _ENGINES.append(llm)
+    return kept(llm)
+
+
 def random_vector(
     seed: int, *, num_blocks: int = TINY_BLOCKS, hidden_size: int = TINY_HIDDEN, norm: float = 1.0
 ) -> ControlVector:
@@ -86,7 +95,7 @@ def tiny(tiny_llama: str) -> LLM:
         **SETTINGS,
     )
     assert_meant(llm, num_blocks=TINY_BLOCKS)
-    return llm
+    return kept(llm)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +110,7 @@ def tiny_compiled(tiny_llama: str) -> LLM:
         **SETTINGS,
     )
     assert_meant(llm, num_blocks=TINY_BLOCKS)
-    return llm
+    return kept(llm)
 
 
 @pytest.fixture(scope="session")
@@ -115,4 +124,4 @@ def real(smollm2: str) -> LLM:
         **SETTINGS,
     )
     assert_meant(llm, num_blocks=30)
-    return llm
+    return kept(llm)

@@ -73,6 +73,12 @@ def test_operations(tiny: LLM, oracle: Oracle, name: str) -> None:
     assert_same(tiny, oracle, steering(*OPERATIONS[name]))
 
 
+@pytest.mark.v1_only
+@pytest.mark.parametrize("name", ["add", "adds of different blocks", "clamp", "mixed order", "gate above"])
+def test_compiled(tiny_compiled: LLM, oracle: Oracle, name: str) -> None:
+    assert_same(tiny_compiled, oracle, steering(*OPERATIONS[name]))
+
+
 @pytest.mark.parametrize("name", ["add", "mixed order", "gate above"])
 def test_preserved_norms(tiny: LLM, oracle: Oracle, name: str) -> None:
     assert_same(tiny, oracle, steering(*OPERATIONS[name], preserve_norm=True))

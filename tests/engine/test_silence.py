@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RUNNER, SETTINGS, TINY_VOCAB
+from conftest import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
 from driving import edit, generate, sampled, steering, tokens
 
 from steer_engine import LLM
@@ -68,13 +68,15 @@ def test_compiled_float32(tiny_compiled: LLM, tiny_llama: str, plain: Plain) -> 
 
 
 @pytest.mark.v1_only
-def test_eager_bfloat16_on_the_real_model(smollm2: str, plain: Plain) -> None:
-    from conftest import random_vector
+def test_eager_float32_on_the_real_model(real: LLM, smollm2: str, plain: Plain) -> None:
+    assert_identical(silent(real), plain(smollm2, {**SETTINGS, "dtype": "float32", "enforce_eager": True}))
 
-    settings = {**SETTINGS, "dtype": "bfloat16", "enforce_eager": True}
-    vectors = {f"r{seed}": random_vector(seed, num_blocks=30, hidden_size=576, norm=4.0) for seed in range(32)}
-    llm = LLM(smollm2, vectors=vectors, **settings)
-    assert_identical(silent(llm), plain(smollm2, settings))
+
+@pytest.mark.v1_only
+def test_eager_bfloat16(tiny_llama: str, plain: Plain) -> None:
+    settings = {**TINY_SETTINGS, "dtype": "bfloat16", "enforce_eager": True}
+    llm = kept(LLM(tiny_llama, vectors={f"r{seed}": random_vector(seed) for seed in range(32)}, **settings))
+    assert_identical(silent(llm), plain(tiny_llama, settings))
 
 
 def test_the_runner_is_the_one_meant(tiny: LLM) -> None:

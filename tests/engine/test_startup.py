@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import vllm
-from conftest import SETTINGS
+from conftest import SETTINGS, kept, random_vector
 from driving import edit, generate, sampled, steering, tokens
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -99,7 +99,7 @@ def test_settings_are_checked(tiny_llama: str) -> None:
 
 
 def test_an_unarmed_engine_is_untouched_and_refuses(tiny_llama: str) -> None:
-    plain = vllm.LLM(tiny_llama, enforce_eager=True, dtype="float32", **SETTINGS)
+    plain = kept(vllm.LLM(tiny_llama, enforce_eager=True, dtype="float32", **SETTINGS))
     context = plain.llm_engine.vllm_config.compilation_config.static_forward_context
     assert CONFIG_KEY not in context
     prompt = tokens(5, 20)
@@ -118,12 +118,9 @@ def test_an_unarmed_engine_is_untouched_and_refuses(tiny_llama: str) -> None:
 
 def test_a_leaner_engine(tiny_llama: str) -> None:
     """Only some blocks and one operation armed: those work, the others are refused by name."""
-    from conftest import random_vector
-
     config = SteeringConfig(blocks="1-2", ops=("add",), rows=1)
-    llm = LLM(
-        tiny_llama, vectors={"r0": random_vector(0)}, steering=config, enforce_eager=True, dtype="float32", **SETTINGS
-    )
+    vectors = {"r0": random_vector(0)}
+    llm = kept(LLM(tiny_llama, vectors=vectors, steering=config, enforce_eager=True, dtype="float32", **SETTINGS))
     worker = llm.steering_status()["workers"][0]
     assert worker["armed_blocks"] == [1, 2]
     assert worker["ops"] == ["add"]
