@@ -60,8 +60,8 @@ def run(suite: Suite, *, everything: bool) -> Counter[str]:
         command = suite.command(everything=everything, report=report)
         status = subprocess.run(command, cwd=ROOT, env=os.environ | suite.env, check=False).returncode
         counts = read_report(report) if report.exists() else Counter[str]()
-    if status not in (0, 1) or (status == 1 and not counts["failed"]):
-        counts["failed"] += 1  # collection error, crash of the interpreter, or no test at all
+    if status != 0 and not counts["failed"]:
+        counts["failed"] = 1  # broken conftest, crash of the interpreter, or no test at all
     return counts
 
 

@@ -1,0 +1,73 @@
+"""`make test` adds its suites up honestly: a crash, a broken conftest or a suite without tests is a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "run_tests.py"
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, on an empty project with one suite `engine` that wants STEER_TEST_RUNNER=v2."""
+    spec = importlib.util.spec_from_file_location("run_tests", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "run_tests", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    suite = module.Suite(name="engine", folder="engine", env={"STEER_TEST_RUNNER": "v2"})
+    monkeypatch.setattr(module, "SUITES", (suite,))
+    monkeypatch.setattr(sys, "argv", ["run_tests.py"])
+    (tmp_path / "tests" / "engine").mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    return module
+
+
+CASES = {
+    "passed": ("def test_it(): pass", Counter(passed=1)),
+    "failed": ("def test_it(): assert 0\ndef test_that(): pass", Counter(passed=1, failed=1)),
+    "skipped": ("import pytest\n@pytest.mark.skip\ndef test_it(): pass", Counter(skipped=1)),
+    "fixture": ("import pytest\n@pytest.fixture\ndef f(): 1/0\ndef test_it(f): pass", Counter(failed=1)),
+    "environment": (
+        "import os\ndef test_it(): assert os.environ['STEER_TEST_RUNNER'] == 'v2'",
+        Counter(passed=1),
+    ),
+    "long one left out": (
+        "import pytest\n@pytest.mark.slow\ndef test_it(): assert 0\ndef test_that(): pass",
+        Counter(passed=1),
+    ),
+    "import error": ("import no_such_module", Counter(failed=1)),
+    "no test": ("", Counter(failed=1)),
+    "crash": ("import os\ndef test_it(): os.abort()", Counter(failed=1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counts(script: ModuleType, tmp_path: Path, case: str) -> None:
+    text, expected = CASES[case]
+    (tmp_path / "tests" / "engine" / "test_case.py").write_text(text)
+    assert script.run(script.SUITES[0], everything=False) == expected
+
+
+def test_last_line_and_status(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = tmp_path / "tests" / "engine" / "test_case.py"
+    test.write_text(CASES["passed"][0])
+    assert script.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed"
+    test.write_text(CASES["failed"][0])
+    assert script.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed"
+
+
+def test_folders_with_a_suite_of_their_own_exist(script: ModuleType) -> None:
+    """The unit suite leaves them out; a renamed folder would be run twice."""
+    folders = {path.name for path in SCRIPT.parents[1].joinpath("tests").iterdir() if any(path.glob("test_*.py"))}
+    assert set(script.FOLDERS) <= folders
