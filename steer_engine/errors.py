@@ -6,7 +6,12 @@
     │   └── PayloadTooLargeError more than a published limit (413)
     ├── CapacityError            right request, no room now (503, with Retry-After)
     ├── VectorFileError          a file is not a usable control vector
+    │   ├── UnusableVectorError  a well-formed file whose numbers are no directions
     │   └── ModelMismatchError   a good vector, for another model
+    ├── RegistryError            the registry of vectors and presets cannot do what is asked
+    │   ├── RegistryConflictError    the name stands for something else, or is in use (409)
+    │   ├── PreconditionError        not the version that the caller has seen (412)
+    │   └── RegistryFullError        no room for another vector or preset (507)
     ├── DerivationError          contrast pairs or dumps that cannot give a vector
     ├── ModelError               a packaged model cannot be had
     └── UnsupportedEngineError   an armed engine must not start like this
@@ -61,8 +66,36 @@ class VectorFileError(SteerError, ValueError):
     """A file, or the bytes of one, is not a usable control vector."""
 
 
+class UnusableVectorError(VectorFileError):
+    """A well-formed file whose numbers are not finite, or all zero."""
+
+
 class ModelMismatchError(VectorFileError):
     """A sound control vector whose hidden size or blocks do not fit the model."""
+
+
+class RegistryError(SteerError):
+    """The registry of vectors and presets cannot do what is asked."""
+
+    status = 503
+
+
+class RegistryConflictError(RegistryError):
+    """The name stands for something else, or what it names is in use."""
+
+    status = 409
+
+
+class PreconditionError(RegistryError):
+    """The registry does not have the version that the caller has seen."""
+
+    status = 412
+
+
+class RegistryFullError(RegistryError):
+    """There is no room for another vector or preset."""
+
+    status = 507
 
 
 class DerivationError(SteerError, ValueError):

@@ -1,97 +1,100 @@
-"""Vectors by name and by digest: an operator's folder, and what was added in memory."""
+"""Vectors and presets by name, vectors also by digest: an operator's folder, and what was put there since."""
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-import stat
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from steer_engine.errors import ModelMismatchError, SteeringRequestError, UnknownVectorError, VectorFileError
+from steer_engine.errors import (
+    ModelMismatchError,
+    RegistryConflictError,
+    RegistryError,
+    SteeringRequestError,
+    UnknownVectorError,
+    VectorFileError,
+)
+from steer_engine.vectors.adopted import MAX_NAME, MAX_SUPERSEDED, NAME, NAME_RULE, Adopted
 from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.files import SUFFIXES, load
+from steer_engine.vectors.preset_files import PresetFiles, check_preset
+from steer_engine.vectors.shelf import Shelf, ShelfLimits
+
+__all__ = ["MAX_NAME", "MAX_SUPERSEDED", "NAME_RULE", "Registry"]
 
 logger = logging.getLogger(__name__)
 
-MAX_NAME = 128
-MAX_SUPERSEDED = 64
-"""Vectors kept by digest after their name moved on, so that what was resolved before can still be shipped."""
+MAX_LOADED_BYTES = 1 << 30
+"""Host memory for contents read from the shelf; what is read less recently goes first and is read again when needed."""
 
-_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-
-Signature = tuple[int, int, int]
-"""(mtime in ns, size, inode): changes whenever a file is replaced or rewritten."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Adopted:
-    """A file as it was last looked at; `vector` is None where it is broken."""
-
-    signature: Signature
-    vector: ControlVector | None
 
 
 class Registry:
-    """Names and digests -> control vectors. Thread-safe.
+    """Names and digests -> control vectors; names -> presets. Thread-safe, and shared through its folder.
 
-    A folder's `*.safetensors` and `*.gguf` are adopted under their stem. A lookup by name stats that name's files and
-    reads what changed; a lookup by digest needs no disk, because content never changes under a digest. A file that
-    turns bad later leaves the version adopted before in place, with an error in the log.
+    Two sources of names: the shelf (what was put over the API, durable) and the folder's own files (see `Adopted`);
+    a name on the shelf is never lost to a file of the same name.
 
     Args:
-        directory: folder to adopt from; None for a registry in memory only.
+        directory: the folder; None for a registry in memory only.
         strict: a broken or foreign file raises VectorFileError here instead of being logged and left out.
     """
 
-    def __init__(self, directory: Path | str | None = None, *, strict: bool = False) -> None:
-        self._directory = None if directory is None else Path(directory)
-        self._lock = threading.RLock()
-        self._files: dict[Path, _Adopted] = {}
-        self._by_name: dict[str, ControlVector] = {}
-        self._sources: dict[str, Path] = {}
-        self._by_digest: OrderedDict[str, ControlVector] = OrderedDict()
-        self._complained: dict[Path, str] = {}
-        if self._directory is not None and not self._directory.is_dir():
-            raise VectorFileError(f"{self._directory}: the folder of control vectors does not exist.")
-        self._scan()
-        if strict and self._complained:
-            raise VectorFileError(" ".join(self._complained[path] for path in sorted(self._complained)))
+    def __init__(
+        self, directory: Path | str | None = None, *, strict: bool = False, limits: ShelfLimits | None = None
+    ) -> None:
+        self._adopted = Adopted(directory)
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, ControlVector] = OrderedDict()
+        self._shelf: Shelf | None = None
+        self._preset_files: PresetFiles | None = None
+        faults = list(self._adopted.faults)
+        if self._adopted.directory is not None:
+            self._shelf = Shelf(self._adopted.directory, limits)
+            self._preset_files = PresetFiles(self._adopted.directory)
+            damaged = self._shelf.verify()
+            for fault in damaged.values():
+                logger.error("%s It cannot be used until it is put there again.", fault)
+            self._preset_files.all()
+            faults += [*damaged.values(), *self._preset_files.faults.values()]
+        if strict and faults:
+            raise VectorFileError(" ".join(faults))
 
     @property
     def directory(self) -> Path | None:
-        return self._directory
+        return self._adopted.directory
+
+    @property
+    def generation(self) -> int:
+        """How many changes were made over the API; the same in every process that serves the folder."""
+        return 0 if self._shelf is None else self._shelf.manifest().generation
 
     def get(self, name_or_digest: str) -> ControlVector:
-        """The vector of that name or digest. Raises UnknownVectorError."""
-        with self._lock:
-            if _DIGEST.fullmatch(name_or_digest):
-                if name_or_digest not in self._by_digest:
-                    self._scan()
-                found = self._by_digest.get(name_or_digest)
-            else:
-                self._refresh(name_or_digest)
-                found = self._by_name.get(name_or_digest)
-            if found is None:
-                raise UnknownVectorError(
-                    f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._what_there_is()}.",
-                    param="vector",
-                )
-            return found
+        """The vector of that name or digest, as of now. Raises UnknownVectorError."""
+        if _DIGEST.fullmatch(name_or_digest):
+            found = self._by_digest(name_or_digest)
+        else:
+            digest = self._shelved(name_or_digest)
+            found = self._adopted.find(name_or_digest) if digest is None else self._by_digest(digest)
+        if found is None:
+            raise UnknownVectorError(
+                f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._what_there_is()}.", param="vector"
+            )
+        return found
 
     def digest_of(self, name: str) -> str:
         """The digest that a name stands for now. Raises UnknownVectorError."""
-        return self.get(name).digest
+        return self._shelved(name) or self.get(name).digest
 
     def names(self) -> dict[str, str]:
         """Name -> digest of every vector, by name, after a look at the folder."""
-        with self._lock:
-            self._scan()
-            return {name: self._by_name[name].digest for name in sorted(self._by_name)}
+        names = {name: vector.digest for name, vector in self._adopted.all().items()}
+        if self._shelf is not None:
+            names |= {name: entry.digest for name, entry in self._shelf.manifest().vectors.items()}
+        return dict(sorted(names.items()))
 
     def add(self, name: str, vector: ControlVector) -> str:
         """Put a vector in memory under a name, replacing an earlier one of that name; returns its digest.
@@ -99,16 +102,68 @@ class Registry:
         Raises:
             SteeringRequestError: the name is not usable, or a file of the folder has it.
         """
-        if _NAME.fullmatch(name) is None:
-            raise SteeringRequestError(f"{name[:MAX_NAME]!r} is not usable as a name: {NAME_RULE}.", param="name")
-        with self._lock:
-            self._refresh(name)
-            if name in self._sources:
-                raise SteeringRequestError(
-                    f"The name {name!r} belongs to the file {self._sources[name].name}; choose another.", param="name"
-                )
-            self._bind(name, vector)
-            return vector.digest
+        return self._adopted.add(name, vector)
+
+    def put(self, name: str, vector: ControlVector, *, if_match: str | None = None) -> bool:
+        """Put a vector on the shelf, durably. True if the name is new.
+
+        Raises:
+            SteeringRequestError: the name is not usable. RegistryError: as `Shelf.put`, or there is no folder.
+        """
+        shelf = self._writable(name)
+        if (source := self._adopted.source_of(name)) is not None and self._shelved(name) is None:
+            raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
+        is_new = shelf.put(name, vector, if_match=if_match)
+        self._remember(vector)
+        return is_new
+
+    def delete(self, name: str, *, if_match: str | None = None) -> str:
+        """Take a name off the shelf; returns its digest. Raises as `Shelf.delete`."""
+        shelf = self._writable(name)
+        if self._shelved(name) is None and (source := self._adopted.source_of(name)) is not None:
+            raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; remove the file.")
+        return shelf.delete(name, if_match=if_match)
+
+    def preset(self, name: str) -> dict[str, Any]:
+        """A preset's spec as it was written. Raises UnknownVectorError."""
+        found = None
+        if NAME.fullmatch(name) is not None:
+            if self._shelf is not None:
+                found = self._shelf.manifest().presets.get(name)
+            if found is None and self._preset_files is not None:
+                found = self._preset_files.get(name)
+        if found is None:
+            there = ", ".join(list(self.presets())[:8]) or "none"
+            raise UnknownVectorError(f"There is no preset {name[:MAX_NAME]!r}; there are: {there}.", param="preset")
+        return found
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Name -> spec of every preset, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        if self._preset_files is not None:
+            found |= {name: spec for name, spec in self._preset_files.all().items() if NAME.fullmatch(name)}
+        if self._shelf is not None:
+            found |= self._shelf.manifest().presets
+        return dict(sorted(found.items()))
+
+    def put_preset(self, name: str, spec: Any, *, if_match: str | None = None) -> bool:
+        """Keep a preset, durably. True if the name is new. Raises SteeringRequestError, or as `Shelf.put_preset`."""
+        shelf = self._writable(name)
+        checked = check_preset(spec)
+        if self._is_preset_file(name):
+            raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; choose another name.")
+        return shelf.put_preset(name, checked, if_match=if_match)
+
+    def delete_preset(self, name: str, *, if_match: str | None = None) -> None:
+        """Forget a preset. Raises as `Shelf.delete_preset`."""
+        shelf = self._writable(name)
+        if self._is_preset_file(name):
+            raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; remove the file.")
+        shelf.delete_preset(name, if_match=if_match)
+
+    def incoming(self) -> Path:
+        """A folder for uploads under way. Raises RegistryError where there is no folder at all."""
+        return self._writable("incoming").incoming()
 
     def check(self, *, hidden_size: int, num_blocks: int, strict: bool = False) -> dict[str, str]:
         """Names whose vectors do not fit a model -> why. They are logged; a request for one is refused by its message.
@@ -117,115 +172,67 @@ class Registry:
             ModelMismatchError: with `strict`, where any does not fit.
         """
         misfits: dict[str, str] = {}
-        with self._lock:
-            self._scan()
-            for name in sorted(self._by_name):
-                try:
-                    self._by_name[name].check(hidden_size=hidden_size, num_blocks=num_blocks)
-                except ModelMismatchError as error:
-                    misfits[name] = error.message
-                    logger.warning("Control vector %s does not fit this model: %s", name, error.message)
+        for name in self.names():
+            try:
+                self.get(name).check(hidden_size=hidden_size, num_blocks=num_blocks)
+            except ModelMismatchError as error:
+                misfits[name] = error.message
+                logger.warning("Control vector %s does not fit this model: %s", name, error.message)
+            except UnknownVectorError:
+                continue  # gone since the names were read, or damaged and already in the log
         if strict and misfits:
             raise ModelMismatchError(" ".join(f"{name}: {reason}" for name, reason in misfits.items()))
         return misfits
 
-    def _scan(self) -> None:
-        """Adopt what is new or changed in the folder, forget names whose file is gone."""
-        if self._directory is None:
-            return
-        try:
-            found = sorted(Path(entry.path) for entry in os.scandir(self._directory) if _has_suffix(entry.name))
-        except OSError as error:
-            # Requests for vectors in memory go on; the next scan sees the folder again if it comes back.
-            self._complain(self._directory, f"{self._directory}: the folder cannot be read ({error.strerror}).")
-            return
-        for path in found:
-            if _NAME.fullmatch(path.stem) is None:
-                self._complain(path, f"{path}: the file's stem is not usable as a name: {NAME_RULE}.")
-        for name in {path.stem for path in found if _NAME.fullmatch(path.stem)} | set(self._sources):
-            self._refresh(name)
+    def _shelved(self, name: str) -> str | None:
+        """The digest that the shelf has for a name now."""
+        entry = None if self._shelf is None else self._shelf.manifest().vectors.get(name)
+        return None if entry is None else entry.digest
 
-    def _refresh(self, name: str) -> None:
-        """Bring one name in line with the folder: two stats, and a read only where something changed."""
-        if self._directory is None or _NAME.fullmatch(name) is None:
-            return
-        adopted: Path | None = None
-        for suffix in SUFFIXES:
-            path = self._directory / f"{name}{suffix}"
-            vector = self._look_at(path)
-            if vector is None:
-                continue
-            if adopted is not None:
-                self._complain(path, f"{path}: left out, the name {name!r} is already taken by {adopted.name}.")
-                continue
-            adopted = path
-            self._bind(name, vector, path)
-        if adopted is None and name in self._sources:
-            logger.info("Control vector %s is gone from the folder.", name)
-            del self._sources[name]
-            self._retire(self._by_name.pop(name))
+    def _by_digest(self, digest: str) -> ControlVector | None:
+        with self._lock:
+            if (loaded := self._loaded.get(digest)) is not None:
+                self._loaded.move_to_end(digest)
+                return loaded
+        if self._shelf is not None and digest in {entry.digest for entry in self._shelf.manifest().vectors.values()}:
+            try:
+                vector = self._shelf.load(digest)
+            except UnknownVectorError:
+                return None  # deleted in this very moment
+            except (VectorFileError, OSError) as error:
+                logger.error("Control vector %s cannot be read: %s", digest, error)
+                raise UnknownVectorError(f"The file of control vector {digest} is damaged.", param="vector") from None
+            self._remember(vector)
+            return vector
+        return self._adopted.find_digest(digest)
 
-    def _look_at(self, path: Path) -> ControlVector | None:
-        """The vector of a file, read only if the file changed; None if it is absent or never was good."""
-        known = self._files.get(path)
-        try:
-            status = path.stat()
-        except OSError:
-            self._files.pop(path, None)
-            self._complained.pop(path, None)
-            return None
-        signature = (status.st_mtime_ns, status.st_size, status.st_ino)
-        if known is not None and known.signature == signature:
-            return known.vector
-        vector = known.vector if known is not None else None
-        try:
-            if not stat.S_ISREG(status.st_mode):  # a pipe or device would block or never end
-                raise VectorFileError(f"{path}: not a regular file.")
-            vector = load(path)
-            self._complained.pop(path, None)
-        except VectorFileError as error:
-            kept = f" The version read before ({vector.digest}) stays." if vector is not None else " It is left out."
-            self._complain(path, error.message + kept)
-        self._files[path] = _Adopted(signature=signature, vector=vector)
-        return vector
+    def _remember(self, vector: ControlVector) -> None:
+        with self._lock:
+            self._loaded[vector.digest] = vector
+            self._loaded.move_to_end(vector.digest)
+            total = sum(_num_bytes(loaded) for loaded in self._loaded.values())
+            while total > MAX_LOADED_BYTES and len(self._loaded) > 1:
+                total -= _num_bytes(self._loaded.popitem(last=False)[1])
 
-    def _bind(self, name: str, vector: ControlVector, source: Path | None = None) -> None:
-        before = self._by_name.get(name)
-        if source is not None:
-            self._sources[name] = source
-        if before is not None and before.digest == vector.digest:
-            return
-        self._by_name[name] = vector
-        self._by_digest[vector.digest] = vector
-        if before is not None:
-            self._retire(before)
-        if source is not None:
-            logger.info("Control vector %s = %s from %s.", name, vector.digest, source.name)
+    def _writable(self, name: str) -> Shelf:
+        if NAME.fullmatch(name) is None:
+            raise SteeringRequestError(f"{name[:MAX_NAME]!r} is not usable as a name: {NAME_RULE}.", param="name")
+        if self._shelf is None:
+            raise RegistryError("This server has no folder of vectors: start it with --steering-vectors DIR.")
+        return self._shelf
 
-    def _retire(self, vector: ControlVector) -> None:
-        """Keep a vector that lost its name by digest only, the oldest of them going first."""
-        named = {bound.digest for bound in self._by_name.values()}
-        if vector.digest in self._by_digest:
-            self._by_digest.move_to_end(vector.digest)
-        unnamed = [digest for digest in self._by_digest if digest not in named]
-        for digest in unnamed[: max(0, len(unnamed) - MAX_SUPERSEDED)]:
-            del self._by_digest[digest]
-
-    def _complain(self, path: Path, message: str) -> None:
-        if self._complained.get(path) != message:  # once per fault, not once per request
-            self._complained[path] = message
-            logger.error("%s", message)
+    def _is_preset_file(self, name: str) -> bool:
+        assert self._shelf is not None
+        files = self._preset_files
+        return name not in self._shelf.manifest().presets and files is not None and files.get(name) is not None
 
     def _what_there_is(self) -> str:
-        names = sorted(self._by_name)
+        names = list(self.names())
         if not names:
             return "none is registered"
         shown = ", ".join(names[:8])
         return f"registered are {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-NAME_RULE = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {MAX_NAME} characters"
-
-
-def _has_suffix(filename: str) -> bool:
-    return not filename.startswith(".") and Path(filename).suffix in SUFFIXES
+def _num_bytes(vector: ControlVector) -> int:
+    return len(vector.blocks) * vector.hidden_size * 4

@@ -1,0 +1,132 @@
+"""The two sources of a registry together: what was put over the API, and an operator's own files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_engine.errors import (
+    RegistryConflictError,
+    RegistryError,
+    SteeringRequestError,
+    UnknownVectorError,
+    VectorFileError,
+)
+from steer_engine.vectors import ControlVector, Registry, save
+from steer_engine.vectors import registry as registry_module
+from steer_engine.vectors.shelf import FOLDER
+
+CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
+
+
+def one(value: float, width: int = 4) -> ControlVector:
+    return ControlVector(directions={1: np.full(width, value, np.float32)})
+
+
+def test_put_survives_the_process_and_is_seen_by_others(tmp_path: Path) -> None:
+    registry, other = Registry(tmp_path), Registry(tmp_path)
+    assert registry.put("put", one(1)) is True
+    for each in (registry, other, Registry(tmp_path, strict=True)):
+        assert each.get("put") == one(1)
+        assert each.get(one(1).digest) == one(1)
+        assert each.names() == {"put": one(1).digest}
+        assert each.digest_of("put") == one(1).digest
+        assert each.generation == 1
+    other.put("put", one(2), if_match=one(1).digest)
+    assert registry.get("put") == one(2)
+    assert registry.get(one(1).digest) == one(1)  # resolved before: can still be shipped
+    other.delete("put")
+    with pytest.raises(UnknownVectorError):
+        registry.get("put")
+    assert registry.names() == {}
+
+
+def test_names_of_files_stay_the_operator_s(tmp_path: Path) -> None:
+    save(one(1), tmp_path / "file.safetensors")
+    registry = Registry(tmp_path)
+    with pytest.raises(RegistryConflictError, match=r"belongs to the file file\.safetensors"):
+        registry.put("file", one(2))
+    with pytest.raises(RegistryConflictError, match="remove the file"):
+        registry.delete("file")
+    registry.put("put", one(2))
+    assert registry.names() == {"file": one(1).digest, "put": one(2).digest}
+    save(one(3), tmp_path / "put.safetensors")
+    assert registry.get("put") == one(2)  # what was acknowledged is not lost to a file
+    registry.delete("put")
+    assert registry.get("put") == one(3)
+
+
+def test_presets_of_both_kinds(tmp_path: Path) -> None:
+    (tmp_path / "calm.preset.json").write_text(json.dumps(CALM))
+    registry = Registry(tmp_path)
+    assert registry.preset("calm") == CALM
+    loud = {"edits": [{"vector": "put", "scale": 9.0}]}
+    assert registry.put_preset("loud", loud) is True
+    assert Registry(tmp_path).presets() == {"calm": CALM, "loud": loud}
+    with pytest.raises(RegistryConflictError):
+        registry.put_preset("calm", loud)
+    with pytest.raises(RegistryConflictError):
+        registry.delete_preset("calm")
+    with pytest.raises(SteeringRequestError):
+        registry.put_preset("bad", {"preset": "calm"})
+    with pytest.raises(UnknownVectorError, match="there are: calm, loud"):
+        registry.preset("nobody")
+    for name in ("../calm", "", "x" * 100_000, "a\0"):
+        with pytest.raises(UnknownVectorError):
+            registry.preset(name)
+    registry.delete_preset("loud")
+    assert Registry(tmp_path).presets() == {"calm": CALM}
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "..", "a" * 129, "sha256:" + "0" * 64, "a\n", "ä", "a\0"])
+def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
+    registry = Registry(tmp_path)
+    for change in (
+        lambda: registry.put(name, one(1)),
+        lambda: registry.delete(name),
+        lambda: registry.put_preset(name, CALM),
+        lambda: registry.delete_preset(name),
+    ):
+        with pytest.raises(SteeringRequestError, match="not usable as a name"):
+            change()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_folder_nothing_can_be_put() -> None:
+    registry = Registry()
+    registry.add("memory", one(1))
+    assert registry.generation == 0
+    assert registry.presets() == {}
+    with pytest.raises(RegistryError, match="--steering-vectors"):
+        registry.put("a", one(1))
+
+
+def test_damaged_content_is_named_in_the_log_and_answers_404(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Registry(tmp_path).put("put", one(1))
+    (path,) = (tmp_path / FOLDER / "objects").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    registry = Registry(tmp_path)
+    assert "Control vector put" in caplog.text
+    with pytest.raises(UnknownVectorError, match="damaged"):
+        registry.get("put")
+    assert registry.check(hidden_size=4, num_blocks=9) == {}
+    with pytest.raises(VectorFileError):
+        Registry(tmp_path, strict=True)
+
+
+def test_memory_for_contents_is_bounded_and_what_was_let_go_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "MAX_LOADED_BYTES", 3 * 4 * 4)
+    registry = Registry(tmp_path)
+    for i in range(10):
+        registry.put(f"v{i}", one(i))
+    assert len(registry._loaded) == 3
+    for i in range(10):
+        assert registry.get(f"v{i}") == one(i)
+        assert len(registry._loaded) <= 3
+    registry.put("large", one(1, width=1000))
+    assert list(registry._loaded) == [one(1, width=1000).digest]

@@ -1,0 +1,290 @@
+"""The durable shelf: what was acknowledged is there after a crash at any moment, and nothing half-written is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_engine.errors import (
+    CapacityError,
+    PreconditionError,
+    RegistryConflictError,
+    RegistryError,
+    RegistryFullError,
+    UnknownVectorError,
+    VectorFileError,
+)
+from steer_engine.vectors import ControlVector
+from steer_engine.vectors import shelf as shelf_module
+from steer_engine.vectors.shelf import ANY, FOLDER, Shelf, ShelfLimits, preset_digest
+
+PRESET = {"edits": [{"vector": "a", "scale": 2.0}]}
+
+
+def one(value: float, width: int = 4) -> ControlVector:
+    return ControlVector(directions={1: np.full(width, value, np.float32)})
+
+
+def objects(folder: Path) -> set[str]:
+    return {path.name for path in (folder / FOLDER / "objects").iterdir()}
+
+
+def object_name(vector: ControlVector) -> str:
+    return f"{vector.digest.removeprefix('sha256:')}.safetensors"
+
+
+def test_nothing_is_made_before_something_is_put(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    assert shelf.manifest().vectors == {}
+    assert shelf.verify() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_put_load_and_delete(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    assert shelf.put("a", one(1)) is True
+    assert shelf.put("a", one(1)) is False
+    assert shelf.put("b", one(1)) is True
+    assert objects(tmp_path) == {object_name(one(1))}
+    assert shelf.load(one(1).digest) == one(1)
+    assert shelf.delete("a") == one(1).digest
+    assert shelf.load(one(1).digest) == one(1)  # b still stands for it
+    shelf.delete("b")
+    assert objects(tmp_path) == set()
+    with pytest.raises(UnknownVectorError):
+        shelf.load(one(1).digest)
+    with pytest.raises(UnknownVectorError):
+        shelf.delete("a")
+
+
+def test_a_name_is_replaced_only_by_who_knows_what_it_stood_for(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    with pytest.raises(RegistryConflictError, match=one(1).digest):
+        shelf.put("a", one(2))
+    with pytest.raises(PreconditionError):
+        shelf.put("a", one(2), if_match=one(3).digest)
+    with pytest.raises(PreconditionError, match="does not exist"):
+        shelf.put("new", one(2), if_match=ANY)
+    with pytest.raises(PreconditionError):
+        shelf.delete("a", if_match=one(2).digest)
+    assert shelf.manifest().vectors["a"].digest == one(1).digest
+    assert shelf.put("a", one(2), if_match=one(1).digest) is False
+    assert shelf.put("a", one(3), if_match=ANY) is False
+    assert objects(tmp_path) == {object_name(one(3))}
+    shelf.delete("a", if_match=one(3).digest)
+
+
+def test_presets(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    other = {"edits": [{"vector": "b", "gate": {"vector": "a", "min_cos": 0.1}}]}
+    assert shelf.put_preset("calm", PRESET) is True
+    assert shelf.put_preset("calm", PRESET) is False
+    with pytest.raises(RegistryConflictError):
+        shelf.put_preset("calm", other)
+    assert shelf.put_preset("calm", other, if_match=preset_digest(PRESET)) is False
+    with pytest.raises(RegistryConflictError, match="calm"):
+        shelf.delete("a")
+    with pytest.raises(PreconditionError):
+        shelf.delete_preset("calm", if_match=preset_digest(PRESET))
+    shelf.delete_preset("calm", if_match=preset_digest(other))
+    with pytest.raises(UnknownVectorError):
+        shelf.delete_preset("calm")
+    shelf.delete("a")
+
+
+def test_limits(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, ShelfLimits(max_vectors=2, max_presets=1))
+    shelf.put("a", one(1))
+    shelf.put("b", one(2))
+    with pytest.raises(RegistryFullError, match="at most 2 vectors"):
+        shelf.put("c", one(3))
+    assert objects(tmp_path) == {object_name(one(1)), object_name(one(2))}
+    shelf.put_preset("calm", PRESET)
+    with pytest.raises(RegistryFullError, match="at most 1 presets"):
+        shelf.put_preset("loud", PRESET)
+    size = shelf.manifest().num_bytes
+    small = Shelf(tmp_path / "small", ShelfLimits(max_registry_bytes=size // 2))
+    small.put("a", one(1))
+    small.put("same content", one(1))
+    with pytest.raises(RegistryFullError, match="bytes"):
+        small.put("b", one(2))
+
+
+def test_processes_see_each_other_s_changes_at_once(tmp_path: Path) -> None:
+    mine, theirs = Shelf(tmp_path), Shelf(tmp_path)
+    mine.put("a", one(1))
+    assert theirs.manifest().vectors["a"].digest == one(1).digest
+    theirs.put("a", one(2), if_match=one(1).digest)
+    assert mine.manifest().vectors["a"].digest == one(2).digest
+    assert mine.manifest().generation == 2
+    theirs.delete("a")
+    assert mine.manifest().vectors == {}
+
+
+def test_an_unchanged_manifest_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    shelf.manifest()
+    reads = []
+    original = shelf_module.read_manifest
+    monkeypatch.setattr(shelf_module, "read_manifest", lambda path: (reads.append(path), original(path))[1])
+    for _ in range(5):
+        shelf.manifest()
+    assert reads == []
+    Shelf(tmp_path).put("b", one(2))
+    shelf.manifest()
+    assert len(reads) == 1 + 1  # one at the start of the other, and one here
+
+
+def test_a_damaged_manifest_is_an_error_and_never_an_empty_registry(tmp_path: Path) -> None:
+    Shelf(tmp_path).put("a", one(1))
+    path = tmp_path / FOLDER / "manifest.json"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-5], b"[" * 100_000, json.dumps({"format": 2}).encode(), b"\xff"):
+        path.write_bytes(damaged)
+        with pytest.raises(RegistryError, match="is not a manifest"):
+            Shelf(tmp_path)
+        assert path.read_bytes() == damaged
+
+
+def test_damaged_content_is_found_at_the_start_and_mended_by_sending_it_again(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    for name, value in (("short", 1), ("other", 2), ("gone", 3), ("good", 4)):
+        shelf.put(name, one(value))
+    folder = tmp_path / FOLDER / "objects"
+    path = folder / object_name(one(1))
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder / object_name(one(2))).write_bytes((folder / object_name(one(4))).read_bytes())
+    (folder / object_name(one(3))).unlink()
+    faults = Shelf(tmp_path).verify()
+    assert sorted(faults) == ["gone", "other", "short"]
+    with pytest.raises(VectorFileError):
+        shelf.load(one(2).digest)
+    assert shelf.put("short", one(1)) is False
+    assert shelf.load(one(1).digest) == one(1)
+
+
+def test_the_start_removes_what_a_crash_left(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    root = tmp_path / FOLDER
+    young, old = shelf.incoming() / "young", shelf.incoming() / "old"
+    leftovers = [root / "objects" / "0.safetensors", root / "objects" / ".x.part", root / ".manifest.json.y.part", old]
+    for path in (*leftovers, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert Shelf(tmp_path).verify() == {}
+    assert not any(path.exists() for path in leftovers)
+    assert young.exists()
+    assert shelf.load(one(1).digest) == one(1)
+
+
+def test_a_lock_that_is_held_is_waited_for_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    monkeypatch.setattr(shelf_module, "LOCK_SECONDS", 0.05)
+    with shelf._changing(), pytest.raises(CapacityError):
+        Shelf(tmp_path).put("b", one(2))
+    Shelf(tmp_path).put("b", one(2))
+
+
+def test_threads_lose_no_change(tmp_path: Path) -> None:
+    shelves = [Shelf(tmp_path) for _ in range(2)]
+
+    def work(number: int) -> None:
+        for i in range(10):
+            shelves[number % 2].put(f"v{number}-{i}", one(100 * number + i))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Shelf(tmp_path).manifest().vectors) == 40
+    assert Shelf(tmp_path).manifest().generation == 40
+
+
+def test_kill_at_any_moment(tmp_path: Path) -> None:
+    """50 times: a process puts, replaces and deletes until it is killed; then the folder is as it had acknowledged."""
+    rng = random.Random(5)
+    state: dict[str, str] = {}
+    undecided = 0
+    for moment in range(50):
+        began, done = _run_until_killed(tmp_path, seed=moment, seconds=rng.uniform(0.0, 0.06))
+        for name, digest in done:
+            _apply(state, name, digest)
+        shelf = Shelf(tmp_path)
+        assert shelf.verify() == {}
+        found = {name: entry.digest for name, entry in shelf.manifest().vectors.items()}
+        if found != state:
+            # The one change that was under way may have happened, or not; nothing in between.
+            assert len(began) == len(done) + 1
+            _apply(state, *began[-1])
+            undecided += 1
+        assert found == state
+        assert objects(tmp_path) == {f"{digest.removeprefix('sha256:')}.safetensors" for digest in state.values()}
+        for digest in state.values():
+            assert shelf.load(digest).digest == digest
+    assert state
+    assert undecided < 50
+
+
+Change = tuple[str, str | None]
+
+
+def _apply(state: dict[str, str], name: str, digest: str | None) -> None:
+    if digest is None:
+        state.pop(name, None)
+    else:
+        state[name] = digest
+
+
+def _run_until_killed(folder: Path, seed: int, seconds: float) -> tuple[list[Change], list[Change]]:
+    """Changes that a child process began and that it acknowledged, before SIGKILL."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _change_for_ever(folder, seed, writer)
+    os.close(writer)
+    try:
+        os.read(reader, 1)  # the child's first sign of life
+        time.sleep(seconds)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with os.fdopen(reader) as report:
+        lines = [json.loads(line) for line in report.read().splitlines() if line.endswith("]")]
+    return [(n, d) for kind, n, d in lines if kind == "began"], [(n, d) for kind, n, d in lines if kind == "done"]
+
+
+def _change_for_ever(folder: Path, seed: int, writer: int) -> None:
+    def say(kind: str, name: str, digest: str | None) -> None:
+        os.write(writer, f"{json.dumps([kind, name, digest])}\n".encode())
+
+    os.write(writer, b"\n")
+    try:
+        rng, shelf = random.Random(seed), Shelf(folder)
+        while True:
+            name = f"v{rng.randrange(4)}"
+            known = name in shelf.manifest().vectors
+            if known and rng.random() < 0.3:
+                say("began", name, None)
+                shelf.delete(name)
+                say("done", name, None)
+            else:
+                vector = one(rng.random(), width=2000)
+                say("began", name, vector.digest)
+                shelf.put(name, vector, if_match=ANY if known else None)
+                say("done", name, vector.digest)
+    finally:
+        os._exit(1)
