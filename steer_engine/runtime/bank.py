@@ -48,23 +48,20 @@ class Bank:
     def pin(self, rows: Sequence[Row]) -> list[int]:
         """Row numbers of `rows`, written to the device where they are new; each counts one user more."""
         assert self.can_pin(rows), "admission keeps the bank from being full"
+        # Contents first: where one cannot be made, nothing has changed.
+        new = {row: self._make_row(*row) for row in dict.fromkeys(rows) if row not in self._row_of}
         for row in rows:
-            # First take out of the idle ones what this very request uses: it must not be evicted for its siblings.
+            # Out of the idle ones before places are taken: a row of this very request must not make way for another.
             if row in self._idle:
                 self._users[self._idle.pop(row)] = 0
-        new: dict[int, Row] = {}
-        numbers = []
-        for row in rows:
-            number = self._row_of.get(row)
-            if number is None:
-                number = self._take_place()
-                self._row_of[row] = number
-                self._users[number] = 0
-                new[number] = row
-            self._users[number] += 1
-            numbers.append(number)
+        for row in new:
+            self._row_of[row] = self._take_place()
+            self._users[self._row_of[row]] = 0
         if new:
             self._write(new)
+        numbers = [self._row_of[row] for row in rows]
+        for number in numbers:
+            self._users[number] += 1
         return numbers
 
     def unpin(self, rows: Sequence[Row]) -> None:
@@ -89,8 +86,8 @@ class Bank:
         del self._row_of[row]
         return number
 
-    def _write(self, new: dict[int, Row]) -> None:
-        content_ND = torch.from_numpy(np.stack([self._make_row(key, block) for key, block in new.values()]))
-        index_N = torch.tensor(list(new), dtype=torch.int64)
+    def _write(self, new: dict[Row, np.ndarray]) -> None:
+        content_ND = torch.from_numpy(np.stack(list(new.values())))
+        index_N = torch.tensor([self._row_of[row] for row in new], dtype=torch.int64)
         device, dtype = self._bank_RD.device, self._bank_RD.dtype
         self._bank_RD.index_copy_(0, index_N.to(device), content_ND.to(dtype).to(device))

@@ -21,10 +21,15 @@ class Programs:
         self._bank = bank
         self._site_of = {block: site for site, block in enumerate(armed_blocks)}
         self._pinned: dict[int, list[Row]] = {}
+        self._beyond_adds: set[int] = set()
 
     @property
     def steered_slots(self) -> set[int]:
         return set(self._pinned)
+
+    def beyond_adds(self, slot_T: torch.Tensor) -> bool:
+        """Whether a program in these slots does more than add (host tensors only)."""
+        return bool(self._beyond_adds) and not self._beyond_adds.isdisjoint(slot_T.tolist())
 
     def admit(self, slot: int, program: Program) -> None:
         """Write `program` into `slot`. The slot must be free; programs without sites leave it unsteered."""
@@ -35,25 +40,25 @@ class Programs:
         _, num_sites, num_entries, _ = self._tables.entries_SLEW.shape
         entries_LEW = np.zeros((num_sites, num_entries, NUM_WORDS), dtype=np.int32)
         counts_L = np.zeros(num_sites, dtype=np.int32)
-        pinned: list[Row] = []
+        rows: list[Row] = []
+        places: list[tuple[int, int, int]] = []
         for group in program.sites:
             sites = [self._site_of[block] for block in group.blocks]
             counts_L[sites] = len(group.entries)
             for e, entry in enumerate(group.entries):
-                rows = [(entry.row, block) for block in group.blocks]
-                row_numbers = self._bank.pin(rows)
-                pinned += rows
                 c0, c1, c2, c3, lo, hi = entry.coefficients
                 words = Entry(0, entry.start, entry.end, c0, c1, c2, c3, lo, hi)
+                named = {ROW: entry.row}
                 if entry.gate is not None:
-                    words = words._replace(gate_row=0, min_cos=entry.gate[1], max_cos=entry.gate[2])
+                    named[GATE_ROW], min_cos, max_cos = entry.gate
+                    words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
                 entries_LEW[sites, e] = encode_entry(words)
-                entries_LEW[sites, e, ROW] = row_numbers
-                if entry.gate is not None:
-                    gates = [(entry.gate[0], block) for block in group.blocks]
-                    entries_LEW[sites, e, GATE_ROW] = self._bank.pin(gates)
-                    pinned += gates
-        self._pinned[slot] = pinned
+                for word, key in named.items():
+                    rows += [(key, block) for block in group.blocks]
+                    places += [(site, e, word) for site in sites]
+        # In one go, after all that could fail: then nothing has changed, and the device is written once.
+        entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
+        self._pinned[slot] = rows
         placed = [(entry.start, entry.end) for group in program.sites for entry in group.entries]
         span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
         tables = self._tables
@@ -67,6 +72,7 @@ class Programs:
         pinned = self._pinned.pop(slot, None)
         if pinned is None:
             return
+        self._beyond_adds.discard(slot)
         self._bank.unpin(pinned)
         self._tables.span_S2[slot] = 0
         self._tables.counts_SL[slot] = 0

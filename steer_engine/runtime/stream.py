@@ -7,6 +7,7 @@ armed engine asks the model itself, once, at start-up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -49,7 +50,7 @@ class ProbeRows:
 def disturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> Any:
     """The block's output with `noise_D` added to each of its parts, each in a row of its own."""
     hidden, residual = _parts(output)
-    if hidden is None or hidden.shape[-2] != rows.num_rows or hidden.shape[-1] != noise_D.shape[0]:
+    if hidden is None or hidden.shape[-2:] != (rows.num_rows, noise_D.shape[0]):
         return output
     hidden = hidden.clone()
     hidden[..., rows.row(block, 0), :] += noise_D.to(hidden.dtype)
@@ -65,10 +66,11 @@ def disturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> 
 def shape_of(output: Any, rows: ProbeRows, hidden_size: int) -> str:
     """ "pair", "one", or a description of an output that does not carry one stream per token row."""
     hidden, residual = _parts(output)
-    extra = len(output) - 2 if isinstance(output, tuple) else 0
-    if hidden is None or extra > 0 or hidden.numel() != rows.num_rows * hidden_size:
+    second = output[1] if isinstance(output, tuple) and len(output) == 2 else None
+    extra = isinstance(output, tuple) and len(output) > 2
+    if hidden is None or extra or hidden.numel() != rows.num_rows * hidden_size:
         return _describe(output)
-    if hidden.shape[-2:] != (rows.num_rows, hidden_size):
+    if hidden.shape[-2:] != (rows.num_rows, hidden_size) or second is not residual:
         return _describe(output)
     if residual is None:
         return "one"
@@ -93,7 +95,7 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
     by_residual_D = final_TD[rows.row(block, 1)] - baseline_D
     size = float(by_hidden_D.norm())
     # Rounding of the model's dtype makes equal rows differ a little; an effect is far above that.
-    if size > 1e-3 * float(baseline_D.norm()):
+    if math.isfinite(size) and size > 1e-3 * float(baseline_D.norm()):
         if shape == "one":
             return StreamForm.ONE
         if float(by_residual_D.norm()) < 1e-2 * size:
