@@ -59,6 +59,8 @@ class Programs:
         # In one go, after all that could fail: then nothing has changed, and the device is written once.
         entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
         self._pinned[slot] = rows
+        if program.keep_norm or not all(entry.only_adds for group in program.sites for entry in group.entries):
+            self._beyond_adds.add(slot)
         placed = [(entry.start, entry.end) for group in program.sites for entry in group.entries]
         span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
         tables = self._tables
