@@ -10,6 +10,7 @@ from steer_kernels.tables import Tables
 
 from steer_engine.config import SteeringConfig
 from steer_engine.program import Program
+from steer_engine.runtime.add_plan import AddPlan
 from steer_engine.runtime.bank import Bank
 from steer_engine.runtime.programs import Programs
 from steer_engine.runtime.store import Store
@@ -61,6 +62,7 @@ class EngineRuntime:
         self.programs = Programs(self.tables, self.bank, self.armed_blocks)
         self._reads = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
+        self._adds: AddPlan | None = None
         self._reading = False
 
     @property
@@ -88,13 +90,12 @@ class EngineRuntime:
             route_rows(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
         else:
             route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
-            # Without a device queue the host may look: which rows are steered is found once a step, not per site.
-            self._rows_N = self.tables.slot_T[:num_tokens].nonzero().squeeze(1)
+            self._plan(num_tokens)
 
     def idle(self) -> None:
         """The coming forward pass is a dummy: nothing is steered or read in it."""
         self.tables.slot_T.zero_()
-        self._rows_N = None
+        self._rows_N = self._adds = None
         self._stop_reading()
 
     def read(self, rows: list[int]) -> None:
@@ -106,6 +107,8 @@ class EngineRuntime:
             places_C = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=index_C.device)
             self.tables.capture_T[index_C] = places_C
             self._reading = True
+            if self._rows_N is None and not self.use_triton:
+                self._rows_N = index_C[:0]
 
     def captured(self, num_rows: int) -> torch.Tensor:
         """float32 [capture blocks, num_rows, D] on the host: what the last step read, in the order asked."""
@@ -119,7 +122,9 @@ class EngineRuntime:
             from steer_kernels.edit_residual import edit_residual
 
             edit_residual(hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._reads)
-        elif self._reading or (self._rows_N is not None and self._rows_N.numel()):
+        elif self._adds is not None and not self._reading:
+            self._adds.apply(carried, self.tables.bank_RD, site)
+        elif self._rows_N is not None:
             edit_residual_reference(
                 hidden,
                 carried,
@@ -129,6 +134,17 @@ class EngineRuntime:
                 capture=self._reading,
                 rows_N=self._rows_N,
             )
+
+    def _plan(self, num_tokens: int) -> None:
+        """Without a device queue the host may look: what a step does is worked out once, not per site."""
+        slot_T = self.tables.slot_T[:num_tokens]
+        rows_N = slot_T.nonzero().squeeze(1)
+        self._rows_N = rows_N
+        self._adds = None
+        if rows_N.numel() == 0:
+            self._rows_N = None
+        elif not self.programs.beyond_adds(slot_T):
+            self._adds = AddPlan.of_step(self.tables, rows_N, num_tokens)
 
     def _stop_reading(self) -> None:
         if self._reading and self.tables.capture_T is not None:
