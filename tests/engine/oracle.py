@@ -21,6 +21,8 @@ class Oracle:
     def __init__(self, path: str, vectors: Mapping[str, ControlVector]) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
         self.vectors = vectors
+        self.closest_gate = np.inf
+        """How near any cosine came to the bound of its gate: too near, and rounding decides."""
 
     def logprobs(self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None) -> np.ndarray:
         """float64 [T, V]: log-softmax at every position, the stream edited as `spec` says."""
@@ -74,6 +76,9 @@ class Oracle:
             return torch.ones(len(x_TD), dtype=torch.bool)
         g_D = torch.tensor(self.vectors[gate["vector"]].directions[block].tolist(), dtype=torch.float64)
         cos_T = (x_TD @ g_D) / (x_TD.norm(dim=1) * g_D.norm())
+        for bound in (gate.get("min_cos"), gate.get("max_cos")):
+            if bound is not None:
+                self.closest_gate = min(self.closest_gate, float((cos_T - bound).abs().min()))
         return (cos_T >= gate.get("min_cos", -2.0)) & (cos_T <= gate.get("max_cos", 2.0))
 
 

@@ -12,7 +12,6 @@ from driving import edit, generate, steering, tokens
 from steer_engine import LLM
 from steer_engine.config import CONFIG_KEY
 
-
 STEPS = 200 if RUNNER == "v1" else 20  # a step takes seconds where every kernel is interpreted
 
 

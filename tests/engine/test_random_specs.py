@@ -1,0 +1,97 @@
+"""Random ordered mixes of every operation, in batches, inside the engine: each request is what the oracle computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RUNNER, TINY_BLOCKS, random_vector
+from driving import generate, prompt_logprobs, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+
+from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError
+
+BATCH = 4
+EXAMPLES = 25 if RUNNER == "v1" else 3
+PROMPTS = [tokens(300 + i, 18 + 5 * i) for i in range(BATCH)]
+VECTORS = {f"r{seed}": random_vector(seed) for seed in range(32)}
+
+names = st.sampled_from([f"r{seed}" for seed in range(6)])
+scales = st.sampled_from([-1.5, -0.5, 0.25, 0.6, 1.0, 2.0])
+offsets = st.none() | st.integers(-20, 20)
+scopes = st.sampled_from(["all", "prompt", "generation"]) | st.builds(
+    lambda start, end: {"start": start, "end": end}, offsets, offsets
+)
+blocks = st.just("all") | st.lists(st.integers(0, TINY_BLOCKS - 1), min_size=1, unique=True)
+operations = st.one_of(
+    st.builds(lambda scale: {"op": "add", "scale": scale}, scales),
+    st.builds(lambda scale: {"op": "add", "scale": scale}, scales),
+    st.builds(lambda scale: {"op": "add_relative", "scale": scale / 4}, scales),
+    st.builds(lambda scale: {"op": "ablate", "scale": scale}, scales),
+    st.builds(lambda low, width: {"op": "clamp", "lo": low, "hi": low + width}, scales, st.sampled_from([0.0, 1.0])),
+    st.builds(lambda target: {"op": "set", "target": target}, scales),
+)
+gates = st.none() | st.builds(
+    lambda vector, side, bound: {"vector": vector, side: bound},
+    names,
+    st.sampled_from(["min_cos", "max_cos"]),
+    st.floats(-0.2, 0.2),
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> dict[str, Any]:
+    edits = []
+    for _ in range(draw(st.integers(1, 4))):
+        edit = {"vector": draw(names), "blocks": draw(blocks), "scope": draw(scopes), **draw(operations)}
+        gate = draw(gates)
+        edits.append(edit if gate is None else {**edit, "gate": gate})
+    return {"edits": edits, "preserve_norm": draw(st.booleans())}
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_llama: str) -> Oracle:
+    return Oracle(tiny_llama, VECTORS)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(asked=st.lists(specs(), min_size=BATCH, max_size=BATCH))
+def test_random_mixes(tiny: LLM, oracle: Oracle, asked: list[dict[str, Any]]) -> None:
+    for spec in asked:
+        try:
+            tiny.llm_engine.input_processor.steering.resolve(spec)
+        except SteeringRequestError:
+            spec["edits"] = spec["edits"][:1]  # the mix needs more rows than the engine has
+    tiny.llm_engine.reset_prefix_cache()
+    outputs = generate(tiny, PROMPTS, asked, prompt_logprobs=0, max_tokens=1)
+    for prompt, spec, output in zip(PROMPTS, asked, outputs, strict=True):
+        oracle.closest_gate = np.inf
+        expected, plain = (
+            np.array([row_V[token] for row_V, token in zip(oracle.logprobs(prompt, s), prompt[1:], strict=False)])
+            for s in (spec, None)
+        )
+        if oracle.closest_gate < 1e-4:
+            continue  # rounding may open or close this gate
+        ours = prompt_logprobs(output)
+        # float32 roundings of a stream that edits may have made several times larger; see the effect below.
+        bound = 3e-5 * max(1.0, float(np.abs(expected).max()) / 10)
+        assert np.abs(ours - expected).max() <= bound, spec
+        EFFECTS.append(float(np.abs(expected - plain).max()) / bound)
+
+
+EFFECTS: list[float] = []
+
+
+def test_the_mixes_had_effects() -> None:
+    """Most random specs move the logprobs by far more than the bound that they were held to."""
+    assert len(EFFECTS) >= 2 * EXAMPLES
+    assert np.median(EFFECTS) >= 1000
