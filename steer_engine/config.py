@@ -77,10 +77,8 @@ class SteeringConfig(BaseModel):
             return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UnsupportedEngineError(
-                f"additional_config.{CONFIG_KEY}.{where}: {first['msg']}. Valid keys: {sorted(cls.model_fields)}."
-            ) from None
+            where = ".".join(["additional_config", CONFIG_KEY, *(str(part) for part in first["loc"])])
+            raise UnsupportedEngineError(f"{where}: {first['msg']}. Valid keys: {sorted(cls.model_fields)}.") from None
 
 
 class Limits(BaseModel):

@@ -1,0 +1,144 @@
+"""Settings of an armed engine: what arms it, what is refused, and where it stands in vLLM's configuration."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from steer_engine.config import ALL_OPS, CONFIG_KEY, Limits, SteeringConfig
+from steer_engine.errors import UnsupportedEngineError
+from steer_engine.spec import MAX_SPEC_CHARS, Op
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEER_ENGINE", raising=False)
+
+
+def test_defaults_arm_everything_but_reading() -> None:
+    config = SteeringConfig()
+    assert config.armed_blocks(5) == (0, 1, 2, 3, 4)
+    assert config.ops == ALL_OPS == tuple(Op)
+    assert config.capture_blocks(5) == ()
+    assert not config.adds_only
+
+
+# Arming
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "steer_engine", 5, {CONFIG_KEY: None}])
+def test_not_armed(additional: Any) -> None:
+    assert SteeringConfig.from_additional_config(additional) is None
+
+
+@pytest.mark.parametrize("value", ["", "0", "true", "yes", "11"])
+def test_other_words_do_not_arm(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_ENGINE", value)
+    assert SteeringConfig.from_additional_config({}) is None
+
+
+@pytest.mark.parametrize("additional", [None, {}, {CONFIG_KEY: None}])
+def test_the_environment_arms_with_defaults(additional: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_ENGINE", "1")
+    assert SteeringConfig.from_additional_config(additional) == SteeringConfig()
+
+
+def test_settings_count_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_ENGINE", "1")
+    config = SteeringConfig.from_additional_config({CONFIG_KEY: {"rows": 2}})
+    assert config == SteeringConfig(rows=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SteeringConfig(),
+        SteeringConfig(blocks="8-22", ops=(Op.ADD,), rows=2, capture=(9, 10)),
+        SteeringConfig(blocks=(3, 4), capture="all"),
+    ],
+)
+def test_the_settings_travel_as_plain_json(config: SteeringConfig) -> None:
+    additional = json.loads(json.dumps(config.to_additional_config()))
+    assert SteeringConfig.from_additional_config(additional) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    hash(config)
+
+
+@pytest.mark.parametrize(
+    ("raw", "where"),
+    [
+        ({"rows": 0}, "rows"),
+        ({"rows": 17}, "rows"),
+        ({"rows": "many"}, "rows"),
+        ({"ops": []}, "ops"),
+        ({"ops": ["frob"]}, "ops.0"),
+        ({"ops": "add"}, "ops"),
+        ({"blocks": 5}, "blocks"),
+        ({"blocks": None}, "blocks"),
+        ({"bolcks": "all"}, "bolcks"),
+        (True, "steer_engine"),
+        ("all", "steer_engine"),
+    ],
+)
+def test_wrong_settings_stop_the_engine(raw: Any, where: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match="Valid keys") as caught:
+        SteeringConfig.from_additional_config({CONFIG_KEY: raw})
+    assert where in caught.value.message
+    assert ".:" not in caught.value.message
+
+
+def test_settings_are_frozen_and_strict() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        SteeringConfig().rows = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        SteeringConfig(unknown=1)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        Limits(unknown=1)  # type: ignore[call-arg]
+
+
+# Operations
+
+
+def test_operations_are_in_one_order_without_repeats() -> None:
+    """They enter the key of the compile cache."""
+    assert SteeringConfig(ops=(Op.SET, Op.ADD, Op.SET)).ops == (Op.ADD, Op.SET)
+    assert SteeringConfig(ops=(Op.ADD, Op.ADD)).adds_only
+    assert not SteeringConfig(ops=(Op.ABLATE,)).adds_only
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    ("blocks", "armed"),
+    [("all", tuple(range(10))), ("2-4", (2, 3, 4)), ("7", (7,)), ((9, 0, 9), (0, 9)), ("0-9", tuple(range(10)))],
+)
+def test_armed_blocks(blocks: Any, armed: tuple[int, ...]) -> None:
+    assert SteeringConfig(blocks=blocks).armed_blocks(10) == armed
+
+
+@pytest.mark.parametrize("blocks", ["8-10", "10", (3, 10), "", "x", "4-2", (), (-1,), "all,3"])
+def test_blocks_that_are_not_the_model_s(blocks: Any) -> None:
+    with pytest.raises(UnsupportedEngineError, match="--steering-blocks"):
+        SteeringConfig(blocks=blocks).armed_blocks(10)
+
+
+def test_reading_needs_armed_blocks() -> None:
+    assert SteeringConfig(blocks="2-4", capture="3-4").capture_blocks(10) == (3, 4)
+    assert SteeringConfig(blocks="2-4", capture=(4,)).capture_blocks(10) == (4,)
+    with pytest.raises(UnsupportedEngineError, match=r"\[5\]"):
+        SteeringConfig(blocks="2-4", capture="4-5").capture_blocks(10)
+    with pytest.raises(UnsupportedEngineError, match="not armed"):
+        SteeringConfig(blocks="2-4", capture="all").capture_blocks(10)
+    with pytest.raises(UnsupportedEngineError, match="capture blocks"):
+        SteeringConfig(capture="4-10").capture_blocks(10)
+
+
+def test_published_limits() -> None:
+    limits = Limits()
+    assert (limits.max_edits, limits.max_abs_scale, limits.max_dose) == (8, 1000.0, 100.0)
+    assert limits.max_spec_bytes == MAX_SPEC_CHARS
