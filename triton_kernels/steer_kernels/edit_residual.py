@@ -1,10 +1,11 @@
-# Triton kernels are untyped Python.
-# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """Edit (and read) the residual stream after one block: one launch a site, one program a token row.
 
 Legend: see `tables`. An unsteered row costs the 4 bytes of its slot; a row of pure adds costs its floor, which is one
 read of the stream, one read of each bank row and one write of the stream.
 """
+
+# Triton kernels are untyped Python, and know no starred expressions.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,assignment"
 
 from __future__ import annotations
 
@@ -12,74 +13,155 @@ import torch
 import triton
 import triton.language as tl
 
-from steer_kernels.launch_table import launch_for
+from steer_kernels.launch_table import BACKEND, launch_for
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import Tables
+from steer_kernels.tiles import load_row, load_stream_tile, load_tile, store_tile, zero_row
 
 
 @triton.jit
-def apply_adds(delta, program, num_entries, pos, bank_RD, offs, mask, D: tl.constexpr):
-    """delta + the sum of c0 * w over the entries in range, and how many there were. Never reduces over D."""
+def load_float(words, index):
+    """The word at `index` as the float32 whose bits it holds."""
+    return tl.load(words + index).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def apply_adds(program, num_entries, pos, bank_RD, D: tl.constexpr, TILE: tl.constexpr):
+    """delta = the sum of c0 * w over the entries in range, and how many there were. Never reduces over D."""
+    delta = zero_row(D, TILE)
     applied = 0
-    for e in range(num_entries):
+    for e in tl.range(num_entries, disable_licm=True):
         entry = program + e * 16
-        w_row = tl.load(entry).to(tl.int64)
+        w = bank_RD + tl.load(entry).to(tl.int64) * D
         start = tl.load(entry + 1)
         end = tl.load(entry + 2)
-        c0 = tl.load(entry + 3).to(tl.float32, bitcast=True)
+        c0 = load_float(entry, 3)
         if (start <= pos) & (pos < end):
-            w = tl.load(bank_RD + w_row * D + offs, mask=mask, other=0.0).to(tl.float32)
-            delta += c0 * w
+            delta = add_scaled(delta, c0, w, D, TILE, False)
             applied += 1
     return delta, applied
 
 
 @triton.jit
-def apply_edits(x, delta, program, num_entries, pos, keep_norm, bank_RD, offs, mask, D: tl.constexpr):
+def now_tile(hidden, carried, delta, i: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
+    """Tile i of the row as edited so far: x + delta."""
+    return load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN) + delta[i]
+
+
+@triton.jit
+def norm_of(hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
+    """|x + delta|"""
+    total = tl.zeros([TILE], tl.float32)
+    for i in tl.static_range(len(delta)):
+        now = now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN)
+        total += now * now
+    return tl.sqrt_rn(tl.sum(total, 0))
+
+
+@triton.jit
+def dot_with(
+    row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr, HOLD: tl.constexpr
+):
+    """<row, x + delta>, with the row's tiles in registers if HOLD, at a pointer otherwise."""
+    total = tl.zeros([TILE], tl.float32)
+    for i in tl.static_range(len(delta)):
+        w = row[i] if HOLD else load_tile(row, i, D, TILE)
+        total += now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN) * w.to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def cosine_with(row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
+    """cos(row, x + delta) for a row at a pointer; 0 if one of them is 0."""
+    dot = tl.zeros([TILE], tl.float32)
+    length = tl.zeros([TILE], tl.float32)
+    norm = tl.zeros([TILE], tl.float32)
+    for i in tl.static_range(len(delta)):
+        w = load_tile(row, i, D, TILE).to(tl.float32)
+        now = now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN)
+        dot += now * w
+        length += w * w
+        norm += now * now
+    size = tl.sqrt_rn(tl.sum(norm, 0)) * tl.sqrt_rn(tl.sum(length, 0))
+    return tl.where(size > 0.0, tl.div_rn(tl.sum(dot, 0), tl.where(size > 0.0, size, 1.0)), 0.0)
+
+
+@triton.jit
+def apply_edits(
+    hidden,
+    carried,
+    program,
+    num_entries,
+    pos,
+    keep_norm,
+    bank_RD,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+    HOLD: tl.constexpr,
+):
     """The whole algebra: delta such that x' = x + delta, and how many entries applied.
 
-    A reduction runs only where a coefficient asks for it, so that adds in an engine armed for everything stay cheap.
+    x is read where a coefficient asks for a sum over D, and only there (from cache when it is asked for again): an add
+    in an engine armed for everything still moves the bytes of an add. HOLD keeps w in registers from the sum to the
+    update, so that it is read once.
     """
+    delta = zero_row(D, TILE)
     applied = 0
-    for e in range(num_entries):
+    for e in tl.range(num_entries, disable_licm=True):
         entry = program + e * 16
-        w_row = tl.load(entry).to(tl.int64)
         start = tl.load(entry + 1)
         end = tl.load(entry + 2)
-        c0 = tl.load(entry + 3).to(tl.float32, bitcast=True)
         if (start <= pos) & (pos < end):
-            c1 = tl.load(entry + 4).to(tl.float32, bitcast=True)
-            c2 = tl.load(entry + 5).to(tl.float32, bitcast=True)
-            c3 = tl.load(entry + 6).to(tl.float32, bitcast=True)
-            lo = tl.load(entry + 7).to(tl.float32, bitcast=True)
-            hi = tl.load(entry + 8).to(tl.float32, bitcast=True)
             gate_row = tl.load(entry + 9).to(tl.int64)
-            now = x + delta
             holds = True
             if gate_row >= 0:
-                min_cos = tl.load(entry + 10).to(tl.float32, bitcast=True)
-                max_cos = tl.load(entry + 11).to(tl.float32, bitcast=True)
-                gate = tl.load(bank_RD + gate_row * D + offs, mask=mask, other=0.0).to(tl.float32)
-                size = tl.sqrt(tl.sum(now * now, 0)) * tl.sqrt(tl.sum(gate * gate, 0))
-                cos = tl.where(size > 0.0, tl.sum(now * gate, 0) / size, 0.0)
+                min_cos = load_float(entry, 10)
+                max_cos = load_float(entry, 11)
+                cos = cosine_with(bank_RD + gate_row * D, hidden, carried, delta, D, TILE, HAS_HIDDEN)
                 holds = (min_cos <= cos) & (cos <= max_cos)
             if holds:
-                w = tl.load(bank_RD + w_row * D + offs, mask=mask, other=0.0).to(tl.float32)
-                g = c0
+                row = bank_RD + tl.load(entry).to(tl.int64) * D
+                g = load_float(entry, 3)
+                c1 = load_float(entry, 4)
+                c2 = load_float(entry, 5)
+                c3 = load_float(entry, 6)
+                w = load_row(row, D, TILE) if HOLD else row
                 if c1 != 0.0:
-                    g += c1 * tl.sqrt(tl.sum(now * now, 0))
+                    g += c1 * norm_of(hidden, carried, delta, D, TILE, HAS_HIDDEN)
                 if (c2 != 0.0) | (c3 != 0.0):
-                    dot = tl.sum(now * w, 0)
-                    clipped = tl.minimum(tl.maximum(dot, lo), hi)
-                    g += c2 * dot + c3 * (clipped - dot)
-                delta += g * w
+                    dot = dot_with(w, hidden, carried, delta, D, TILE, HAS_HIDDEN, HOLD)
+                    clipped = tl.minimum(tl.maximum(dot, load_float(entry, 7)), load_float(entry, 8))
+                    g += c2 * dot
+                    g += c3 * (clipped - dot)
+                delta = add_scaled(delta, g, w, D, TILE, HOLD)
                 applied += 1
-    if (applied > 0) & (keep_norm != 0):
-        edited = x + delta
-        norm = tl.sqrt(tl.sum(edited * edited, 0))
-        if norm > 0.0:
-            delta = edited * (tl.sqrt(tl.sum(x * x, 0)) / norm) - x
+    if (applied > 0) & (tl.load(keep_norm) != 0):
+        after = norm_of(hidden, carried, delta, D, TILE, HAS_HIDDEN)
+        before = norm_of(hidden, carried, zero_row(D, TILE), D, TILE, HAS_HIDDEN)
+        if after > 0.0:
+            delta = rescaled(hidden, carried, delta, tl.div_rn(before, after), D, TILE, HAS_HIDDEN)
     return delta, applied
+
+
+@triton.jit
+def add_scaled(delta, scale, row, D: tl.constexpr, TILE: tl.constexpr, HOLD: tl.constexpr):
+    """delta + scale * row, with the row's tiles in registers if HOLD, at a pointer otherwise."""
+    tiles = ()
+    for i in tl.static_range(len(delta)):
+        w = row[i] if HOLD else load_tile(row, i, D, TILE)
+        tiles = tiles + (delta[i] + scale * w.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def rescaled(hidden, carried, delta, ratio, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
+    """The delta that leads to ratio * (x + delta)."""
+    tiles = ()
+    for i in tl.static_range(len(delta)):
+        x = load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN)
+        tiles = tiles + ((x + delta[i]) * ratio - x,)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -104,12 +186,13 @@ def edit_residual_kernel(
     HAS_HIDDEN: tl.constexpr,
     ADDS_ONLY: tl.constexpr,
     CAPTURE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     """Semantics: for row t with s = slot_T[t], p = pos_T[t], x = float32(hidden[t]) + float32(carried[t]):
 
         capture_T[t] = k > 0:   captured[site, k - 1] = round(x)
-        for entry in entries[s, site, :counts[s, site]], if start <= p < end and the gate holds:
+        for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end and the gate holds:
             x += (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
         if keep_norm[s] and any applied:  x *= |x before| / |x|
         if any applied:  carried[t] = round(float32(carried[t]) + (x - x before))
@@ -120,16 +203,14 @@ def edit_residual_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_T + row).to(tl.int64)
-    offs = tl.arange(0, BLOCK)
-    mask = offs < D
+    hidden = hidden_TD + row * HIDDEN_STRIDE
+    carried = carried_TD + row * CARRIED_STRIDE
     if CAPTURE:
         reader = tl.load(capture_T + row).to(tl.int64)
         if reader > 0:
-            x = tl.load(carried_TD + row * CARRIED_STRIDE + offs, mask=mask, other=0.0).to(tl.float32)
-            if HAS_HIDDEN:
-                x += tl.load(hidden_TD + row * HIDDEN_STRIDE + offs, mask=mask, other=0.0).to(tl.float32)
             target = captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + reader - 1) * D
-            tl.store(target + offs, x.to(captured_LCD.dtype.element_ty), mask=mask)
+            for i in tl.static_range(triton.cdiv(D, TILE)):
+                store_tile(target, i, load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN), D, TILE)
     if slot == 0:
         return
     place = slot * NUM_SITES + site
@@ -138,20 +219,18 @@ def edit_residual_kernel(
         return
     pos = tl.load(pos_T + row)
     program = entries_SLEW + place * (NUM_ENTRIES * 16)
-    # Asked for before the program is walked, so that its latency hides behind that of the entries and bank rows.
-    carried = tl.load(carried_TD + row * CARRIED_STRIDE + offs, mask=mask, other=0.0).to(tl.float32)
-    delta = tl.zeros([BLOCK], tl.float32)
     if ADDS_ONLY:
-        delta, applied = apply_adds(delta, program, num_entries, pos, bank_RD, offs, mask, D)
+        # Asked for before the program is walked, so that its latency hides behind that of the entries and bank rows.
+        before = load_row(carried, D, TILE) if HOLD else ()
+        delta, applied = apply_adds(program, num_entries, pos, bank_RD, D, TILE)
     else:
-        x = carried
-        if HAS_HIDDEN:
-            x += tl.load(hidden_TD + row * HIDDEN_STRIDE + offs, mask=mask, other=0.0).to(tl.float32)
-        keep_norm = tl.load(keep_norm_S + slot)
-        delta, applied = apply_edits(x, delta, program, num_entries, pos, keep_norm, bank_RD, offs, mask, D)
+        delta, applied = apply_edits(
+            hidden, carried, program, num_entries, pos, keep_norm_S + slot, bank_RD, D, TILE, HAS_HIDDEN, HOLD
+        )
     if applied > 0:
-        edited = (carried + delta).to(carried_TD.dtype.element_ty)
-        tl.store(carried_TD + row * CARRIED_STRIDE + offs, edited, mask=mask)
+        for i in tl.static_range(len(delta)):
+            tile = before[i] if ADDS_ONLY and HOLD else load_tile(carried, i, D, TILE)
+            store_tile(carried, i, tile.to(tl.float32) + delta[i], D, TILE)
 
 
 def edit_residual(
@@ -173,7 +252,7 @@ def edit_residual(
     num_tokens = carried_TD.shape[0]
     if num_tokens == 0:
         return
-    launch = launch_for(carried_TD.shape[1], carried_TD.element_size())
+    launch = launch_for(carried_TD.shape[1])
     assert not capture or tables.captured_LCD is not None, "these tables have no capture buffers"
     edit_residual_kernel[(num_tokens,)](
         hidden_TD,
@@ -196,8 +275,9 @@ def edit_residual(
         HAS_HIDDEN=hidden is not None,
         ADDS_ONLY=adds_only,
         CAPTURE=capture,
-        BLOCK=launch.block,
-        **launch.options,
+        TILE=launch.tile,
+        HOLD=launch.hold,
+        **launch.options(BACKEND),
     )
 
 

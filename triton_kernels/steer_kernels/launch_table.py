@@ -1,53 +1,57 @@
-"""Launch parameters by padded hidden size and itemsize: fixed, because autotuning has no place in a serving process.
+"""Launch parameters by padded hidden size: fixed, because autotuning has no place in a serving process.
 
-One program holds a whole row in registers. The number of warps is the least that keeps a thread at no more than 32
-elements (the general kernel holds the row, the delta and a bank row in float32: 3 * 32 registers, with room under
-the limit of 128 that 16 warps leave), and never so many that a thread would hold fewer than one 16-byte vector:
-BLOCK >= warps * threads of a warp * 16 / itemsize, with the 64 threads of an AMD warp. D that is no power of two is
-padded to one: the lanes above D load and store nothing, and the kernel waits for memory, not for lanes.
+One program covers a row in tiles (see `tiles`). A tile is the least that gives every thread whole 16-byte vectors in
+any dtype, on NVIDIA's warps of 32 threads and on AMD's of 64: 64 threads * 8 elements = 512 a warp. Warps double with D
+until 8, where a thread of an NVIDIA warp holds 16 elements of a row, or 32 at D = 8,192: enough loads in flight to
+cover the latency of memory, while delta and a bank row in float32 stay far under 255 registers. At 16,384 only delta
+fits, and what is needed twice is read twice, from cache (`hold`).
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+import torch
+
+BACKEND: Final = "cuda" if torch.version.hip is None else "hip"
+"""What this process launches on (or interprets for)."""
+
 MAX_HIDDEN_SIZE: Final = 16384
 
 
 class Launch(NamedTuple):
-    block: int
-    """Elements a program covers: a power of two >= D."""
+    tile: int
+    """Elements of a tile: a power of two."""
     num_warps: int
+    hold: bool
+    """Keep in registers what is needed again: the stream before adds, a bank row between a sum and its update."""
 
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """What to launch with beside the kernel's own arguments.
+    def options(self, backend: str) -> dict[str, int | bool]:
+        """What to launch with beside the kernel's own arguments; backend: "cuda" or "hip".
 
         Products and sums round one by one, as they do in the reference: c*w - c*w is 0 then, which it isn't with a
         fused multiply-add, and a kernel that waits for memory gains nothing from one.
         """
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": False}
+        if backend == "cuda":
+            # Left alone, ptxas spills a register or two so that one more program fits on a multiprocessor.
+            options["maxnreg"] = 255
+        return options
 
 
-# (padded D, itemsize) -> launch. Below 512 a row is one vector a thread of one warp, or less.
-LAUNCH_TABLE: Final[dict[tuple[int, int], Launch]] = {
-    (512, 2): Launch(512, 1),
-    (512, 4): Launch(512, 1),
-    (1024, 2): Launch(1024, 2),
-    (1024, 4): Launch(1024, 2),
-    (2048, 2): Launch(2048, 4),
-    (2048, 4): Launch(2048, 4),
-    (4096, 2): Launch(4096, 4),
-    (4096, 4): Launch(4096, 4),
-    (8192, 2): Launch(8192, 8),
-    (8192, 4): Launch(8192, 8),
-    (16384, 2): Launch(16384, 16),
-    (16384, 4): Launch(16384, 16),
+# Padded D (a power of two) -> launch. Items of 2 and of 4 bytes take the same: both give whole vectors without spills.
+LAUNCH_TABLE: Final[dict[int, Launch]] = {
+    512: Launch(512, 1, True),
+    1024: Launch(1024, 2, True),
+    2048: Launch(2048, 4, True),
+    4096: Launch(4096, 8, True),
+    8192: Launch(4096, 8, True),
+    16384: Launch(4096, 8, False),
 }
 
 
-def launch_for(hidden_size: int, itemsize: int) -> Launch:
+def launch_for(hidden_size: int) -> Launch:
     """The launch of a row of `hidden_size` elements. Raises ValueError above MAX_HIDDEN_SIZE."""
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise ValueError(f"hidden size {hidden_size} is not in 1..{MAX_HIDDEN_SIZE}, which is what the kernels cover")
-    return LAUNCH_TABLE[max(512, 1 << (hidden_size - 1).bit_length()), itemsize]
+    return LAUNCH_TABLE[max(512, 1 << (hidden_size - 1).bit_length())]
