@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "engine", "serving")
+FOLDERS = ("kernels", "engine", "families", "serving")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ SUITES = (
     Suite(name="kernels", folder="kernels"),
     Suite(name="engine-v1", folder="engine", env={"STEER_TEST_RUNNER": "v1"}),
     Suite(name="engine-v2", folder="engine", env={"STEER_TEST_RUNNER": "v2"}),
+    Suite(name="families", folder="families"),
     Suite(name="serving", folder="serving"),
 )
 

@@ -9,40 +9,23 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-if RUNNER == "v2":
+if os.environ.get("STEER_TEST_RUNNER", "v1") == "v2":
     from interpreted import use_v2_runner
 
     use_v2_runner()
 
-from steer_engine.llm import LLM  # noqa: E402
-from steer_engine.vectors import ControlVector, VectorMetadata  # noqa: E402
+from engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, assert_meant, kept, random_vector
 
-RUNNER_CLASS = {
-    "v1": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
-    "v2": "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
-}[RUNNER]
-KERNEL = {"v1": "torch", "v2": "triton"}[RUNNER]
-
-TINY_BLOCKS, TINY_HIDDEN, TINY_VOCAB = 3, 64, 512
-SETTINGS: dict[str, Any] = {
-    "gpu_memory_utilization": 0.2,
-    "max_model_len": 512,
-    "max_num_seqs": 32,
-    "block_size": 32,
-    "seed": 0,
-}
+from steer_engine import LLM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,35 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     other = {"v1": "v2_only", "v2": "v1_only"}[RUNNER]
     items[:] = [item for item in items if here not in item.path.parents or item.get_closest_marker(other) is None]
-
-
-_ENGINES: list[Any] = []
-
-
-def kept(llm: Any) -> Any:
-    """Keep an engine alive to the end: one that is collected takes the process groups of all others with it."""
-    _ENGINES.append(llm)
-    return llm
-
-
-def random_vector(
-    seed: int, *, num_blocks: int = TINY_BLOCKS, hidden_size: int = TINY_HIDDEN, norm: float = 1.0
-) -> ControlVector:
-    """A direction of length `norm` at every block."""
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((num_blocks, hidden_size))
-    rows *= norm / np.linalg.norm(rows, axis=1, keepdims=True)
-    directions = {block: row.astype(np.float32) for block, row in enumerate(rows)}
-    return ControlVector(directions=directions, metadata=VectorMetadata())
-
-
-def assert_meant(llm: LLM, *, num_blocks: int, form: str = "split") -> None:
-    """The engine is the one that a test means: runner class, kernel, armed blocks, stream form."""
-    worker = llm.steering_status()["workers"][0]
-    assert worker["runner"] == RUNNER_CLASS
-    assert worker["kernel"] == KERNEL
-    assert worker["armed_blocks"] == list(range(num_blocks))
-    assert set(worker["forms"].values()) == {form}
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_vector
-from driving import edit, generate, params, sampled, score, steering, tokens
+from driving import FEW, edit, generate, params, sampled, score, steering, tokens
+from engines import RUNNER, random_vector
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -38,13 +38,13 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
 def test_bad_specs(tiny: LLM, name: str) -> None:
     spec, param, words = REFUSED[name]
     tiny.vectors.add("wide", random_vector(0, hidden_size=128))
-    before = sampled(generate(tiny, [PROMPT], [None])[0])
+    before = sampled(generate(tiny, [PROMPT], [None], max_tokens=1)[0])
     with pytest.raises(SteeringRequestError) as caught:
         generate(tiny, [PROMPT], [spec])
     assert caught.value.param == param
     assert words in caught.value.message
     assert not tiny.llm_engine.has_unfinished_requests()
-    assert sampled(generate(tiny, [PROMPT], [None])[0]) == before
+    assert sampled(generate(tiny, [PROMPT], [None], max_tokens=1)[0]) == before
 
 
 def test_unknown_vectors_have_a_status_of_their_own(tiny: LLM) -> None:
@@ -69,7 +69,7 @@ def test_the_callers_params_stay_untouched(tiny: LLM) -> None:
 def test_children_of_n_are_steered(tiny: LLM) -> None:
     """Every sample of n=3, re-scored: its tokens are as likely as the steered model says, not the plain one."""
     spec = steering(edit("r5", 1.5))
-    output = generate(tiny, [PROMPT], [spec], n=3, temperature=1.0, max_tokens=8)[0]
+    output = generate(tiny, [PROMPT], [spec], n=3, temperature=1.0, max_tokens=FEW)[0]
     assert len(output.outputs) == 3
     for completion in output.outputs:
         ids = list(completion.token_ids)
@@ -83,16 +83,16 @@ def test_children_of_n_are_steered(tiny: LLM) -> None:
 
 def test_more_requests_than_slots(tiny: LLM) -> None:
     """Three waves of distinct programs over 32 slots: slots and rows are handed on cleanly, in any order."""
-    num = 40
+    num = 40 if RUNNER == "v1" else 34
     prompts = [tokens(200 + i, 6 + i % 5) for i in range(num)]
     specs = [steering(edit(f"r{i % 32}", 1.0 + i / num)) if i % 3 else None for i in range(num)]
-    lengths = [1 + (7 * i) % 11 for i in range(num)]
+    lengths = [1 + (7 * i) % (11 if RUNNER == "v1" else 3) for i in range(num)]
     inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     batch = tiny.generate(
         inputs, [params(spec, max_tokens=n) for spec, n in zip(specs, lengths, strict=True)], use_tqdm=False
     )
     tiny.llm_engine.reset_prefix_cache()
-    for i in range(0, num, 3):
+    for i in range(0, num, 3 if RUNNER == "v1" else 8):
         for j in (i, (i + 1) % num):
             alone = generate(tiny, [prompts[j]], [specs[j]], max_tokens=lengths[j])[0]
             ids, logprobs = sampled(alone)

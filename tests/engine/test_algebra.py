@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import random_vector
 from driving import edit, score, steering, tokens
+from engines import random_vector
 
 from steer_engine import LLM
 

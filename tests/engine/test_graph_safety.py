@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUNNER
 from driving import edit, generate, steering, tokens
+from engines import RUNNER
 
 from steer_engine import LLM
 from steer_engine.config import CONFIG_KEY

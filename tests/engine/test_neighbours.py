@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RUNNER
-from driving import edit, generate, sampled, score, steering, tokens
+from driving import FEW, edit, generate, sampled, score, steering, tokens
+from engines import RUNNER
 
 from steer_engine import LLM
 
-NUM = 32 if RUNNER == "v1" else 12
+NUM = 32 if RUNNER == "v1" else 8
 PROMPTS = [tokens(seed, 12 + seed % 9) for seed in range(NUM)]
 
 
@@ -46,9 +46,9 @@ def test_mixed_batch_against_alone(llm: LLM) -> None:
 
 def test_swapped_neighbours_change_nothing(llm: LLM) -> None:
     """Bit for bit: the unsteered half does not see how the other half is steered, in prompts and answers."""
-    first = generate(llm, PROMPTS, half_steered(0), max_tokens=6)
+    first = generate(llm, PROMPTS, half_steered(0), max_tokens=FEW)
     llm.llm_engine.reset_prefix_cache()
-    second = generate(llm, PROMPTS, half_steered(5), max_tokens=6)
+    second = generate(llm, PROMPTS, half_steered(5), max_tokens=FEW)
     for i, (one, other) in enumerate(zip(first, second, strict=True)):
         if i % 2:
             assert sampled(one) != sampled(other), f"request {i} was not steered differently"
@@ -59,9 +59,9 @@ def test_swapped_neighbours_change_nothing(llm: LLM) -> None:
 def test_a_steered_request_does_not_see_its_neighbours(llm: LLM) -> None:
     specs = half_steered(0)
     others = [spec if i % 4 == 1 else None for i, spec in enumerate(specs)]
-    first = generate(llm, PROMPTS, specs, max_tokens=6)
+    first = generate(llm, PROMPTS, specs, max_tokens=FEW)
     llm.llm_engine.reset_prefix_cache()
-    second = generate(llm, PROMPTS, others, max_tokens=6)
+    second = generate(llm, PROMPTS, others, max_tokens=FEW)
     changed = 0
     for i in range(NUM):
         if i % 4 == 3:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY_BLOCKS, TINY_VOCAB, random_vector
 from driving import distribution, edit, generate, prompt_logprobs, sampled, steering, tokens
+from engines import TINY_BLOCKS, TINY_VOCAB, random_vector
 from oracle import Oracle
 
 from steer_engine import LLM

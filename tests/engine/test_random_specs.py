@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RUNNER, TINY_BLOCKS, random_vector
 from driving import generate, prompt_logprobs, tokens
+from engines import RUNNER, TINY_BLOCKS, random_vector
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
-from driving import edit, generate, sampled, steering, tokens
+from driving import FEW, edit, generate, sampled, steering, tokens
+from engines import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
 
 from steer_engine import LLM
 
-PROMPTS = [tokens(seed, 5 + 7 * seed) for seed in range(12)]
-ANSWER = {"max_tokens": 8}
+PROMPTS = [tokens(seed, 5 + 7 * seed) for seed in range(12 if RUNNER == "v1" else 4)]
+ANSWER = {"max_tokens": FEW}
 TINY_SETTINGS = {**SETTINGS, "dtype": "float32", "max_logprobs": TINY_VOCAB, "max_num_batched_tokens": 256}
 
 Plain = Callable[[str, dict[str, Any]], tuple[np.ndarray, np.ndarray]]

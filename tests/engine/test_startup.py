@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import vllm
-from conftest import SETTINGS, kept, random_vector
 from driving import edit, generate, sampled, steering, tokens
+from engines import SETTINGS, kept, random_vector
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 

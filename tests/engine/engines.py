@@ -1,0 +1,56 @@
+"""Settings and helpers for real engines in tests. Import nothing of vLLM before `conftest` has chosen the runner."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from steer_engine import LLM, ControlVector
+from steer_engine.vectors import VectorMetadata
+
+RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
+RUNNER_CLASS = {
+    "v1": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+    "v2": "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+}[RUNNER]
+KERNEL = {"v1": "torch", "v2": "triton"}[RUNNER]
+
+TINY_BLOCKS, TINY_HIDDEN, TINY_VOCAB = 3, 64, 512
+SETTINGS: dict[str, Any] = {
+    "gpu_memory_utilization": 0.2,
+    "max_model_len": 512,
+    "max_num_seqs": 32,
+    "block_size": 32,
+    "seed": 0,
+}
+
+
+_ENGINES: list[Any] = []
+
+
+def kept(llm: Any) -> Any:
+    """Keep an engine alive to the end: one that is collected takes the process groups of all others with it."""
+    _ENGINES.append(llm)
+    return llm
+
+
+def random_vector(
+    seed: int, *, num_blocks: int = TINY_BLOCKS, hidden_size: int = TINY_HIDDEN, norm: float = 1.0
+) -> ControlVector:
+    """A direction of length `norm` at every block."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((num_blocks, hidden_size))
+    rows *= norm / np.linalg.norm(rows, axis=1, keepdims=True)
+    directions = {block: row.astype(np.float32) for block, row in enumerate(rows)}
+    return ControlVector(directions=directions, metadata=VectorMetadata())
+
+
+def assert_meant(llm: LLM, *, num_blocks: int, form: str = "split") -> None:
+    """The engine is the one that a test means: runner class, kernel, armed blocks, stream form."""
+    worker = llm.steering_status()["workers"][0]
+    assert worker["runner"] == RUNNER_CLASS
+    assert worker["kernel"] == KERNEL
+    assert worker["armed_blocks"] == list(range(num_blocks))
+    assert set(worker["forms"].values()) == {form}

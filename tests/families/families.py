@@ -1,0 +1,147 @@
+"""Tiny random checkpoints of many architectures, and what Hugging Face says of each, steered at every block.
+
+    python families.py FOLDER NAME...
+
+writes FOLDER/NAME (a checkpoint) and FOLDER/NAME.npz: plain [T-1] and steered [blocks, T-1] logprobs of PROMPT. It runs
+in a process of its own: an engine on vLLM's Transformers backend patches Hugging Face's attention in its process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPT = [int(token) for token in np.random.default_rng(7).integers(3, 250, 24)]
+HIDDEN, VOCAB, SCALE = 64, 256, 1.5
+_COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_MLA: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "head_dim": 64,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+FORM = {
+    "llama": "split", "mistral": "split", "qwen2": "split", "qwen3": "split", "gemma2": "split", "gemma3_text": "split",
+    "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one", "falcon": "one",
+    "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
+    "qwen3_moe": "split", "phimoe": "hidden-only", "deepseek_v2": "split", "deepseek_v3": "split", "lfm2": "split",
+}  # fmt: skip
+"""Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
+
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere": {"tie_word_embeddings": True, "logit_scale": 1.0, "use_qk_norm": False},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 32,
+    },
+    "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "sliding_window": 128},
+    "phi3": {"original_max_position_embeddings": 512, "partial_rotary_factor": 1.0},
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 3, "n_head": 2, "n_positions": 512, "n_inner": 128},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN, "activation_function": "relu"},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False},
+    "mixtral": _MOE,
+    "qwen3_moe": _MOE,
+    "phimoe": _MOE,
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": 3,
+        "conv_dim": HIDDEN,
+    },
+}
+
+
+_WITHOUT = {"falcon": ("head_dim",), "gpt_neox": ("head_dim", "num_key_value_heads")}
+"""Fields of the common settings that mislead an architecture that does not have them."""
+
+
+def directions(num_blocks: int = 3) -> np.ndarray:
+    """float32 [blocks, D]: one random direction of length 1 per block."""
+    rows = np.random.default_rng(11).standard_normal((num_blocks, HIDDEN))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def make(name: str, folder: Path) -> None:
+    """Checkpoint and Hugging Face's answers for one architecture."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = {**_COMMON, **_SPECIAL.get(name, {})}
+    for key in _WITHOUT.get(name, ()):
+        del settings[key]
+    config = AutoConfig.for_model(name, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model.save_pretrained(folder / name)
+    blocks = next(
+        module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3
+    )
+    steered = []
+    plain = _logprobs(model)
+    for block, direction in zip(blocks, directions(), strict=True):
+        handle = block.register_forward_hook(_adding(torch.tensor(direction) * SCALE))
+        steered.append(_logprobs(model))
+        handle.remove()
+    np.savez(folder / f"{name}.npz", plain=plain, steered=np.stack(steered))
+
+
+def _adding(edit_D: Any) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        return (output[0] + edit_D, *output[1:]) if isinstance(output, tuple) else output + edit_D
+
+    return hook
+
+
+def _logprobs(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([PROMPT]), use_cache=False).logits[0].double()
+    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+    return np.array([float(logprobs_TV[t, token]) for t, token in enumerate(PROMPT[1:])])
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        try:
+            make(name, folder)
+        except Exception as error:  # one architecture that cannot be built must not hide the others
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

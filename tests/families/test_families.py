@@ -1,0 +1,78 @@
+"""Architectures of every stream form: the probe finds the form, and steering at each block equals Hugging Face's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from driving import edit, score, steering
+from engines import SETTINGS
+from families import FORM, PROMPT, SCALE, directions
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from steer_engine import LLM
+from steer_engine.vectors import ControlVector, VectorMetadata
+
+QUICK = ("stablelm", "gpt_neox")
+"""One of each form that Llama does not have; the others run with ALL=1."""
+
+Answers = Callable[[str], tuple[str, np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Answers:
+    """Checkpoint, plain and steered logprobs of an architecture; all of this run are made in one process."""
+    folder = tmp_path_factory.mktemp("families")
+    wanted = sorted({item.callspec.params["name"] for item in request.session.items if item.module is request.module})
+    script = Path(__file__).with_name("families.py")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    subprocess.run([sys.executable, "-P", str(script), str(folder), *wanted], check=True, env=environment, timeout=280)
+
+    def load(name: str) -> tuple[str, np.ndarray, np.ndarray]:
+        saved = np.load(folder / f"{name}.npz")
+        return str(folder / name), saved["plain"], saved["steered"]
+
+    return load
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FORM])
+def test_parity_at_every_block(answers: Answers, name: str) -> None:
+    path, expected_plain, expected = answers(name)
+    mla = {"attention_backend": "CPU_MLA"} if name.startswith("deepseek") else {}
+    vector = ControlVector(directions=dict(enumerate(directions())), metadata=VectorMetadata())
+    settings = {**SETTINGS, "block_size": 16 if mla else 32}
+    llm = LLM(
+        path,
+        vectors={"v": vector},
+        enforce_eager=True,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        num_gpu_blocks_override=64,
+        enable_prefix_caching=False,
+        **mla,
+        **settings,
+    )
+    try:
+        assert_parity(llm, name, expected_plain, expected)
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def assert_parity(llm: LLM, name: str, expected_plain: np.ndarray, expected: np.ndarray) -> None:
+    """The probe's verdict, and the logprobs of one run steered at each block."""
+    worker = llm.steering_status()["workers"][0]
+    assert worker["armed_blocks"] == [0, 1, 2]
+    assert set(worker["forms"].values()) == {FORM[name]}
+    specs = [None, *(steering(edit("v", SCALE, blocks=block)) for block in range(3))]
+    plain, *steered = score(llm, [PROMPT] * len(specs), specs)
+    rounding = max(float(np.abs(plain - expected_plain).max()), 5e-6)
+    assert rounding < 1e-3, "plain vLLM itself differs from Hugging Face"
+    for block in range(3):
+        assert np.abs(steered[block] - expected[block]).max() <= 8 * rounding, f"block {block}"
+        assert np.abs(expected[block] - expected_plain).max() >= 100 * 8 * rounding, f"block {block} has no effect"
