@@ -31,17 +31,20 @@ _OBJECT_STORE_BYTES = 256 << 20  # sums are small, rows of a chunk a few MB; Ray
 
 
 class Pool:
-    """Actors with one engine each. Use `pool(...)`, which also starts and stops Ray."""
+    """Actors with one engine each. Use `pool(...)`, which also starts and stops Ray.
+
+    resources: what one actor takes of Ray's, `num_cpus` and `num_gpus`. env: variables of the actors' processes.
+    """
 
     def __init__(
-        self, ray: Any, config: ReaderConfig, *, actors: int, gpus_per_actor: float, env: dict[str, str]
+        self, ray: Any, config: ReaderConfig, *, actors: int, resources: dict[str, float], env: dict[str, str]
     ) -> None:
         self._ray = ray
         remote = ray.remote(Reader).options(
-            num_cpus=1,
-            num_gpus=gpus_per_actor,
+            **resources,
             max_restarts=MAX_ACTOR_RESTARTS,
             max_task_retries=MAX_ACTOR_RESTARTS,
+            scheduling_strategy="SPREAD",
             runtime_env={"env_vars": env},
         )
         self._actors = [remote.remote(config) for _ in range(actors)]
@@ -127,13 +130,11 @@ def pool(
     started = not ray.is_initialized()
     if started:
         _start_ray(ray, actors, ray_address)
-    if gpus_per_actor is None:
-        gpus_per_actor = 1.0 if ray.cluster_resources().get("GPU", 0) >= actors else 0.0
+    local = ray_address is None
     workers: Pool | None = None
     try:
-        workers = Pool(
-            ray, config, actors=actors, gpus_per_actor=gpus_per_actor, env=_actor_env(actors, local=ray_address is None)
-        )
+        resources = {"num_cpus": 0.0 if local else 1.0, "num_gpus": _gpus(ray, config, actors, gpus_per_actor, local)}
+        workers = Pool(ray, config, actors=actors, resources=resources, env=_actor_env(actors, local=local))
         yield workers
     finally:
         if workers is not None:
@@ -157,6 +158,21 @@ def _start_ray(ray: Any, actors: int, ray_address: str | None) -> None:
         ray.init(address=ray_address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise DerivationError(f"There is no Ray cluster at {ray_address!r}: {error}") from None
+
+
+def _gpus(ray: Any, config: ReaderConfig, actors: int, per_actor: float | None, local: bool) -> float:
+    """GPUs of one actor: as asked, else those that its engine is split over where Ray has enough, else none.
+
+    Raises:
+        DerivationError: this machine has fewer than asked. (A cluster may grow: there one waits.)
+    """
+    there = float(ray.cluster_resources().get("GPU", 0))
+    if per_actor is None:
+        needed = float(dict(config.engine_args).get("tensor_parallel_size", 1))
+        return needed if there >= actors * needed else 0.0
+    if local and actors * per_actor > there:
+        raise DerivationError(f"{actors} actor(s) with {per_actor:g} GPU(s) each do not fit: there are {there:g} here.")
+    return per_actor
 
 
 def _actor_env(actors: int, *, local: bool) -> dict[str, str]:

@@ -20,7 +20,7 @@ from steer_engine.errors import DerivationError, SteerError
 from steer_engine.vectors import load
 
 SMALL = (("dtype", "float32"), ("enforce_eager", True), ("max_model_len", 512), ("enable_prefix_caching", False))
-NUM_PAIRS = 24
+NUM_PAIRS = 20
 
 
 def config(model: str, **settings: Any) -> ReaderConfig:
@@ -45,11 +45,16 @@ def huggingface_rows(model: str, texts: list[str]) -> list[np.ndarray]:
             lambda _module, _args, out: blocks.append((out[0] if isinstance(out, tuple) else out)[0].double().numpy())
         )
     rows = []
-    with torch.no_grad():
-        for text in texts:
-            blocks.clear()
-            reference.model(tokenizer(text, return_tensors="pt").input_ids)
-            rows.append(np.stack(blocks))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these matrices are small: on busy cores, threads that wait for each other are far slower
+    try:
+        with torch.no_grad():
+            for text in texts:
+                blocks.clear()
+                reference.model(tokenizer(text, return_tensors="pt").input_ids)
+                rows.append(np.stack(blocks))
+    finally:
+        torch.set_num_threads(threads)
     return rows
 
 
@@ -218,6 +223,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "blocks": ({"blocks": "22-8"}, "runs backwards"),
     "position": ({"position": "first"}, "Position 'first' is none of"),
     "actors": ({"actors": 0}, "0 actors cannot read"),
+    "GPUs": ({"gpus_per_actor": 99.0}, r"1 actor\(s\) with 99 GPU"),
     "pairs": ({"pairs": "gone.jsonl"}, r"gone\.jsonl: cannot be read"),
     "one pair": ({"pairs": [Pair(positive="a", negative="b")]}, "too few"),
 }
