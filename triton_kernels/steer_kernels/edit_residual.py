@@ -252,8 +252,8 @@ def edit_residual(
     num_tokens = carried_TD.shape[0]
     if num_tokens == 0:
         return
-    launch = launch_for(carried_TD.shape[1])
     assert not capture or tables.captured_LCD is not None, "these tables have no capture buffers"
+    hidden_size = carried_TD.shape[1]
     edit_residual_kernel[(num_tokens,)](
         hidden_TD,
         carried_TD,
@@ -266,7 +266,6 @@ def edit_residual(
         tables.capture_T if capture else tables.slot_T,
         tables.captured_LCD if capture else carried_TD,
         site,
-        D=carried_TD.shape[1],
         HIDDEN_STRIDE=_row_stride(hidden_TD),
         CARRIED_STRIDE=_row_stride(carried_TD),
         NUM_SITES=tables.counts_SL.shape[1],
@@ -275,9 +274,8 @@ def edit_residual(
         HAS_HIDDEN=hidden is not None,
         ADDS_ONLY=adds_only,
         CAPTURE=capture,
-        TILE=launch.tile,
-        HOLD=launch.hold,
-        **launch.options(BACKEND),
+        **launch_for(hidden_size).constants(hidden_size),
+        **launch_for(hidden_size).options(BACKEND),
     )
 
 

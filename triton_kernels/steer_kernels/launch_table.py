@@ -26,6 +26,10 @@ class Launch(NamedTuple):
     hold: bool
     """Keep in registers what is needed again: the stream before adds, a bank row between a sum and its update."""
 
+    def constants(self, hidden_size: int) -> dict[str, int | bool]:
+        """The constants of a kernel that walks a row in tiles."""
+        return {"D": hidden_size, "TILE": self.tile, "HOLD": self.hold}
+
     def options(self, backend: str) -> dict[str, int | bool]:
         """What to launch with beside the kernel's own arguments; backend: "cuda" or "hip".
 

@@ -1,0 +1,112 @@
+"""The compiled kernels, run instruction by instruction: numbers against the oracle, bytes against the floor.
+
+This is the code that a GPU would run, unlike the interpreter's, so it also shows rounding to bfloat16 as hardware does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from steer_kernels.reference import edit_residual_reference
+
+from .cases import DTYPES, NUM_ENTRIES, NUM_SITES, SITE, Case, Program, Step, adds, build, single_operations
+from .check import FAR_ABOVE, assert_matches, oracle_of
+from .conftest import Process
+from .ptx_machine import Machine, Traffic
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor) -> Machine:
+    """The kernel that a launch on `case` would run, on its tensors."""
+    tables = case.tables
+    captured_LCD = tables.captured_LCD if case.capture else torch.zeros(1, 1, 1, dtype=carried.dtype)
+    capture_T = tables.capture_T if case.capture else torch.zeros(1, dtype=torch.int32)
+    assert captured_LCD is not None
+    assert capture_T is not None
+    artifact = process.call(
+        "compile.compile_edit_residual",
+        *(target, carried.shape[1], carried.dtype),
+        adds_only=case.adds_only,
+        capture=case.capture,
+        has_hidden=case.hidden is not None,
+        bank_dtype=tables.bank_RD.dtype,
+        num_sites=NUM_SITES,
+        num_entries=NUM_ENTRIES,
+        num_capture_rows=captured_LCD.shape[1] if case.capture else 0,
+    )
+    hidden = torch.zeros(1, 1, dtype=carried.dtype) if case.hidden is None else case.hidden
+    arguments = (hidden, carried, tables.bank_RD, tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S)
+    return Machine(artifact.text, [*arguments, tables.slot_T, tables.pos_T, capture_T, captured_LCD, SITE])
+
+
+def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[dict[int, Traffic]]]:
+    """The edited stream, and the traffic of each row's program by the tensor's address."""
+    carried = case.carried.clone()
+    machine = machine_of(process, target, case, carried)
+    return carried, [machine.run(row) for row in range(len(carried))]
+
+
+@pytest.mark.parametrize("hidden_size", [63, 576])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_adds_are_the_reference_to_the_bit(
+    compiled: Process, target: str, dtype: torch.dtype, hidden_size: int
+) -> None:
+    programs = [adds(n) for n in range(NUM_ENTRIES + 1)]
+    case = build(programs, hidden_size=hidden_size, dtype=dtype, num_tokens=12, seed=1, adds_only=True)
+    edited, _ = run(compiled, target, case)
+    assert assert_matches(case, edited, oracle_of(case), ulps=0.5).max() > FAR_ABOVE
+    reference = case.carried.clone()
+    edit_residual_reference(case.hidden, reference, case.tables, SITE, adds_only=True)
+    assert torch.equal(edited, reference)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype"), [*((576, dtype) for dtype in DTYPES), (4096, torch.bfloat16), (16384, torch.bfloat16)]
+)
+def test_every_operation(compiled: Process, hidden_size: int, dtype: torch.dtype) -> None:
+    """Each operation alone, and a mix with a gate, whose norm is kept; rows are read as well."""
+    mix = [Step(op="ablate", gate=(5, -2.0, 0.0)), Step(op="add", scale=2.0), Step(op="set", bounds=(1.0, 1.0))]
+    case = build(
+        [*single_operations(), Program(steps=mix, keep_norm=True)],
+        hidden_size=hidden_size,
+        dtype=dtype,
+        num_tokens=14 if hidden_size < 16384 else 7,
+        seed=3,
+        capture=True,
+    )
+    edited, _ = run(compiled, "sm_90", case)
+    assert assert_matches(case, edited, oracle_of(case), ulps=0.5).min() > 1
+
+
+@pytest.mark.parametrize("adds_only", [True, False])
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype"), [(576, torch.bfloat16), (4096, torch.bfloat16), (576, torch.float32)]
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_add_moves_its_floor(
+    compiled: Process, target: str, hidden_size: int, dtype: torch.dtype, adds_only: bool
+) -> None:
+    """Also in the general kernel: what isn't asked for isn't read."""
+    case = build([adds(1)], hidden_size=hidden_size, dtype=dtype, num_tokens=4, seed=4, adds_only=adds_only)
+    _, rows = run(compiled, target, case)
+    floor = 3 * hidden_size * dtype.itemsize
+    bank = case.tables.bank_RD.data_ptr()
+    for row, traffic in enumerate(rows):
+        moved = sum(tensor.loaded + tensor.stored for tensor in traffic.values())
+        if case.tables.slot_T[row] == 0:
+            assert moved == 4, "an unsteered row costs the 4 bytes of its slot"
+        else:
+            assert floor <= moved <= 1.05 * floor
+            assert traffic[bank].loaded == floor // 3
+            assert traffic[bank].widths == {16}
+
+
+def test_rows_outside_of_every_span_are_not_written(compiled: Process) -> None:
+    case = build([Program(steps=[Step(op="add", span=(50, 60))])], hidden_size=576, dtype=torch.bfloat16,
+                 num_tokens=2, seed=5)  # fmt: skip
+    edited, rows = run(compiled, "sm_80", case)
+    assert torch.equal(edited, case.carried)
+    assert sum(tensor.stored for traffic in rows for tensor in traffic.values()) == 0
+    assert case.tables.bank_RD.data_ptr() not in rows[1]
