@@ -32,28 +32,11 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-_MLA: dict[str, Any] = {
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "head_dim": 64,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-
 FORM = {
     "llama": "split", "mistral": "split", "qwen2": "split", "qwen3": "split", "gemma2": "split", "gemma3_text": "split",
     "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one", "falcon": "one",
     "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
-    "qwen3_moe": "split", "phimoe": "hidden-only", "deepseek_v2": "split", "deepseek_v3": "split", "lfm2": "split",
+    "qwen3_moe": "split", 
 }  # fmt: skip
 """Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
 
@@ -72,19 +55,14 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False},
     "mixtral": _MOE,
     "qwen3_moe": _MOE,
-    "phimoe": _MOE,
-    "deepseek_v2": _MLA,
-    "deepseek_v3": _MLA,
-    "lfm2": {
-        "layer_types": ["conv", "full_attention", "conv"],
-        "block_auto_adjust_ff_dim": False,
-        "conv_L_cache": 3,
-        "conv_dim": HIDDEN,
-    },
 }
 
 
-_WITHOUT = {"falcon": ("head_dim",), "gpt_neox": ("head_dim", "num_key_value_heads")}
+_WITHOUT = {
+    "phimoe": ("moe_intermediate_size", "head_dim"),
+    "falcon": ("head_dim",),
+    "gpt_neox": ("head_dim", "num_key_value_heads"),
+}
 """Fields of the common settings that mislead an architecture that does not have them."""
 
 

@@ -43,9 +43,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FORM])
 def test_parity_at_every_block(answers: Answers, name: str) -> None:
     path, expected_plain, expected = answers(name)
-    mla = {"attention_backend": "CPU_MLA"} if name.startswith("deepseek") else {}
     vector = ControlVector(directions=dict(enumerate(directions())), metadata=VectorMetadata())
-    settings = {**SETTINGS, "block_size": 16 if mla else 32}
     llm = LLM(
         path,
         vectors={"v": vector},
@@ -54,8 +52,7 @@ def test_parity_at_every_block(answers: Answers, name: str) -> None:
         skip_tokenizer_init=True,
         num_gpu_blocks_override=64,
         enable_prefix_caching=False,
-        **mla,
-        **settings,
+        **SETTINGS,
     )
     try:
         assert_parity(llm, name, expected_plain, expected)
