@@ -36,7 +36,7 @@ FORM = {
     "llama": "split", "mistral": "split", "qwen2": "split", "qwen3": "split", "gemma2": "split", "gemma3_text": "split",
     "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one", "falcon": "one",
     "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
-    "qwen3_moe": "split", 
+    "qwen3_moe": "split",
 }  # fmt: skip
 """Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
 
@@ -59,7 +59,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 
 _WITHOUT = {
-    "phimoe": ("moe_intermediate_size", "head_dim"),
     "falcon": ("head_dim",),
     "gpt_neox": ("head_dim", "num_key_value_heads"),
 }
