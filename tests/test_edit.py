@@ -12,7 +12,7 @@ from math import fsum
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from steer_engine.edit import (
@@ -77,6 +77,8 @@ def test_scopes_that_say_the_same_are_equal() -> None:
 
 
 @given(st.none() | st.integers(-(2**30), 2**30), st.none() | st.integers(-(2**30), 2**30), st.integers(0, 2**31))
+@example(-1, None, 2**31 + 5)
+@example(None, -1, 2**31 + 5)
 def test_positions_fit_the_device(start: int | None, end: int | None, prompt_len: int) -> None:
     first, stop = Scope.span(start, end).at(prompt_len)
     assert 0 <= first <= NO_END

@@ -101,6 +101,7 @@ def test_coefficients_of_the_operations() -> None:
 def test_a_gate_is_a_unit_row_with_bounds() -> None:
     entry = entry_at(program({"gate": {"vector": "c", "min_cos": 0.25, "max_cos": 0.5}}))
     assert entry.gate == (RowKey(terms=((VECTORS["c"].digest, 1.0),), unit=True), 0.25, 0.5)
+    assert program({"gate": {"vector": "c", "min_cos": 0.25}}).vectors == tuple(sorted([A, VECTORS["c"].digest]))
 
 
 def test_adds_of_equal_scope_are_one_row() -> None:

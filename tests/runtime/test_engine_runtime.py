@@ -151,17 +151,19 @@ MIXES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
 def test_whatever_way_is_taken_the_bits_are_those_of_the_reference(
-    mix: list[Program], dtype: torch.dtype, split: bool, batched: bool
+    mix: list[Program], dtype: torch.dtype, split: bool, batched: bool, padded: bool
 ) -> None:
     """A step of adds alone is worked out in advance; the reference walks the tables at every site."""
     runtime = new_runtime(dtype=dtype)
     for slot, admitted in enumerate(mix, start=1):
         runtime.admit(slot, admitted)
-    hidden, carried = stream(dtype)
+    requests = [(1, 0, 7), *([(2, 3, 5)] if len(mix) > 1 else []), *([(0, 0, 2)] if padded else [])]
+    hidden, carried = stream(dtype, rows=sum(count for *_, count in requests) + 3 * padded)
     if batched:
         hidden, carried = hidden[None], carried[None]
-    route(runtime, (0, 0, 2), (1, 0, 7), *([(2, 3, 5)] if len(mix) > 1 else []))
+    route(runtime, *requests[::-1])
     for site in range(NUM_BLOCKS):
         got, expected = edited(runtime, hidden if split else None, carried, site), carried.clone()
         edit_residual_reference(hidden if split else None, expected, runtime.tables, site, adds_only=False)
