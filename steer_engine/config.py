@@ -24,6 +24,8 @@ class SteeringConfig(BaseModel):
     ops: operations that a request may use; `("add",)` compiles to a graph without any reduction of ours.
     rows: bank rows (and program entries) that one request may need per block after adds are merged.
     capture: blocks whose residual stream can be read (empty: reading is not armed).
+    fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). One launch
+        less per block, but silence is then plain vLLM to within rounding, not bit for bit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +34,7 @@ class SteeringConfig(BaseModel):
     ops: tuple[Op, ...] = ALL_OPS
     rows: int = Field(default=4, ge=1, le=16)
     capture: str | tuple[int, ...] = ()
+    fuse_norm: bool = False
 
     @field_validator("ops")
     @classmethod

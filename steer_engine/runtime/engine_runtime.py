@@ -60,6 +60,10 @@ class EngineRuntime:
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
         self.programs = Programs(self.tables, self.bank, self.armed_blocks)
+        self.fused_blocks: tuple[int, ...] = ()
+        """Blocks whose edit happens inside the norm that follows them."""
+        self.fused_calls = 0
+        """How often such a norm was launched from Python: each step of an eager engine, and graph captures."""
         self._reads = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
         self._adds: AddPlan | None = None
@@ -134,6 +138,24 @@ class EngineRuntime:
                 capture=self._reading,
                 rows_N=self._rows_N,
             )
+
+    def edit_and_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
+    ) -> None:
+        """The body of `op.add_rms_norm_edit`; only where the kernels are Triton's."""
+        from steer_kernels.add_rms_norm_edit import add_rms_norm_edit
+
+        self.fused_calls += 1
+        add_rms_norm_edit(
+            hidden,
+            residual,
+            weight,
+            self.tables,
+            site,
+            epsilon=epsilon,
+            adds_only=self.config.adds_only,
+            capture=self._reads,
+        )
 
     def _plan(self, num_tokens: int) -> None:
         """Without a device queue the host may look: what a step does is worked out once, not per site."""

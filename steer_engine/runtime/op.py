@@ -1,7 +1,8 @@
-"""`steer_engine::edit_residual`: the one op that edits and reads the residual stream, inside the compiled graph.
+"""`steer_engine::edit_residual`: the op that edits and reads the residual stream, inside the compiled graph.
 
-It mutates the tensor that carries the stream and returns nothing. All it needs beyond its arguments are buffers at
-fixed addresses, found through the engine whose step is running, so that nothing of the graph changes between steps.
+Its sibling `add_rms_norm_edit` does the same inside the norm that follows a block. Each mutates what carries the
+stream and returns nothing. All that it needs beyond its arguments are buffers at fixed addresses, found through the
+engine whose step is running, so that nothing of the graph changes between steps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 _library: Any = torch.library.Library("steer_engine", "DEF")  # type: ignore[no-untyped-call]
 _library.define("edit_residual(Tensor? hidden, Tensor(a!) carried, int site) -> ()")
+_library.define(
+    "add_rms_norm_edit(Tensor(a!) hidden, Tensor(b!) residual, Tensor weight, int site, float epsilon) -> ()"
+)
 
 _running: Callable[[], EngineRuntime] | None = None
 
@@ -35,6 +39,16 @@ def edit_residual(hidden: torch.Tensor | None, carried: torch.Tensor, site: int)
     torch.ops.steer_engine.edit_residual(hidden, carried, site)
 
 
+def add_rms_norm_edit(
+    hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
+) -> None:
+    """Residual add, edit and RMSNorm at once: hidden becomes the normed rows, residual the edited stream.
+
+    hidden, residual: [T, D] the output of the site's block, both written in place. weight: [D] of the norm.
+    """
+    torch.ops.steer_engine.add_rms_norm_edit(hidden, residual, weight, site, epsilon)
+
+
 def _implementation(hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
     assert _running is not None
     _running().edit(hidden, carried, site)
@@ -44,7 +58,23 @@ def _fake(hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None
     return None
 
 
+def _norm_implementation(
+    hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
+) -> None:
+    assert _running is not None
+    _running().edit_and_norm(hidden, residual, weight, site, epsilon)
+
+
+def _norm_fake(hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float) -> None:
+    return None
+
+
 _library.impl("edit_residual", _implementation, "CPU")
 _library.impl("edit_residual", _implementation, "CUDA")
 _library.impl("edit_residual", _fake, "Meta")
 torch.library.register_fake("steer_engine::edit_residual", _fake, lib=_library)
+
+_library.impl("add_rms_norm_edit", _norm_implementation, "CPU")
+_library.impl("add_rms_norm_edit", _norm_implementation, "CUDA")
+_library.impl("add_rms_norm_edit", _norm_fake, "Meta")
+torch.library.register_fake("steer_engine::add_rms_norm_edit", _norm_fake, lib=_library)

@@ -17,6 +17,7 @@ from steer_engine.runtime import op
 from steer_engine.runtime.engine_runtime import EngineRuntime
 from steer_engine.runtime.stream import StreamForm
 from steer_engine.runtime.vllm.blocks import find_blocks, probe_forms
+from steer_engine.runtime.vllm.fused_norm import fuse, reason_against
 from steer_engine.runtime.vllm.supported import check_supported
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def arm(runner: Any) -> None:
     num_blocks = vllm_config.model_config.get_total_num_hidden_layers()
     blocks = find_blocks(runner.model, num_blocks)
     armed = config.armed_blocks(num_blocks)
-    forms = probe_forms(runner.model, blocks, armed, vllm_config, runner.device)
+    forms, norms = probe_forms(runner.model, blocks, armed, vllm_config, runner.device)
     runtime = EngineRuntime(
         config=config,
         forms=forms,
@@ -51,14 +52,30 @@ def arm(runner: Any) -> None:
         max_tokens=_most_rows(vllm_config),
         use_triton=vllm_config.use_v2_model_runner or runner.device.type != "cpu",
     )
+    fused = norms if _fuses(config, runtime, vllm_config) else {}
     for site, block in enumerate(armed):
-        blocks[block].forward = _edited(blocks[block].forward, forms[block], site)
+        if block in fused:
+            fuse(fused[block], site)
+        else:
+            blocks[block].forward = _edited(blocks[block].forward, forms[block], site)
+    runtime.fused_blocks = tuple(sorted(fused))
     vllm_config.compilation_config.static_forward_context[CONFIG_KEY] = runtime
     logger.info(
         "Steering is armed: %d of %d blocks (%s), operations %s, bank and tables %.1f MiB.",
         len(armed), num_blocks, ", ".join(sorted({form.value for form in forms.values()})),
         ", ".join(config.ops), runtime.num_bytes / 2**20,
     )  # fmt: skip
+
+
+def _fuses(config: SteeringConfig, runtime: EngineRuntime, vllm_config: VllmConfig) -> bool:
+    if not config.fuse_norm:
+        return False
+    reason = reason_against(vllm_config)
+    if reason is None and not runtime.use_triton:
+        reason = "there is no Triton on this device"
+    if reason is not None:
+        logger.warning("Edits are not fused with the norms behind them: %s.", reason)
+    return reason is None
 
 
 def runtime_of(runner: Any) -> EngineRuntime | None:

@@ -12,9 +12,11 @@ from vllm.forward_context import set_forward_context
 
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.runtime.stream import ProbeRows, StreamForm, disturb, shape_of, stream_form
+from steer_engine.runtime.vllm.fused_norm import Pair, fusible, watching
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.layernorm import RMSNorm
 
 _NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "encoder")
 
@@ -44,8 +46,8 @@ def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
 
 def probe_forms(
     model: nn.Module, blocks: nn.ModuleList, armed: tuple[int, ...], vllm_config: VllmConfig, device: torch.device
-) -> dict[int, StreamForm]:
-    """How each armed block carries the stream, by one tiny forward pass with attention switched off.
+) -> tuple[dict[int, StreamForm], dict[int, RMSNorm]]:
+    """How each armed block carries the stream, and the norm that takes it, by one tiny forward pass without attention.
 
     Raises:
         UnsupportedEngineError: a block that carries no stream we know; names its class.
@@ -55,27 +57,31 @@ def probe_forms(
     generator = torch.Generator().manual_seed(0)
     noise_D = torch.randn(hidden_size, generator=generator).to(device)
     shapes: dict[int, str] = {}
-    scale = 1.0
+    pairs: dict[int, Pair] = {}
 
     def disturbing(block: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             shapes[block] = shape_of(output, rows, hidden_size)
-            return disturb(output, block, rows, noise_D * scale)
+            disturbed = disturb(output, block, rows, noise_D)
+            if shapes[block] == "pair":
+                pairs[block] = disturbed[:2]
+            return disturbed
 
         return forward
 
-    with ExitStack() as stack:
+    with watching(model, pairs) as norms, ExitStack() as stack:
         for block in armed:
             stack.enter_context(_forward_replaced(blocks[block], disturbing))(block)
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if isinstance(layer, nn.Module):
                 stack.enter_context(_silenced(layer))
         final_TD = _forward(model, rows.num_rows, vllm_config, device)
-    return {
+    forms = {
         block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
         for block in armed
     }
+    return forms, fusible(norms, forms)
 
 
 def _forward(model: nn.Module, num_tokens: int, vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:

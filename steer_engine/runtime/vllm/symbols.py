@@ -6,6 +6,7 @@ from steer_engine.runtime.vllm import (
     async_llm,
     block_hash,
     engine_core,
+    fused_norm,
     input_processor,
     llm_engine,
     model_runner_v1,
@@ -22,4 +23,4 @@ MODULES = (
 
 
 def all_symbols() -> tuple[Symbol, ...]:
-    return tuple(symbol for module in (*MODULES, shipping) for symbol in module.SYMBOLS)
+    return tuple(symbol for module in (*MODULES, fused_norm, shipping) for symbol in module.SYMBOLS)

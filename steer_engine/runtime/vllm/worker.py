@@ -85,6 +85,8 @@ def steer_status(self: Any) -> Reply:
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "device": str(runtime.tables.bank_RD.device),
         "kernel": "triton" if runtime.use_triton else "torch",
+        "fused_blocks": list(runtime.fused_blocks),
+        "fused_calls": runtime.fused_calls,
         "rows": runtime.config.rows,
         "bank_rows": runtime.bank.num_rows,
         "bank_rows_pinned": runtime.bank.num_pinned,
