@@ -16,6 +16,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,13 +46,17 @@ class Suite:
 
 
 SUITES = (
-    Suite(name="unit"),
-    Suite(name="kernels", folder="kernels"),
-    Suite(name="engine-v1", folder="engine", env={"STEER_TEST_RUNNER": "v1"}),
     Suite(name="engine-v2", folder="engine", env={"STEER_TEST_RUNNER": "v2"}),
-    Suite(name="families", folder="families"),
     Suite(name="serving", folder="serving"),
+    Suite(name="engine-v1", folder="engine", env={"STEER_TEST_RUNNER": "v1"}),
+    Suite(name="kernels", folder="kernels"),
+    Suite(name="unit"),
+    Suite(name="families", folder="families"),
 )
+"""The longest first: two run at a time."""
+
+JOBS = 2
+"""Suites at once. Each is mostly one thread of Python; more would only share two cores and make timeouts likely."""
 
 
 def run(suite: Suite, *, everything: bool) -> Counter[str]:
@@ -59,7 +64,12 @@ def run(suite: Suite, *, everything: bool) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = suite.command(everything=everything, report=report)
-        status = subprocess.run(command, cwd=ROOT, env=os.environ | suite.env, check=False).returncode
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | suite.env, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        status = done.returncode
+        # In one piece: suites run side by side.
+        print(f"\n==> {suite.name}\n{done.stdout.decode(errors='replace')}", flush=True)
         counts = read_report(report) if report.exists() else Counter[str]()
     if status != 0 and not counts["failed"]:
         counts["failed"] = 1  # broken conftest, crash of the interpreter, or no test at all
@@ -84,19 +94,19 @@ def main() -> int:
     names = {suite.name for suite in SUITES}
     if unknown := [name for name in arguments.suites if name not in names]:
         parser.error(f"no suite is called {unknown[0]!r}; there are: {', '.join(sorted(names))}")
-    total: Counter[str] = Counter()
-    lines = []
-    for suite in SUITES:
-        if arguments.suites and suite.name not in arguments.suites:
-            continue
-        print(f"\n==> {suite.name}", flush=True)
+    chosen = [suite for suite in SUITES if not arguments.suites or suite.name in arguments.suites]
+
+    def timed(suite: Suite) -> tuple[Counter[str], str]:
+        print(f"{suite.name}: started", flush=True)
         began = time.monotonic()
         counts = run(suite, everything=arguments.all)
-        total += counts
-        lines.append(
-            f"{suite.name:10} {counts['passed']:4} passed {counts['failed']:3} failed {counts['skipped']:3} skipped"
-            f" {time.monotonic() - began:6.0f} s"
-        )
+        tallies = f"{counts['passed']:4} passed {counts['failed']:3} failed {counts['skipped']:3} skipped"
+        return counts, f"{suite.name:10} {tallies} {time.monotonic() - began:6.0f} s"
+
+    with ThreadPoolExecutor(max_workers=JOBS) as pool:
+        results = list(pool.map(timed, chosen))
+    total = sum((counts for counts, _ in results), Counter[str]())
+    lines = [line for _, line in results]
     print("", *lines, sep="\n")
     print(
         f"{total['passed']} passed, {total['failed']} failed"
