@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.limits import NamedLimits
 from steer_engine.spec import MAX_SPEC_CHARS, Op, parse_blocks
 
 CONFIG_KEY = "steer_engine"
@@ -84,10 +85,8 @@ class SteeringConfig(BaseModel):
             raise UnsupportedEngineError(f"{where}: {first['msg']}. Valid keys: {sorted(cls.model_fields)}.") from None
 
 
-class Limits(BaseModel):
+class Limits(NamedLimits):
     """What one request may ask; `GET /v1/steering` publishes these numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_edits: int = 8
     max_abs_scale: float = 1000.0
@@ -95,6 +94,8 @@ class Limits(BaseModel):
     """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
     max_spec_bytes: int = MAX_SPEC_CHARS
     """Of a spec as JSON text; `parse_spec` holds to it."""
+    max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
+    """Decoded bytes of all vectors that come in one request itself; 0 switches them off."""
 
 
 def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@
     │   ├── RegistryConflictError    the name stands for something else, or is in use (409)
     │   ├── PreconditionError        not the version that the caller has seen (412)
     │   └── RegistryFullError        no room for another vector or preset (507)
+    ├── BatchFileError           a file of requests or answers that cannot be used
     ├── DerivationError          contrast pairs or dumps that cannot give a vector
     ├── ModelError               a packaged model cannot be had
     └── UnsupportedEngineError   an armed engine must not start like this
@@ -96,6 +97,10 @@ class RegistryFullError(RegistryError):
     """There is no room for another vector or preset."""
 
     status = 507
+
+
+class BatchFileError(SteerError, ValueError):
+    """A batch's file of requests or of answers cannot be used."""
 
 
 class DerivationError(SteerError, ValueError):

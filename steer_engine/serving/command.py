@@ -10,13 +10,16 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from steer_engine.config import CONFIG_KEY, SteeringConfig
+from steer_engine.config import CONFIG_KEY, Limits, SteeringConfig
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.serving.api_limits import ApiLimits
 from steer_engine.spec import Op, parse_blocks
+from steer_engine.vectors.shelf import ShelfLimits
 
 PLUGIN = "steer_engine"
 VECTORS_ENV = "STEER_ENGINE_VECTORS"
 STRICT_ENV = "STEER_ENGINE_STRICT"
+DEFAULT_PRESET_ENV = "STEER_ENGINE_DEFAULT_PRESET"
 
 SHUTDOWN_TIMEOUT_S = 30
 """vLLM's own default of 0 leaves clients in flight hanging on SIGTERM."""
@@ -46,13 +49,22 @@ def serve(argv: Sequence[str]) -> int:
     Raises:
         SteerError: what is asked cannot be served steered; nothing was started.
     """
-    _refuse_unknown_flags(argv)
-    _name_plugins()
-    _serve(list(argv))
+    args = parse_serve_flags(argv)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    ServeSubcommand.cmd(args)
     return 0
 
 
-def _serve(argv: list[str]) -> None:
+def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of `vllm serve` and ours, ready for an armed start; sets the environment that goes with them.
+
+    Raises:
+        SteerError: as `serve`.
+    """
+    _refuse_unknown_flags(argv)
+    # Before vLLM is imported: it picks its platform by plugin then.
+    _name_plugins()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -63,7 +75,7 @@ def _serve(argv: list[str]) -> None:
     configure_logging_from_args(args)
     arm(args)
     command.validate(args)
-    command.cmd(args)
+    return args
 
 
 def _parser(command: Any) -> argparse.ArgumentParser:
@@ -86,6 +98,9 @@ def add_flags(parser: Any) -> None:
     add("--steering-blocks", metavar="BLOCKS", help="Blocks that can be steered, such as 8-22. Default: all.")
     add("--steering-ops", metavar="OPS", help=f"Operations that requests may use, of {','.join(Op)}. Default: all.")
     add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
+    add("--steering-limit", action="append", default=[], metavar="NAME=N", help="Set a limit that GET /v1/steering "
+        "publishes, such as max_edits=4; may be given several times.")  # fmt: skip
+    add("--steering-default", metavar="PRESET", help="Preset for requests that say nothing of steering.")
     add("--steering-strict", action="store_true", help="Refuse to start if a file of the folder is no usable vector.")
 
 
@@ -104,6 +119,9 @@ def arm(args: argparse.Namespace) -> None:
     assert config is not None
     args.additional_config = additional | config.to_additional_config()
     os.environ[VECTORS_ENV] = str(_vectors_folder(args.steering_vectors))
+    _set_limits(args.steering_limit)
+    if args.steering_default is not None:
+        os.environ[DEFAULT_PRESET_ENV] = args.steering_default
     if args.steering_strict:
         os.environ[STRICT_ENV] = "1"
         _check_folder(Path(os.environ[VECTORS_ENV]))
@@ -122,6 +140,20 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "rows": args.steering_rows,
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def _set_limits(given: Sequence[str]) -> None:
+    """By the environment, which every API process inherits."""
+    groups = (Limits, ShelfLimits, ApiLimits)
+    for each in given:
+        name, _, value = each.partition("=")
+        group = next((group for group in groups if name in group.model_fields), None)
+        if group is None:
+            known = ", ".join(name for group in groups for name in group.model_fields)
+            raise UnsupportedEngineError(f"--steering-limit {each}: there is no limit {name!r}; there are {known}.")
+        os.environ[group.variable(name)] = value
+    for group in groups:
+        group.from_environment()
 
 
 def _refuse_unknown_flags(argv: Sequence[str]) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.errors import (
+    CapacityError,
+    ModelMismatchError,
+    RegistryError,
+    SteerError,
+    SteeringRequestError,
+    UnusableVectorError,
+    VectorFileError,
+)
 
 MAX_MESSAGE_CHARS = 600
 
@@ -15,14 +23,18 @@ _TYPES = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailable
 
 def status_of(error: SteerError) -> int:
     """The HTTP status of an error that a request can cause."""
-    assert isinstance(error, SteeringRequestError | CapacityError), f"{type(error).__name__} is no request's fault"
-    return error.status
+    if isinstance(error, SteeringRequestError | CapacityError | RegistryError):
+        return error.status
+    if isinstance(error, UnusableVectorError | ModelMismatchError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    assert isinstance(error, VectorFileError), f"{type(error).__name__} is no request's fault"
+    return HTTPStatus.BAD_REQUEST
 
 
 def envelope(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The body of an error answer."""
     kind = _TYPES.get(status) or HTTPStatus(status).phrase.replace(" ", "") + "Error"
-    return {"error": {"message": message[:MAX_MESSAGE_CHARS], "type": kind, "param": param, "code": status}}
+    return {"error": {"message": message[:MAX_MESSAGE_CHARS], "type": kind, "param": param, "code": int(status)}}
 
 
 def envelope_of(error: SteerError) -> dict[str, Any]:

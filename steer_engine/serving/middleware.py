@@ -7,8 +7,9 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from steer_engine.errors import PayloadTooLargeError
 from steer_engine.serving import told
-from steer_engine.serving.envelope import envelope
+from steer_engine.serving.envelope import envelope, envelope_of
 from steer_engine.serving.request_field import FIELD, mentions_steering
 
 Scope = MutableMapping[str, Any]
@@ -17,6 +18,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+INVOCATIONS = "/invocations"
+"""SageMaker's wrapper replaces the model's name in the body by the one in a header, or by nothing."""
+
 CARRYING_PATHS = frozenset(
     {
         "/v1/chat/completions",
@@ -24,7 +28,7 @@ CARRYING_PATHS = frozenset(
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
-        "/invocations",
+        INVOCATIONS,
     }
 )
 """POST paths whose handlers pass the hook that steers; a test walks all routes and compares."""
@@ -33,6 +37,9 @@ OWN_PREFIX = "/v1/steering"
 
 HEADER = b"x-steering"
 PRESET_HEADER = b"x-steering-preset"
+
+WORDS = (b"steer", b"hotwire", rb"\u")
+"""A body without any of these asks for nothing, in no spelling: most are not even parsed."""
 
 _FORM_FIELD = re.compile(rb'name="?(steering)"?[;\r\n]|(?:^|&)steering=')
 
@@ -45,8 +52,9 @@ class SteeringMiddleware:
     is replaced by a refusal.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20) -> None:
         self.app = app
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,7 +72,13 @@ class SteeringMiddleware:
         has_body = scope["method"] in ("POST", "PUT", "PATCH") and not path.startswith(OWN_PREFIX)
         asks = False
         if has_body:
-            body, receive = await _read(receive)
+            try:
+                body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
+            except PayloadTooLargeError as error:
+                await _send_json(send, envelope_of(error), error.status)
+                return
+            if path == INVOCATIONS:
+                note.model = _model_of(body)
             asks = _asks(body)
             if asks and path not in CARRYING_PATHS:
                 await _refuse(send, path)
@@ -103,14 +117,26 @@ def _headers(note: told.Told, status: int) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that gives it out again before it goes on listening."""
+def _declared_length(scope: Scope) -> int:
+    values = [value for name, value in scope["headers"] if name == b"content-length"]
+    return int(values[0]) if values and values[0].isdigit() else 0
+
+
+async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it out again before it goes on listening.
+
+    Raises:
+        PayloadTooLargeError: by what was declared, before anything is read, or by what is counted.
+    """
     messages: list[Message] = []
-    while True:
+    counted, more = 0, True
+    while more and max(declared, counted) <= max_bytes:
         message = await receive()
         messages.append(message)
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            break
+        counted += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+    if max(declared, counted) > max_bytes:
+        raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
     body = b"".join(message.get("body", b"") for message in messages)
     replay = iter(messages)
 
@@ -121,8 +147,8 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
 
 
 def _asks(body: bytes) -> bool:
-    # A key may be spelled with \u escapes, and only JSON knows: parse whenever either can be there.
-    if b"steer" not in body and rb"\u" not in body:
+    # A key may be spelled with \u escapes, and only JSON knows.
+    if not any(word in body for word in WORDS):
         return False
     try:
         return mentions_steering(json.loads(body))
@@ -130,10 +156,22 @@ def _asks(body: bytes) -> bool:
         return _FORM_FIELD.search(body) is not None
 
 
+def _model_of(body: bytes) -> str | None:
+    try:
+        model = json.loads(body).get("model")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return model if isinstance(model, str) else None
+
+
 async def _refuse(send: Send, path: str) -> None:
-    carrying = ", ".join(sorted(CARRYING_PATHS - {"/invocations"}))
+    carrying = ", ".join(sorted(CARRYING_PATHS - {INVOCATIONS}))
     message = f"{path[:200]} cannot carry steering; these can: {carrying}."
-    body = json.dumps(envelope(message, 400, FIELD)).encode()
+    await _send_json(send, envelope(message, 400, FIELD), 400)
+
+
+async def _send_json(send: Send, content: dict[str, Any], status: int) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from steer_engine.errors import SteeringRequestError
+from steer_engine.serving import foreign_forms
 
 FIELD = "steering"
 XARGS = "vllm_xargs"
@@ -19,16 +20,17 @@ MAX_KEY_ECHO = 80
 
 
 def steering_of(body: Mapping[str, Any]) -> Any:
-    """The steering that a request asks, as it was written; None = not asked, False = none, not even a default.
+    """The steering that a request asks; None = not asked, False = none, not even a default.
 
     `body` holds the request's fields: `steering`, or its JSON text in `vllm_xargs.steering`. `null` is the same as
-    leaving it out.
+    leaving it out. Forms of other servers (`foreign_forms`) come out in ours.
 
     Raises:
         SteeringRequestError: asked in two ways, in a place that nothing would read, or with a reserved key.
     """
     xargs = body.get(XARGS)
     in_xargs = None
+    foreign: list[Any] = []
     if isinstance(xargs, Mapping):
         _refuse_reserved_keys(xargs)
         in_xargs = xargs.get(FIELD)
@@ -38,16 +40,24 @@ def steering_of(body: Mapping[str, Any]) -> Any:
                 "top-level field 'steering'.",
                 f"{XARGS}.{FIELD}",
             )
+        foreign = [(form, xargs[form]) for form in foreign_forms.XARGS_FORMS if xargs.get(form) is not None]
     top = body.get(FIELD)
-    if top is not None and in_xargs is not None:
-        raise SteeringRequestError(
-            f"Steering is asked twice, in '{FIELD}' and in '{XARGS}.{FIELD}'; give one of them.", FIELD
-        )
+    ways = [
+        *([FIELD] if top is not None else ()),
+        *([f"{XARGS}.{FIELD}"] if in_xargs is not None else ()),
+        *(f"{XARGS}.{form}" for form, _ in foreign),
+    ]
+    if len(ways) > 1:
+        raise SteeringRequestError(f"Steering is asked twice, in {' and in '.join(ways)}; give one of them.", ways[0])
     for place in MISPLACED:
         if mentions_steering({place: body.get(place)}):
             raise SteeringRequestError(
                 f"Steering inside '{place}' would not be read; 'steering' is a field of the request itself.", place
             )
+    for form, text in foreign:
+        return foreign_forms.from_hotwire(text) if form == foreign_forms.HOTWIRE else foreign_forms.from_vllm_lens(text)
+    if isinstance(top, dict) and foreign_forms.is_easysteer(top):
+        return foreign_forms.from_easysteer(top)
     return in_xargs if top is None else top
 
 
@@ -57,7 +67,7 @@ def mentions_steering(body: Any) -> bool:
         return any(mentions_steering(item) for item in body if isinstance(item, dict))
     if not isinstance(body, Mapping):
         return False
-    if body.get(FIELD) not in (None, False):
+    if body.get(FIELD) not in (None, False) or any(body.get(form) is not None for form in foreign_forms.XARGS_FORMS):
         return True
     return any(
         mentions_steering(inner) or any(isinstance(key, str) and key.startswith(RESERVED_PREFIX) for key in inner)

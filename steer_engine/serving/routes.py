@@ -1,40 +1,43 @@
-"""Routes of Steer Engine: readiness, what this server can do, and its vectors."""
+"""Routes of Steer Engine that are of no vector or preset: readiness, description, validation, statistics."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 import steer_engine
-from steer_engine.errors import CapacityError, SteerError, UnknownVectorError
-from steer_engine.serving.envelope import envelope, envelope_of, status_of
+from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.resolve import ResolvedSpec
+from steer_engine.serving import metrics
+from steer_engine.serving.answers import SteeringRoute, failed, frontend_of
+from steer_engine.serving.draining import refuse_if_draining
+from steer_engine.serving.preset_routes import SPEC_BODY, read_json
 from steer_engine.spec import Op
 
-MAX_PAGE = 1000
-
-router = APIRouter(tags=["steering"])
+router = APIRouter(tags=["steering"], route_class=SteeringRoute)
 
 
 @router.get("/readyz")
 async def ready(request: Request) -> JSONResponse:
     """200 when the engine and every worker are armed as this server is; else 503 with the reason. Needs no key."""
     try:
+        refuse_if_draining(request.app.state.steering_frontend)
         await request.app.state.steering_readiness.check()
     except SteerError as error:
-        return JSONResponse(envelope(error.message, 503), status_code=503, headers={"Retry-After": "5"})
+        return failed(CapacityError(error.message, retry_after=5))
     # No more than that: whoever may probe needs no key.
     return JSONResponse({"status": "ready"})
 
 
 @router.get("/v1/steering")
 async def describe(request: Request) -> JSONResponse:
-    """What this server can do: model, blocks, operations, scopes and the limits on one request."""
-    frontend = _frontend(request)
-    if not frontend.armed:
-        return _failed(CapacityError("This server is not armed for steering; start it with 'steer-engine serve'."))
+    """What this server can do: model, blocks, operations, scopes and the limits on what one request may ask."""
+    frontend = frontend_of(request)
     model = frontend.model
+    limits = frontend.limits.model_dump() | request.app.state.steering_api_limits.model_dump()
     return JSONResponse(
         {
             "version": steer_engine.__version__,
@@ -44,49 +47,48 @@ async def describe(request: Request) -> JSONResponse:
             "armed_blocks": list(model.armed_blocks),
             "operations": [op.value for op in Op if op in model.ops],
             "scopes": ["all", "prompt", "generation", {"start": "integer or null", "end": "integer or null"}],
-            "limits": frontend.limits.model_dump() | {"rows": model.rows},
+            "limits": limits | frontend.registry.limits.model_dump() | {"rows": model.rows},
+            "generation": await asyncio.to_thread(lambda: frontend.registry.generation),
+            "default_preset": frontend.default_preset,
         }
     )
 
 
-@router.get("/v1/steering/vectors")
-async def list_vectors(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
-) -> JSONResponse:
-    """Names and digests in the order of the names, `limit` at a time, beginning after the name `after`."""
-    names = sorted(_frontend(request).registry.names().items())
-    page = [(name, digest) for name, digest in names if name > after]
+@router.post("/v1/steering/validate", openapi_extra=SPEC_BODY)
+async def validate(request: Request) -> JSONResponse:
+    """What a request with this spec as its `steering` would get: the digest and the edits, or the same error."""
+    frontend = frontend_of(request)
+    limits = frontend.limits
+    asked = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
+    resolved = await asyncio.to_thread(frontend.resolve, asked)
+    if resolved is None:
+        raise SteeringRequestError("The body asks for no steering.", "steering")
+    dose = await asyncio.to_thread(_dose, resolved, frontend)
+    return JSONResponse(resolved.report() | {"rows": resolved.template.rows, "dose": dose})
+
+
+@router.get("/v1/steering/stats")
+async def stats(request: Request) -> JSONResponse:
+    """Counters of this API process, and how the engine and its workers stand."""
+    frontend = frontend_of(request)
+    engine = await request.app.state.steering_readiness.check()
+    names = await asyncio.to_thread(frontend.registry.names)
     return JSONResponse(
         {
-            "object": "list",
-            "data": [{"name": name, "digest": digest} for name, digest in page[:limit]],
-            "has_more": len(page) > limit,
+            "api": metrics.snapshot(),
+            "registry": {"vectors": len(names), "generation": frontend.registry.generation},
+            "engine": engine,
         }
     )
 
 
-@router.get("/v1/steering/vectors/{name}")
-async def show_vector(request: Request, name: str) -> JSONResponse:
-    """One vector by its name or digest: its blocks, norms and where it comes from."""
-    try:
-        vector = _frontend(request).registry.get(name)
-    except UnknownVectorError as error:
-        return _failed(error)
-    body: dict[str, Any] = {
-        "digest": vector.digest,
-        "hidden_size": vector.hidden_size,
-        "blocks": list(vector.blocks),
-        "norms": {str(block): norm for block, norm in vector.norms.items()},
-    }
-    if not name.startswith("sha256:"):
-        body = {"name": name} | body
-    return JSONResponse(body, headers={"ETag": f'"{vector.digest}"'})
-
-
-def _frontend(request: Request) -> Any:
-    return request.app.state.steering_frontend
-
-
-def _failed(error: SteerError) -> JSONResponse:
-    headers = {"Retry-After": str(round(error.retry_after))} if isinstance(error, CapacityError) else None
-    return JSONResponse(envelope_of(error), status_code=status_of(error), headers=headers)
+def _dose(resolved: ResolvedSpec, frontend: Any) -> float | None:
+    """The largest |edit| at a block in mean residual norms, of the edits whose vectors know them; None if none does."""
+    doses = []
+    for edit in (each.edit for each in resolved.edits):
+        vector = frontend.registry.get(edit.vector)
+        norms = vector.metadata.residual_norms
+        for block, scale in zip(edit.blocks, edit.scales, strict=True):
+            if edit.op is Op.ADD and norms.get(block):
+                doses.append(abs(scale) * vector.norms[block] / norms[block])
+    return max(doses, default=None)

@@ -17,11 +17,13 @@ class Told:
     seen: some hook took account of the request's steering (even if there was none).
     report: the `steering` object of the answer's body, or None where no steering was asked.
     retry_after: seconds for a `Retry-After` header.
+    model: what the body names, on a path where that is lost before the hook (SageMaker's `/invocations`).
     """
 
     seen: bool = False
     report: dict[str, Any] | None = None
     retry_after: float | None = None
+    model: str | None = None
 
 
 current: ContextVar[Told | None] = ContextVar("steer_engine_told", default=None)

@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str]) -> ControlVector:
         require_sane_gguf(path.read_bytes())
         return _read(path)
     except VectorFileError as error:
-        raise VectorFileError(f"{path}: {error.message}") from None
+        raise type(error)(f"{path}: {error.message}") from None
     except OSError as error:
         raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:

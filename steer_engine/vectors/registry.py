@@ -68,6 +68,10 @@ class Registry:
         return self._adopted.directory
 
     @property
+    def limits(self) -> ShelfLimits:
+        return ShelfLimits() if self._shelf is None else self._shelf.limits
+
+    @property
     def generation(self) -> int:
         """How many changes were made over the API; the same in every process that serves the folder."""
         return 0 if self._shelf is None else self._shelf.manifest().generation
@@ -161,9 +165,9 @@ class Registry:
             raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; remove the file.")
         shelf.delete_preset(name, if_match=if_match)
 
-    def incoming(self) -> Path:
-        """A folder for uploads under way. Raises RegistryError where there is no folder at all."""
-        return self._writable("incoming").incoming()
+    def incoming(self, name: str) -> Path:
+        """A folder for uploads under way. Raises SteeringRequestError for a name that cannot be put, RegistryError."""
+        return self._writable(name).incoming()
 
     def check(self, *, hidden_size: int, num_blocks: int, strict: bool = False) -> dict[str, str]:
         """Names whose vectors do not fit a model -> why. They are logged; a request for one is refused by its message.

@@ -101,7 +101,7 @@ def load(path: str | os.PathLike[str]) -> ControlVector:
     try:
         return from_bytes(data)
     except VectorFileError as error:
-        raise VectorFileError(f"{path}: {error.message}") from None
+        raise type(error)(f"{path}: {error.message}") from None
 
 
 def save(vector: ControlVector, path: str | os.PathLike[str], dtype: DType = "float32") -> None:

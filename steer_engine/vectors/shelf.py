@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from steer_engine.errors import (
     CapacityError,
@@ -32,6 +32,7 @@ from steer_engine.errors import (
     UnknownVectorError,
     VectorFileError,
 )
+from steer_engine.limits import NamedLimits
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.atomic_write import write_atomically
 from steer_engine.vectors.control_vector import ControlVector
@@ -56,10 +57,8 @@ ANY = "*"
 """If-Match: whatever version there is, but there must be one."""
 
 
-class ShelfLimits(BaseModel):
+class ShelfLimits(NamedLimits):
     """How large a registry may grow."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_vectors: int = Field(default=1_000, ge=0)
     max_presets: int = Field(default=1_000, ge=0)
@@ -71,7 +70,7 @@ class Shelf:
     """Names and contents on disk. Every process that serves the folder has one; none trusts its own memory for long."""
 
     def __init__(self, folder: Path, limits: ShelfLimits | None = None) -> None:
-        self.limits = limits or ShelfLimits()
+        self.limits = limits or ShelfLimits.from_environment()
         self._root = folder / FOLDER
         self._manifest_path = self._root / "manifest.json"
         self._objects = self._root / "objects"

@@ -11,7 +11,7 @@ from serving.server_process import Server
 
 MODEL = "smollm2-135m"
 PROMPT = "Describe the weather today in one sentence."
-MAX_TOKENS = 12
+MAX_TOKENS = 6
 
 STRONG: dict[str, Any] = {"edits": [{"vector": "east", "scale": 60.0, "blocks": "8-21"}]}
 """Far more than any rounding: greedy text changes at once."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from serving.asking import STRONG
 from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector, VectorMetadata, save
@@ -41,6 +43,8 @@ def vectors_dir(vectors: dict[str, ControlVector], tmp_path_factory: pytest.Temp
     for name, vector in vectors.items():
         save(vector, folder / f"{name}.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no header")
+    (folder / "loud.preset.json").write_text(json.dumps(STRONG))
+    (folder / "misfit.preset.json").write_text(json.dumps({"edits": [{"vector": "narrow"}]}))
     (folder / "notes.txt").write_text("not a vector, and not meant to be one")
     return folder
 

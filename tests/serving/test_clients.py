@@ -36,7 +36,7 @@ def test_curl(server: Server) -> None:
 
 
 def test_openai_client(server: Server, client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
     plain = client.chat.completions.create(**asked)
     raw = client.chat.completions.with_raw_response.create(**asked, extra_body=EXTRA)
     steered = raw.parse()
@@ -46,7 +46,7 @@ def test_openai_client(server: Server, client: openai.OpenAI) -> None:
 
 
 def test_openai_client_streaming(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
     whole = client.chat.completions.create(**asked, extra_body=EXTRA)
     chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=EXTRA))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -55,7 +55,7 @@ def test_openai_client_streaming(client: openai.OpenAI) -> None:
 
 
 async def test_openai_async_client(server: Server) -> None:
-    asked = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+    asked = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 6}
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         plain = await client.completions.create(**asked)
         steered = await client.completions.create(**asked, extra_body=EXTRA)
@@ -66,7 +66,7 @@ async def test_openai_async_client(server: Server) -> None:
 
 
 def test_openai_responses(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "input": PROMPT, "temperature": 0, "max_output_tokens": 12}
+    asked = {"model": MODEL, "input": PROMPT, "temperature": 0, "max_output_tokens": 6}
     plain = client.responses.create(**asked)
     steered = client.responses.create(**asked, extra_body=EXTRA)
     assert steered.output_text != plain.output_text

@@ -163,3 +163,57 @@ async def test_concurrent_requests_do_not_see_each_other() -> None:
     assert told.current.get() is None
     answer = await post(App(hook=False), CARRYING, body(prompt="x"))
     assert "x-steering" not in answer.headers
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_that_is_too_large_is_refused_by_its_length_or_by_counting(declared: bool) -> None:
+    reads = []
+    pieces = iter([b"x" * 40] * 10)
+
+    async def receive() -> Any:
+        reads.append(True)
+        return {"type": "http.request", "body": next(pieces), "more_body": True}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("not called")
+
+    headers = [(b"content-length", b"400")] if declared else []
+    scope = {"type": "http", "method": "POST", "path": CARRYING, "headers": headers}
+    await SteeringMiddleware(app, max_body_bytes=100)(scope, receive, send)
+    assert sent[0]["status"] == 413
+    assert json.loads(sent[1]["body"])["error"]["code"] == 413
+    assert len(reads) == (0 if declared else 3)
+
+
+async def test_the_largest_body_is_let_through() -> None:
+    app = App()
+    middleware = SteeringMiddleware(app, max_body_bytes=100)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://server") as client:
+        assert (await client.post(CARRYING, content=b"x" * 100)).status_code == 200
+        assert (await client.post(CARRYING, content=b"x" * 101)).status_code == 413
+    assert app.bodies == [b"x" * 100]
+
+
+@pytest.mark.parametrize(
+    ("content", "model"),
+    [(body(model="a:b"), "a:b"), (body(model=3), None), (b"[]", None), (b"{", None), (b"[" * 99_999, None)],
+)
+async def test_the_model_of_an_invocation_is_kept_for_the_hook(content: bytes, model: str | None) -> None:
+    notes = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        notes.append(told.current.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=SteeringMiddleware(app)), base_url="http://server"
+    ) as client:
+        await client.post("/invocations", content=content)
+        await client.post(CARRYING, content=content)
+    assert [note.model for note in notes] == [model, None]

@@ -25,7 +25,7 @@ _RESIDENT = "_steer_resident"
 def hook() -> None:
     wrap(PREPROCESS, _preprocess_add_request)
     owner, _ = PREPROCESS.owner()
-    for method in (steer_put, steer_drop, steer_status, steer_take):
+    for method in (steer_put, steer_drop, steer_in_flight, steer_status, steer_take):
         setattr(owner, method.__name__, method)
 
 
@@ -47,6 +47,11 @@ def steer_drop(self: Any, digest: str) -> Reply:
     _resident(self).discard(digest)
     self.collective_rpc("steer_drop", args=(digest,))
     return {"ok": True}
+
+
+def steer_in_flight(self: Any, digest: str) -> int:
+    """How many requests of this engine name a vector."""
+    return sum(digest in _vectors_of(request.sampling_params) for request in self.scheduler.requests.values())
 
 
 def steer_status(self: Any) -> Reply:

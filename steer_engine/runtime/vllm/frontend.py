@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer_engine.config import Limits, SteeringConfig
-from steer_engine.errors import SteeringRequestError
+from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY, Capture
 from steer_engine.resolve import ResolvedSpec, resolve
 from steer_engine.runtime.vllm.supported import check_supported, model_shape
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vectors.inline import InlineVectors
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,21 +36,32 @@ class Frontend:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = SteeringConfig.from_additional_config(vllm_config.additional_config)
         self.armed = self.config is not None
-        self.limits = Limits()
+        self.limits = Limits.from_environment()
         self.registry = Registry(None)
+        self.inline = InlineVectors(self.limits.max_inline_bytes)
+        self.default_preset: str | None = None
+        """Applied by the server to requests that say nothing of steering."""
+        self.draining = False
+        """Set when the engine client shuts down: the server takes nothing new."""
         self.resident: set[str] = set()
         """Digests that this process believes the engine holds. A hint: the engine core decides."""
         self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()
         if self.config is not None:
             check_supported(vllm_config)
             self.model = model_shape(vllm_config, self.config)
+            self.default_preset = os.environ.get("STEER_ENGINE_DEFAULT_PRESET") or None
             folder = os.environ.get("STEER_ENGINE_VECTORS")
             strict = os.environ.get("STEER_ENGINE_STRICT") == "1"
             self.registry = Registry(Path(folder) if folder else None, strict=strict)
 
     def vector(self, name_or_digest: str) -> ControlVector:
         """The registered vector; raises UnknownVectorError."""
-        return self.registry.get(name_or_digest)
+        try:
+            return self.registry.get(name_or_digest)
+        except UnknownVectorError:
+            if (inline := self.inline.find(name_or_digest)) is not None:
+                return inline
+            raise
 
     def resolve(self, raw: Any) -> ResolvedSpec | None:
         """What `raw` (a spec as a mapping or JSON text; None or False = not asked) means now.
@@ -65,7 +77,21 @@ class Frontend:
                 "This server is not armed for steering: start it with 'steer-engine serve', or set STEER_ENGINE=1.",
                 "steering",
             )
-        return resolve(spec, self.vector, self.model, self.limits)
+        if spec.preset is None:
+            return resolve(self.inline.take(spec), self.vector, self.model, self.limits)
+        return self._resolve_preset(spec.preset)
+
+    def _resolve_preset(self, name: str) -> ResolvedSpec:
+        try:
+            spec = parse_spec(self.registry.preset(name))
+        except UnknownVectorError as error:
+            raise UnknownVectorError(error.message, "steering.preset") from None
+        assert spec is not None
+        try:
+            return resolve(spec, self.vector, self.model, self.limits, preset=name)
+        except SteeringRequestError as error:
+            # The caller's field is the preset; what is wrong inside is its author's.
+            raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None
 
     def missing(self, resolved: ResolvedSpec) -> list[str]:
         """Digests that this process believes the engine lacks."""

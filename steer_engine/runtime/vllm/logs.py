@@ -1,4 +1,4 @@
-"""Our log lines beside vLLM's, in its format and at its level: vLLM configures its own logger only, and not at import."""
+"""Our log lines beside vLLM's, in its format and at its level: vLLM configures its own logger only."""
 
 from __future__ import annotations
 

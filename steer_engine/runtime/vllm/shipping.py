@@ -49,6 +49,12 @@ def call(llm_engine: Any, method: str, *args: Any) -> Any:
     return getattr(client.engine_core, method)(*args)
 
 
+async def in_flight(async_llm: Any, digest: str) -> int:
+    """How many requests name a vector, over all engines."""
+    counts = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_in_flight", digest))
+    return sum(counts)
+
+
 async def handshake(async_llm: Any) -> dict[str, Any]:
     """How the engines are armed: the status of the first, after comparing all of them.
 

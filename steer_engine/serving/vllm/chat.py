@@ -11,6 +11,7 @@ from typing import Any
 from steer_engine.runtime.vllm.patching import wrap
 from steer_engine.serving.streaming import with_report
 from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm.asked_model import tell_asked_model
 from steer_engine.serving.vllm.check_model import report_of
 
 
@@ -24,7 +25,7 @@ def _full(original: Any) -> Any:
     async def full_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
-        response = await original(self, request, *args, **kwargs)
+        response = await tell_asked_model(original, request, (self, request, *args), kwargs)
         report = report_of(request)
         if report is not None and isinstance(response, ChatCompletionResponse):
             response.steering = report
@@ -35,7 +36,7 @@ def _full(original: Any) -> Any:
 
 def _stream(original: Any) -> Any:
     def stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        stream = original(self, request, *args, **kwargs)
+        stream = tell_asked_model(original, request, (self, request, *args), kwargs)
         report = report_of(request)
         return stream if report is None else with_report(stream, report)
 

@@ -8,15 +8,20 @@ it here.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from steer_engine.errors import SteerError, SteeringRequestError
 from steer_engine.runtime.vllm.patching import wrap
-from steer_engine.serving import told
-from steer_engine.serving.envelope import envelope_of
+from steer_engine.serving import metrics, told
+from steer_engine.serving.draining import refuse_if_draining
+from steer_engine.serving.envelope import envelope_of, status_of
+from steer_engine.serving.foreign_forms import XARGS_FORMS
 from steer_engine.serving.request_field import FIELD, MISPLACED, XARGS, steering_of
 from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm.asked_model import frontend_of, take_preset
 
 REPORT = "_steer_engine_report"
 """Attribute of a request object: the `steering` object of its answer. Set past pydantic, so that no dump shows it."""
@@ -35,14 +40,17 @@ def report_of(request: Any) -> dict[str, Any] | None:
 
 def _steering(original: Any) -> Any:
     async def _check_model(self: Any, request: Any) -> Any:
+        preset = take_preset(self, request)
         refusal = await original(self, request)
         if refusal is not None:
             return refusal
         note = told.begin()
         try:
-            note.report = await _steer(self, request)
+            refuse_if_draining(frontend_of(self))
+            note.report = await _steer(self, request, preset)
         except SteerError as error:
             note.retry_after = getattr(error, "retry_after", None)
+            metrics.request_refused(status_of(error))
             return _error_response(error)
         if note.report is not None:
             object.__setattr__(request, REPORT, note.report)
@@ -64,20 +72,35 @@ def _refusing(original: Any) -> Any:
     return _check_model
 
 
-async def _steer(serving: Any, request: Any) -> dict[str, Any] | None:
-    """Resolve and ship what `request` asks, and leave it by digests in `vllm_xargs`. Returns the report."""
+async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, Any] | None:
+    """Resolve and ship what `request` asks, and leave it by digests in `vllm_xargs`. Returns the report.
+
+    preset: chosen by the model's name.
+    """
+    began = time.monotonic()
     asked = steering_asked(request)
+    if preset is not None:
+        if asked is not None:
+            raise SteeringRequestError(
+                f"Steering is asked twice, in '{FIELD}' and by the preset in the model's name; give one of them.", FIELD
+            )
+        asked = {"preset": preset}
+    frontend = frontend_of(serving)
+    if asked is None and frontend is not None and frontend.default_preset is not None and _carries(serving):
+        asked = {"preset": frontend.default_preset}
     if asked in (None, False):
         _forget(request)
         return None
     if not _carries(serving):
         raise SteeringRequestError(f"This endpoint ({type(serving).__name__}) cannot carry steering.", FIELD)
     if getattr(request, "use_beam_search", False):
-        raise SteeringRequestError("Beam search cannot be steered.", "use_beam_search")
-    frontend = getattr(serving.engine_client.input_processor, "steering", None)
+        raise SteeringRequestError(
+            'Beam search cannot be steered; send "steering": false where a default preset is set.', "use_beam_search"
+        )
     if frontend is None:
         raise SteeringRequestError("This server is not armed for steering; start it with 'steer-engine serve'.", FIELD)
-    resolved = frontend.resolve(asked)
+    # Decoding megabytes would hold up every other request of this process.
+    resolved = await asyncio.to_thread(frontend.resolve, asked) if _has_inline(asked) else frontend.resolve(asked)
     _forget(request)
     if resolved is None:
         return None
@@ -85,6 +108,7 @@ async def _steer(serving: Any, request: Any) -> dict[str, Any] | None:
         from steer_engine.runtime.vllm.shipping import ship
 
         await ship(serving.engine_client, missing)
+    metrics.request_steered(resolved, time.monotonic() - began)
     request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: resolved.to_wire()}
     report: dict[str, Any] = resolved.report()
     return report
@@ -99,13 +123,21 @@ def steering_asked(request: Any) -> Any:
     return steering_of(fields)
 
 
+def _has_inline(asked: Any) -> bool:
+    edits = asked.get("edits") if isinstance(asked, dict) else None
+    return isinstance(edits, list) and any(
+        isinstance(edit, dict) and isinstance(edit.get("vector"), dict) for edit in edits
+    )
+
+
 def _forget(request: Any) -> None:
     """Take the client's spelling off the request: the field, and the JSON text among the extra arguments."""
     if extra := getattr(request, "__pydantic_extra__", None):
         extra.pop(FIELD, None)
     xargs = getattr(request, XARGS, None)
     if isinstance(xargs, dict):
-        xargs.pop(FIELD, None)
+        for key in (FIELD, *XARGS_FORMS):
+            xargs.pop(key, None)
 
 
 def _carries(serving: Any) -> bool:

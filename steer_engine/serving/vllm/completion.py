@@ -10,6 +10,7 @@ from typing import Any
 from steer_engine.runtime.vllm.patching import wrap
 from steer_engine.serving.streaming import with_report
 from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm.asked_model import tell_asked_model
 from steer_engine.serving.vllm.check_model import report_of
 
 
@@ -20,7 +21,7 @@ def hook() -> None:
 
 def _full(original: Any) -> Any:
     def to_response(self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        response = original(self, final_res_batch, request, *args, **kwargs)
+        response = tell_asked_model(original, request, (self, final_res_batch, request, *args), kwargs)
         if (report := report_of(request)) is not None:
             response.steering = report
         return response
@@ -30,7 +31,7 @@ def _full(original: Any) -> Any:
 
 def _stream(original: Any) -> Any:
     def stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        stream = original(self, request, *args, **kwargs)
+        stream = tell_asked_model(original, request, (self, request, *args), kwargs)
         report = report_of(request)
         return stream if report is None else with_report(stream, report)
 

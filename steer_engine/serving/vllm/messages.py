@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer_engine.runtime.vllm.patching import wrap
-from steer_engine.serving.request_field import FIELD
+from steer_engine.serving.request_field import FIELD, MISPLACED
 from steer_engine.serving.vllm import symbols
 
 
@@ -27,8 +27,9 @@ def _build_base_request(original: Any) -> Any:
     def build(cls: Any, anthropic_request: Any, openai_messages: Any) -> Any:
         request = original(cls, anthropic_request, openai_messages)
         extra = getattr(anthropic_request, "__pydantic_extra__", None) or {}
-        if FIELD in extra:
-            request.steering = extra[FIELD]
+        for key in (FIELD, *MISPLACED):
+            if key in extra:
+                setattr(request, key, extra[key])
         return request
 
     return build

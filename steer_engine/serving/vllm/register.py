@@ -34,8 +34,8 @@ def hook_serving() -> None:
     """
     import vllm
 
-    from steer_engine.serving.vllm import chat, check_model, completion, messages, responses
+    from steer_engine.serving.vllm import chat, check_model, completion, messages, models, responses, shutdown
 
     check_symbols(symbols.ALL, vllm.__version__)
-    for module in (check_model, chat, completion, responses, messages):
+    for module in (check_model, models, chat, completion, responses, messages, shutdown):
         module.hook()

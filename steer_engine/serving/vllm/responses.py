@@ -10,6 +10,7 @@ from typing import Any
 
 from steer_engine.runtime.vllm.patching import wrap
 from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm.asked_model import tell_asked_model
 from steer_engine.serving.vllm.check_model import report_of
 
 
@@ -19,7 +20,7 @@ def hook() -> None:
 
 def _from_request(original: Any) -> Any:
     def from_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        response = original(cls, request, *args, **kwargs)
+        response = tell_asked_model(original, request, (cls, request, *args), kwargs)
         if (report := report_of(request)) is not None:
             response.steering = report
         return response

@@ -13,17 +13,23 @@ _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _COMPLETION = f"{_OPENAI}.completion.serving:OpenAIServingCompletion"
 
 ASYNC_LLM_INIT = Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", ("vllm_config",))
+ASYNC_LLM_SHUTDOWN = Symbol("vllm.v1.engine.async_llm:AsyncLLM.shutdown", ("timeout",))
 CHECK_MODEL = Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",))
 POOLING_CHECK_MODEL = Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",))
-CHAT_FULL = Symbol(f"{_CHAT}.chat_completion_full_generator", ("request", "result_generator"))
-CHAT_STREAM = Symbol(f"{_CHAT}.chat_completion_stream_generator", ("request", "result_generator"))
+SHOW_MODELS = Symbol(f"{_OPENAI}.models.serving:OpenAIServingModels.show_available_models")
+CHAT_FULL = Symbol(f"{_CHAT}.chat_completion_full_generator", ("request", "model_name"))
+CHAT_STREAM = Symbol(f"{_CHAT}.chat_completion_stream_generator", ("request", "model_name"))
 CHAT_BATCH_FULL = Symbol(
     f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch.chat_completion_full_generator_batch",
-    ("request", "generators"),
+    ("request", "model_name"),
 )
-COMPLETION_FULL = Symbol(f"{_COMPLETION}.request_output_to_completion_response", ("final_res_batch", "request"))
-COMPLETION_STREAM = Symbol(f"{_COMPLETION}.completion_stream_generator", ("request", "result_generator"))
-RESPONSE_FROM_REQUEST = Symbol(f"{_OPENAI}.responses.protocol:ResponsesResponse.from_request", ("request",))
+COMPLETION_FULL = Symbol(
+    f"{_COMPLETION}.request_output_to_completion_response", ("final_res_batch", "request", "model_name")
+)
+COMPLETION_STREAM = Symbol(f"{_COMPLETION}.completion_stream_generator", ("request", "model_name"))
+RESPONSE_FROM_REQUEST = Symbol(
+    f"{_OPENAI}.responses.protocol:ResponsesResponse.from_request", ("request", "model_name")
+)
 MESSAGES_BASE_REQUEST = Symbol(
     "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._build_base_request",
     ("anthropic_request", "openai_messages"),
@@ -31,8 +37,10 @@ MESSAGES_BASE_REQUEST = Symbol(
 
 WRAPPED = (
     ASYNC_LLM_INIT,
+    ASYNC_LLM_SHUTDOWN,
     CHECK_MODEL,
     POOLING_CHECK_MODEL,
+    SHOW_MODELS,
     CHAT_FULL,
     CHAT_STREAM,
     CHAT_BATCH_FULL,
@@ -49,12 +57,18 @@ USED = (
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
     Symbol("vllm.exceptions:VLLMValidationError"),
+    Symbol("vllm.exceptions:GracefulHTTPError.__init__", ("message", "http_status")),
+    Symbol("vllm.v1.engine.output_processor:OutputProcessor.propagate_error"),
+    Symbol("vllm.v1.engine.output_processor:OutputProcessor.get_num_unfinished_requests"),
 )
 
 ALL = (*WRAPPED, *USED)
 """What a process that serves needs."""
 
 COMMAND = (
+    Symbol("vllm.entrypoints.launchers.api_server.entry:build_async_engine_client", ("args",)),
+    Symbol("vllm.entrypoints.launchers.app:build_app", ("args", "supported_tasks", "model_config")),
+    Symbol("vllm.entrypoints.launchers.api_server.app_state:init_app_state", ("engine_client", "state", "args")),
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init", ("subparsers",)),
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.validate", ("args",)),
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
@@ -62,4 +76,4 @@ COMMAND = (
     Symbol("vllm.logger:configure_logging_from_args"),
     Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
 )
-"""What `steer-engine serve` calls; not asked of processes that only serve."""
+"""What `steer-engine serve` and `batch` call; not asked of processes that only serve."""

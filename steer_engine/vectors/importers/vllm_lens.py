@@ -50,12 +50,13 @@ def load(path: Path) -> ControlVector:
     if isinstance(parsed, list) and len(parsed) == 1:
         parsed = parsed[0]
     try:
-        return _vector(parsed)
+        return from_object(parsed)
     except VectorFileError as error:
         raise VectorFileError(f"{path}: {error.message}") from None
 
 
-def _vector(parsed: Any) -> ControlVector:
+def from_object(parsed: Any) -> ControlVector:
+    """One decoded object. Raises VectorFileError."""
     if not isinstance(parsed, dict) or not isinstance(parsed.get("activations"), dict):
         raise VectorFileError("not one object with `activations` and `layer_indices`.")
     if parsed.get("norm_match") or parsed.get("position_indices"):

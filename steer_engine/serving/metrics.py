@@ -1,0 +1,106 @@
+"""Prometheus metrics `steer_engine_*`, on vLLM's own `/metrics` in both of its modes (one API process or several).
+
+Plain module-level objects: vLLM's page for several processes reads the files that these write, and custom collectors
+would be missing there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from steer_engine.resolve import ResolvedSpec
+
+MAX_VECTOR_LABELS = 100
+"""Names that have a time series of their own; whatever is used after them counts as `other`."""
+
+OTHER = "other"
+
+requests = Counter(
+    "steer_engine_requests", "Generating requests by what became of their steering.", labelnames=("outcome",)
+)
+vector_requests = Counter(
+    "steer_engine_vector_requests",
+    "Steered requests by a vector's name (or short digest).",
+    labelnames=("vector",),
+)
+upload_rejections = Counter(
+    "steer_engine_upload_rejections", "Vectors that were not registered, by HTTP status.", labelnames=("status",)
+)
+shipped_bytes = Counter("steer_engine_shipped_bytes", "Bytes of vectors sent to the engines.")
+admission_seconds = Histogram(
+    "steer_engine_admission_seconds",
+    "From a steered request's arrival until its vectors are with the engine.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+armed = Gauge("steer_engine_armed", "1 where this server's engines are armed.", multiprocess_mode="mostrecent")
+registered_vectors = Gauge("steer_engine_registered_vectors", "Names in the registry.", multiprocess_mode="mostrecent")
+registry_generation = Gauge(
+    "steer_engine_registry_generation", "Changes of the registry over the API.", multiprocess_mode="mostrecent"
+)
+bank_rows = Gauge(
+    "steer_engine_bank_rows", "Rows of the bank, of the fullest worker.", ("state",), multiprocess_mode="mostrecent"
+)
+steered_requests = Gauge(
+    "steer_engine_steered_requests", "Steered requests that run in the engine now.", multiprocess_mode="mostrecent"
+)
+store_bytes = Gauge(
+    "steer_engine_store_bytes", "Host memory of a worker that vectors take.", multiprocess_mode="mostrecent"
+)
+
+_labels: set[str] = set()
+
+
+def request_steered(resolved: ResolvedSpec, seconds: float) -> None:
+    """A request whose steering is resolved and shipped."""
+    requests.labels("steered").inc()
+    admission_seconds.observe(seconds)
+    for label in {_label_of(edit.asked.vector, edit.edit.vector) for edit in resolved.edits}:
+        vector_requests.labels(label).inc()
+
+
+def request_refused(status: int) -> None:
+    """A request whose steering is refused: for what it asks (4xx), or for want of room (503)."""
+    requests.labels("unavailable" if status >= 500 else "refused").inc()
+
+
+def upload_rejected(status: int) -> None:
+    upload_rejections.labels(str(int(status))).inc()
+
+
+def engine_polled(statuses: list[dict[str, Any]]) -> None:
+    """What the workers said of themselves, or an empty list if they did not answer as armed."""
+    armed.set(bool(statuses))
+    if not statuses:
+        return
+    fullest = max(statuses, key=lambda worker: worker["bank_rows_pinned"])
+    bank_rows.labels("pinned").set(fullest["bank_rows_pinned"])
+    bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_pinned"])
+    steered_requests.set(max(worker["steered_slots"] for worker in statuses))
+    store_bytes.set(max(worker["store_bytes"] for worker in statuses))
+
+
+def registry_polled(num_vectors: int, generation: int) -> None:
+    registered_vectors.set(num_vectors)
+    registry_generation.set(generation)
+
+
+def snapshot() -> dict[str, float]:
+    """The counters of this process, for `GET /v1/steering/stats`."""
+    found: dict[str, float] = {}
+    for counter in (requests, vector_requests, upload_rejections, shipped_bytes):
+        for family in counter.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+                    found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return found
+
+
+def _label_of(asked: Any, digest: str) -> str:
+    label = asked if isinstance(asked, str) and not asked.startswith("sha256:") else digest[: len("sha256:") + 12]
+    if label not in _labels and len(_labels) >= MAX_VECTOR_LABELS:
+        return OTHER
+    _labels.add(label)
+    return label

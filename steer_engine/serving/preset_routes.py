@@ -1,0 +1,82 @@
+"""Routes of presets: named specs, which clients choose by name or as `BASE:NAME` among the models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+
+from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
+from steer_engine.serving.answers import Refused, SteeringRoute, etag, frontend_of, if_match, require_admin
+from steer_engine.serving.vector_routes import MAX_PAGE
+from steer_engine.spec import SteeringSpec
+from steer_engine.vectors.preset_files import check_preset
+from steer_engine.vectors.shelf import preset_digest
+
+router = APIRouter(prefix="/v1/steering/presets", tags=["steering"], route_class=SteeringRoute)
+
+SPEC_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": SteeringSpec.model_json_schema()}}}
+}
+
+
+@router.get("")
+async def list_presets(
+    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
+) -> JSONResponse:
+    """Presets in the order of their names, `limit` at a time, beginning after the name `after`."""
+    presets = await asyncio.to_thread(frontend_of(request).registry.presets)
+    page = [(name, spec) for name, spec in sorted(presets.items()) if name > after]
+    data = [{"name": name, "digest": preset_digest(spec), "spec": spec} for name, spec in page[:limit]]
+    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
+
+
+@router.get("/{name}")
+async def show_preset(request: Request, name: str) -> JSONResponse:
+    """One preset as it was written."""
+    spec = await asyncio.to_thread(frontend_of(request).registry.preset, name)
+    return JSONResponse({"name": name, "digest": preset_digest(spec), "spec": spec}, headers=etag(preset_digest(spec)))
+
+
+@router.put("/{name}", openapi_extra=SPEC_BODY)
+async def put_preset(request: Request, name: str) -> JSONResponse:
+    """Keep a spec under a name: 201 if the name is new, 200 if it has this very spec; `If-Match` replaces one."""
+    frontend = frontend_of(request)
+    require_admin(request)
+    spec = await read_json(request, frontend.registry.limits.max_preset_bytes)
+    checked = check_preset(spec)
+    try:
+        await asyncio.to_thread(frontend.resolve, checked)
+    except SteeringRequestError as error:
+        # The preset is well formed, but not for what this server has.
+        raise Refused(error.message, 422, error.param) from None
+    is_new = await asyncio.to_thread(frontend.registry.put_preset, name, checked, if_match=if_match(request))
+    digest = preset_digest(checked)
+    body = {"name": name, "digest": digest, "spec": checked}
+    return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(digest))
+
+
+@router.delete("/{name}")
+async def delete_preset(request: Request, name: str) -> JSONResponse:
+    """Forget a preset. Requests that chose it before go on."""
+    frontend = frontend_of(request)
+    require_admin(request)
+    spec = await asyncio.to_thread(frontend.registry.preset, name)
+    await asyncio.to_thread(frontend.registry.delete_preset, name, if_match=if_match(request))
+    return JSONResponse({"name": name, "digest": preset_digest(spec)})
+
+
+async def read_json(request: Request, max_bytes: int) -> Any:
+    """A JSON body of bounded size. Raises SteeringRequestError, PayloadTooLargeError."""
+    raw = b""
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > max_bytes:
+            raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise SteeringRequestError(f"The body is not JSON ({type(error).__name__}).", "body") from None

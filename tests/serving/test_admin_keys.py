@@ -1,0 +1,75 @@
+"""Keys come from the environment or a file, several at once, and are never guessed by time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from steer_engine.serving.admin_keys import FILE_ENV, HEADER, KEYS_ENV, AdminKeys
+
+OLD, NEW = "old-key-0123456789", "new-key-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_ENV, raising=False)
+    monkeypatch.delenv(FILE_ENV, raising=False)
+
+
+def test_without_a_key_nobody_may() -> None:
+    keys = AdminKeys.from_environment()
+    assert not keys.configured
+    for headers in ({}, {HEADER: ""}, {"authorization": "Bearer "}, {HEADER: OLD}):
+        assert not keys.allow(headers)
+
+
+def test_either_of_several_keys_in_either_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEYS_ENV, f"{OLD}, {NEW}")
+    keys = AdminKeys.from_environment()
+    assert keys.configured
+    assert keys.plain_keys() == [OLD, NEW]
+    for key in (OLD, NEW):
+        assert keys.allow({HEADER: key})
+        assert keys.allow({"authorization": f"Bearer {key}"})
+        assert keys.allow({"authorization": f"bearer {key}", HEADER: "wrong"})
+    for headers in (
+        {},
+        {HEADER: ""},
+        {HEADER: OLD[:-1]},
+        {HEADER: OLD + "x"},
+        {HEADER: "é" * 20},
+        {HEADER: "\udcff" * 20},
+        {"authorization": OLD},
+        {"authorization": f"Basic {OLD}"},
+        {"authorization": "Bearer"},
+    ):
+        assert not keys.allow(headers)
+
+
+def test_the_file_is_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    monkeypatch.setenv(FILE_ENV, str(file))
+    keys = AdminKeys.from_environment()
+    assert not keys.configured
+    file.write_text(f"# rotated monthly\n{OLD}\n\n")
+    assert keys.allow({HEADER: OLD})
+    assert not keys.allow({HEADER: "# rotated monthly"})
+    replaced = tmp_path / "keys.new"
+    replaced.write_text(f"{NEW}\n")
+    os.replace(replaced, file)
+    assert keys.allow({HEADER: NEW})
+    assert not keys.allow({HEADER: OLD})
+    file.unlink()
+    assert not keys.allow({HEADER: NEW})
+
+
+def test_short_keys_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(KEYS_ENV, "secret")
+    keys = AdminKeys.from_environment()
+    assert not keys.configured
+    assert not keys.allow({HEADER: "secret"})
+    assert keys.plain_keys() == []
+    assert "secret" not in caplog.text
+    assert "6 characters" in caplog.text

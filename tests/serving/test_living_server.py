@@ -1,0 +1,283 @@
+"""A server whose registry changes while it serves: keys, a default preset, vectors that come and go, metrics, drain."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from serving.server_process import Server, steer_engine_serve
+
+from steer_engine.vectors import ControlVector
+from steer_engine.vectors.safetensors_format import to_bytes
+
+INFERENCE, ADMIN = "the-inference-key-of-a-test", "the-admin-key-of-a-test"
+USER = {"Authorization": f"Bearer {INFERENCE}"}
+OPERATOR = {"Authorization": f"Bearer {ADMIN}"}
+NUM_BLOCKS, HIDDEN_SIZE = 3, 64
+
+
+def along(axis: int, size: float = 40.0) -> ControlVector:
+    """A push along one axis, strong enough that greedy text is another one for each."""
+    direction = np.zeros(HIDDEN_SIZE, np.float32)
+    direction[axis] = size
+    return ControlVector(directions={1: direction})
+
+
+@pytest.fixture(scope="module")
+def living(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("living")
+    vectors = folder / "vectors"
+    vectors.mkdir()
+    (vectors / "house.safetensors").write_bytes(to_bytes(along(5)))
+    (vectors / "house.preset.json").write_text(json.dumps({"edits": [{"vector": "house"}]}))
+    command = steer_engine_serve(
+        tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vectors),
+        "--steering-default", "house", "--api-key", INFERENCE, "--shutdown-timeout", "20",
+    )  # fmt: skip
+    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
+    yield running
+    running.kill()
+
+
+def complete(server: Server, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True, **fields}
+    return server.post("/v1/completions", body, headers=USER)
+
+
+def tokens(answer: httpx.Response) -> list[int]:
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["choices"][0]["token_ids"])
+
+
+def running(server: Server) -> int:
+    """Steered requests in the worker now."""
+    stats = server.get("/v1/steering/stats", headers=USER).json()
+    return int(stats["engine"]["workers"][0]["steered_slots"])
+
+
+def put(server: Server, name: str, vector: ControlVector, **headers: str) -> httpx.Response:
+    url = f"{server.url}/v1/steering/vectors/{name}"
+    return httpx.put(url, content=to_bytes(vector), headers=OPERATOR | headers, timeout=60)
+
+
+def spec(vector: str) -> dict[str, Any]:
+    return {"edits": [{"vector": vector}]}
+
+
+def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> None:
+    silent, asked = complete(living), complete(living, steering=spec("house"))
+    plain = complete(living, steering=False)
+    assert silent.headers["X-Steering-Preset"] == "house"
+    assert silent.headers["X-Steering"] == asked.headers["X-Steering"]
+    assert tokens(silent) == tokens(asked) != tokens(plain)
+    assert silent.json()["model"] == "tiny"
+    assert "X-Steering" not in plain.headers
+    beams = complete(living, use_beam_search=True, n=2)
+    assert beams.status_code == 400
+    assert complete(living, use_beam_search=True, n=2, steering=False).status_code == 200
+    tokenized = living.post("/tokenize", {"model": "tiny", "prompt": "abc"}, headers=USER)
+    assert tokenized.status_code == 200
+
+
+def test_keys(living: Server) -> None:
+    assert living.get("/readyz").status_code == 200
+    assert living.get("/v1/steering").status_code == 401
+    assert living.get("/v1/steering", headers=USER).status_code == 200
+    assert living.get("/v1/steering", headers=OPERATOR).status_code == 200
+    url = f"{living.url}/v1/steering/vectors/guarded"
+    for headers, status in (({}, 401), (USER, 401), (USER | {"X-Steering-Admin-Key": ADMIN}, 201), (OPERATOR, 200)):
+        answer = httpx.put(url, content=to_bytes(along(1)), headers=headers, timeout=60)
+        assert answer.status_code == status, answer.text
+    assert httpx.delete(url, headers=USER, timeout=60).status_code == 401
+    assert httpx.delete(url, headers=OPERATOR, timeout=60).status_code == 200
+    assert ADMIN not in living.log
+    assert INFERENCE not in living.log
+
+
+def test_a_vector_that_is_put_steers_the_next_request(living: Server) -> None:
+    assert complete(living, steering=spec("new")).status_code == 404
+    assert put(living, "new", along(7)).status_code == 201
+    first = complete(living, steering=spec("new"))
+    assert first.json()["steering"]["edits"][0]["vector"] == along(7).digest
+    assert put(living, "new", along(9), **{"If-Match": along(7).digest}).status_code == 200
+    second = complete(living, steering=spec("new"))
+    assert second.json()["steering"]["edits"][0]["vector"] == along(9).digest
+    assert tokens(second) != tokens(first)
+    misfit = put(living, "wide", ControlVector(directions={1: np.ones(8, np.float32)}))
+    assert misfit.status_code == 422
+    deep = put(living, "deep", ControlVector(directions={NUM_BLOCKS: np.ones(HIDDEN_SIZE, np.float32)}))
+    assert deep.status_code == 422
+    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/new", headers=OPERATOR, timeout=60)
+    assert deleted.json()["digest"] == along(9).digest
+    assert complete(living, steering=spec("new")).status_code == 404
+
+
+def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> None:
+    put(living, "busy", along(11))
+    expected = tokens(complete(living, steering=spec("busy"), max_tokens=450))
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), max_tokens=450)))
+    asking.start()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not running(living):
+        time.sleep(0.01)
+    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
+    asking.join()
+    assert deleted["in_flight"] == 1
+    assert tokens(answers[0]) == expected
+
+
+def test_changes_under_load_neither_fail_nor_missteer_a_request(living: Server) -> None:
+    expected: dict[str, list[int]] = {}
+    vectors: list[ControlVector] = []
+    for axis in range(20, 50):
+        put(living, "moving", along(axis), **({"If-Match": "*"} if axis > 20 else {}))
+        found = tokens(complete(living, steering=spec("moving")))
+        if found not in expected.values():
+            expected[along(axis).digest] = found
+            vectors.append(along(axis))
+    assert len(vectors) >= 4
+    stop = threading.Event()
+    faults: list[Any] = []
+    served: list[str] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = complete(living, steering=spec("moving"))
+            if answer.status_code != 200:
+                faults.append(answer.text)
+                continue
+            digest = answer.json()["steering"]["edits"][0]["vector"]
+            served.append(digest)
+            if tokens(answer) != expected[digest]:
+                faults.append((digest, tokens(answer)))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for change in range(30):
+        began = time.monotonic()
+        vector = vectors[change % 4]
+        moved = put(living, "moving", vector, **{"If-Match": "*"})
+        added = put(living, f"extra{change}", along(50 + change % 14))
+        gone = httpx.delete(f"{living.url}/v1/steering/vectors/extra{change}", headers=OPERATOR, timeout=60)
+        assert [answer.status_code for answer in (moved, added, gone)] == [200, 201, 200]
+        assert complete(living, steering=spec("moving")).json()["steering"]["edits"][0]["vector"] == vector.digest
+        time.sleep(max(0.0, 0.1 - (time.monotonic() - began)))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert len(set(served)) >= 2
+
+
+def test_presets_over_http_are_models(living: Server) -> None:
+    body = {"edits": [{"vector": "house", "scale": -1.0}]}
+    url = f"{living.url}/v1/steering/presets/away"
+    assert httpx.put(url, json=body, headers=OPERATOR, timeout=60).status_code == 201
+    assert "tiny:away" in [card["id"] for card in living.get("/v1/models", headers=USER).json()["data"]]
+    by_model = complete(living, model="tiny:away")
+    assert by_model.headers["X-Steering-Preset"] == "away"
+    assert tokens(by_model) == tokens(complete(living, steering=body))
+    assert httpx.delete(url, headers=OPERATOR, timeout=60).status_code == 200
+    assert complete(living, model="tiny:away").status_code == 404
+
+
+def test_metrics(living: Server) -> None:
+    def read() -> dict[str, float]:
+        lines = [line for line in living.get("/metrics").text.splitlines() if line.startswith("steer_engine_")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    before = read()
+    assert before["steer_engine_armed"] == 1
+    complete(living, steering=spec("house"))
+    complete(living, steering=spec("nobody"))
+    complete(living, steering=False)
+    put(living, "bad", ControlVector(directions={1: np.ones(8, np.float32)}))
+    after = read()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('steer_engine_requests_total{outcome="steered"}') == 1
+    assert grown('steer_engine_requests_total{outcome="refused"}') == 1
+    assert grown('steer_engine_vector_requests_total{vector="house"}') == 1
+    assert grown('steer_engine_upload_rejections_total{status="422"}') == 1
+    assert grown("steer_engine_admission_seconds_count") == 1
+    assert after['steer_engine_bank_rows{state="free"}'] > 0
+    stats = living.get("/v1/steering/stats", headers=USER).json()
+    assert stats["api"]["steer_engine_requests_total{outcome=steered}"] >= 1
+    assert stats["engine"]["ok"]
+
+
+def test_openapi_documents_field_and_routes(living: Server) -> None:
+    page = living.get("/openapi.json").json()
+    schemas = page["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest", "AnthropicMessagesRequest"):
+        assert "steering" in schemas[name]["properties"]
+    assert "edits" in schemas["SteeringSpec"]["properties"]
+    assert {"put", "get", "delete"} <= set(page["paths"]["/v1/steering/vectors/{name}"])
+    assert "/readyz" in page["paths"]
+
+
+def test_drain(living: Server) -> None:
+    """Last: on SIGTERM what is under way finishes, new requests are sent away, and the server ends."""
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(complete(living, steering=False, max_tokens=400)))
+    asking.start()
+    time.sleep(0.5)
+    living.process.terminate()
+    refused = ready = None
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not answers:
+        try:
+            refused, ready = complete(living), living.get("/readyz")
+        except httpx.TransportError:
+            break
+        if refused.status_code == 503 and ready.status_code == 503:
+            break
+    asking.join()
+    assert refused is not None
+    assert refused.status_code == 503, refused.text
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert ready is not None
+    assert ready.status_code == 503
+    assert len(tokens(answers[0])) == 400
+    assert living.process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_what_is_left_when_the_time_is_up_is_told(tiny_llama: str, tmp_path: Path) -> None:
+    command = steer_engine_serve(tiny_llama, "--served-model-name", "tiny", "--shutdown-timeout", "1")
+    (tmp_path / "vectors").mkdir()
+    server = Server(command, tmp_path / "server.log", env={"STEER_ENGINE_VECTORS": str(tmp_path / "vectors")})
+    try:
+        answers: list[httpx.Response] = []
+        body = {"model": "tiny", "prompt": "abc", "max_tokens": 490, "ignore_eos": True, "n": 8, "temperature": 1}
+        asking = [
+            threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body))),
+            threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body | {"stream": True}))),
+        ]
+        for thread in asking:
+            thread.start()
+        time.sleep(0.5)
+        began = time.monotonic()
+        server.process.terminate()
+        for thread in asking:
+            thread.join()
+        assert time.monotonic() - began < 20
+        whole = next(answer for answer in answers if "text/event-stream" not in answer.headers["content-type"])
+        stream = next(answer for answer in answers if answer is not whole)
+        assert whole.status_code == 503, whole.text
+        assert "shutting down" in stream.text
+        server.process.wait(30)
+    finally:
+        server.kill()

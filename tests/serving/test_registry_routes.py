@@ -1,0 +1,326 @@
+"""Vectors and presets over HTTP, on a real registry. The engine is stood in for by its model's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from steer_engine.config import ALL_OPS, Limits
+from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
+from steer_engine.serving import preset_routes, routes, vector_routes
+from steer_engine.serving.admin_keys import HEADER, KEYS_ENV, AdminKeys
+from steer_engine.serving.api_limits import ApiLimits
+from steer_engine.serving.middleware import SteeringMiddleware
+from steer_engine.serving.upload import Uploads
+from steer_engine.spec import parse_spec
+from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
+from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
+from steer_engine.vectors.shelf import ShelfLimits
+
+KEY = "an-admin-key-of-a-test"
+ADMIN = {HEADER: KEY}
+MODEL = ModelShape(hidden_size=8, num_blocks=4, armed_blocks=(0, 1, 2, 3), ops=ALL_OPS, rows=4, dtype="float32")
+
+
+@dataclass
+class Frontend:
+    registry: Registry
+    model: ModelShape = MODEL
+    limits: Limits = field(default_factory=lambda: Limits(max_inline_bytes=3000))
+    armed: bool = True
+    default_preset: str | None = None
+    draining = False
+
+    def resolve(self, raw: Any) -> ResolvedSpec | None:
+        spec = parse_spec(raw)
+        return None if spec is None else resolve(spec, self.registry.get, self.model, self.limits)
+
+
+def one(value: float, *, width: int = 8, block: int = 1) -> ControlVector:
+    metadata = VectorMetadata(residual_norms={block: 10.0}, notes="a test's")
+    return ControlVector(directions={block: np.full(width, value, np.float32)}, metadata=metadata)
+
+
+def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
+    app = FastAPI()
+    for module in (routes, vector_routes, preset_routes):
+        app.include_router(module.router)
+    app.add_middleware(SteeringMiddleware)
+
+    async def in_flight(digest: str) -> int:
+        return 0
+
+    async def check() -> dict[str, Any]:
+        return {"workers": []}
+
+    app.state.steering_frontend = Frontend(registry)
+    app.state.steering_admin_keys = keys
+    app.state.steering_api_limits = limits
+    app.state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
+    app.state.steering_in_flight = in_flight
+    app.state.steering_readiness = SimpleNamespace(check=check)
+    app.state.openai_serving_models = SimpleNamespace(model_name=lambda: "base")
+    return app
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    (tmp_path / "vectors").mkdir()
+    return Registry(tmp_path / "vectors", limits=ShelfLimits(max_vectors=3, max_presets=2, max_preset_bytes=1000))
+
+
+@pytest.fixture
+async def client(registry: Registry) -> AsyncIterator[httpx.AsyncClient]:
+    app = app_of(registry, AdminKeys([KEY]), ApiLimits(max_upload_bytes=10_000, max_uploads=2))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
+        yield client
+
+
+async def put(client: httpx.AsyncClient, name: str, data: bytes, **headers: str) -> httpx.Response:
+    extra = {key.replace("_", "-"): value for key, value in headers.items()}
+    return await client.put(f"/v1/steering/vectors/{name}", content=data, headers=ADMIN | extra)
+
+
+def error(answer: httpx.Response) -> tuple[int, str | None]:
+    body = answer.json()["error"]
+    assert body["code"] == answer.status_code
+    assert body["message"]
+    return answer.status_code, body["param"]
+
+
+async def test_put_show_download_and_delete(client: httpx.AsyncClient) -> None:
+    vector = one(1)
+    created = await put(client, "calm", to_bytes(vector))
+    assert created.status_code == 201
+    assert created.headers["ETag"] == f'"{vector.digest}"'
+    assert created.json()["digest"] == vector.digest
+    assert (await put(client, "calm", to_bytes(vector))).status_code == 200
+    shown = (await client.get("/v1/steering/vectors/calm")).json()
+    assert shown == created.json()
+    assert shown["residual_norms"] == {"1": 10.0}
+    for name in ("calm", vector.digest):
+        file = await client.get(f"/v1/steering/vectors/{name}?download")
+        assert from_bytes(file.content) == vector
+        assert file.headers["ETag"] == f'"{vector.digest}"'
+    listed = (await client.get("/v1/steering/vectors")).json()
+    assert listed["data"] == [{"name": "calm", "digest": vector.digest}]
+    deleted = await client.delete("/v1/steering/vectors/calm", headers=ADMIN)
+    assert deleted.json() == {"name": "calm", "digest": vector.digest, "in_flight": 0}
+    assert error(await client.get("/v1/steering/vectors/calm")) == (404, "vector")
+    assert error(await client.delete("/v1/steering/vectors/calm", headers=ADMIN))[0] == 404
+
+
+async def test_gguf_is_taken_too(client: httpx.AsyncClient, tmp_path: Path, registry: Registry) -> None:
+    save(one(2), tmp_path / "v.gguf")
+    data = (tmp_path / "v.gguf").read_bytes()
+    assert data.startswith(b"GGUF")
+    assert (await put(client, "calm", data)).status_code == 201
+    assert np.array_equal(registry.get("calm").directions[1], one(2).directions[1])
+    broken = await put(client, "broken", data[:100])
+    assert error(broken)[0] == 400
+    assert str(tmp_path) not in broken.text
+
+
+async def test_replacing_needs_the_digest_that_is_there(client: httpx.AsyncClient) -> None:
+    first, second = one(1), one(2)
+    assert error(await put(client, "calm", to_bytes(first), if_match=first.digest))[0] == 412
+    await put(client, "calm", to_bytes(first))
+    assert error(await put(client, "calm", to_bytes(second)))[0] == 409
+    assert error(await put(client, "calm", to_bytes(second), if_match=f'"{second.digest}"'))[0] == 412
+    assert (await put(client, "calm", to_bytes(second), if_match=f'"{first.digest}"')).status_code == 200
+    assert (await client.get("/v1/steering/vectors/calm")).json()["digest"] == second.digest
+    stale = await client.delete("/v1/steering/vectors/calm", headers=ADMIN | {"If-Match": first.digest})
+    assert error(stale)[0] == 412
+
+
+@pytest.mark.parametrize("path", ["vectors/calm", "presets/calm"])
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+async def test_changes_need_the_admin_key(client: httpx.AsyncClient, method: str, path: str) -> None:
+    for headers in ({}, {HEADER: "wrong"}, {"Authorization": "Bearer wrong"}):
+        answer = await client.request(method, f"/v1/steering/{path}", content=to_bytes(one(1)), headers=headers)
+        assert error(answer)[0] == 401
+        assert "WWW-Authenticate" in answer.headers
+
+
+@pytest.mark.parametrize("path", ["vectors/calm", "presets/calm"])
+async def test_without_a_key_changes_are_off(registry: Registry, path: str) -> None:
+    app = app_of(registry, AdminKeys([]), ApiLimits())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
+        for method in ("PUT", "DELETE"):
+            answer = await client.request(method, f"/v1/steering/{path}", content=b"", headers=ADMIN)
+            assert error(answer)[0] == 403
+            assert KEYS_ENV in answer.json()["error"]["message"]
+
+
+def hostile() -> dict[str, tuple[bytes, int]]:
+    """Uploads that are no usable vectors, and the status of each."""
+    good = to_bytes(one(1))
+    (header_size,) = struct.unpack("<Q", good[:8])
+    nan = good[: 8 + header_size] + struct.pack("<8f", *[float("nan")] * 8)
+    zero = good[: 8 + header_size] + bytes(32)
+
+    def with_header(header: dict[str, Any], data: bytes = bytes(32)) -> bytes:
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    def entry(start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+        return {"dtype": dtype, "shape": [8], "data_offsets": [start, end]}
+
+    return {
+        "empty": (b"", 400),
+        "text": (b"hello", 400),
+        "truncated": (good[:-1], 400),
+        "trailing": (good + b"\0", 400),
+        "header size": (struct.pack("<Q", 2**63) + good[8:], 400),
+        "no header": (struct.pack("<Q", 0), 400),
+        "overlap": (with_header({"direction.1": entry(0, 32), "direction.2": entry(0, 32)}), 400),
+        "gap": (with_header({"direction.1": entry(32, 64)}, bytes(64)), 400),
+        "beyond": (with_header({"direction.1": entry(0, 32)}, b""), 400),
+        "dtype": (with_header({"direction.1": entry(0, 64, "F64")}, bytes(64)), 400),
+        "foreign tensor": (with_header({"weight": entry(0, 32)}), 400),
+        "million keys": (with_header({f"direction.{i}": {} for i in range(2000)}, b"")[:9_000], 400),
+        "nested header": (struct.pack("<Q", 4000) + b"[" * 4000, 400),
+        "nan": (nan, 422),
+        "zero": (zero, 422),
+        "other width": (to_bytes(one(1, width=16)), 422),
+        "other depth": (to_bytes(one(1, block=9)), 422),
+        "pickle": (b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins", 400),
+        "gguf lies": (b"GGUF" + struct.pack("<IQQ", 3, 2**62, 2**62), 400),
+    }
+
+
+@pytest.mark.parametrize(("data", "status"), hostile().values(), ids=hostile().keys())
+async def test_hostile_files(client: httpx.AsyncClient, tmp_path: Path, data: bytes, status: int) -> None:
+    answer = await put(client, "calm", data)
+    assert error(answer)[0] == status, answer.text
+    assert str(tmp_path) not in answer.text
+    assert len(answer.text) < 1000
+    assert (await client.get("/v1/steering/vectors")).json()["data"] == []
+    assert list((tmp_path / "vectors" / ".steer-engine" / "incoming").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("..", 404), ("%2e%2e", 400), ("a%2Fb", 404), ("a%00b", 400), ("-a", 400), ("%C3%A9", 400), ("e%CC%81", 400),
+     ("x" * 10_000, 400), ("a%20b", 400), ("%F0%9F%99%82", 400), ("a%0Ab", 400), ("sha256:" + "0" * 64, 400)],
+)  # fmt: skip
+async def test_hostile_names(client: httpx.AsyncClient, tmp_path: Path, name: str, status: int) -> None:
+    answer = await put(client, name, to_bytes(one(1)))
+    assert answer.status_code in (status, 405), answer.text
+    assert len(answer.text) < 1000
+    shown = await client.get(f"/v1/steering/vectors/{name}")
+    assert shown.status_code == 404 or name in ("..", "%2e%2e")
+    assert [path.name for path in tmp_path.rglob("*")] == ["vectors"]
+
+
+async def test_limits_of_size_and_number(client: httpx.AsyncClient) -> None:
+    assert error(await put(client, "large", bytes(10_001)))[0] == 413
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield bytes(1000)
+
+    uncounted = await client.put("/v1/steering/vectors/large", content=endless(), headers=ADMIN)
+    assert error(uncounted)[0] == 413
+    assert error(await put(client, "large", b"{}", content_type="application/json"))[0] == 415
+    for i in range(3):
+        assert (await put(client, f"v{i}", to_bytes(one(i + 1)))).status_code == 201
+    assert error(await put(client, "v3", to_bytes(one(9))))[0] == 507
+    assert (await put(client, "v0", to_bytes(one(7)), if_match="*")).status_code == 200
+
+
+async def test_uploads_at_once_are_bounded(client: httpx.AsyncClient) -> None:
+    release = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        await release.wait()
+        yield to_bytes(one(1))
+
+    waiting = [
+        asyncio.create_task(client.put(f"/v1/steering/vectors/v{i}", content=slow(), headers=ADMIN)) for i in range(2)
+    ]
+    await asyncio.sleep(0.1)
+    busy = await put(client, "third", to_bytes(one(1)))
+    assert error(busy)[0] == 503
+    assert int(busy.headers["Retry-After"]) >= 1
+    release.set()
+    assert [(await task).status_code for task in waiting] == [201, 201]
+    assert (await put(client, "third", to_bytes(one(1)))).status_code == 201
+
+
+async def test_presets(client: httpx.AsyncClient) -> None:
+    await put(client, "calm", to_bytes(one(1)))
+    spec = {"edits": [{"vector": "calm", "scale": 2.0}]}
+
+    async def put_preset(name: str, body: Any, **headers: str) -> httpx.Response:
+        extra = {key.replace("_", "-"): value for key, value in headers.items()}
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await client.put(f"/v1/steering/presets/{name}", content=content, headers=ADMIN | extra)
+
+    created = await put_preset("soft", spec)
+    assert created.status_code == 201
+    digest = created.json()["digest"]
+    assert (await put_preset("soft", spec)).status_code == 200
+    assert (await client.get("/v1/steering/presets/soft")).json() == {"name": "soft", "digest": digest, "spec": spec}
+    assert (await client.get("/v1/steering/presets")).json()["data"] == [created.json()]
+    other = {"edits": [{"vector": "calm", "scale": 3.0}]}
+    assert error(await put_preset("soft", other))[0] == 409
+    assert error(await put_preset("soft", other, if_match="sha256:" + "0" * 64))[0] == 412
+    assert (await put_preset("soft", other, if_match=digest)).status_code == 200
+
+    assert error(await put_preset("bad", {"edits": [{"vector": "nobody"}]})) == (422, "steering.edits[0].vector")
+    assert error(await put_preset("bad", {"edits": [{"vector": "calm", "blocks": [9]}]}))[0] == 422
+    assert error(await put_preset("bad", {"edits": [{"vector": "calm", "scale": "1"}]}))[0] == 400
+    for body in ({"preset": "soft"}, {"edits": []}, {}, [], None, b"", b"{", b"[" * 900):
+        assert error(await put_preset("bad", body))[0] == 400, body
+    assert error(await put_preset("bad", b" " * 1001))[0] == 413
+    assert error(await client.delete("/v1/steering/vectors/calm", headers=ADMIN))[0] == 409
+    await put_preset("second", spec)
+    assert error(await put_preset("third", spec))[0] == 507
+    assert (await client.delete("/v1/steering/presets/soft", headers=ADMIN)).status_code == 200
+    assert error(await client.get("/v1/steering/presets/soft")) == (404, "preset")
+    assert error(await client.delete("/v1/steering/presets/soft", headers=ADMIN))[0] == 404
+
+
+async def test_validate(client: httpx.AsyncClient) -> None:
+    await put(client, "calm", to_bytes(one(1)))
+    spec = {"edits": [{"vector": "calm", "scale": 2.0}]}
+    answer = await client.post("/v1/steering/validate", json=spec)
+    assert answer.status_code == 200
+    found = answer.json()
+    assert found["rows"] == 1
+    assert found["dose"] == pytest.approx(2.0 * 8**0.5 / 10.0)
+    assert found["edits"][0]["vector"] == one(1).digest
+    bad = await client.post("/v1/steering/validate", json={"edits": [{"vector": "nobody"}]})
+    assert error(bad) == (404, "steering.edits[0].vector")
+    for body in (b"", b"null", b"[]", b"{" * 50_000):
+        assert error(await client.post("/v1/steering/validate", content=body))[0] == 400
+    assert error(await client.post("/v1/steering/validate", content=b" " * 70_000))[0] == 413
+
+
+async def test_draining(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await client.get("/readyz")).json() == {"status": "ready"}
+    monkeypatch.setattr(Frontend, "draining", True)
+    ready = await client.get("/readyz")
+    assert error(ready)[0] == 503
+    assert "Retry-After" in ready.headers
+    assert error(await put(client, "calm", to_bytes(one(1))))[0] == 503
+
+
+async def test_limits_are_published(client: httpx.AsyncClient) -> None:
+    limits = (await client.get("/v1/steering")).json()["limits"]
+    names = {*Limits.model_fields, *ApiLimits.model_fields, *ShelfLimits.model_fields, "rows"}
+    assert set(limits) == names
+    assert limits["max_upload_bytes"] == 10_000
+    assert limits["max_vectors"] == 3
