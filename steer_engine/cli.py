@@ -58,6 +58,22 @@ def serve(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def batch(context: typer.Context) -> None:
+    """Answer a file of requests in OpenAI's batch format; started again, go on where it stopped.
+
+    Example:
+
+        steer-engine batch in.jsonl out.jsonl --model smollm2-135m --steering-vectors vectors/
+    """
+    from steer_engine.serving.batch.command import batch as run
+
+    raise typer.Exit(run(context.args))
+
+
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def derive(context: typer.Context) -> None:
     """Derive a control vector from contrast pairs, on the engine that will serve it."""
