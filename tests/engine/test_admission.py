@@ -120,3 +120,22 @@ def test_an_aborted_request_leaves_nothing(tiny: LLM) -> None:
     again = sampled(generate(tiny, [PROMPT], [None])[0])
     assert plain == again
     assert tiny.steering_status()["workers"][0]["steered_slots"] == 0
+
+
+def test_the_store_stays_within_its_budget(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More distinct vectors than fit: the idle ones make room, come back when they are asked again, and steer right."""
+    from steer_engine.runtime import resident
+
+    monkeypatch.setattr(resident, "PIN_SECONDS", 0.0)
+    core = tiny.llm_engine.engine_core.engine_core
+    held = core._steer_resident
+    monkeypatch.setattr(held, "budget", held.num_bytes + 2500)
+    for seed in range(60, 66):
+        tiny.vectors.add(f"r{seed}", random_vector(seed))
+    first = {seed: score(tiny, [PROMPT], [steering(edit(f"r{seed}"))])[0] for seed in range(60, 66)}
+    assert held.num_bytes <= held.budget
+    assert tiny.steering_status()["workers"][0]["vectors"] == held.digests()
+    tiny.llm_engine.reset_prefix_cache()
+    for seed, expected in first.items():
+        np.testing.assert_array_equal(score(tiny, [PROMPT], [steering(edit(f"r{seed}"))])[0], expected)
+    assert len({logprobs.tobytes() for logprobs in first.values()}) == len(first)

@@ -6,12 +6,14 @@ utility methods, which clients reach by name. Known for vLLM 0.32 and 0.33.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from steer_engine.config import SteeringConfig
 from steer_engine.errors import CapacityError, SteeringRequestError
 from steer_engine.program import PROGRAM_KEY
+from steer_engine.runtime.resident import Resident
 from steer_engine.runtime.vllm.patching import Symbol, wrap
 
 PREPROCESS = Symbol("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",))
@@ -30,21 +32,30 @@ def hook() -> None:
 
 
 def steer_put(self: Any, digest: str, payload: bytes) -> Reply:
-    """Put a vector into all workers, or into none."""
+    """Put a vector into all workers, or into none. `dropped` names what had to leave for it."""
+    resident = _resident(self)
+    if digest in resident:
+        return {"ok": True, "dropped": []}
+    victims = resident.make_room(len(payload), _in_use(self), time.monotonic())
+    if victims is None:
+        return {"ok": False, "reason": f"the vectors in use fill the store ({resident.budget} bytes)"}
+    for victim in victims:
+        resident.drop(victim)
+        self.collective_rpc("steer_drop", args=(victim,))
     replies = self.collective_rpc("steer_put", args=(digest, payload))
     failed = [reply for reply in replies if not reply["ok"]]
     if failed:
         self.collective_rpc("steer_drop", args=(digest,))
         return {"ok": False, "reason": failed[0]["reason"]}
-    _resident(self).add(digest)
-    return {"ok": True}
+    resident.put(digest, len(payload), time.monotonic())
+    return {"ok": True, "dropped": victims}
 
 
 def steer_drop(self: Any, digest: str) -> Reply:
     """Give up a vector, unless a request of this engine names it."""
-    if any(digest in _vectors_of(request.sampling_params) for request in self.scheduler.requests.values()):
+    if digest in _in_use(self):
         return {"ok": False, "reason": "in use"}
-    _resident(self).discard(digest)
+    _resident(self).drop(digest)
     self.collective_rpc("steer_drop", args=(digest,))
     return {"ok": True}
 
@@ -63,7 +74,7 @@ def steer_status(self: Any) -> Reply:
     failed = [worker["reason"] for worker in workers if not worker["ok"]]
     if failed:
         return {"ok": False, "reason": failed[0], "armed": True}
-    return {"ok": True, "armed": True, "workers": workers, "vectors": sorted(_resident(self))}
+    return {"ok": True, "armed": True, "workers": workers, "vectors": _resident(self).digests()}
 
 
 def steer_take(self: Any, key: str) -> Reply:
@@ -72,11 +83,17 @@ def steer_take(self: Any, key: str) -> Reply:
     return reply
 
 
-def _resident(engine_core: Any) -> set[str]:
+def _resident(engine_core: Any) -> Resident:
     if not hasattr(engine_core, _RESIDENT):
-        setattr(engine_core, _RESIDENT, set())
-    resident: set[str] = getattr(engine_core, _RESIDENT)
+        setattr(engine_core, _RESIDENT, Resident())
+    resident: Resident = getattr(engine_core, _RESIDENT)
     return resident
+
+
+def _in_use(engine_core: Any) -> set[str]:
+    """Digests that a request of the engine names, waiting ones included."""
+    requests = list(engine_core.scheduler.requests.values())
+    return {digest for request in requests for digest in _vectors_of(request.sampling_params)}
 
 
 def _vectors_of(params: Any) -> list[str]:
@@ -103,6 +120,8 @@ def _check_steering(engine_core: Any, request: Any) -> None:
         return
     if SteeringConfig.from_additional_config(engine_core.vllm_config.additional_config) is None:
         raise SteeringRequestError("This engine is not armed for steering.")
-    absent = sorted(set(_vectors_of(request.sampling_params)) - _resident(engine_core))
+    resident, named = _resident(engine_core), _vectors_of(request.sampling_params)
+    absent = [digest for digest in named if digest not in resident]
     if absent:
         raise CapacityError(f"The engine does not hold vector {absent[0]}; send the request again.")
+    resident.touch(named, time.monotonic())

@@ -94,3 +94,4 @@ def _settle(frontend: Frontend, digest: str, replies: list[dict[str, Any]]) -> N
     if failed:
         raise CapacityError(f"The engine could not take vector {digest}: {failed[0]}.")
     frontend.resident.add(digest)
+    frontend.resident.difference_update(dropped for reply in replies for dropped in reply["dropped"])

@@ -1,0 +1,75 @@
+"""Which vectors an engine holds on all its workers, within a budget of host memory. One per engine core."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+BUDGET_VARIABLE = "STEER_ENGINE_STORE_BYTES"
+DEFAULT_BUDGET = 4 * 2**30
+
+PIN_SECONDS = 60.0
+"""How long a vector stays after it was shipped or named: the scheduler may not know its request yet."""
+
+
+@dataclass
+class _Held:
+    num_bytes: int
+    pinned_until: float
+
+
+@dataclass
+class Resident:
+    """Digests in the order of their last use. What a running request names is never given up. Thread-safe: requests are
+    prepared in another thread than vectors arrive in.
+
+    budget: bytes of vectors in host memory of each worker; more is taken only while everything else is in use.
+    """
+
+    budget: int = field(default_factory=lambda: int(os.environ.get(BUDGET_VARIABLE, DEFAULT_BUDGET)))
+    _held: dict[str, _Held] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._held
+
+    def digests(self) -> list[str]:
+        with self._lock:
+            return sorted(self._held)
+
+    @property
+    def num_bytes(self) -> int:
+        with self._lock:
+            return sum(held.num_bytes for held in self._held.values())
+
+    def put(self, digest: str, num_bytes: int, now: float) -> None:
+        """All workers hold `digest` now; it is kept for its request for a while."""
+        with self._lock:
+            self._held.pop(digest, None)
+            self._held[digest] = _Held(num_bytes, now + PIN_SECONDS)
+
+    def touch(self, digests: Collection[str], now: float) -> None:
+        """A request that names these is on its way into the scheduler."""
+        with self._lock:
+            for digest in digests:
+                if digest in self._held:
+                    self.put(digest, self._held[digest].num_bytes, now)
+
+    def drop(self, digest: str) -> None:
+        with self._lock:
+            self._held.pop(digest, None)
+
+    def make_room(self, num_bytes: int, in_use: Collection[str], now: float) -> list[str] | None:
+        """Digests to give up before `num_bytes` more are taken, least recently used first; None if it can't be done."""
+        excess = self.num_bytes + num_bytes - self.budget
+        victims = []
+        with self._lock:
+            for digest, held in self._held.items():
+                if excess <= 0:
+                    break
+                if digest not in in_use and held.pinned_until <= now:
+                    victims.append(digest)
+                    excess -= held.num_bytes
+        return victims if excess <= 0 else None

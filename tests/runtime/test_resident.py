@@ -1,0 +1,56 @@
+"""The store's budget: what is in use or on its way stays, the least recently used of the rest goes."""
+
+from __future__ import annotations
+
+import pytest
+
+from steer_engine.runtime.resident import BUDGET_VARIABLE, PIN_SECONDS, Resident
+
+LATER = PIN_SECONDS + 1
+
+
+def held(budget: int = 100, **sizes: int) -> Resident:
+    resident = Resident(budget=budget)
+    for digest, size in sizes.items():
+        resident.put(digest, size, now=0.0)
+    return resident
+
+
+def test_room_needs_no_victims() -> None:
+    assert held(a=40, b=40).make_room(20, in_use=(), now=LATER) == []
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    resident = held(a=40, b=40)
+    assert resident.make_room(30, in_use=(), now=LATER) == ["a"]
+    resident.touch(["a"], now=0.0)
+    assert resident.make_room(30, in_use=(), now=LATER) == ["b"]
+    assert resident.make_room(100, in_use=(), now=LATER) == ["b", "a"]
+
+
+def test_what_a_request_names_stays() -> None:
+    resident = held(a=40, b=40)
+    assert resident.make_room(30, in_use={"a"}, now=LATER) == ["b"]
+    assert resident.make_room(70, in_use={"a"}, now=LATER) is None
+
+
+def test_what_was_just_shipped_or_named_stays() -> None:
+    resident = held(a=40, b=40)
+    assert resident.make_room(30, in_use=(), now=PIN_SECONDS / 2) is None
+    resident.touch(["a"], now=LATER)
+    assert resident.make_room(30, in_use=(), now=LATER) == ["b"]
+
+
+def test_putting_twice_counts_once() -> None:
+    resident = held(a=40)
+    resident.put("a", 40, now=1.0)
+    assert resident.num_bytes == 40
+    resident.drop("a")
+    assert "a" not in resident
+    assert resident.num_bytes == 0
+    resident.drop("a")
+
+
+def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BUDGET_VARIABLE, "123")
+    assert Resident().budget == 123
