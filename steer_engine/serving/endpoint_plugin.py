@@ -22,13 +22,13 @@ class SteerEndpointPlugin:
 
     def attach_router(self, app: Any) -> None:
         """Add our routes and the middleware; called once while vLLM builds its app, after all its own routes."""
-        from steer_engine.serving import preset_routes, routes, vector_routes
+        from steer_engine.serving import playground, preset_routes, routes, vector_routes
         from steer_engine.serving.admin_keys import AdminKeys
         from steer_engine.serving.api_limits import ApiLimits
         from steer_engine.serving.middleware import SteeringMiddleware
         from steer_engine.serving.openapi import document_field
 
-        for module in (routes, vector_routes, preset_routes):
+        for module in (routes, vector_routes, preset_routes, playground):
             app.include_router(module.router)
         app.state.steering_api_limits = ApiLimits.from_environment()
         app.state.steering_admin_keys = keys = AdminKeys.from_environment()

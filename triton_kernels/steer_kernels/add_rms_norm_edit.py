@@ -54,7 +54,7 @@ def add_rms_norm_edit_kernel(
     TILE: tl.constexpr,
     HOLD: tl.constexpr,
 ):
-    """Semantics: for every row t, with x = float32(hidden[t]) + float32(residual[t]) and x' = x edited as by `edit_residual`:
+    """Semantics: for each row t, x = float32(hidden[t]) + float32(residual[t]), x' = x edited as by `edit_residual`:
 
         residual[t] = round(x')
         hidden[t]   = round(x' / sqrt(mean(x'^2) + epsilon) * weight)

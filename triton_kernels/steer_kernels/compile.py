@@ -10,9 +10,11 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction
 
+from steer_kernels.add_rms_norm_edit import add_rms_norm_edit_kernel
 from steer_kernels.artifact import Artifact, inspect
 from steer_kernels.edit_residual import edit_residual_kernel
 from steer_kernels.launch_table import launch_for
+from steer_kernels.route_rows import BLOCK, OPTIONS, route_rows_kernel
 
 TARGETS: Final[dict[str, GPUTarget]] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -58,14 +60,7 @@ def compile_edit_residual(
     num_capture_rows: int = 0,
 ) -> Artifact:
     """`edit_residual` as it is launched on a contiguous stream; captured rows are float32."""
-    tables = ("entries_SLEW", "counts_SL", "keep_norm_S", "slot_T", "pos_T", "capture_T")
-    types = dict.fromkeys(tables, "*i32") | {
-        "hidden_TD": _POINTERS[dtype],
-        "carried_TD": _POINTERS[dtype],
-        "bank_RD": _POINTERS[bank_dtype or dtype],
-        "captured_LCD": _POINTERS[torch.float32 if capture else dtype],
-        "site": "i32",
-    }
+    types = _table_types(dtype, bank_dtype, capture) | {"hidden_TD": _POINTERS[dtype], "carried_TD": _POINTERS[dtype]}
     launch = launch_for(hidden_size)
     constants = {
         "HIDDEN_STRIDE": hidden_size,
@@ -80,3 +75,51 @@ def compile_edit_residual(
     }
     options = launch.options(TARGETS[target].backend)
     return inspect(compile_kernel(target, edit_residual_kernel, types, constants, options))
+
+
+def compile_add_rms_norm_edit(
+    target: str,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    adds_only: bool,
+    capture: bool = False,
+    bank_dtype: torch.dtype | None = None,
+    num_sites: int = 32,
+    num_entries: int = 4,
+    num_capture_rows: int = 0,
+) -> Artifact:
+    """`add_rms_norm_edit` as it is launched on contiguous rows; captured rows are float32."""
+    rows = dict.fromkeys(("hidden_TD", "residual_TD", "weight_D"), _POINTERS[dtype])
+    launch = launch_for(hidden_size)
+    constants = {
+        "HIDDEN_STRIDE": hidden_size,
+        "RESIDUAL_STRIDE": hidden_size,
+        "NUM_SITES": num_sites,
+        "NUM_ENTRIES": num_entries,
+        "NUM_CAPTURE_ROWS": num_capture_rows,
+        "ADDS_ONLY": adds_only,
+        "CAPTURE": capture,
+        **launch.constants(hidden_size),
+    }
+    options = launch.options(TARGETS[target].backend)
+    types = _table_types(dtype, bank_dtype, capture) | rows | {"epsilon": "fp32"}
+    return inspect(compile_kernel(target, add_rms_norm_edit_kernel, types, constants, options))
+
+
+def compile_route_rows(target: str, *, positions_dtype: torch.dtype = torch.int64, num_slots: int = 257) -> Artifact:
+    """`route_rows` as it is launched for `num_slots` slots."""
+    tensors = ("query_start_loc_B1", "idx_mapping_B", "span_S2", "slot_T", "pos_T")
+    types = dict.fromkeys(tensors, "*i32") | {"positions_T": _POINTERS[positions_dtype]}
+    types |= dict.fromkeys(("num_requests", "num_tokens", "num_rows"), "i32")
+    constants = {"STEPS": num_slots.bit_length(), "BLOCK": BLOCK}
+    return inspect(compile_kernel(target, route_rows_kernel, types, constants, OPTIONS))
+
+
+def _table_types(dtype: torch.dtype, bank_dtype: torch.dtype | None, capture: bool) -> dict[str, str]:
+    tables = ("entries_SLEW", "counts_SL", "keep_norm_S", "slot_T", "pos_T", "capture_T")
+    return dict.fromkeys(tables, "*i32") | {
+        "bank_RD": _POINTERS[bank_dtype or dtype],
+        "captured_LCD": _POINTERS[torch.float32 if capture else dtype],
+        "site": "i32",
+    }

@@ -71,18 +71,23 @@ def dot_with(
 
 
 @triton.jit
-def cosine_with(row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """cos(row, x + delta) for a row at a pointer; 0 if one of them is 0."""
-    dot = tl.zeros([TILE], tl.float32)
+def cosine_with(
+    row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr, HOLD: tl.constexpr
+):
+    """cos(row, x + delta), with the row's tiles in registers if HOLD, at a pointer otherwise; 0 if one of them is 0."""
     length = tl.zeros([TILE], tl.float32)
+    for i in tl.static_range(len(delta)):
+        w = (row[i] if HOLD else load_tile(row, i, D, TILE)).to(tl.float32)
+        length += w * w
+    length = tl.sqrt_rn(tl.sum(length, 0))
+    dot = tl.zeros([TILE], tl.float32)
     norm = tl.zeros([TILE], tl.float32)
     for i in tl.static_range(len(delta)):
-        w = load_tile(row, i, D, TILE).to(tl.float32)
+        w = (row[i] if HOLD else load_tile(row, i, D, TILE)).to(tl.float32)
         now = now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN)
         dot += now * w
-        length += w * w
         norm += now * now
-    size = tl.sqrt_rn(tl.sum(norm, 0)) * tl.sqrt_rn(tl.sum(length, 0))
+    size = tl.sqrt_rn(tl.sum(norm, 0)) * length
     return tl.where(size > 0.0, tl.div_rn(tl.sum(dot, 0), tl.where(size > 0.0, size, 1.0)), 0.0)
 
 
@@ -118,7 +123,9 @@ def apply_edits(
             if gate_row >= 0:
                 min_cos = load_float(entry, 10)
                 max_cos = load_float(entry, 11)
-                cos = cosine_with(bank_RD + gate_row * D, hidden, carried, delta, D, TILE, HAS_HIDDEN)
+                gate_at = bank_RD + gate_row * D
+                gate = load_row(gate_at, D, TILE) if HOLD else gate_at
+                cos = cosine_with(gate, hidden, carried, delta, D, TILE, HAS_HIDDEN, HOLD)
                 holds = (min_cos <= cos) & (cos <= max_cos)
             if holds:
                 row = bank_RD + tl.load(entry).to(tl.int64) * D
@@ -164,6 +171,26 @@ def rescaled(hidden, carried, delta, ratio, D: tl.constexpr, TILE: tl.constexpr,
     return tiles
 
 
+@triton.jit
+def read_row(
+    reader,
+    captured_LCD,
+    hidden,
+    carried,
+    site,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_CAPTURE_ROWS: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+):
+    """Stores x to the capture row, counted from 1, that is written at `reader`; 0 = the row isn't read."""
+    place = tl.load(reader).to(tl.int64)
+    if place > 0:
+        target = captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + place - 1) * D
+        for i in tl.static_range(triton.cdiv(D, TILE)):
+            store_tile(target, i, load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN), D, TILE)
+
+
 @triton.jit(do_not_specialize=["site"])
 def edit_residual_kernel(
     hidden_TD,
@@ -206,11 +233,7 @@ def edit_residual_kernel(
     hidden = hidden_TD + row * HIDDEN_STRIDE
     carried = carried_TD + row * CARRIED_STRIDE
     if CAPTURE:
-        reader = tl.load(capture_T + row).to(tl.int64)
-        if reader > 0:
-            target = captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + reader - 1) * D
-            for i in tl.static_range(triton.cdiv(D, TILE)):
-                store_tile(target, i, load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN), D, TILE)
+        read_row(capture_T + row, captured_LCD, hidden, carried, site, D, TILE, NUM_CAPTURE_ROWS, HAS_HIDDEN)
     if slot == 0:
         return
     place = slot * NUM_SITES + site
@@ -266,8 +289,8 @@ def edit_residual(
         tables.capture_T if capture else tables.slot_T,
         tables.captured_LCD if capture else carried_TD,
         site,
-        HIDDEN_STRIDE=_row_stride(hidden_TD),
-        CARRIED_STRIDE=_row_stride(carried_TD),
+        HIDDEN_STRIDE=row_stride(hidden_TD),
+        CARRIED_STRIDE=row_stride(carried_TD),
         NUM_SITES=tables.counts_SL.shape[1],
         NUM_ENTRIES=tables.entries_SLEW.shape[2],
         NUM_CAPTURE_ROWS=0 if tables.captured_LCD is None else tables.captured_LCD.shape[1],
@@ -279,7 +302,7 @@ def edit_residual(
     )
 
 
-def _row_stride(stream_TD: torch.Tensor) -> int:
+def row_stride(stream_TD: torch.Tensor) -> int:
     """Elements between rows; D for a single row, whose stride means nothing and would only compile another kernel."""
     num_tokens, hidden_size = stream_TD.shape
     assert hidden_size == 1 or stream_TD.stride(1) == 1, "the hidden dimension must be contiguous"

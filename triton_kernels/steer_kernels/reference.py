@@ -136,6 +136,28 @@ def _gate(x_ND: torch.Tensor, words_NW: torch.Tensor, bank_RD: torch.Tensor) -> 
     return open_N | ((cos_N >= low_N) & (cos_N <= high_N))
 
 
+def add_rms_norm_edit_reference(
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    weight_D: torch.Tensor,
+    tables: Tables,
+    site: int,
+    *,
+    epsilon: float,
+    adds_only: bool,
+    capture: bool = False,
+    rows_N: torch.Tensor | None = None,
+) -> None:
+    """Writes the normed rows to `hidden` and the edited stream to `residual`, as `add_rms_norm_edit` does."""
+    hidden_TD, residual_TD = rows_view(hidden), rows_view(residual)
+    x_TD = hidden_TD.float() + residual_TD.float()
+    # The stream in one tensor, in float32: edited there, it is rounded once, when it is stored.
+    edit_residual_reference(None, x_TD, tables, site, adds_only=adds_only, capture=capture, rows_N=rows_N)
+    scale_T1 = 1 / (x_TD.square().sum(1, keepdim=True) / x_TD.shape[1] + epsilon).sqrt()
+    residual_TD.copy_(x_TD)
+    hidden_TD.copy_(x_TD * scale_T1 * weight_D.float())
+
+
 def route_rows_reference(
     query_start_loc_B1: torch.Tensor,
     idx_mapping_B: torch.Tensor,

@@ -17,10 +17,14 @@ from steer_kernels.tables import Tables
 
 # One warp a program and four rows a thread: 8,192 rows are 64 programs, all resident at once.
 BLOCK: Final = 128
-NUM_WARPS: Final = 1
+OPTIONS: Final[dict[str, int | bool]] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_tokens", "num_rows"])
+@triton.jit(
+    do_not_specialize=["num_requests", "num_tokens", "num_rows"],
+    # Slices of the engine's buffers start anywhere; their alignment must not compile another kernel while serving.
+    do_not_specialize_on_alignment=["query_start_loc_B1", "idx_mapping_B", "positions_T"],
+)
 def route_rows_kernel(
     query_start_loc_B1,
     idx_mapping_B,
@@ -93,5 +97,5 @@ def route_rows(
         num_rows,
         STEPS=steps,
         BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        **OPTIONS,
     )

@@ -38,25 +38,29 @@ class V1Adapter:
         self.reader = Reader(runtime)
         self._runner = runner
         self._slot_of: dict[str, int] = {}
+        """All requests of the batch; slot 0 for those that are not steered."""
         self._captures: dict[str, Capture] = {}
         self._free_slots = list(range(runtime.max_requests, 0, -1))
         # Written inside `synchronize_input_prep`: the copy of the step before has run by then.
         self._idx_mapping_B = runner._make_buffer(runtime.max_requests, dtype=torch.int32)
 
     def reconcile(self, finished: set[str]) -> None:
-        """Give slots to steered requests that have come into the batch, take them from those that left."""
+        """Take the slots of requests that have left the batch."""
         batch = self._runner.input_batch.req_id_to_index
         # A request id that finished and came back in one step is another request.
         for request_id in [known for known in self._slot_of if known not in batch or known in finished]:
             slot = self._slot_of.pop(request_id)
-            self.runtime.release(slot)
-            self._free_slots.append(slot)
-            self._captures.pop(request_id, None)
+            if slot:
+                self.runtime.release(slot)
+                self._free_slots.append(slot)
+                self._captures.pop(request_id, None)
 
     def admit(self, request_ids: list[str]) -> None:
+        """Give slots to the steered ones of these that are new in the batch."""
         for request_id in request_ids:
             if request_id in self._slot_of:
                 continue
+            self._slot_of[request_id] = 0
             program = _program_of(self._runner.requests[request_id])
             if program is None:
                 continue
@@ -72,7 +76,7 @@ class V1Adapter:
         num_requests = len(request_ids)
         num_tokens = int(num_scheduled_tokens.sum())
         mapping_B = self._idx_mapping_B
-        mapping_B.np[:num_requests] = [self._slot_of.get(request_id, 0) - 1 for request_id in request_ids]
+        mapping_B.np[:num_requests] = [self._slot_of[request_id] - 1 for request_id in request_ids]
         self.runtime.route(
             runner.query_start_loc.gpu[: num_requests + 1],
             mapping_B.copy_to_gpu(num_requests),
@@ -129,7 +133,7 @@ def _update_states(original: Callable[..., Any]) -> Callable[..., Any]:
             adapter.admit([request.req_id for request in scheduler_output.scheduled_new_reqs])
             # Preempted or skipped requests left the batch and gave up their slot; back in it, they get one again.
             returned = scheduler_output.scheduled_cached_reqs.req_ids
-            adapter.admit([request_id for request_id in returned if request_id in self.input_batch.req_id_to_index])
+            adapter.admit(returned)
         return result
 
     return _update_states

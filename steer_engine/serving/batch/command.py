@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from steer_engine.errors import BatchFileError
-from steer_engine.serving.batch.lines import Finished, resume
+from steer_engine.serving.batch.lines import Finished, read_lines, resume
 from steer_engine.serving.batch.runner import Tally, run
 from steer_engine.serving.command import parse_serve_flags
 
@@ -32,8 +32,10 @@ def batch(argv: Sequence[str]) -> int:
     if own.source.resolve() == own.target.resolve():
         raise BatchFileError("Input and output are the same file.")
     finished = resume(own.target, retry_errors=own.retry_errors)
-    args = parse_serve_flags([own.model, *rest])
-    tally = asyncio.run(_run(args, own, finished))
+    if all(finished.has(line) for line in read_lines(own.source)):
+        tally = Tally(skipped=finished.count)  # nothing to start an engine for
+    else:
+        tally = asyncio.run(_run(parse_serve_flags([own.model, *rest]), own, finished))
     Console(stderr=True).print(
         f"{tally.answered} answered, {tally.failed} failed"
         + (f", {tally.skipped} were there" if tally.skipped else ""),
