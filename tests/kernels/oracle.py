@@ -153,3 +153,20 @@ def _keep_norm(x_D: Array, x_error_D: Array, delta_D: Array, error_D: Array) -> 
     rescaled_error_D += U32 * np.abs(rescaled_D)
     delta_D[:] = rescaled_D - x_D
     error_D[:] = rescaled_error_D + x_error_D + U32 * np.abs(delta_D)
+
+
+def rms_norm(x_TD: Array, error_TD: Array, weight_D: Array, epsilon: float) -> tuple[Array, Array]:
+    """RMSNorm of x with its error bound, before the rounding to the stream's dtype."""
+    hidden_size = x_TD.shape[1]
+    square_T1 = (x_TD * x_TD).sum(1, keepdims=True)
+    mean_T1 = square_T1 / hidden_size + epsilon
+    # |(x + e)^2| - |x|^2 <= 2|x||e| + |e|^2; the squares, their sum, the quotient and the addition round.
+    length_T1 = np.sqrt((error_TD**2).sum(1, keepdims=True))
+    change_T1 = (2 * np.sqrt(square_T1) * length_T1 + length_T1**2) / hidden_size
+    relative_T1 = change_T1 / mean_T1 + (SUM_ROUNDINGS + 3) * U32
+    assert (relative_T1 < 0.5).all(), "a row that is mostly rounding error can't be normed"
+    scale_T1 = 1 / np.sqrt(mean_T1)
+    # 1 / sqrt(1 - r) - 1 <= r for r < 0.5; the root and the quotient round, and so do the two products.
+    value_TD = x_TD * scale_T1 * weight_D
+    bound_T1 = relative_T1 + 4 * U32
+    return value_TD, np.abs(scale_T1 * weight_D) * error_TD * (1 + bound_T1) + np.abs(value_TD) * bound_T1

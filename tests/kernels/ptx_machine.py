@@ -67,7 +67,7 @@ def parse(ptx: str) -> tuple[list[str], list[Instruction], dict[str, int]]:
 class Machine:
     """The threads of one program: registers, shared memory, and tensors as global memory."""
 
-    def __init__(self, ptx: str, arguments: Sequence[torch.Tensor | int]) -> None:
+    def __init__(self, ptx: str, arguments: Sequence[torch.Tensor | int | float]) -> None:
         """arguments: in the order of the kernel's parameters, without its constants; Triton's own two come as 0."""
         names, self._instructions, self._labels = parse(ptx)
         self._parameters = dict(zip(names, [*arguments, 0, 0], strict=True))
@@ -198,10 +198,7 @@ class Machine:
         register, address = operands if name == "ld" else reversed(operands)
         base, _, offset = address[1:-1].replace(" ", "").partition("+")
         if space == "param":
-            value = self._parameters[base]
-            self._write(
-                register, self._every(value if isinstance(value, int) else value.data_ptr()).astype(kind), active
-            )
+            self._write(register, self._every(_parameter_bits(self._parameters[base])).astype(kind), active)
             return
         parts = [part.strip() for part in register.strip("{}").split(",")]
         lanes = int(modifiers[1][1:]) if len(modifiers) == 3 else 1
@@ -235,6 +232,13 @@ class Machine:
         traffic.stored += moved if name == "st" else 0
         traffic.widths.add(width)
         return memory, offsets
+
+
+def _parameter_bits(value: torch.Tensor | int | float) -> int:
+    """A kernel's argument as the driver hands it over: an address, a whole number or the bits of a float32."""
+    if isinstance(value, float):
+        return int(np.float32(value).view(np.uint32))
+    return value if isinstance(value, int) else value.data_ptr()
 
 
 def _byte_view(tensor: torch.Tensor) -> Values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def running(server: Server) -> int:
     """Steered requests in the worker now."""
     stats = server.get("/v1/steering/stats", headers=USER).json()
     return int(stats["engine"]["workers"][0]["steered_slots"])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this should have come true long ago"
+        time.sleep(0.01)
 
 
 def put(server: Server, name: str, vector: ControlVector, **headers: str) -> httpx.Response:
@@ -125,10 +132,9 @@ def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> N
     expected = tokens(complete(living, steering=spec("busy"), max_tokens=450))
     answers: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), max_tokens=450)))
+    wait_until(lambda: not running(living))  # the worker hears of the first one's end with its next step
     asking.start()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and not running(living):
-        time.sleep(0.01)
+    wait_until(lambda: running(living) > 0)
     deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
     asking.join()
     assert deleted["in_flight"] == 1

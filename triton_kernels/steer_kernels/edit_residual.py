@@ -76,18 +76,15 @@ def cosine_with(
 ):
     """cos(row, x + delta), with the row's tiles in registers if HOLD, at a pointer otherwise; 0 if one of them is 0."""
     length = tl.zeros([TILE], tl.float32)
-    for i in tl.static_range(len(delta)):
-        w = (row[i] if HOLD else load_tile(row, i, D, TILE)).to(tl.float32)
-        length += w * w
-    length = tl.sqrt_rn(tl.sum(length, 0))
     dot = tl.zeros([TILE], tl.float32)
     norm = tl.zeros([TILE], tl.float32)
     for i in tl.static_range(len(delta)):
         w = (row[i] if HOLD else load_tile(row, i, D, TILE)).to(tl.float32)
         now = now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN)
         dot += now * w
+        length += w * w
         norm += now * now
-    size = tl.sqrt_rn(tl.sum(norm, 0)) * length
+    size = tl.sqrt_rn(tl.sum(norm, 0)) * tl.sqrt_rn(tl.sum(length, 0))
     return tl.where(size > 0.0, tl.div_rn(tl.sum(dot, 0), tl.where(size > 0.0, size, 1.0)), 0.0)
 
 

@@ -18,6 +18,9 @@ BACKEND: Final = "cuda" if torch.version.hip is None else "hip"
 
 MAX_HIDDEN_SIZE: Final = 16384
 
+MAX_NORMED_BYTES: Final = 32768
+"""The longest row that `add_rms_norm_edit` takes without spilling: 16,384 items of 2 bytes or 8,192 of 4."""
+
 
 class Launch(NamedTuple):
     tile: int

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from steer_kernels.launch_table import MAX_NORMED_BYTES
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
@@ -35,12 +36,15 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def reason_against(vllm_config: VllmConfig) -> str | None:
     """Why this engine must keep vLLM's own norm, or None."""
+    model_config = vllm_config.model_config
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         return "tensor parallelism fuses the norm with its all-reduce"
-    if vllm_config.model_config.quantization is not None:
+    if model_config.quantization is not None:
         return "quantised models fuse the norm with quantisation"
     if vllm_config.speculative_config is not None:
         return "draft models may read the stream between a block and the next norm"
+    if model_config.get_hidden_size() * model_config.dtype.itemsize > MAX_NORMED_BYTES:
+        return f"a row of more than {MAX_NORMED_BYTES:,} bytes doesn't fit in the kernel's registers"
     return None
 
 
