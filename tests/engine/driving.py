@@ -49,6 +49,23 @@ def sampled(output: Any) -> tuple[list[int], list[float]]:
     return ids, [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
 
 
+def silent(llm: LLM, prompts: Sequence[list[int]], **fields: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [N, M] and float64 logprobs of plain requests."""
+    outputs = generate(llm, prompts, [None] * len(prompts), **fields)
+    ids, logprobs = zip(*(sampled(output) for output in outputs), strict=True)
+    return np.array(ids), np.array(logprobs, dtype=np.float64)
+
+
+def fill_the_bank(llm: LLM, prompts: Sequence[list[int]], **fields: Any) -> None:
+    """Steered requests by vectors r0..r31, which must show, and then a cold prefix cache."""
+    specs = [steering(edit(f"r{seed % 32}", 3.0)) for seed in range(len(prompts))]
+    steered = generate(llm, prompts, specs, **fields)
+    llm.llm_engine.reset_prefix_cache()
+    plain = generate(llm, prompts, [None] * len(prompts), **fields)
+    assert [sampled(output) for output in steered] != [sampled(output) for output in plain]
+    llm.llm_engine.reset_prefix_cache()
+
+
 def prompt_logprobs(output: Any) -> np.ndarray:
     """float64 [T - 1]: logprob of each prompt token but the first, given the ones before it."""
     pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)

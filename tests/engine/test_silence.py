@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import FEW, edit, generate, sampled, steering, tokens
+from driving import FEW, fill_the_bank, silent, tokens
 from engines import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
 
 from steer_engine import LLM
@@ -21,36 +21,30 @@ PROMPTS = [tokens(seed, 5 + 7 * seed) for seed in range(12 if RUNNER == "v1" els
 ANSWER = {"max_tokens": FEW}
 TINY_SETTINGS = {**SETTINGS, "dtype": "float32", "max_logprobs": TINY_VOCAB, "max_num_batched_tokens": 256}
 
-Plain = Callable[[str, dict[str, Any]], tuple[np.ndarray, np.ndarray]]
+Run = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
-    """Tokens and logprobs of PROMPTS from a process without the plugin, with the same settings."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Tokens and logprobs of PROMPTS from an engine in a process of its own: without the plugin, or armed."""
 
-    def run(model: str, llm_settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        folder = tmp_path_factory.mktemp("plain")
-        settings = {"model": model, "llm": llm_settings, "prompts": PROMPTS, "params": ANSWER}
+    def run(model: str, llm_settings: dict[str, Any], *, armed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        folder = tmp_path_factory.mktemp("alone")
+        settings = {"model": model, "llm": llm_settings, "prompts": PROMPTS, "params": ANSWER, "armed": armed}
         (folder / "settings.json").write_text(json.dumps(settings))
-        script = Path(__file__).with_name("plain_vllm.py")
-        environment = {**os.environ, "VLLM_PLUGINS": ""}
+        script = Path(__file__).with_name("own_process.py")
         command = [sys.executable, "-P", str(script), str(folder / "settings.json"), str(folder / "out.npz")]
-        subprocess.run(command, check=True, env=environment, timeout=280)
+        subprocess.run(command, check=True, timeout=280)
         saved = np.load(folder / "out.npz")
         return saved["ids"], saved["logprobs"]
 
     return run
 
 
-def silent(llm: LLM) -> tuple[np.ndarray, np.ndarray]:
+def silence_of(llm: LLM) -> tuple[np.ndarray, np.ndarray]:
     """PROMPTS without steering, after steered requests have filled bank rows at every block."""
-    specs = [steering(edit(f"r{seed % 32}", 3.0)) for seed in range(len(PROMPTS))]
-    steered = generate(llm, PROMPTS, specs, **ANSWER)
-    llm.llm_engine.reset_prefix_cache()
-    outputs = generate(llm, PROMPTS, [None] * len(PROMPTS), **ANSWER)
-    assert [sampled(output) for output in steered] != [sampled(output) for output in outputs]
-    ids, logprobs = zip(*(sampled(output) for output in outputs), strict=True)
-    return np.array(ids), np.array(logprobs, dtype=np.float64)
+    fill_the_bank(llm, PROMPTS, **ANSWER)
+    return silent(llm, PROMPTS, **ANSWER)
 
 
 def assert_identical(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> None:
@@ -58,25 +52,26 @@ def assert_identical(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarr
     np.testing.assert_array_equal(ours[1], theirs[1])
 
 
-def test_eager_float32(tiny: LLM, tiny_llama: str, plain: Plain) -> None:
-    assert_identical(silent(tiny), plain(tiny_llama, {**TINY_SETTINGS, "enforce_eager": True}))
+def test_eager_float32(tiny: LLM, tiny_llama: str, alone: Run) -> None:
+    assert_identical(silence_of(tiny), alone(tiny_llama, {**TINY_SETTINGS, "enforce_eager": True}))
 
 
 @pytest.mark.v1_only
-def test_compiled_float32(tiny_compiled: LLM, tiny_llama: str, plain: Plain) -> None:
-    assert_identical(silent(tiny_compiled), plain(tiny_llama, TINY_SETTINGS))
+def test_compiled_float32(tiny_llama: str, alone: Run) -> None:
+    """Both in processes of their own: what vLLM compiles depends on the engines that a process had before."""
+    assert_identical(alone(tiny_llama, TINY_SETTINGS, armed=True), alone(tiny_llama, TINY_SETTINGS))
 
 
 @pytest.mark.v1_only
-def test_eager_float32_on_the_real_model(real: LLM, smollm2: str, plain: Plain) -> None:
-    assert_identical(silent(real), plain(smollm2, {**SETTINGS, "dtype": "float32", "enforce_eager": True}))
+def test_eager_float32_on_the_real_model(real: LLM, smollm2: str, alone: Run) -> None:
+    assert_identical(silence_of(real), alone(smollm2, {**SETTINGS, "dtype": "float32", "enforce_eager": True}))
 
 
 @pytest.mark.v1_only
-def test_eager_bfloat16(tiny_llama: str, plain: Plain) -> None:
+def test_eager_bfloat16(tiny_llama: str, alone: Run) -> None:
     settings = {**TINY_SETTINGS, "dtype": "bfloat16", "enforce_eager": True}
     llm = kept(LLM(tiny_llama, vectors={f"r{seed}": random_vector(seed) for seed in range(32)}, **settings))
-    assert_identical(silent(llm), plain(tiny_llama, settings))
+    assert_identical(silence_of(llm), alone(tiny_llama, settings))
 
 
 def test_the_runner_is_the_one_meant(tiny: LLM) -> None:
