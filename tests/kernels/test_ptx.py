@@ -110,3 +110,26 @@ def test_rows_outside_of_every_span_are_not_written(compiled: Process) -> None:
     assert torch.equal(edited, case.carried)
     assert sum(tensor.stored for traffic in rows for tensor in traffic.values()) == 0
     assert case.tables.bank_RD.data_ptr() not in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("program", "num_rows"),
+    [
+        (Program(steps=[Step(op="add")]), 3),
+        (adds(2), 4),
+        (Program(steps=[Step(op="add_relative")]), 5),
+        (Program(steps=[Step(op="ablate")]), 5),
+        (Program(steps=[Step(op="clamp", bounds=(-0.1, 0.1))]), 5),
+        (Program(steps=[Step(op="set", bounds=(1.0, 1.0))]), 5),
+        (Program(steps=[Step(op="add", gate=(4, -2.0, 2.0))]), 6),
+        (Program(steps=[Step(op="add")], keep_norm=True), 7),
+    ],
+    ids=["add", "two adds", "add_relative", "ablate", "clamp", "set", "gated add", "norm kept"],
+)
+def test_what_each_operation_moves(compiled: Process, program: Program, num_rows: int) -> None:
+    """The table of docs/cost_model.md: rows of D items that one token reads and writes, repeats from cache included."""
+    case = build([program], hidden_size=4096, dtype=torch.bfloat16, num_tokens=2, seed=6)
+    edited, rows = run(compiled, "sm_90", case)
+    assert not torch.equal(edited[1], case.carried[1])
+    moved = sum(tensor.loaded + tensor.stored for tensor in rows[1].values())
+    assert 0 < moved - num_rows * 4096 * 2 <= 128 * len(program.steps)

@@ -132,7 +132,8 @@ def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> N
     expected = tokens(complete(living, steering=spec("busy"), max_tokens=450))
     answers: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), max_tokens=450)))
-    wait_until(lambda: not running(living))  # the worker hears of the first one's end with its next step
+    complete(living)  # the worker hears of the first one's end with the next step
+    assert running(living) == 0
     asking.start()
     wait_until(lambda: running(living) > 0)
     deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
