@@ -1,0 +1,107 @@
+"""Dashboard, rules and scrape configuration: valid, and about metrics that exist."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from deploy.monitoring import PROMETHEUS, dashboard, metrics_of, panel_queries, panels, rules
+from prometheus_client.metrics import MetricWrapperBase
+
+from steer_engine.serving import metrics
+
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+OF_PROMETHEUS = {"up"}
+
+
+def series(name: str, kind: str) -> set[str]:
+    """Names on the page of a metric that Python calls `name`."""
+    return {name.removesuffix("_total") + suffix for suffix in SUFFIXES[kind]}
+
+
+@functools.cache
+def our_series() -> set[str]:
+    ours = [each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)]
+    families = [family for metric in ours for family in metric.describe()]
+    return {name for family in families for name in series(family.name, family.type)}
+
+
+@functools.cache
+def vllm_series() -> set[str]:
+    """By vLLM's source: importing it takes as long as all tests here. A running server is asked in tests/serving."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "v1" / "metrics" / "loggers.py").read_text()
+    found = re.findall(r"self\._(counter|gauge|histogram)_cls\(\s*name=\"(vllm:\w+)\"", source)
+    return {name for kind, metric in found for name in series(metric, kind)}
+
+
+def recorded() -> set[str]:
+    return {rule["record"] for rule in rules() if "record" in rule}
+
+
+def test_the_names_are_those_of_the_code() -> None:
+    assert "steer_engine_requests_total" in our_series()
+    assert "steer_engine_admission_seconds_bucket" in our_series()
+    assert "vllm:num_requests_waiting" in vllm_series()
+    assert len(vllm_series()) > 40
+
+
+@pytest.mark.parametrize(("title", "query"), list(panel_queries()))
+def test_panels_read_metrics_that_exist(title: str, query: str) -> None:
+    assert metrics_of(query) <= our_series() | vllm_series(), title
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.get("record") or rule["alert"])
+def test_rules_read_metrics_that_exist(rule: dict[str, str]) -> None:
+    assert metrics_of(rule["expr"]) <= our_series() | vllm_series() | recorded() | OF_PROMETHEUS
+
+
+def test_every_metric_of_ours_is_on_the_dashboard() -> None:
+    """A metric that nobody shows is one that nobody looks at."""
+    shown = {name for _, query in panel_queries() for name in metrics_of(query)}
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in our_series()}
+    assert families - {re.sub(r"_bucket$", "", name) for name in shown} == set()
+
+
+def test_dashboard_holds_together() -> None:
+    board = dashboard()
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    variables = {variable["name"] for variable in board["templating"]["list"]}
+    for panel in panels():
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            used = {name for name in re.findall(r"\$(\w+)", target["expr"]) if not name.startswith("__")}
+            assert used == {"instance"} <= variables
+            assert target["datasource"] == panel["datasource"]
+    places = [panel["gridPos"] for panel in board["panels"]]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        above = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or above, (one, other)
+
+
+def test_every_alert_says_what_to_do() -> None:
+    for rule in rules():
+        if "alert" in rule:
+            assert rule["labels"]["severity"] in ("warning", "critical")
+            assert rule["annotations"]["summary"].endswith(".")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+@pytest.mark.parametrize(
+    "command",
+    [("check", "config", "prometheus.yml"), ("check", "rules", "rules.yml"), ("test", "rules", "rules_test.yml")],
+)
+def test_promtool(command: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *command], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
