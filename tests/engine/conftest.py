@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,9 @@ if os.environ.get("STEER_TEST_RUNNER", "v1") == "v2":
 
     use_v2_runner()
 
-from engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, assert_meant, kept, random_vector
+from engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, VECTORS, assert_meant, kept, random_vector
+from oracle import Oracle
+from traffic import Start
 
 from steer_engine import LLM
 
@@ -40,7 +43,7 @@ def tiny(tiny_llama: str) -> LLM:
     """Eager float32 engine of a random 3-block Llama; reads and steers everywhere; vectors r0..r31 of norm 1."""
     llm = LLM(
         tiny_llama,
-        vectors={f"r{seed}": random_vector(seed) for seed in range(32)},
+        vectors=VECTORS,
         capture=True,
         enforce_eager=True,
         dtype="float32",
@@ -57,7 +60,7 @@ def tiny_compiled(tiny_llama: str) -> LLM:
     """The same, compiled (V1 only: the V2 runner is not compiled under the interpreter)."""
     llm = LLM(
         tiny_llama,
-        vectors={f"r{seed}": random_vector(seed) for seed in range(32)},
+        vectors=VECTORS,
         dtype="float32",
         max_logprobs=TINY_VOCAB,
         max_num_batched_tokens=256,
@@ -65,6 +68,32 @@ def tiny_compiled(tiny_llama: str) -> LLM:
     )
     assert_meant(llm, num_blocks=TINY_BLOCKS)
     return kept(llm)
+
+
+@pytest.fixture(scope="session")
+def start(tiny_llama: str) -> Start:
+    """Starts a tiny eager float32 engine with other settings; vectors as in `tiny`."""
+
+    def engine(**settings: Any) -> LLM:
+        llm = LLM(
+            tiny_llama,
+            vectors=VECTORS,
+            enforce_eager=True,
+            dtype="float32",
+            max_logprobs=TINY_VOCAB,
+            **{**SETTINGS, "num_gpu_blocks_override": 256, **settings},
+        )
+        assert_meant(llm, num_blocks=TINY_BLOCKS)
+        kept(llm)
+        return llm
+
+    return engine
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny_llama: str) -> Oracle:
+    """The Hugging Face model behind `tiny`, with the same vectors."""
+    return Oracle(tiny_llama, VECTORS)
 
 
 @pytest.fixture(scope="session")

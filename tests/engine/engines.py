@@ -47,6 +47,9 @@ def random_vector(
     return ControlVector(directions=directions, metadata=VectorMetadata())
 
 
+VECTORS = {f"r{seed}": random_vector(seed) for seed in range(32)}
+
+
 def assert_meant(llm: LLM, *, num_blocks: int, form: str = "split") -> None:
     """The engine is the one that a test means: runner class, kernel, armed blocks, stream form."""
     worker = llm.steering_status()["workers"][0]

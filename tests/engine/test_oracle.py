@@ -20,11 +20,6 @@ ROUNDING_FACTOR = 8.0
 FLOOR = 2e-6
 
 
-@pytest.fixture(scope="module")
-def oracle(tiny_llama: str) -> Oracle:
-    return Oracle(tiny_llama, VECTORS)
-
-
 def teacher_forced(oracle: Oracle, ids: list[int], spec: Any, prompt_len: int | None = None) -> np.ndarray:
     """float64 [T - 1]: logprob of each token but the first."""
     logprobs_TV = oracle.logprobs(ids, spec, prompt_len)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from driving import generate, prompt_logprobs, tokens
 from engines import RUNNER, TINY_BLOCKS, random_vector
 from hypothesis import HealthCheck, given, settings
@@ -51,11 +50,6 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         gate = draw(gates)
         edits.append(edit if gate is None else {**edit, "gate": gate})
     return {"edits": edits, "preserve_norm": draw(st.booleans())}
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny_llama: str) -> Oracle:
-    return Oracle(tiny_llama, VECTORS)
 
 
 @settings(

@@ -1,0 +1,201 @@
+"""Engine modes x exactness: the same mixed traffic in every mode, each answer against the oracle.
+
+Every engine here is tiny, eager and in this process; what a mode must show of itself (that a prompt was split, a
+request preempted, a draft accepted) is asserted too, so that no row of the matrix is green for want of doing anything.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driving import steering, tokens
+from engines import RUNNER
+from oracle import Oracle
+from traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
+
+NUM = 24 if RUNNER == "v1" else 8
+
+
+@contextmanager
+def counting(owner: Any, name: str) -> Iterator[list[Any]]:
+    """Arguments of the calls of a method of one object while the block runs."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    try:
+        yield calls
+    finally:
+        delattr(owner, name)
+
+
+@pytest.mark.parametrize("chunk", [16, 50, 512])
+def test_chunk_sizes(start: Start, oracle: Oracle, chunk: int) -> None:
+    """Prompts of up to a hundred tokens in pieces of 16 or 50, or whole."""
+    llm = start(max_num_batched_tokens=chunk, max_num_seqs=min(16, chunk))
+    asked = asks(NUM, shared=20, seed=chunk)  # less than a block: nothing comes from the cache
+    with counting(core_of(llm).scheduler, "schedule") as steps:
+        assert_right(oracle, asked, run(llm, asked))
+    assert len(steps) >= sum(len(ask.prompt) + ask.max_tokens - 1 for ask in asked) / chunk
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_prefix_cache_cold_warm_and_off(start: Start, oracle: Oracle, caching: bool) -> None:
+    llm = start(enable_prefix_caching=caching)
+    asked = asks(NUM, shared=70)
+    assert_right(oracle, asked, run(llm, asked))
+    warm = run(llm, asked)
+    assert_right(oracle, asked, warm)
+    cached = [output.num_cached_tokens or 0 for output in warm]
+    assert (sum(cached) > 32 * NUM / 3) if caching else sum(cached) == 0
+
+
+def test_preemption_and_recomputation(start: Start, oracle: Oracle) -> None:
+    """A KV cache of a few blocks: requests are thrown out in the middle of their answers and computed again."""
+    llm = start(num_gpu_blocks_override=14, max_num_seqs=8, max_model_len=256, enable_prefix_caching=False)
+    num, length = (12, 40) if RUNNER == "v1" else (6, 8)
+    asked = [Ask(tokens(900 + i, 28 if RUNNER == "v2" else 60), SPECS[i % len(SPECS)], length) for i in range(num)]
+    if RUNNER == "v2":
+        asked = [Ask([*ask.prompt, *tokens(950 + i, 34)], ask.spec, length) for i, ask in enumerate(asked)]
+    with counting(core_of(llm).scheduler, "_preempt_request") as preempted:
+        outputs = run(llm, asked)
+    assert_right(oracle, asked, outputs)
+    assert preempted, "nothing was preempted"
+
+
+def test_asynchronous_scheduling(start: Start, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU platform switches it off; switched on again, the scheduler runs a step ahead of the sampled tokens."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def checked(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(checked))
+    llm = start(max_num_batched_tokens=64, max_num_seqs=16)
+    assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
+    asked = asks(NUM)
+    assert_right(oracle, asked, run(llm, asked))
+
+
+@pytest.mark.slow
+@pytest.mark.v1_only
+def test_ngram_drafts() -> None:
+    """In a process of its own: vLLM can't start another engine in one where ngram drafting has loaded numba."""
+    alone = Path(__file__).with_name("ngram_alone.py")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-W", "ignore", str(alone)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "1 passed" in done.stdout
+
+
+def test_a_draft_model(start: Start, oracle: Oracle, tiny_llama: str) -> None:
+    """The model drafts for itself, unsteered: drafts of plain requests are taken, those of steered ones corrected."""
+    llm = start(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
+    asked = asks(NUM if RUNNER == "v1" else 4)
+    outputs, accepted = drafts_of(llm, asked)
+    assert_right(oracle, asked, outputs)
+    assert accepted > 0
+
+
+@pytest.mark.v1_only
+@pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
+def test_structured_output(start: Start, oracle: Oracle) -> None:
+    """Constrained to digits: the tokens obey, and their (unconstrained) logprobs are the steered model's."""
+    from driving import params
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = start()
+    asked = asks(len(SPECS))
+    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in asked]
+    wanted = [
+        params(ask.spec, max_tokens=ask.max_tokens, structured_outputs=StructuredOutputsParams(regex="[0-9]{32}"))
+        for ask in asked
+    ]
+    outputs = list(llm.generate(inputs, wanted, use_tqdm=False))
+    ids = [token for output in outputs for token in output.outputs[0].token_ids]
+    assert llm.get_tokenizer().decode(ids).isdigit()
+    assert_right(oracle, asked, outputs)
+
+
+def test_samples_of_one_request(start: Start, oracle: Oracle) -> None:
+    """n in 1..4, re-scored: each sample's tokens are as likely as the oracle says of the steered model."""
+    llm = start()
+    for n in range(1, 5) if RUNNER == "v1" else (3,):
+        asked = asks(4, seed=n)
+        outputs = run(llm, asked, n=n, temperature=1.0, seed=None)
+        assert [len(output.outputs) for output in outputs] == [n] * 4
+        assert_right(oracle, asked, outputs)
+
+
+def test_steering_changes_between_turns(start: Start, oracle: Oracle) -> None:
+    """A conversation of three turns; what a turn may take from the cache, and what it must compute anew."""
+    llm = start()
+    history = tokens(77, 70)
+    turns = [SPECS[1], SPECS[1], SPECS[2], None]
+    cached = []
+    for spec in turns:
+        ask = Ask(history, spec, 3)
+        output = run(llm, [ask])[0]
+        assert_right(oracle, [ask], [output])
+        cached.append(output.num_cached_tokens)
+        history = [*history, *output.outputs[0].token_ids, *tokens(len(history), 30)]
+    assert cached == [0, 64, 0, 128]  # the third turn's prompt is plain up to its last token
+
+
+def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
+    """Added one by one while others run, some aborted in the middle: those that finish are right."""
+    from driving import params
+
+    llm = start(max_num_batched_tokens=48, max_num_seqs=8, num_gpu_blocks_override=40)
+    engine = llm.llm_engine
+    asked = asks(NUM, max_tokens=10 if RUNNER == "v1" else 4)
+    waiting = list(enumerate(asked))
+    finished: dict[int, Any] = {}
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(step % 3):
+            if waiting:
+                number, ask = waiting.pop(0)
+                inputs: Any = {"prompt_token_ids": ask.prompt}
+                engine.add_request(str(number), inputs, params(ask.spec, max_tokens=ask.max_tokens))
+        for output in engine.step():
+            if output.finished:
+                finished[int(output.request_id)] = output
+        if step % 7 == 6:
+            engine.abort_request([str(step % NUM)])
+        step += 1
+    assert NUM / 2 < len(finished) < NUM
+    assert_right(oracle, [asked[i] for i in finished], list(finished.values()))
+
+
+def test_prompt_logprobs(start: Start, oracle: Oracle) -> None:
+    from driving import prompt_logprobs
+
+    llm = start(max_num_batched_tokens=32, max_num_seqs=8)
+    asked = [Ask(ask.prompt, ask.spec, 1) for ask in asks(len(SPECS))]
+    for ask, output in zip(asked, run(llm, asked, prompt_logprobs=0), strict=True):
+        expected = oracle.logprobs(ask.prompt, ask.spec)[range(len(ask.prompt) - 1), ask.prompt[1:]]
+        assert abs(prompt_logprobs(output) - expected).max() <= 1e-4
+
+
+def test_nothing_in_the_matrix_is_plain(oracle: Oracle) -> None:
+    """Every spec of the traffic moves the next token's logprobs by far more than any bound here."""
+    prompt = tokens(1, 40)
+    plain = oracle.logprobs(prompt, None)[-1]
+    for spec in SPECS:
+        moved = abs(oracle.logprobs(prompt, spec, prompt_len=len(prompt))[-1] - plain).max()
+        assert (moved == 0) if spec is None else moved > 1e-2
+    assert steering() == {"edits": []}
