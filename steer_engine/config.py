@@ -24,6 +24,8 @@ class SteeringConfig(BaseModel):
     blocks: `"all"`, `"8-22"` or a list; sites that exist in the graph.
     ops: operations that a request may use; `("add",)` compiles to a graph without any reduction of ours.
     rows: bank rows (and program entries) that one request may need per block after adds are merged.
+    bank_rows: rows of the bank in all. Default: as many as all requests at once could need, so that none ever waits for
+        one; with fewer, requests wait in the scheduler.
     capture: blocks whose residual stream can be read (empty: reading is not armed).
     fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). One launch
         less per block, but silence is then plain vLLM to within rounding, not bit for bit.
@@ -34,6 +36,7 @@ class SteeringConfig(BaseModel):
     blocks: str | tuple[int, ...] = "all"
     ops: tuple[Op, ...] = ALL_OPS
     rows: int = Field(default=4, ge=1, le=16)
+    bank_rows: int | None = Field(default=None, ge=1)
     capture: str | tuple[int, ...] = ()
     fuse_norm: bool = False
 
@@ -63,6 +66,11 @@ class SteeringConfig(BaseModel):
                 f"Reading is asked at blocks {sorted(unarmed)} which are not armed; arm them with --steering-blocks."
             )
         return wanted
+
+    def num_bank_rows(self, num_armed_blocks: int, max_requests: int) -> int:
+        """Rows of the bank of an engine that runs at most `max_requests` at once."""
+        most = max_requests * num_armed_blocks * self.rows
+        return most if self.bank_rows is None else min(self.bank_rows, most)
 
     def to_additional_config(self) -> dict[str, Any]:
         """Plain JSON for `VllmConfig.additional_config`."""

@@ -17,6 +17,9 @@ from steer_engine.spec import Op
 PROGRAM_KEY = "_steer_program"
 """Reserved key of `SamplingParams.extra_args`; refused when a client writes it."""
 
+Row = tuple["RowKey", int]
+"""What a bank row holds, and the block it is for."""
+
 LARGEST = 3.4028234663852886e38
 """An open bound of a clamp: float32's largest number, since JSON has no infinity."""
 
@@ -88,6 +91,11 @@ class Program:
     keep_norm: bool = False
     capture: Capture | None = None
 
+    @property
+    def bank_rows(self) -> frozenset[Row]:
+        """The rows that are pinned while the request runs."""
+        return frozenset((key, block) for site in self.sites for key in _keys(site.entries) for block in site.blocks)
+
     def to_wire(self) -> dict[str, Any]:
         """Plain lists, ints, floats and strings."""
         wire: dict[str, Any] = {
@@ -144,6 +152,11 @@ class ProgramTemplate:
     def rows(self) -> int:
         """The most rows or entries that any block needs."""
         return max((_rows_of(entries) for _, entries in self.sites), default=0)
+
+    @property
+    def num_bank_rows(self) -> int:
+        """Rows of the bank that a request needs at most, over all blocks."""
+        return sum(len(blocks) * len(_keys([entry for entry, _ in placed])) for blocks, placed in self.sites)
 
     def at(self, prompt_len: int) -> Program:
         """The program of a request whose prompt has `prompt_len` tokens; what covers no position vanishes."""
@@ -207,8 +220,11 @@ def _entry_of(edit: Edit, block: int) -> Entry:
 
 
 def _rows_of(entries: Sequence[tuple[Entry, Scope]]) -> int:
-    rows = {entry.row for entry, _ in entries} | {entry.gate[0] for entry, _ in entries if entry.gate}
-    return max(len(entries), len(rows))
+    return max(len(entries), len(_keys([entry for entry, _ in entries])))
+
+
+def _keys(entries: Sequence[Entry]) -> set[RowKey]:
+    return {entry.row for entry in entries} | {entry.gate[0] for entry in entries if entry.gate}
 
 
 def _placed(entry: Entry, start: int, end: int) -> Entry:

@@ -36,6 +36,8 @@ class ModelShape:
     rows: int
     dtype: str
     """The stream's dtype: "float32", "float16" or "bfloat16"."""
+    bank_rows: int | None = None
+    """Rows of a bank that can be full; None where every request finds room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,12 @@ def resolve(
         raise SteeringRequestError(
             f"The edits need {template.rows} rows at one block; this server has room for {model.rows} "
             "(--steering-rows). Give edits of op 'add' the same scope, or fewer edits the same blocks.",
+            "steering.edits",
+        )
+    if model.bank_rows is not None and template.num_bank_rows > model.bank_rows:
+        raise SteeringRequestError(
+            f"The edits need {template.num_bank_rows} rows over all blocks; this server's bank has {model.bank_rows} "
+            "(--steering-bank-rows). Steer at fewer blocks, or by fewer vectors.",
             "steering.edits",
         )
     return ResolvedSpec(edits=edits, preserve_norm=spec.preserve_norm, preset=preset, template=template)

@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from steer_engine.program import RowKey
-
-Row = tuple[RowKey, int]
-"""What a row holds, and the block it is for."""
+from steer_engine.program import Row, RowKey
 
 
 class Bank:

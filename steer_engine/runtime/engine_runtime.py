@@ -51,7 +51,7 @@ class EngineRuntime:
             num_slots=max_requests + 1,
             num_sites=num_sites,
             num_entries=config.rows,
-            num_rows=max_requests * num_sites * config.rows,
+            num_rows=config.num_bank_rows(num_sites, max_requests),
             hidden_size=hidden_size,
             max_tokens=max_tokens,
             bank_dtype=dtype,

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from steer_kernels.tables import GATE_ROW, NUM_WORDS, ROW, Entry, Tables, encode_entry
 
-from steer_engine.program import Program
-from steer_engine.runtime.bank import Bank, Row
+from steer_engine.program import Program, Row
+from steer_engine.runtime.bank import Bank
 
 
 class Programs:

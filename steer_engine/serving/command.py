@@ -98,6 +98,8 @@ def add_flags(parser: Any) -> None:
     add("--steering-blocks", metavar="BLOCKS", help="Blocks that can be steered, such as 8-22. Default: all.")
     add("--steering-ops", metavar="OPS", help=f"Operations that requests may use, of {','.join(Op)}. Default: all.")
     add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
+    add("--steering-bank-rows", type=int, metavar="N", help="Bank rows in all, one per vector and block in use. "
+        "Default: as many as all requests could need at once. With fewer, requests wait for rows.")  # fmt: skip
     add("--steering-fuse-norm", action="store_true", help="Edit inside the add-and-norm that follows a block, on GPUs: "
         "one launch less a block. That norm rounds once less than vLLM's, so idle output is no longer bit-identical "
         "to plain vLLM's.")  # fmt: skip
@@ -141,6 +143,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "blocks": args.steering_blocks,
         "ops": args.steering_ops.split(",") if args.steering_ops else None,
         "rows": args.steering_rows,
+        "bank_rows": args.steering_bank_rows,
         "fuse_norm": args.steering_fuse_norm or None,
     }
     return {key: value for key, value in settings.items() if value is not None}

@@ -44,8 +44,9 @@ class SteerEndpointPlugin:
         """
         import asyncio
 
-        from steer_engine.runtime.vllm.shipping import handshake, in_flight
+        from steer_engine.runtime.vllm.shipping import handshake, in_flight, num_waiting
         from steer_engine.serving.poll import poll
+        from steer_engine.serving.queue_length import QueueLength
         from steer_engine.serving.readiness import Readiness
         from steer_engine.serving.upload import Uploads
 
@@ -65,6 +66,8 @@ class SteerEndpointPlugin:
             await handshake(engine_client)
             if frontend.default_preset is not None:
                 frontend.resolve({"preset": frontend.default_preset})
+            if frontend.model.bank_rows is not None:
+                frontend.queue_length = QueueLength(partial(num_waiting, engine_client), limits.max_bank_queue)
             # Kept on the state: a task that nothing refers to may be collected.
             state.steering_poll = asyncio.create_task(poll(state.steering_readiness, frontend.registry))
 

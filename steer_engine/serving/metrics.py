@@ -42,6 +42,9 @@ registry_generation = Gauge(
 bank_rows = Gauge(
     "steer_engine_bank_rows", "Rows of the bank, of the fullest worker.", ("state",), multiprocess_mode="mostrecent"
 )
+bank_waiting = Gauge(
+    "steer_engine_waiting_requests", "Steered requests that wait in the engine.", multiprocess_mode="mostrecent"
+)
 steered_requests = Gauge(
     "steer_engine_steered_requests", "Steered requests that run in the engine now.", multiprocess_mode="mostrecent"
 )
@@ -69,8 +72,12 @@ def upload_rejected(status: int) -> None:
     upload_rejections.labels(str(int(status))).inc()
 
 
-def engine_polled(statuses: list[dict[str, Any]]) -> None:
-    """What the workers said of themselves, or an empty list if they did not answer as armed."""
+def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
+    """What the workers said of themselves, or an empty list if they did not answer as armed.
+
+    waiting: steered requests that the engine has not begun.
+    """
+    bank_waiting.set(waiting)
     armed.set(bool(statuses))
     if not statuses:
         return

@@ -20,7 +20,7 @@ async def poll(readiness: Readiness, registry: Any, period_s: float = PERIOD_S) 
     while True:
         try:
             status = await readiness.check()
-            metrics.engine_polled(status["workers"])
+            metrics.engine_polled(status["workers"], status["waiting"])
         except SteerError as error:
             metrics.engine_polled([])
             logger.warning("Not ready: %s", error.message)

@@ -47,7 +47,9 @@ async def describe(request: Request) -> JSONResponse:
             "armed_blocks": list(model.armed_blocks),
             "operations": [op.value for op in Op if op in model.ops],
             "scopes": ["all", "prompt", "generation", {"start": "integer or null", "end": "integer or null"}],
-            "limits": limits | frontend.registry.limits.model_dump() | {"rows": model.rows},
+            "limits": limits
+            | frontend.registry.limits.model_dump()
+            | {"rows": model.rows, "bank_rows": model.bank_rows},
             "generation": await asyncio.to_thread(lambda: frontend.registry.generation),
             "default_preset": frontend.default_preset,
         }

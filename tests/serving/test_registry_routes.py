@@ -320,7 +320,7 @@ async def test_draining(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPat
 
 async def test_limits_are_published(client: httpx.AsyncClient) -> None:
     limits = (await client.get("/v1/steering")).json()["limits"]
-    names = {*Limits.model_fields, *ApiLimits.model_fields, *ShelfLimits.model_fields, "rows"}
+    names = {*Limits.model_fields, *ApiLimits.model_fields, *ShelfLimits.model_fields, "rows", "bank_rows"}
     assert set(limits) == names
     assert limits["max_upload_bytes"] == 10_000
     assert limits["max_vectors"] == 3

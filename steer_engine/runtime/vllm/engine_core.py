@@ -12,8 +12,9 @@ from typing import Any
 
 from steer_engine.config import SteeringConfig
 from steer_engine.errors import CapacityError, SteeringRequestError
-from steer_engine.program import PROGRAM_KEY
+from steer_engine.program import PROGRAM_KEY, Program
 from steer_engine.runtime.resident import Resident
+from steer_engine.runtime.vllm import scheduler
 from steer_engine.runtime.vllm.patching import Symbol, wrap
 
 PREPROCESS = Symbol("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",))
@@ -27,7 +28,7 @@ _RESIDENT = "_steer_resident"
 def hook() -> None:
     wrap(PREPROCESS, _preprocess_add_request)
     owner, _ = PREPROCESS.owner()
-    for method in (steer_put, steer_drop, steer_in_flight, steer_status, steer_take):
+    for method in (steer_put, steer_drop, steer_in_flight, steer_waiting, steer_status, steer_take):
         setattr(owner, method.__name__, method)
 
 
@@ -65,6 +66,11 @@ def steer_in_flight(self: Any, digest: str) -> int:
     return sum(digest in _vectors_of(request.sampling_params) for request in self.scheduler.requests.values())
 
 
+def steer_waiting(self: Any) -> int:
+    """How many steered requests of this engine wait to be run."""
+    return scheduler.num_waiting(self.scheduler)
+
+
 def steer_status(self: Any) -> Reply:
     """How every worker is armed, and which vectors all of them hold."""
     armed = SteeringConfig.from_additional_config(self.vllm_config.additional_config) is not None
@@ -74,7 +80,13 @@ def steer_status(self: Any) -> Reply:
     failed = [worker["reason"] for worker in workers if not worker["ok"]]
     if failed:
         return {"ok": False, "reason": failed[0], "armed": True}
-    return {"ok": True, "armed": True, "workers": workers, "vectors": _resident(self).digests()}
+    return {
+        "ok": True,
+        "armed": True,
+        "workers": workers,
+        "vectors": _resident(self).digests(),
+        "waiting": steer_waiting(self),
+    }
 
 
 def steer_take(self: Any, key: str) -> Reply:
@@ -118,8 +130,11 @@ def _check_steering(engine_core: Any, request: Any) -> None:
         raise SteeringRequestError("This request's steering was never compiled; it came by a way that we do not know.")
     if PROGRAM_KEY not in extra_args:
         return
-    if SteeringConfig.from_additional_config(engine_core.vllm_config.additional_config) is None:
+    config = SteeringConfig.from_additional_config(engine_core.vllm_config.additional_config)
+    if config is None:
         raise SteeringRequestError("This engine is not armed for steering.")
+    if config.bank_rows is not None and len(Program.from_wire(extra_args[PROGRAM_KEY]).bank_rows) > config.bank_rows:
+        raise SteeringRequestError("This request needs more rows than the bank has; it would wait for ever.")
     resident, named = _resident(engine_core), _vectors_of(request.sampling_params)
     absent = [digest for digest in named if digest not in resident]
     if absent:

@@ -43,6 +43,8 @@ class Frontend:
         """Applied by the server to requests that say nothing of steering."""
         self.draining = False
         """Set when the engine client shuts down: the server takes nothing new."""
+        self.queue_length: Any = None
+        """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
         self.resident: set[str] = set()
         """Digests that this process believes the engine holds. A hint: the engine core decides."""
         self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
+from steer_engine.errors import SteerError
 from steer_engine.runtime.vllm.frontend import STEERING_KEY, Frontend, check_reserved_keys
 from steer_engine.runtime.vllm.patching import Symbol, wrap
 from steer_engine.runtime.vllm.shipping import ship_sync
@@ -33,6 +34,11 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 # The names are gone from here on; the caller's own params stay as they are.
                 params = params.clone()
                 params.extra_args = {**(params.extra_args or {}), STEERING_KEY: resolved.to_wire()}
-        return original(self, request_id, prompt, params, *args, **kwargs)
+        try:
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        except SteerError:
+            # An engine core in this process has refused it, and vLLM would wait for its answer.
+            self.abort_request([request_id])
+            raise
 
     return add_request

@@ -55,6 +55,12 @@ async def in_flight(async_llm: Any, digest: str) -> int:
     return sum(counts)
 
 
+async def num_waiting(async_llm: Any) -> int:
+    """How many steered requests wait to be run, over all engines."""
+    counts = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_waiting"))
+    return sum(counts)
+
+
 async def handshake(async_llm: Any) -> dict[str, Any]:
     """How the engines are armed: the status of the first, after comparing all of them.
 

@@ -55,4 +55,5 @@ def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
         ops=config.ops,
         rows=config.rows,
         dtype=str(model.dtype).removeprefix("torch."),
+        bank_rows=config.bank_rows,
     )

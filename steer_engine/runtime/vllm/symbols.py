@@ -11,13 +11,15 @@ from steer_engine.runtime.vllm import (
     llm_engine,
     model_runner_v1,
     model_runner_v2,
+    scheduler,
     shipping,
     worker,
 )
 from steer_engine.runtime.vllm.patching import Symbol
 
 MODULES = (
-    async_llm, block_hash, engine_core, input_processor, llm_engine, model_runner_v1, model_runner_v2, worker,
+    async_llm, block_hash, engine_core, input_processor, llm_engine, model_runner_v1, model_runner_v2, scheduler,
+    worker,
 )  # fmt: skip
 """The modules with a `hook()` and `SYMBOLS`."""
 

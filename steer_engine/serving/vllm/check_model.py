@@ -104,6 +104,8 @@ async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, An
     _forget(request)
     if resolved is None:
         return None
+    if frontend.queue_length is not None:
+        await frontend.queue_length.enter()
     if missing := frontend.missing(resolved):
         from steer_engine.runtime.vllm.shipping import ship
 

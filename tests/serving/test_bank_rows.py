@@ -1,0 +1,94 @@
+"""A bank of two vectors behind HTTP: many requests at once that bring a vector each wait their turn, or are sent away."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from serving.server_process import Server, steer_engine_serve
+
+from steer_engine.vectors import ControlVector
+from steer_engine.vectors.safetensors_format import to_bytes
+
+pytestmark = pytest.mark.slow
+
+NUM_BLOCKS, HIDDEN_SIZE, NUM_REQUESTS, QUEUE = 3, 64, 64, 100
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("narrow")
+    (folder / "vectors").mkdir()
+    command = steer_engine_serve(
+        tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(folder / "vectors"),
+        "--max-num-seqs", "64", "--steering-bank-rows", str(2 * NUM_BLOCKS),
+        "--steering-limit", f"max_bank_queue={QUEUE}",
+    )  # fmt: skip
+    running = Server(command, folder / "server.log")
+    yield running
+    running.kill()
+
+
+def inline(axis: int) -> dict[str, Any]:
+    direction = np.zeros(HIDDEN_SIZE, np.float32)
+    direction[axis] = 40.0
+    vector = ControlVector(directions={block: direction for block in range(NUM_BLOCKS)})
+    return {"edits": [{"vector": {"data": base64.b64encode(to_bytes(vector)).decode()}}]}
+
+
+async def ask(client: httpx.AsyncClient, number: int, max_tokens: int = 4) -> httpx.Response:
+    body = {"model": "tiny", "prompt": f"request {number % HIDDEN_SIZE}", "max_tokens": max_tokens, "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True, "steering": inline(number % HIDDEN_SIZE)}
+    return await client.post("/v1/completions", json=body)
+
+
+def client_of(server: Server) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=400))
+
+
+def tokens(answer: httpx.Response) -> list[int]:
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["choices"][0]["token_ids"])
+
+
+async def test_many_inline_vectors_at_once(narrow: Server) -> None:
+    assert narrow.get("/v1/steering").json()["limits"]["bank_rows"] == 2 * NUM_BLOCKS
+    waiting: list[int] = []
+    async with client_of(narrow) as client:
+        alone = [tokens(await ask(client, number)) for number in range(NUM_REQUESTS)]
+        assert len({tuple(each) for each in alone}) > NUM_REQUESTS // 2
+        asking = [asyncio.create_task(ask(client, number)) for number in range(NUM_REQUESTS)]
+        while not all(task.done() for task in asking):
+            engine = (await client.get("/v1/steering/stats")).json()["engine"]
+            waiting.append(engine["waiting"])
+            assert engine["workers"][0]["bank_rows_pinned"] <= engine["workers"][0]["bank_rows"] == 2 * NUM_BLOCKS
+        together = [await task for task in asking]
+    assert [tokens(answer) for answer in together] == alone
+    assert all("X-Steering" in answer.headers for answer in together)
+    assert max(waiting) > NUM_REQUESTS // 2
+
+
+async def test_a_queue_that_is_too_long_is_a_503(narrow: Server) -> None:
+    async with client_of(narrow) as client:
+        answers = await asyncio.gather(*(ask(client, number, max_tokens=60) for number in range(2 * QUEUE)))
+        statuses = Counter(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 503}
+        assert statuses[503] >= QUEUE // 2
+        refused = [answer for answer in answers if answer.status_code == 503]
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+        assert all("X-Steering" not in answer.headers for answer in refused)
+        assert (await ask(client, 1)).status_code == 200
+
+
+def test_a_request_that_can_never_fit_is_a_400(narrow: Server, tmp_path: Path) -> None:
+    edits = [inline(axis)["edits"][0] | {"scope": {"start": axis}} for axis in range(3)]
+    answer = narrow.post("/v1/completions", {"model": "tiny", "prompt": "a", "steering": {"edits": edits}})
+    assert answer.status_code == 400
+    assert "--steering-bank-rows" in answer.json()["error"]["message"]
