@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -79,8 +80,29 @@ def derive(context: typer.Context) -> None:
     """Derive a control vector from contrast pairs, on the engine that will serve it."""
     from steer_engine.derive.command import derive_command
 
+    _hand_over(context, derive_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def dump(context: typer.Context) -> None:
+    """Keep the residual stream of texts in a folder; started again, go on where it stopped."""
+    from steer_engine.derive.dump_command import dump_command
+
+    _hand_over(context, dump_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def fit(context: typer.Context) -> None:
+    """Fit a control vector to an activation dump."""
+    from steer_engine.derive.fit_command import fit_command
+
+    _hand_over(context, fit_command)
+
+
+def _hand_over(context: typer.Context, function: Callable[..., None]) -> None:
+    """Run a command whose options are read by a parser of its own."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-    command.command(context_settings={"help_option_names": ["-h", "--help"]})(derive_command)
+    command.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
     command(args=context.args, prog_name=context.command_path)
 
 

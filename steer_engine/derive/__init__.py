@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 from steer_engine.derive.derive import derive
+from steer_engine.derive.dump import dump
+from steer_engine.derive.fit_dump import fit_dump
 from steer_engine.derive.pairs import Pair, Pairs, load_pairs
+from steer_engine.derive.texts import Text, Texts, load_texts
 
-__all__ = ["Pair", "Pairs", "derive", "load_pairs"]
+__all__ = ["Pair", "Pairs", "Text", "Texts", "derive", "dump", "fit_dump", "load_pairs", "load_texts"]

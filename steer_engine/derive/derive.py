@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from steer_engine.derive.actors import pool
-from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_BYTES, Readings, fit
+from steer_engine.derive.dump import manifest_of
+from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_BYTES, Readings, fit, vector_of
 from steer_engine.derive.methods import FROM_ROWS, require_method
 from steer_engine.derive.pairs import Pair, Pairs, load_pairs
 from steer_engine.derive.position import Position
 from steer_engine.derive.progress import Progress
 from steer_engine.derive.reader import EngineFacts, ReaderConfig
+from steer_engine.derive.settings import as_blocks, engine_defaults, model_for_actors, model_name
+from steer_engine.derive.texts import from_pairs
 from steer_engine.errors import DerivationError
-from steer_engine.models import PACKAGED, resolve_model
-from steer_engine.spec import parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.metadata import VectorMetadata
 
 
 def derive(
@@ -61,12 +60,12 @@ def derive(
     require_method(method)
     pairs = _as_pairs(pairs)
     config = ReaderConfig(
-        model=_model_for_actors(model, local=ray_address is None),
-        blocks=_as_blocks(blocks),
+        model=model_for_actors(model, local=ray_address is None),
+        blocks=as_blocks(blocks),
         position=Position(position),
         chat=chat,
         source=pairs.source or "pairs",
-        engine_args=tuple({**_engine_defaults(), "dtype": dtype, **(engine_args or {})}.items()),
+        engine_args=tuple({**engine_defaults(), "dtype": dtype, **(engine_args or {})}.items()),
     )
     with (
         Progress(enabled=progress) as shown,
@@ -81,40 +80,7 @@ def derive(
                 readings.add(reading)
                 advance(reading.positive.count)
     fitted = fit(readings, method, facts.blocks)
-    return ControlVector(
-        directions=fitted.directions,
-        metadata=VectorMetadata(
-            model=Path(model).name if Path(model).exists() else model,
-            architecture=facts.architecture,
-            hidden_size=facts.hidden_size,
-            num_blocks=facts.num_blocks,
-            method=method,
-            position=position,
-            residual_norms=fitted.residual_norms,
-            separation=fitted.separation,
-            dataset_digest=pairs.digest,
-            created_with=dict(facts.versions),
-            notes=f"{len(pairs)} pairs, read in {facts.dtype}{', chat template' if chat else ''}.",
-        ),
-    )
-
-
-def _model_for_actors(model: str, *, local: bool) -> str:
-    """The model as an actor can open it, whatever its working directory.
-
-    A packaged model goes by its name, since another machine keeps it elsewhere; here it is made ready beforehand, where
-    the user sees it.
-    """
-    if model in PACKAGED:
-        if local:
-            resolve_model(model)
-        return model
-    return str(Path(model).absolute()) if Path(model).exists() else model
-
-
-def _engine_defaults() -> dict[str, Any]:
-    """Reading needs no CUDA graphs or compilation (a minute or two saved), no cache, and no more length than fits."""
-    return {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": -1}
+    return vector_of(fitted, manifest_of(model_name(model), config, facts, from_pairs(pairs)), method)
 
 
 def _as_pairs(pairs: str | os.PathLike[str] | Pairs | Sequence[Pair]) -> Pairs:
@@ -123,13 +89,6 @@ def _as_pairs(pairs: str | os.PathLike[str] | Pairs | Sequence[Pair]) -> Pairs:
     if isinstance(pairs, str | os.PathLike):
         return load_pairs(pairs)
     return Pairs(tuple(pairs))
-
-
-def _as_blocks(blocks: str | int | Iterable[int]) -> tuple[int, ...] | None:
-    try:
-        return parse_blocks(blocks if isinstance(blocks, str | int) else list(blocks))
-    except ValueError as error:
-        raise DerivationError(f"{error}.") from None
 
 
 def _num_rows_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:

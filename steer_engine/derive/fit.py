@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from steer_engine.derive.manifest import Manifest
 from steer_engine.derive.methods import FROM_MOMENTS, FROM_ROWS, require_method
-from steer_engine.derive.moments import Moments, Rows
+from steer_engine.derive.moments import Moments, Rows, Sums
 from steer_engine.derive.quality import held_out_auroc, mean_difference
 from steer_engine.derive.reader import Reading
 from steer_engine.errors import DerivationError
+from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.metadata import VectorMetadata
 
 MAX_ROWS_BYTES = 1 << 30
 """Rows kept in memory by the methods that need them."""
@@ -66,11 +69,13 @@ class Readings:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What was fitted, by block: directions, mean residual norms, and held-out AUROC where there are pairs enough."""
+    """What was fitted, by block: directions, mean residual norms, held-out AUROC where there are pairs enough, and the
+    share of the paired differences' squares along the direction where it was asked for."""
 
     directions: dict[int, npt.NDArray[np.float32]]
     residual_norms: dict[int, float]
     separation: dict[int, float]
+    explained: dict[int, float] = field(default_factory=dict)
 
 
 def fit(readings: Readings, method: str, blocks: Sequence[int]) -> Fit:
@@ -86,6 +91,16 @@ def fit(readings: Readings, method: str, blocks: Sequence[int]) -> Fit:
         directions_LD = FROM_MOMENTS[method](positive, negative)
     else:
         directions_LD = np.stack([FROM_ROWS[method](*readings.rows(which)) for which in range(len(blocks))])
+    require_directions(directions_LD, norm_L, blocks)
+    return Fit(
+        directions={block: directions_LD[i].astype(np.float32) for i, block in enumerate(blocks)},
+        residual_norms={block: float(norm_L[i]) for i, block in enumerate(blocks)},
+        separation=_separation(readings, method, blocks),
+    )
+
+
+def require_directions(directions_LD: Sums, norm_L: Sums, blocks: Sequence[int]) -> None:
+    """Raise DerivationError that names the blocks whose direction is nothing but rounding, or nothing at all."""
     length_L = np.linalg.norm(directions_LD, axis=1)
     zero = [block for block, length, norm in zip(blocks, length_L, norm_L, strict=True) if length <= ZERO * norm]
     if zero:
@@ -95,10 +110,27 @@ def fit(readings: Readings, method: str, blocks: Sequence[int]) -> Fit:
             "Texts that differ only before the position read, or the same texts on both sides, do this; "
             "choose other pairs, blocks or another position."
         )
-    return Fit(
-        directions={block: directions_LD[i].astype(np.float32) for i, block in enumerate(blocks)},
-        residual_norms={block: float(norm_L[i]) for i, block in enumerate(blocks)},
-        separation=_separation(readings, method, blocks),
+
+
+def vector_of(fitted: Fit, manifest: Manifest, method: str) -> ControlVector:
+    """The control vector that says where it is from."""
+    unit = "pairs" if manifest.paired else "texts"
+    number = manifest.num_texts // 2 if manifest.paired else manifest.num_texts
+    return ControlVector(
+        directions=fitted.directions,
+        metadata=VectorMetadata(
+            model=manifest.model,
+            architecture=manifest.architecture,
+            hidden_size=manifest.hidden_size,
+            num_blocks=manifest.num_blocks,
+            method=method,
+            position=manifest.position,
+            residual_norms=fitted.residual_norms,
+            separation=fitted.separation,
+            dataset_digest=manifest.dataset,
+            created_with=manifest.versions,
+            notes=f"{number} {unit}, read in {manifest.dtype}{', chat template' if manifest.chat else ''}.",
+        ),
     )
 
 

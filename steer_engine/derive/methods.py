@@ -126,6 +126,9 @@ FROM_ROWS: dict[str, Callable[[Array, Array], Array]] = {
 }
 """Methods that need the rows of one block at a time."""
 
+PAIRED = ("pca", "pca_centred")
+"""Methods of paired differences."""
+
 METHODS = (*FROM_MOMENTS, *FROM_ROWS)
 
 
@@ -153,14 +156,17 @@ def _top_direction(rows_ND: Array, positive_ND: Array, negative_ND: Array) -> Ar
     return _signed_and_scaled(direction_D, positive_ND, negative_ND)
 
 
-def _signed_and_scaled(direction_D: Array, positive_ND: Array, negative_ND: Array) -> Array:
-    """The direction with positives projecting higher, as long as the difference of the means.
+def signed_and_scaled(direction_D: Array, gap_D: Array) -> Array:
+    """The direction with positives projecting higher, as long as the difference of the means, `gap_D`.
 
     A direction at right angles to that difference keeps the sign it has; a zero direction stays zero.
     """
-    gap_D = positive_ND.mean(axis=0) - negative_ND.mean(axis=0)
     length = float(np.linalg.norm(direction_D))
     if length == 0.0:
         return direction_D
     sign = -1.0 if direction_D @ gap_D < 0.0 else 1.0
     return direction_D * (sign * float(np.linalg.norm(gap_D)) / length)
+
+
+def _signed_and_scaled(direction_D: Array, positive_ND: Array, negative_ND: Array) -> Array:
+    return signed_and_scaled(direction_D, positive_ND.mean(axis=0) - negative_ND.mean(axis=0))

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
+from steer_engine.derive.jsonl import parse_lines, read_bytes
 from steer_engine.errors import DerivationError
 
 PACKAGED = {"sentiment": "cheerful against gloomy first-person sentences"}
@@ -23,7 +24,7 @@ MIN_PAIRS = 2
 MAX_TEXT_CHARS = 1_000_000
 """Of one text. The model's own limit is in tokens and is checked when the text is read by it."""
 
-_KEYS = {"positive", "negative", "prompt", "id"}
+_OPTIONAL = {"prompt", "id"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,53 +94,25 @@ def load_pairs(name_or_path: str | os.PathLike[str]) -> Pairs:
         DerivationError: with file and line, where the file is missing, a line is not such an object, a text is empty,
             a pair's texts are the same, an id is there twice, or there are too few pairs.
     """
-    if str(name_or_path) in PACKAGED and not Path(name_or_path).exists():
-        source = f"{name_or_path} (packaged)"
-        data = resources.files("steer_engine.derive").joinpath(f"data/{name_or_path}.jsonl").read_bytes()
-    else:
-        source = str(name_or_path)
-        try:
-            data = Path(name_or_path).read_bytes()
-        except OSError as error:
-            raise DerivationError(
-                f"{source}: cannot be read ({error.strerror}). Give a JSONL file, or one of: {', '.join(PACKAGED)}."
-            ) from None
-    if not data.strip():
-        raise DerivationError(f"{source}: the file is empty; each line is an object with 'positive' and 'negative'.")
+    source, data = read_set(name_or_path)
     return Pairs(tuple(_parse(data, source)), source)
+
+
+def read_set(name_or_path: str | os.PathLike[str]) -> tuple[str, bytes]:
+    """What to call a file or a packaged set in messages, and its bytes."""
+    if str(name_or_path) in PACKAGED and not Path(name_or_path).exists():
+        data = resources.files("steer_engine.derive").joinpath(f"data/{name_or_path}.jsonl").read_bytes()
+        return f"{name_or_path} (packaged)", data
+    return str(name_or_path), read_bytes(name_or_path, f"Give a JSONL file, or one of: {', '.join(PACKAGED)}.")
 
 
 def _parse(data: bytes, source: str) -> Iterator[Pair]:
     seen: dict[str, int] = {}
-    for line, raw in enumerate(data.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    for line, entry in parse_lines(data, source, required=("positive", "negative"), optional=_OPTIONAL):
         try:
-            pair = _pair(raw, line)
+            pair = Pair(**entry, line=line)
         except DerivationError as error:
             raise DerivationError(f"{source}:{line}: {error.message}") from None
         if pair.id and seen.setdefault(pair.id, line) != line:
             raise DerivationError(f"{source}:{line}: the id {pair.id[:64]!r} is already that of line {seen[pair.id]}.")
         yield pair
-
-
-def _pair(raw: bytes, line: int) -> Pair:
-    try:
-        entry: Any = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
-    except UnicodeDecodeError:
-        raise DerivationError("not UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise DerivationError(f"not JSON ({error}).") from None
-    if not isinstance(entry, dict):
-        raise DerivationError("not a JSON object with 'positive' and 'negative'.")
-    for name in ("positive", "negative"):
-        if name not in entry:
-            raise DerivationError(f"the key {name!r} is missing.")
-    if unknown := entry.keys() - _KEYS:
-        raise DerivationError(f"unknown key {sorted(unknown)[0][:64]!r}; known are {', '.join(sorted(_KEYS))}.")
-    for name, value in entry.items():
-        if not isinstance(value, str):
-            raise DerivationError(f"{name!r} is not text.")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise DerivationError(f"{name!r} has half a surrogate pair in it, which no tokenizer takes.")
-    return Pair(**entry, line=line)

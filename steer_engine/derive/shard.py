@@ -1,0 +1,192 @@
+"""One shard of a dump: a safetensors file of rows, and an index that says whose they are.
+
+    shard-000000.safetensors    `site.{l}` [R, D] per block, `norm_sum` [N, L] F64, `norm_count` [N] I32
+    shard-000000.jsonl          first line: name, size and SHA-256 of that file, and the place of its first text;
+                                then one line per text, with the range of its rows
+
+The rows are written first and the index last, each to a temporary name, with fsync, then renamed: a shard is there when
+its index is.
+
+Shape suffixes: N texts, R rows, L blocks, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steer_engine.derive.moments import Rows, Sums
+from steer_engine.derive.reader import TextRows
+from steer_engine.derive.stored_dtype import CODES, ITEMSIZE, decode, encode
+from steer_engine.derive.texts import Text
+from steer_engine.errors import DerivationError
+from steer_engine.vectors.atomic_write import write_atomically
+
+AGAIN = "Remove it and its .jsonl, and run the same dump again: it reads only what is missing."
+
+_HASHED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEntry:
+    """A text's line in the index. rows: `[begin, end)` in the shard's tensors. line: of the file of texts."""
+
+    id: str
+    label: str
+    pair: str
+    line: int
+    rows: tuple[int, int]
+    tokens: int
+    tokens_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHead:
+    """First line of an index. first: place of the first text in canonical order."""
+
+    shard: str
+    sha256: str
+    bytes: int
+    first: int
+    texts: int
+
+
+class Shard:
+    """A shard that is there. Nothing is read until it is asked for."""
+
+    def __init__(self, index: Path) -> None:
+        self.index = index
+        self.path = index.with_suffix(".safetensors")
+        lines = index.read_bytes().splitlines()
+        try:
+            self.head = ShardHead(**json.loads(lines[0]))
+            entries = [json.loads(line) for line in lines[1:]]
+            self.entries = tuple(TextEntry(**{**entry, "rows": tuple(entry["rows"])}) for entry in entries)
+        except (ValueError, TypeError, KeyError, IndexError):
+            raise DerivationError(f"{index}: not the index of a shard. {AGAIN}") from None
+        if self.head.shard != self.path.name or self.head.texts != len(self.entries):
+            raise DerivationError(f"{index}: it describes {self.head.shard} with {self.head.texts} texts. {AGAIN}")
+
+    def require_whole(self) -> None:
+        """Raise DerivationError unless the file of rows is there and as long as it was written."""
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise DerivationError(f"{self.path}: missing, but its index is there. {AGAIN}") from None
+        if size != self.head.bytes:
+            raise DerivationError(f"{self.path}: truncated, {size} bytes of {self.head.bytes}. {AGAIN}")
+
+    def require_digest(self) -> None:
+        """Raise DerivationError unless the file of rows holds what was written."""
+        self.require_whole()
+        sha = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            while part := stream.read(_HASHED_AT_ONCE):
+                sha.update(part)
+        if sha.hexdigest() != self.head.sha256:
+            raise DerivationError(f"{self.path}: damaged, its SHA-256 is not the one of its index. {AGAIN}")
+
+    def rows_RD(self, block: int) -> Rows:
+        """All rows of a block, in order."""
+        raw, code, shape = self._tensor(f"site.{block}")
+        return decode(raw, code).reshape(shape)
+
+    def norms(self) -> tuple[Sums, np.ndarray]:
+        """Sum of |x| of each text at each block `[N, L]`, and the number of token rows it is over `[N]`."""
+        sums, _, shape = self._tensor("norm_sum")
+        counts, _, _ = self._tensor("norm_count")
+        return np.frombuffer(sums, dtype="<f8").reshape(shape), np.frombuffer(counts, dtype="<i4")
+
+    def _tensor(self, name: str) -> tuple[bytes, str, list[int]]:
+        header, start = self._header
+        if name not in header:
+            raise DerivationError(f"{self.path}: there is no tensor {name}. {AGAIN}")
+        begin, end = header[name]["data_offsets"]
+        with self.path.open("rb") as stream:
+            stream.seek(start + begin)
+            return stream.read(end - begin), header[name]["dtype"], header[name]["shape"]
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Any], int]:
+        with self.path.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            return json.loads(stream.read(size)), 8 + size
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    *,
+    first: int,
+    texts: Sequence[Text],
+    rows: Sequence[TextRows],
+    blocks: Sequence[int],
+    stored: str,
+) -> None:
+    """Write rows and index of consecutive texts, of which the first has the place `first`.
+
+    Raises:
+        DerivationError: a value is too large for `stored`, or the disk takes no more; nothing half-written stays.
+    """
+    path = folder / f"shard-{number:06}.safetensors"
+    try:
+        data = _encoded(rows, blocks, CODES[stored])
+        head = ShardHead(
+            shard=path.name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), first=first, texts=len(texts)
+        )
+        write_atomically(path, data)
+        write_atomically(path.with_suffix(".jsonl"), _index(head, texts, rows))
+    except OSError as error:
+        raise DerivationError(
+            f"{path}: cannot be written ({error.strerror}). What is there stays; the same command goes on from it."
+        ) from None
+
+
+def _encoded(rows: Sequence[TextRows], blocks: Sequence[int], code: str) -> bytes:
+    num_rows = sum(text.rows_LPD.shape[1] for text in rows)
+    hidden_size = rows[0].rows_LPD.shape[2]
+    parts: dict[str, tuple[str, list[int], int]] = {
+        f"site.{block}": (code, [num_rows, hidden_size], num_rows * hidden_size * ITEMSIZE[code]) for block in blocks
+    }
+    parts["norm_sum"] = ("F64", [len(rows), len(blocks)], 8 * len(rows) * len(blocks))
+    parts["norm_count"] = ("I32", [len(rows)], 4 * len(rows))
+    header: dict[str, Any] = {"__metadata__": {"format": "activation-dump", "format_version": "1"}}
+    offset = 0
+    for name, (dtype, shape, size) in parts.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors wants the data 8-byte aligned
+    data = bytearray(struct.pack("<Q", len(text)) + text)
+    for place in range(len(blocks)):
+        data += encode(np.concatenate([text.rows_LPD[place] for text in rows]), code)
+    data += np.stack([text.norm_L for text in rows]).astype("<f8").tobytes()
+    data += np.array([text.norm_count for text in rows], dtype="<i4").tobytes()
+    return bytes(data)
+
+
+def _index(head: ShardHead, texts: Sequence[Text], rows: Sequence[TextRows]) -> bytes:
+    lines: list[dict[str, Any]] = [asdict(head)]
+    begin = 0
+    for text, read in zip(texts, rows, strict=True):
+        end = begin + read.rows_LPD.shape[1]
+        entry = TextEntry(
+            id=text.id,
+            label=text.label,
+            pair=text.pair,
+            line=text.line,
+            rows=(begin, end),
+            tokens=read.num_tokens,
+            tokens_sha256=read.tokens_digest.removeprefix("sha256:"),
+        )
+        lines.append(asdict(entry))
+        begin = end
+    return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)

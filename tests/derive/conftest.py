@@ -1,0 +1,17 @@
+"""One tiny engine in a Ray actor, for all tests of this folder that read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from derive.reading import config
+
+from steer_engine.derive.actors import Pool, pool
+
+
+@pytest.fixture(scope="session")
+def tiny_pool(tiny_llama: str) -> Iterator[Pool]:
+    with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl")) as engines:
+        assert engines.facts().blocks == (0, 2)
+        yield engines
