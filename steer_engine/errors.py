@@ -14,6 +14,7 @@
     │   └── RegistryFullError        no room for another vector or preset (507)
     ├── BatchFileError           a file of requests or answers that cannot be used
     ├── DerivationError          contrast pairs or dumps that cannot give a vector
+    ├── EvaluationError          a task or plan that cannot be evaluated
     ├── ModelError               a packaged model cannot be had
     └── UnsupportedEngineError   an armed engine must not start like this
 
@@ -105,6 +106,10 @@ class BatchFileError(SteerError, ValueError):
 
 class DerivationError(SteerError, ValueError):
     """Contrast pairs or activation dumps from which no vector can be derived."""
+
+
+class EvaluationError(SteerError, ValueError):
+    """A task, a plan or results that cannot be evaluated."""
 
 
 class UnsupportedEngineError(SteerError, RuntimeError):

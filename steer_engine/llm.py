@@ -22,6 +22,8 @@ import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM
 from steer_engine.runtime.vllm import shipping  # noqa: E402
 from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, STEERING_KEY, Frontend  # noqa: E402
 
+SamplingParams = vllm.SamplingParams
+
 Prompt = str | list[int]
 Position = str | list[int]
 

@@ -1,0 +1,87 @@
+"""The measured numbers of a run, on disk as they come, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from steer_engine.errors import EvaluationError
+
+Key = tuple[str, str, str]
+"""Split (or "neutral"), the condition's key, the question's id."""
+
+
+class Journal:
+    """One JSON line per measured (question, condition), after a first line that says what is measured.
+
+    facts: everything that the numbers depend on: model, task, vectors by digest, versions. A file with other facts is
+        refused, not overwritten.
+
+    Raises:
+        EvaluationError: the file is another run's, or no journal.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self._path = path
+        self._scores: dict[Key, dict[str, float]] = {}
+        head = json.dumps({"steer_engine_journal": 1, **facts}, sort_keys=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep = self._read(head) if path.exists() and path.stat().st_size else 0
+        self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(keep)  # half a line of a run that was killed
+        self._file.seek(keep)
+        if keep == 0:
+            self._file.write(head.encode() + b"\n")
+            self._file.flush()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._scores
+
+    def __getitem__(self, key: Key) -> dict[str, float]:
+        return self._scores[key]
+
+    def add(self, key: Key, score: Mapping[str, float]) -> None:
+        """Keep one measurement."""
+        self._scores[key] = dict(score)
+        self._file.write(json.dumps([*key, score]).encode() + b"\n")
+
+    def commit(self) -> None:
+        """What was added is on disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, head: str) -> int:
+        """Load what an earlier run measured; returns the length of its whole lines in bytes."""
+        keep = 0
+        for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break
+            if number == 1:
+                if line.decode(errors="replace").strip() != head:
+                    raise EvaluationError(
+                        f"{self._path}: holds the numbers of another run (model, task, vectors, settings or versions "
+                        "differ). Choose another --out, or remove the folder."
+                    )
+            else:
+                try:
+                    split, condition, question, score = json.loads(line)
+                except ValueError:
+                    raise EvaluationError(f"{self._path}:{number}: not a line of a journal; remove the file.") from None
+                self._scores[split, condition, question] = score
+            keep += len(line)
+        return keep

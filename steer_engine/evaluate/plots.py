@@ -1,0 +1,171 @@
+"""The pictures of a report, by matplotlib (extra `report`), as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from steer_engine.errors import EvaluationError
+from steer_engine.evaluate.outcome import Outcome, Point, Verdict
+
+COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#762a83", "#e08214", "#4d4d4d")
+GREY = "#777777"
+
+
+def require_matplotlib() -> None:
+    """Raises EvaluationError where the pictures could not be drawn: before a run, not after it."""
+    try:
+        import_module("matplotlib.figure")
+    except ImportError:
+        raise EvaluationError("A report needs matplotlib: pip install 'steer-engine[report]'.") from None
+
+
+def curves(outcome: Outcome, verdict: Verdict) -> str:
+    """Accuracy, KL, entropy and mass against strength at the chosen blocks, on validation, with 95 % bands."""
+    line = _line(outcome, "validation", verdict)
+    neutral = _line(outcome, "neutral", verdict)
+    has_answers = "mass_correct" in line[0].metrics
+    figure, axes = _figure(1, 4 if has_answers else 3, height=3.1)
+    axes = axes[0]
+    _band(axes[0], line, "accuracy", COLOURS[0], "")
+    axes[0].axhline(_at_zero(line).metrics["accuracy"].mean, color=GREY, lw=0.8, ls=":")
+    axes[0].set_title("accuracy")
+    if "kl" in line[0].metrics:
+        _band(axes[1], line, "kl", COLOURS[0], "task")
+    _band(axes[1], neutral, "kl", COLOURS[4], "neutral text")
+    axes[1].set_title("KL(P₀ ‖ Pα), nats")
+    if "entropy" in line[0].metrics:
+        _band(axes[2], line, "entropy", COLOURS[0], "task")
+    _band(axes[2], neutral, "entropy", COLOURS[4], "neutral text")
+    axes[2].set_title("entropy, bits")
+    if has_answers:
+        _band(axes[3], line, "mass_correct", COLOURS[2], "right answer")
+        _band(axes[3], line, "mass_incorrect", COLOURS[1], "other answers")
+        axes[3].set_title("probability mass")
+    for axis in axes:
+        axis.set_xlabel(f"strength α ({outcome.facts['unit']})")
+        axis.axvline(verdict.alpha, color=GREY, lw=0.8, ls="--")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def heat_map(outcome: Outcome, verdict: Verdict) -> str:
+    """Change of accuracy on validation by blocks and strength; the chosen cell has a frame."""
+    own = [point for point in outcome.points if point.split == "validation" and point.vector == verdict.vector]
+    baseline = _baseline(outcome, "validation").metrics["accuracy"].mean
+    ranges = list(dict.fromkeys(point.blocks for point in own))
+    alphas = sorted({point.alpha for point in own})
+    grid = np.full((len(ranges), len(alphas)), np.nan)
+    for point in own:
+        row, column = ranges.index(point.blocks), alphas.index(point.alpha)
+        grid[row, column] = point.metrics["accuracy"].mean - baseline
+    figure, axes = _figure(1, 1, height=1.4 + 0.32 * len(ranges), width=max(5.0, 1.8 + 0.62 * len(alphas)))
+    axis = axes[0][0]
+    limit = max(0.02, float(np.nanmax(np.abs(grid))))
+    picture = axis.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas], fontsize=8)
+    axis.set_yticks(range(len(ranges)), ranges, fontsize=8)
+    axis.set_xlabel("strength α")
+    axis.set_ylabel("blocks")
+    if len(alphas) <= 24:
+        for (row, column), value in np.ndenumerate(grid):
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            axis.text(column, row, f"{100 * value:+.0f}", ha="center", va="center", fontsize=7, color=colour)
+    place = alphas.index(verdict.alpha) - 0.5, ranges.index(verdict.blocks) - 0.5
+    axis.add_patch(import_module("matplotlib.patches").Rectangle(place, 1, 1, fill=False, lw=2))
+    axis.set_title("accuracy against no steering, percentage points")
+    figure.colorbar(picture, ax=axis, shrink=0.9)
+    return _svg(figure)
+
+
+def trials(outcome: Outcome, verdict: Verdict) -> str:
+    """Accuracy on the test split: no steering, the chosen condition, and each control, with 95 % intervals of the
+    difference.
+    """
+    figure, axes = _figure(1, 1, height=0.9 + 0.36 * (len(verdict.trials) + 1), width=7.0)
+    axis = axes[0][0]
+    before = verdict.main.paired.before
+    names = ["no steering", *(trial.name for trial in verdict.trials)]
+    axis.axvline(before, color=GREY, lw=0.8, ls=":")
+    axis.plot([before], [0], "o", color=GREY)
+    for row, trial in enumerate(verdict.trials, start=1):
+        colour = COLOURS[5] if trial.is_control else COLOURS[0]
+        ends = [before + trial.paired.difference.low, before + trial.paired.difference.high]
+        axis.plot(ends, [row, row], color=colour, lw=2)
+        axis.plot([trial.paired.after], [row], "o", color=colour)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title("accuracy on the test split")
+    return _svg(figure)
+
+
+def flips(verdict: Verdict) -> str:
+    """Margin of the right answer in each test item, before against after; above 0 is right."""
+    before, after = np.array(verdict.margins).T
+    figure, axes = _figure(1, 1, height=4.2, width=4.6)
+    axis = axes[0][0]
+    gained, lost = (before <= 0) & (after > 0), (before > 0) & (after <= 0)
+    same = ~(gained | lost)
+    axis.plot(before[same], after[same], ".", color="#bbbbbb", ms=3, label=f"as before ({same.sum()})")
+    axis.plot(before[gained], after[gained], ".", color=COLOURS[2], ms=4, label=f"now above 0 ({gained.sum()})")
+    axis.plot(before[lost], after[lost], ".", color=COLOURS[1], ms=4, label=f"now below 0 ({lost.sum()})")
+    ends = [float(min(before.min(), after.min())), float(max(before.max(), after.max()))]
+    axis.plot(ends, ends, color=GREY, lw=0.6)
+    axis.axhline(0, color=GREY, lw=0.6)
+    axis.axvline(0, color=GREY, lw=0.6)
+    axis.set_xlabel("margin unsteered, nats")
+    axis.set_ylabel("margin steered, nats")
+    axis.set_title("each test item")
+    axis.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _band(axis: Any, line: Sequence[Point], metric: str, colour: str, label: str) -> None:
+    alphas = [point.alpha for point in line]
+    interval = [point.metrics[metric] for point in line]
+    axis.plot(alphas, [each.mean for each in interval], "o-", color=colour, ms=3, lw=1.4, label=label or None)
+    low, high = [each.low for each in interval], [each.high for each in interval]
+    axis.fill_between(alphas, low, high, color=colour, alpha=0.18, lw=0)
+
+
+def _line(outcome: Outcome, split: str, verdict: Verdict) -> list[Point]:
+    own = [
+        point
+        for point in outcome.points
+        if point.split == split and point.vector == verdict.vector and point.blocks == verdict.blocks
+    ]
+    return sorted([*own, _baseline(outcome, split)], key=lambda point: point.alpha)
+
+
+def _baseline(outcome: Outcome, split: str) -> Point:
+    return next(point for point in outcome.points if point.split == split and not point.vector)
+
+
+def _at_zero(line: Sequence[Point]) -> Point:
+    return next(point for point in line if point.alpha == 0.0)
+
+
+def _figure(rows: int, columns: int, *, height: float, width: float = 0.0) -> tuple[Any, Any]:
+    figure = import_module("matplotlib.figure").Figure(figsize=(width or 3.5 * columns, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.title.set_fontsize(10)
+        axis.xaxis.label.set_fontsize(9)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    matplotlib = import_module("matplotlib")
+    out = io.StringIO()
+    # No date and fixed ids: equal numbers give equal files.
+    with matplotlib.rc_context({"svg.hashsalt": "steer-engine", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

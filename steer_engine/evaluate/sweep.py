@@ -1,0 +1,55 @@
+"""Every question under every condition, on one engine, and the numbers as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from steer_engine.evaluate.condition import Condition
+from steer_engine.evaluate.encode import Question
+from steer_engine.evaluate.journal import Journal
+from steer_engine.evaluate.metrics import Array
+from steer_engine.evaluate.scorer import Job, Scorer
+
+COMMIT_EVERY = 64
+"""Measurements between two writes to disk: what a kill can cost."""
+
+Table = dict[str, Array]
+"""Metric -> one number per question, in the order of the questions."""
+
+
+def sweep(
+    scorer: Scorer,
+    journal: Journal,
+    split: str,
+    questions: Sequence[Question],
+    conditions: Sequence[Condition],
+    advance: Callable[[int], None] = lambda steps: None,
+) -> dict[str, Table]:
+    """Condition's key -> its numbers. What the journal has is not measured again.
+
+    All conditions of a question stand side by side in a batch, so that they share its prompt in the prefix cache as
+    far as their scopes allow.
+    """
+    distinct = list({condition.key: condition for condition in conditions}.values())
+    jobs: list[Job] = [
+        (question, condition)
+        for question in questions
+        for condition in distinct
+        if (split, condition.key, question.id) not in journal
+    ]
+    advance(len(questions) * len(distinct) - len(jobs))
+    for count, ((question, condition), score) in enumerate(scorer.scores(jobs), start=1):
+        journal.add((split, condition.key, question.id), score)
+        advance(1)
+        if count % COMMIT_EVERY == 0:
+            journal.commit()
+    journal.commit()
+    return {condition.key: table(journal, split, questions, condition) for condition in distinct}
+
+
+def table(journal: Journal, split: str, questions: Sequence[Question], condition: Condition) -> Table:
+    """The numbers of one condition."""
+    rows = [journal[split, condition.key, question.id] for question in questions]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
