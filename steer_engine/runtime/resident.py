@@ -57,6 +57,12 @@ class Resident:
                 if digest in self._held:
                     self.put(digest, self._held[digest].num_bytes, now)
 
+    def hold(self, digest: str, now: float) -> bool:
+        """Keep `digest` for a while more, if it is here."""
+        with self._lock:
+            self.touch([digest], now)
+            return digest in self._held
+
     def drop(self, digest: str) -> None:
         with self._lock:
             self._held.pop(digest, None)

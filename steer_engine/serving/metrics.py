@@ -84,7 +84,9 @@ def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
     fullest = max(statuses, key=lambda worker: worker["bank_rows_pinned"])
     bank_rows.labels("pinned").set(fullest["bank_rows_pinned"])
     bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_pinned"])
-    steered_requests.set(max(worker["steered_slots"] for worker in statuses))
+    # Each rank of an engine runs all of its requests; the engines share them.
+    slots = {worker["engine"]: worker["steered_slots"] for worker in statuses}
+    steered_requests.set(sum(slots.values()))
     store_bytes.set(max(worker["store_bytes"] for worker in statuses))
 
 

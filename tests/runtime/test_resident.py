@@ -54,3 +54,12 @@ def test_putting_twice_counts_once() -> None:
 def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUDGET_VARIABLE, "123")
     assert Resident().budget == 123
+
+
+def test_what_is_asked_for_is_kept_for_the_request_on_its_way() -> None:
+    resident = held(a=40, b=40)
+    assert resident.hold("a", now=LATER)
+    assert not resident.hold("c", now=LATER)
+    assert "c" not in resident
+    assert resident.make_room(70, in_use=(), now=LATER + 1) is None
+    assert resident.make_room(40, in_use=(), now=LATER + 1) == ["b"]

@@ -28,14 +28,14 @@ _RESIDENT = "_steer_resident"
 def hook() -> None:
     wrap(PREPROCESS, _preprocess_add_request)
     owner, _ = PREPROCESS.owner()
-    for method in (steer_put, steer_drop, steer_in_flight, steer_waiting, steer_status, steer_take):
+    for method in (steer_put, steer_hold, steer_drop, steer_in_flight, steer_waiting, steer_status, steer_take):
         setattr(owner, method.__name__, method)
 
 
 def steer_put(self: Any, digest: str, payload: bytes) -> Reply:
     """Put a vector into all workers, or into none. `dropped` names what had to leave for it."""
     resident = _resident(self)
-    if digest in resident:
+    if steer_hold(self, digest):
         return {"ok": True, "dropped": []}
     victims = resident.make_room(len(payload), _in_use(self), time.monotonic())
     if victims is None:
@@ -50,6 +50,11 @@ def steer_put(self: Any, digest: str, payload: bytes) -> Reply:
         return {"ok": False, "reason": failed[0]["reason"]}
     resident.put(digest, len(payload), time.monotonic())
     return {"ok": True, "dropped": victims}
+
+
+def steer_hold(self: Any, digest: str) -> bool:
+    """Whether all workers hold a vector; if so it stays for the request that is on its way."""
+    return _resident(self).hold(digest, time.monotonic())
 
 
 def steer_drop(self: Any, digest: str) -> Reply:

@@ -12,6 +12,7 @@ from steer_engine.config import Limits, SteeringConfig
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY, Capture
 from steer_engine.resolve import ResolvedSpec, resolve
+from steer_engine.runtime.held import Held
 from steer_engine.runtime.vllm.supported import check_supported, model_shape
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry
@@ -45,8 +46,8 @@ class Frontend:
         """Set when the engine client shuts down: the server takes nothing new."""
         self.queue_length: Any = None
         """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
-        self.resident: set[str] = set()
-        """Digests that this process believes the engine holds. A hint: the engine core decides."""
+        self.held = Held()
+        """What this process believes the engines hold."""
         self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()
         if self.config is not None:
             check_supported(vllm_config)
@@ -96,8 +97,8 @@ class Frontend:
             raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None
 
     def missing(self, resolved: ResolvedSpec) -> list[str]:
-        """Digests that this process believes the engine lacks."""
-        return [digest for digest in resolved.vectors if digest not in self.resident]
+        """Digests that the engines may lack: they are to be shipped, or confirmed, before the request is sent."""
+        return [digest for digest in resolved.vectors if not self.held.is_fresh(digest)]
 
     def compile(self, extra_args: dict[str, Any], prompt_len: int) -> dict[str, Any]:
         """A new `extra_args` in which the request's steering is compiled for a prompt of `prompt_len` tokens.

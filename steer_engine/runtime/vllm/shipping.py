@@ -28,17 +28,28 @@ HANDSHAKE_SECONDS = 30.0
 async def ship(async_llm: Any, digests: Iterable[str]) -> None:
     """Put vectors into every engine of `async_llm`. Raises CapacityError where an engine cannot take one."""
     frontend: Frontend = async_llm.input_processor.steering
+
+    async def ask(method: str, *args: Any) -> list[Any]:
+        replies: list[Any] = await asyncio.shield(async_llm.engine_core.call_utility_all_async(method, *args))
+        return replies
+
     for digest in digests:
-        payload = _payload(frontend, digest)
-        replies = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_put", digest, payload))
-        _settle(frontend, digest, replies)
+        asked = frontend.held.now()
+        if digest not in frontend.held or not all(await ask("steer_hold", digest)):
+            asked = frontend.held.now()
+            _settle(frontend, digest, await ask("steer_put", digest, _payload(frontend, digest)))
+        frontend.held.confirm(digest, asked)
 
 
 def ship_sync(llm_engine: Any, digests: Iterable[str]) -> None:
     """The same for an offline engine."""
     frontend: Frontend = llm_engine.input_processor.steering
     for digest in digests:
-        _settle(frontend, digest, [call(llm_engine, "steer_put", digest, _payload(frontend, digest))])
+        asked = frontend.held.now()
+        if digest not in frontend.held or not call(llm_engine, "steer_hold", digest):
+            asked = frontend.held.now()
+            _settle(frontend, digest, [call(llm_engine, "steer_put", digest, _payload(frontend, digest))])
+        frontend.held.confirm(digest, asked)
 
 
 def call(llm_engine: Any, method: str, *args: Any) -> Any:
@@ -77,7 +88,7 @@ async def handshake(async_llm: Any) -> dict[str, Any]:
 
 
 def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first status, if all engines and workers are armed alike."""
+    """The first status, if all engines and workers are armed alike, with the workers of all: `engine` numbers them."""
     for status in statuses:
         if not status["ok"]:
             raise UnsupportedEngineError(status["reason"])
@@ -88,7 +99,8 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
         for key in ("armed_blocks", "forms", "ops", "rows", "hidden_size", "dtype"):
             if worker[key] != workers[0][key]:
                 raise UnsupportedEngineError(f"Workers differ in {key}: {workers[0][key]} and {worker[key]}.")
-    return statuses[0]
+    numbered = [{**worker, "engine": number} for number, status in enumerate(statuses) for worker in status["workers"]]
+    return {**statuses[0], "workers": numbered}
 
 
 def _payload(frontend: Frontend, digest: str) -> bytes:
@@ -98,6 +110,6 @@ def _payload(frontend: Frontend, digest: str) -> bytes:
 def _settle(frontend: Frontend, digest: str, replies: list[dict[str, Any]]) -> None:
     failed = [reply["reason"] for reply in replies if not reply["ok"]]
     if failed:
+        frontend.held.forget([digest])
         raise CapacityError(f"The engine could not take vector {digest}: {failed[0]}.")
-    frontend.resident.add(digest)
-    frontend.resident.difference_update(dropped for reply in replies for dropped in reply["dropped"])
+    frontend.held.forget(dropped for reply in replies for dropped in reply["dropped"])
