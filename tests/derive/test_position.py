@@ -8,7 +8,13 @@ from steer_engine.errors import DerivationError
 
 @pytest.mark.parametrize(
     ("rule", "of_engine", "covers_first"),
-    [("last", "last", False), ("mean", "all", True), ("-2", [-2], False), ("0,3,-1", [0, 3, -1], False)],
+    [
+        ("last", "last", False),
+        ("mean", "all", True),
+        ("all", "all", True),
+        ("-2", [-2], False),
+        ("0,3,-1", [0, 3, -1], False),
+    ],
 )
 def test_rules(rule: str, of_engine: str | list[int], covers_first: bool) -> None:
     position = Position(rule)
