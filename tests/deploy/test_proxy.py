@@ -1,0 +1,285 @@
+"""deploy/proxy/nginx.conf in a real nginx, before small servers: open routes pass whole, all others are closed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from deploy.echo_server import echo
+from serving.server_process import free_port
+
+from steer_engine.serving.admin_keys import HEADER
+from steer_engine.serving.middleware import CARRYING_PATHS, INVOCATIONS
+
+CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "nginx.conf"
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+NO_RATE = {"burst=40": "burst=100000", "burst=200": "burst=100000"}
+"""For the tests of anything else."""
+
+pytestmark = [
+    pytest.mark.skipif(NGINX is None, reason="nginx is not installed (Debian: nginx-light)"),
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
+]
+
+
+class Echo:
+    """An ASGI app on a port of its own, in a thread."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        self.port = free_port()
+        config = uvicorn.Config(echo(name, **kwargs), port=self.port, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
+        self._thread.start()
+        wait_for_port(self.port)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+class Proxy:
+    """nginx with the shipped configuration; only paths, ports and what a test says are replaced."""
+
+    def __init__(self, folder: Path, upstreams: list[int], certificates: Path, replaced: dict[str, str]) -> None:
+        self.port = free_port()
+        (folder / "nginx").mkdir(parents=True)
+        servers = "".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=5s;" for port in upstreams)
+        changes = {
+            "server server:8000 max_fails=1 fail_timeout=5s;": servers,
+            "listen 8443 ": f"listen 127.0.0.1:{self.port} ",
+            "/etc/nginx/tls": str(certificates),
+            "/tmp/nginx": str(folder / "nginx"),
+            "/dev/stdout": str(folder / "access.log"),
+            "worker_processes auto": "worker_processes 1",
+            **replaced,
+        }
+        text = CONFIG.read_text()
+        for old, new in changes.items():
+            assert old in text, old
+            text = text.replace(old, new)
+        self.log = folder / "access.log"
+        (folder / "nginx.conf").write_text(text)
+        assert NGINX is not None
+        user = "user root;" if os.geteuid() == 0 else ""  # its workers could not enter a test's folder as another one
+        command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", f"daemon off; {user}"]
+        with (folder / "error.log").open("wb") as errors:
+            self.process = subprocess.Popen(command, stderr=errors)
+        wait_for_port(self.port)
+        self.context = ssl.create_default_context(cafile=str(certificates / "tls.crt"))
+        self.client = httpx.Client(base_url=f"https://localhost:{self.port}", verify=self.context, timeout=20)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.process.terminate()
+        self.process.wait(10)
+
+    def raw(self, target: str) -> int:
+        """Status of GET with exactly this text as its target; a client library would tidy it up."""
+        with (
+            socket.create_connection(("127.0.0.1", self.port), 10) as plain,
+            self.context.wrap_socket(plain, server_hostname="localhost") as connection,
+        ):
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.last = answer
+        return int(answer.split()[1])
+
+
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing listens on port {port}"
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+         "-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt"), "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Echo]:
+    running = Echo("one")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory, engine: Echo, certificates: Path) -> Iterator[Proxy]:
+    running = Proxy(tmp_path_factory.mktemp("proxy"), [engine.port], certificates, NO_RATE)
+    yield running
+    running.stop()
+
+
+OPEN = [
+    *(("POST", path) for path in sorted(CARRYING_PATHS - {INVOCATIONS})),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/steering"),
+    ("POST", "/v1/steering/validate"),
+    ("GET", "/v1/steering/vectors"),
+    ("GET", "/v1/steering/vectors/cheerful"),
+    ("GET", "/v1/steering/vectors/sha256:" + 64 * "a"),
+    ("PUT", "/v1/steering/vectors/cheerful"),
+    ("DELETE", "/v1/steering/vectors/cheerful"),
+    ("PUT", "/v1/steering/presets/calm"),
+    ("GET", "/readyz"),
+]
+CLOSED = [
+    ("GET", "/metrics"), ("GET", "/metrics/"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/invocations"),
+    ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/redoc"), ("GET", "/version"), ("GET", "/health"),
+    ("GET", "/ping"), ("POST", "/v1/load_lora_adapter"), ("POST", "/reset_prefix_cache"), ("POST", "/sleep"),
+    ("POST", "/collective_rpc"), ("POST", "/inference/v1/generate"), ("POST", "/v1/embeddings"), ("GET", "/"),
+    ("GET", "/v1/steering/stats"), ("GET", "/playground"), ("GET", "/server_info"), ("POST", "/v1/chat/completions/x"),
+    ("GET", "/v1/steering/vectors/a/b"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), OPEN, ids=lambda value: value)
+def test_open_routes_pass(proxy: Proxy, method: str, path: str) -> None:
+    answer = proxy.client.request(method, path, content=b"x" if method in ("POST", "PUT") else None)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["method"] == method
+    assert answer.json()["raw_path"] == path
+    assert answer.headers["x-steering"] == "sha256:of-the-echo"
+
+
+@pytest.mark.parametrize(("method", "path"), CLOSED, ids=lambda value: value)
+def test_all_other_routes_are_closed(proxy: Proxy, method: str, path: str) -> None:
+    answer = proxy.client.request(method, path)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == 404
+    assert "x-steering" not in answer.headers
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/chat/completions"), ("DELETE", "/v1/models"),
+                                              ("PUT", "/v1/steering"), ("GET", "/v1/steering/validate")])  # fmt: skip
+def test_only_the_methods_of_a_route(proxy: Proxy, method: str, path: str) -> None:
+    assert proxy.client.request(method, path).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/v1/models/../../metrics", "/v1/steering/vectors/../../../metrics", "/v1/steering/vectors/..%2f..%2f..%2fmetrics",
+     "//metrics", "/./metrics", "/%6detrics", "/v1/../metrics", "/METRICS", "/metrics;/v1/models", "/metrics%00"],
+)  # fmt: skip
+def test_closed_routes_stay_closed_however_they_are_spelt(proxy: Proxy, target: str) -> None:
+    assert proxy.raw(target) in (400, 404)
+
+
+@pytest.mark.parametrize(
+    "target", ["/metrics/../v1/models", "/metrics/%2e%2e/v1/models", "/v1/%6dodels", "//v1/models"]
+)
+def test_the_server_sees_the_path_that_was_checked(proxy: Proxy, target: str) -> None:
+    """vLLM mounts /metrics with all that is below it: the text of a request must not pass."""
+    assert proxy.raw(target) == 200
+    assert b'"raw_path": "/v1/models"' in proxy.last
+
+
+def test_queries_and_keys_pass_and_the_keys_are_not_logged(proxy: Proxy) -> None:
+    headers = {"Authorization": "Bearer a-secret-of-a-test", HEADER: "another-secret-of-a-test"}
+    answer = proxy.client.get("/v1/steering/vectors/cheerful?download", headers=headers).json()
+    assert answer["query"] == "download"
+    assert answer["headers"]["authorization"] == headers["Authorization"]
+    assert answer["headers"][HEADER] == headers[HEADER]
+    assert answer["headers"]["x-forwarded-for"] == "127.0.0.1"
+    assert re.fullmatch(r"[0-9a-f]{32}", answer["headers"]["x-request-id"])
+    log = proxy.log.read_text()
+    assert "GET /v1/steering/vectors/cheerful" in log
+    assert "secret-of-a-test" not in log
+
+
+def test_bodies_are_limited_by_route(proxy: Proxy) -> None:
+    small, large = b"x" * 7 * 2**20, b"x" * 9 * 2**20
+    assert proxy.client.post("/v1/completions", content=small).json()["num_bytes"] == len(small)
+    refused = proxy.client.post("/v1/completions", content=large)
+    assert refused.status_code == 413
+    assert refused.json()["error"]["param"] == "body"
+    assert proxy.client.put("/v1/steering/vectors/v", content=large).json()["num_bytes"] == len(large)
+
+
+def test_streams_arrive_as_they_are_made(proxy: Proxy) -> None:
+    arrived = []
+    with proxy.client.stream("POST", "/v1/chat/completions", json={"stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line:
+                arrived.append((line, time.monotonic()))
+    assert [line for line, _ in arrived] == ["data: 0", "data: 1", "data: 2", "data: [DONE]"]
+    assert arrived[-1][1] - arrived[0][1] > 0.6
+
+
+def test_plain_http_is_not_served(proxy: Proxy) -> None:
+    assert httpx.get(f"http://localhost:{proxy.port}/v1/models", timeout=10).status_code == 400
+    assert "max-age" in proxy.client.get("/v1/models").headers["strict-transport-security"]
+
+
+def test_rate_is_limited_by_key(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+    proxy = Proxy(tmp_path, [engine.port], certificates, {"rate=20r/s": "rate=1r/m", "burst=40": "burst=4"})
+    try:
+
+        def statuses(key: str, count: int) -> list[int]:
+            headers = {"Authorization": f"Bearer {key}"}
+            return [proxy.client.get("/v1/models", headers=headers).status_code for _ in range(count)]
+
+        assert statuses("one", 8) == [200] * 5 + [429] * 3
+        assert statuses("two", 2) == [200] * 2
+        refused = proxy.client.get("/v1/models", headers={"Authorization": "Bearer one"})
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "RateLimitError"
+    finally:
+        proxy.stop()
+
+
+def test_made_up_keys_share_the_rate_of_their_address(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+    proxy = Proxy(tmp_path, [engine.port], certificates, {"rate=100r/s": "rate=1r/m", "burst=200": "burst=4"})
+    try:
+        keys = [{"Authorization": f"Bearer made-up-{number}"} for number in range(8)]
+        assert [proxy.client.get("/v1/models", headers=key).status_code for key in keys] == [200] * 5 + [429] * 3
+    finally:
+        proxy.stop()
+
+
+def test_a_replica_that_drains_or_is_gone_costs_no_request(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+    draining = Echo("draining", status=503)
+    gone = free_port()
+    proxy = Proxy(tmp_path, [draining.port, gone, engine.port], certificates, NO_RATE)
+    try:
+        for _ in range(12):
+            assert proxy.client.post("/v1/completions", content=b"{}").json()["server"] == "one"
+    finally:
+        proxy.stop()
+        draining.stop()
+
+
+def test_no_server_at_all_is_said(tmp_path: Path, certificates: Path) -> None:
+    proxy = Proxy(tmp_path, [free_port()], certificates, NO_RATE)
+    try:
+        answer = proxy.client.get("/v1/models")
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+    finally:
+        proxy.stop()
