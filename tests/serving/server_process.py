@@ -24,7 +24,7 @@ SMALL += ("--dtype", "float32")
 
 
 class Server:
-    """Starts `command` on a free port and waits until `ready_path` answers 200."""
+    """Starts `command` on a port (default: a free one) and waits until `ready_path` answers 200, unless told not to."""
 
     def __init__(
         self,
@@ -34,8 +34,9 @@ class Server:
         env: Mapping[str, str] | None = None,
         ready_path: str = "/readyz",
         wait: bool = True,
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
@@ -45,11 +46,7 @@ class Server:
                 env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         if wait:
-            try:
-                self._wait_for(ready_path)
-            except BaseException:
-                self.kill()
-                raise
+            self.wait_for(ready_path)
 
     @property
     def log(self) -> str:
@@ -81,6 +78,14 @@ class Server:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(STOP_SECONDS)
+
+    def wait_for(self, path: str = "/readyz") -> None:
+        """Until `path` answers 200; a server that does not come up is ended, and its log is in the error."""
+        try:
+            self._wait_for(path)
+        except BaseException:
+            self.kill()
+            raise
 
     def _wait_for(self, path: str) -> None:
         deadline = time.monotonic() + START_SECONDS
