@@ -1,0 +1,55 @@
+"""A run that is killed at any byte goes on; another run's numbers are never taken for its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steer_engine.errors import EvaluationError
+from steer_engine.evaluate.journal import Journal
+
+FACTS = {"model": "m", "seed": 0}
+SCORE = {"accuracy": 1.0, "kl": 0.12345678901234567}
+
+
+def filled(path: Path) -> bytes:
+    with Journal(path, FACTS) as journal:
+        for number in range(3):
+            journal.add(("test", "baseline", f"q{number}"), SCORE)
+        journal.commit()
+    return path.read_bytes()
+
+
+def test_numbers_come_back_exactly(tmp_path: Path) -> None:
+    filled(tmp_path / "j.jsonl")
+    with Journal(tmp_path / "j.jsonl", FACTS) as journal:
+        assert len(journal) == 3
+        assert journal["test", "baseline", "q1"] == SCORE
+        assert ("test", "baseline", "q3") not in journal
+
+
+def test_a_cut_at_any_byte_leaves_whole_lines(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "j.jsonl")
+    path = tmp_path / "cut.jsonl"
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with Journal(path, FACTS) as journal:
+            assert len(journal) == max(0, whole[:size].count(b"\n") - 1)
+            for number in range(len(journal), 3):
+                journal.add(("test", "baseline", f"q{number}"), SCORE)
+        assert path.read_bytes() == whole
+
+
+def test_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "j.jsonl")
+    with pytest.raises(EvaluationError, match="numbers of another run"):
+        Journal(tmp_path / "j.jsonl", {**FACTS, "seed": 1})
+    assert (tmp_path / "j.jsonl").read_bytes() == whole
+
+
+def test_a_strange_file_is_refused(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "j.jsonl")
+    (tmp_path / "j.jsonl").write_bytes(whole + b"[]\n")
+    with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a line"):
+        Journal(tmp_path / "j.jsonl", FACTS)
