@@ -36,6 +36,9 @@ admission_seconds = Histogram(
 )
 armed = Gauge("steer_engine_armed", "1 where this server's engines are armed.", multiprocess_mode="mostrecent")
 registered_vectors = Gauge("steer_engine_registered_vectors", "Names in the registry.", multiprocess_mode="mostrecent")
+registry_readable = Gauge(
+    "steer_engine_registry_readable", "0 while the registry's folder cannot be read.", multiprocess_mode="mostrecent"
+)
 registry_generation = Gauge(
     "steer_engine_registry_generation", "Changes of the registry over the API.", multiprocess_mode="mostrecent"
 )
@@ -90,8 +93,9 @@ def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
     store_bytes.set(max(worker["store_bytes"] for worker in statuses))
 
 
-def registry_polled(num_vectors: int, generation: int) -> None:
+def registry_polled(num_vectors: int, generation: int, *, readable: bool) -> None:
     registered_vectors.set(num_vectors)
+    registry_readable.set(readable)
     registry_generation.set(generation)
 
 

@@ -25,8 +25,10 @@ async def poll(readiness: Readiness, registry: Any, period_s: float = PERIOD_S) 
             metrics.engine_polled([])
             logger.warning("Not ready: %s", error.message)
         try:
-            names = await asyncio.to_thread(registry.names)
-            metrics.registry_polled(len(names), await asyncio.to_thread(lambda: registry.generation))
+            names, generation, fault = await asyncio.to_thread(
+                lambda: (registry.names(), registry.generation, registry.fault)
+            )
+            metrics.registry_polled(len(names), generation, readable=fault is None)
         except SteerError as error:
             logger.error("The registry cannot be read: %s", error.message)
         await asyncio.sleep(period_s)

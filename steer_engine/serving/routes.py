@@ -75,10 +75,11 @@ async def stats(request: Request) -> JSONResponse:
     frontend = frontend_of(request)
     engine = await request.app.state.steering_readiness.check()
     names = await asyncio.to_thread(frontend.registry.names)
+    fault = await asyncio.to_thread(lambda: frontend.registry.fault)
     return JSONResponse(
         {
             "api": metrics.snapshot(),
-            "registry": {"vectors": len(names), "generation": frontend.registry.generation},
+            "registry": {"vectors": len(names), "generation": frontend.registry.generation, "fault": fault},
             "engine": engine,
         }
     )

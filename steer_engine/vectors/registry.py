@@ -72,6 +72,14 @@ class Registry:
         return ShelfLimits() if self._shelf is None else self._shelf.limits
 
     @property
+    def fault(self) -> str | None:
+        """Why the folder cannot be read now, if so; vectors that were read before are served on."""
+        if self._shelf is None:
+            return None
+        self._shelf.manifest()
+        return self._shelf.fault
+
+    @property
     def generation(self) -> int:
         """How many changes were made over the API; the same in every process that serves the folder."""
         return 0 if self._shelf is None else self._shelf.manifest().generation

@@ -12,9 +12,11 @@ a crash at any moment there are only whole vectors, and at most an object too ma
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from steer_engine.errors import (
     CapacityError,
     PreconditionError,
     RegistryConflictError,
+    RegistryError,
     RegistryFullError,
     UnknownVectorError,
     VectorFileError,
@@ -36,6 +39,7 @@ from steer_engine.limits import NamedLimits
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.atomic_write import write_atomically
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.disk_errors import writing
 from steer_engine.vectors.manifest import (
     Manifest,
     VectorEntry,
@@ -75,16 +79,35 @@ class Shelf:
         self._manifest_path = self._root / "manifest.json"
         self._objects = self._root / "objects"
         self._state = read_manifest(self._manifest_path)
+        self.fault: str | None = None
+        """Why the disk could not be read at the last look, if so; what was read before it serves on."""
 
     @property
     def exists(self) -> bool:
         return self._root.is_dir()
 
     def manifest(self) -> Manifest:
-        """The manifest as it is on the disk now: one `stat`, and a read only if it was replaced."""
-        if signature_of(self._manifest_path) != self._state[1]:
-            self._state = read_manifest(self._manifest_path)
+        """The manifest as it is on the disk now: one `stat`, and a read only if it was replaced.
+
+        While the disk cannot be read, the one read last; `fault` says so.
+        """
+        try:
+            if signature_of(self._manifest_path) != self._state[1]:
+                found = read_manifest(self._manifest_path)
+                # It is only ever replaced: one that is gone was not emptied, its volume is away.
+                if found[1] is None and self._state[1] is not None:
+                    raise FileNotFoundError(errno.ENOENT, "the manifest is gone")
+                self._state = found
+        except OSError as error:
+            self._note(f"{self._root} cannot be read ({error.strerror}); what was read before serves on.")
+        else:
+            self._note(None)
         return self._state[0]
+
+    def _note(self, fault: str | None) -> None:
+        if fault != self.fault:
+            logger.error("%s", fault) if fault else logger.info("%s can be read again.", self._root)
+        self.fault = fault
 
     def load(self, digest: str) -> ControlVector:
         """The content of a digest. Raises UnknownVectorError if it is gone, VectorFileError if it is damaged."""
@@ -169,24 +192,38 @@ class Shelf:
         """Read every object. Removes what no name stands for; returns name -> what is wrong with its content."""
         if not self.exists:
             return {}
+        try:
+            with self._changing() as manifest:
+                self._remove_leftovers(manifest)
+                return self._faults(manifest)
+        except RegistryError as error:
+            # A mirror is mounted read-only: it is read all the same.
+            logger.warning("The registry is read and not tidied: %s", error.message)
+            return self._faults(self.manifest())
+
+    def _faults(self, manifest: Manifest) -> dict[str, str]:
         faults: dict[str, str] = {}
-        with self._changing() as manifest:
-            named = {entry.digest for entry in manifest.vectors.values()}
-            kept = {self._object(digest) for digest in named}
-            leftovers = [*self._root.glob(".*.part"), *(path for path in self._objects.glob("*") if path not in kept)]
-            for path in [*leftovers, *self._stale_uploads()]:
-                path.unlink(missing_ok=True)
-            for name, entry in manifest.vectors.items():
-                try:
-                    self.load(entry.digest)
-                except (VectorFileError, UnknownVectorError, OSError) as error:
-                    faults[name] = f"Control vector {name} ({entry.digest}): {error}"
+        for name, entry in manifest.vectors.items():
+            try:
+                self.load(entry.digest)
+            except (VectorFileError, UnknownVectorError, OSError) as error:
+                faults[name] = f"Control vector {name} ({entry.digest}): {error}"
         return faults
+
+    def _remove_leftovers(self, manifest: Manifest) -> None:
+        kept = {self._object(entry.digest) for entry in manifest.vectors.values()}
+        leftovers = [*self._root.glob(".*.part"), *(path for path in self._objects.glob("*") if path not in kept)]
+        for path in [*leftovers, *self._stale_uploads()]:
+            path.unlink(missing_ok=True)
 
     def incoming(self) -> Path:
         """A folder for uploads under way, on the file system of the objects."""
         folder = self._root / "incoming"
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing():
+            self._check_here()
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return folder
 
     def _write_object(self, digest: str, data: bytes) -> None:
@@ -200,13 +237,28 @@ class Shelf:
 
     @contextmanager
     def _changing(self) -> Iterator[Manifest]:
-        """The manifest as it is, which no other process changes meanwhile."""
-        self._objects.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self._root / "lock", timeout=LOCK_SECONDS):
-                yield self.manifest()
-        except Timeout:
-            raise CapacityError("Another change of the registry takes too long; try again.", retry_after=5) from None
+        """The manifest as it is, which no other process changes meanwhile. Raises RegistryError where it cannot be."""
+        with writing():
+            # Before anything is made: an empty mount point would become a registry of its own.
+            self._check_here()
+            self._objects.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._root / "lock", timeout=LOCK_SECONDS)
+            try:
+                lock.acquire()
+            except Timeout:
+                message = "Another change of the registry takes too long; try again."
+                raise CapacityError(message, retry_after=5) from None
+            try:
+                yield self._check_here()
+            finally:
+                lock.release()
+
+    def _check_here(self) -> Manifest:
+        """The manifest; raises RegistryError while the disk cannot be read: a change would go to something else."""
+        manifest = self.manifest()
+        if self.fault is not None:
+            raise RegistryError(f"The registry cannot be changed now: {self.fault}")
+        return manifest
 
     def _replace(self, manifest: Manifest) -> None:
         write_manifest(self._manifest_path, manifest)

@@ -35,6 +35,11 @@ def test_every_metric_is_on_the_page(used: Server) -> None:
     assert asked - recorded - {"up"} - page == set()
 
 
+def test_vectors_that_were_shipped_are_counted(used: Server) -> None:
+    (line,) = re.findall(r"^steer_engine_shipped_bytes_total (\S+)$", used.get("/metrics").text, re.MULTILINE)
+    assert float(line) > 14 * 576 * 4, "the vector of the steered request: 14 blocks"
+
+
 @pytest.mark.skipif(PROMETHEUS_BINARY is None, reason="Prometheus is not installed (Debian: prometheus)")
 def test_every_panel_has_a_series_in_prometheus(used: Server, tmp_path: Path) -> None:
     """The shipped configuration, asked more often."""

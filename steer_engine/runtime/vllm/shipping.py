@@ -25,20 +25,28 @@ HANDSHAKE_SECONDS = 30.0
 """How long a readiness check waits for the engine. The call itself is never cut: its reply would be left unread."""
 
 
-async def ship(async_llm: Any, digests: Iterable[str]) -> None:
-    """Put vectors into every engine of `async_llm`. Raises CapacityError where an engine cannot take one."""
+async def ship(async_llm: Any, digests: Iterable[str]) -> int:
+    """Put vectors into every engine of `async_llm`; returns the bytes sent to each.
+
+    Raises:
+        CapacityError: an engine cannot take one.
+    """
     frontend: Frontend = async_llm.input_processor.steering
 
     async def ask(method: str, *args: Any) -> list[Any]:
         replies: list[Any] = await asyncio.shield(async_llm.engine_core.call_utility_all_async(method, *args))
         return replies
 
+    sent = 0
     for digest in digests:
         asked = frontend.held.now()
         if digest not in frontend.held or not all(await ask("steer_hold", digest)):
             asked = frontend.held.now()
-            _settle(frontend, digest, await ask("steer_put", digest, _payload(frontend, digest)))
+            payload = _payload(frontend, digest)
+            _settle(frontend, digest, await ask("steer_put", digest, payload))
+            sent += len(payload)
         frontend.held.confirm(digest, asked)
+    return sent
 
 
 def ship_sync(llm_engine: Any, digests: Iterable[str]) -> None:

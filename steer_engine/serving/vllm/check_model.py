@@ -109,7 +109,7 @@ async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, An
     if missing := frontend.missing(resolved):
         from steer_engine.runtime.vllm.shipping import ship
 
-        await ship(serving.engine_client, missing)
+        metrics.shipped_bytes.inc(await ship(serving.engine_client, missing))
     metrics.request_steered(resolved, time.monotonic() - began)
     request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: resolved.to_wire()}
     report: dict[str, Any] = resolved.report()

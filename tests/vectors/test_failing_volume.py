@@ -1,0 +1,155 @@
+"""A registry whose volume is away, read-only or full: reads go on from memory, writes fail and change nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steer_engine.errors import RegistryError, RegistryFullError
+from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vectors.disk_errors import writing
+from steer_engine.vectors.shelf import FOLDER
+
+NOBODY = 65534
+
+
+def vector(seed: int, size: int = 64) -> ControlVector:
+    return ControlVector(directions={1: np.random.default_rng(seed).standard_normal(size).astype(np.float32)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A registry with `a`, and the preset `p`."""
+    registry = Registry(tmp_path)
+    registry.put("a", vector(1))
+    registry.put_preset("p", {"edits": [{"vector": "another"}]})
+    return tmp_path
+
+
+@contextmanager
+def not_writable(folder: Path) -> Iterator[None]:
+    """As a read-only mount is: for root too, who gives up being root."""
+    everything = [folder, *folder.rglob("*")]
+    modes = {path: path.stat().st_mode for path in everything}
+    for path in everything:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for parent in folder.parents:
+        if parent.name.startswith("pytest-"):
+            modes[parent] = parent.stat().st_mode
+            parent.chmod(0o755)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+@contextmanager
+def full() -> Iterator[None]:
+    """No file may grow past 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+CHANGES: dict[str, Callable[[Registry], object]] = {
+    "put": lambda registry: registry.put("b", vector(2)),
+    "replace": lambda registry: registry.put("a", vector(2), if_match="*"),
+    "delete": lambda registry: registry.delete("a"),
+    "put_preset": lambda registry: registry.put_preset("q", {"edits": [{"vector": "a"}]}),
+    "delete_preset": lambda registry: registry.delete_preset("p"),
+    "incoming": lambda registry: registry.incoming("b"),
+}
+
+
+def assert_whole(registry: Registry) -> None:
+    assert registry.get("a").digest == vector(1).digest
+    assert registry.names() == {"a": vector(1).digest}
+    assert list(registry.presets()) == ["p"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_away(folder: Path, change: str) -> None:
+    """An unmounted volume leaves an empty folder behind: nothing is made there."""
+    registry = Registry(folder)
+    assert_whole(registry)
+    assert registry.fault is None
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.mkdir()
+    assert_whole(registry)
+    assert "cannot be read" in str(registry.fault)
+    with pytest.raises(RegistryError, match="cannot be changed now") as caught:
+        CHANGES[change](registry)
+    assert caught.value.status == 503
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    away.rename(folder)
+    assert registry.fault is None
+    CHANGES[change](registry)
+
+
+def test_no_folder_at_all(folder: Path) -> None:
+    registry = Registry(folder)
+    assert_whole(registry)
+    folder.rename(folder.with_name("away"))
+    folder.write_text("an error that is not 'no such file'")
+    assert_whole(registry)
+    assert registry.fault is not None
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_read_only(folder: Path, change: str) -> None:
+    with not_writable(folder):
+        registry = Registry(folder)
+        assert_whole(registry)
+        assert registry.fault is None, "it can be read"
+        with pytest.raises(RegistryError, match="cannot be written") as caught:
+            CHANGES[change](registry)
+        assert caught.value.status == 503
+        assert_whole(registry)
+
+
+def test_a_mirror_follows_its_source(folder: Path) -> None:
+    """A replica that may only read sees what another one puts."""
+    source = Registry(folder)
+    with not_writable(folder):
+        mirror = Registry(folder)
+    source.put("b", vector(2))
+    with not_writable(folder):
+        assert mirror.get("b").digest == vector(2).digest
+
+
+@pytest.mark.parametrize("change", ["put", "replace", "put_preset"])
+def test_full(folder: Path, change: str) -> None:
+    registry = Registry(folder)
+    with full(), pytest.raises(RegistryFullError, match="is full"):
+        CHANGES[change](registry)
+    assert_whole(registry)
+    assert_whole(Registry(folder, strict=True))
+    assert not list((folder / FOLDER).rglob("*.part"))
+    CHANGES[change](registry)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503), (errno.EIO, 503)]
+)
+def test_what_the_disk_says_is_told(code: int, status: int) -> None:
+    with pytest.raises(RegistryError, match=os.strerror(code)) as caught, writing():
+        raise OSError(code, os.strerror(code))
+    assert caught.value.status == status
