@@ -31,9 +31,13 @@ from traffic import Start
 from steer_engine import LLM
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`v1_only` tests do not exist on V2, and the other way round: they are left out, not skipped."""
     here = Path(__file__).parent
+    for item in items:
+        if RUNNER == "v2" and item.get_closest_marker("slow_on_v2") is not None:
+            item.add_marker(pytest.mark.slow)
     other = {"v1": "v2_only", "v2": "v1_only"}[RUNNER]
     items[:] = [item for item in items if here not in item.path.parents or item.get_closest_marker(other) is None]
 

@@ -62,16 +62,21 @@ def run(llm: LLM, asked: Sequence[Ask], **fields: Any) -> list[Any]:
     return list(llm.generate(inputs, wanted, use_tqdm=False))
 
 
-def assert_right(oracle: Oracle, asked: Sequence[Ask], outputs: Sequence[Any]) -> None:
-    """Every sampled token of every answer has the logprob that the oracle computes for it under its own steering."""
+def assert_right(
+    oracle: Oracle, asked: Sequence[Ask], outputs: Sequence[Any], allowed: Sequence[int] | None = None
+) -> None:
+    """Every sampled token of every answer has the logprob that the oracle computes for it under its own steering.
+
+    allowed: the tokens that a grammar leaves, where one does.
+    """
     shown = 0
     for ask, output in zip(asked, outputs, strict=True):
         for completion in output.outputs:
-            shown += assert_completion(oracle, ask, completion)
+            shown += assert_completion(oracle, ask, completion, allowed)
     assert shown == sum(len(o.outputs) for a, o in zip(asked, outputs, strict=True) if a.spec and len(o.outputs))
 
 
-def assert_completion(oracle: Oracle, ask: Ask, completion: Any) -> bool:
+def assert_completion(oracle: Oracle, ask: Ask, completion: Any, allowed: Sequence[int] | None = None) -> bool:
     """One answer; True if steering shows in it far above the bound."""
     ids = list(completion.token_ids)
     reported = np.array([step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)])
@@ -79,9 +84,19 @@ def assert_completion(oracle: Oracle, ask: Ask, completion: Any) -> bool:
     expected, plain = (
         oracle.logprobs(whole, spec, prompt_len=len(ask.prompt))[len(ask.prompt) - 1 : -1] for spec in (ask.spec, None)
     )
+    if allowed is not None:
+        expected, plain = (among(rows_MV, allowed) for rows_MV in (expected, plain))
     rows = np.arange(len(ids))
     assert np.abs(reported - expected[rows, ids]).max() <= BOUND, ask
     return bool(np.abs(expected - plain).max() >= 100 * BOUND) if ask.spec else False
+
+
+def among(logprobs_MV: np.ndarray, allowed: Sequence[int]) -> np.ndarray:
+    """Logprobs if only `allowed` tokens can be sampled; 0 for the others."""
+    result_MV = np.zeros_like(logprobs_MV)
+    allowed_MA = logprobs_MV[:, allowed]
+    result_MV[:, allowed] = allowed_MA - np.logaddexp.reduce(allowed_MA, axis=1, keepdims=True)
+    return result_MV
 
 
 def core_of(llm: LLM) -> Any:
