@@ -7,40 +7,38 @@ from typing import Annotated
 
 import typer
 
-MODEL = typer.Argument(help="Path, Hugging Face id, or a packaged model.", metavar="MODEL")
-DTYPE = typer.Option(help="The engine's dtype: auto, float32, bfloat16, float16.")
+from steer_engine.evaluate import engine_options as option
 
 
 def eval_command(
-    model: Annotated[str, MODEL],
-    task: Annotated[str, typer.Option(help="ioi, babi15, babi16, or a JSONL file.")],
-    out: Annotated[Path, typer.Option(help="Folder for results, report and what a stopped run goes on from.")],
+    model: Annotated[str, option.MODEL],
+    task: Annotated[str, option.TASK],
+    out: Annotated[Path, option.OUT],
     vector: Annotated[list[Path] | None, typer.Option(help="Vector file to evaluate; may be repeated.")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Derive a vector from the task's own items; may be repeated.")
     ] = None,
-    against: Annotated[str, typer.Option(help="What right answers are set against: `wrong` ones or `random` text.")] = (
-        "wrong"
-    ),
-    blocks: Annotated[
-        list[str] | None, typer.Option(help="Blocks to try, such as 15 or 10-19; may be repeated.")
-    ] = None,
-    alphas: Annotated[str, typer.Option(help="Strengths: first:last:step, or a list with commas.")] = "-2:2:0.5",
-    unit: Annotated[str, typer.Option(help="Of strengths: `vector`, or `residual` norms.")] = "vector",
-    scope: Annotated[str, typer.Option(help="Positions steered: all, prompt or generation.")] = "all",
+    against: Annotated[
+        str, typer.Option(help="What right answers are set against: `wrong` ones or `random` text.")
+    ] = "wrong",
+    blocks: Annotated[list[str] | None, option.BLOCKS] = None,
+    alphas: Annotated[str, option.ALPHAS] = "-2:2:0.5",
+    unit: Annotated[str, option.UNIT] = "vector",
+    scope: Annotated[str, option.SCOPE] = "all",
     preserve_norm: Annotated[bool, typer.Option("--preserve-norm", help="Rescale to the old norm.")] = False,
-    score: Annotated[str, typer.Option(help="Maximised on validation: accuracy or share_correct.")] = "accuracy",
-    max_kl: Annotated[float | None, typer.Option(min=0, help="Largest mean KL on validation, nats.")] = None,
-    derive_items: Annotated[int, typer.Option(min=2)] = 200,
-    validation_items: Annotated[int, typer.Option(min=2)] = 200,
-    test_items: Annotated[int, typer.Option(min=2)] = 1000,
-    shots: Annotated[int, typer.Option(min=0, help="Solved examples before each prompt.")] = 0,
+    score: Annotated[str, option.SCORE] = "accuracy",
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Largest mean KL on neutral texts, nats.")] = None,
+    derive_items: Annotated[int, option.DERIVE_ITEMS] = 200,
+    validation_items: Annotated[int, option.VALIDATION_ITEMS] = 200,
+    test_items: Annotated[int, option.TEST_ITEMS] = 1000,
+    shots: Annotated[int, option.SHOTS] = 0,
     random_controls: Annotated[int, typer.Option(min=0, help="Random directions to compare with.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Generated for an exact match.")] = 32,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts go through the model's chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Of items, contrasts and controls.")] = 0,
-    dtype: Annotated[str, DTYPE] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt in tokens.")] = None,
+    chat: Annotated[bool, option.CHAT] = False,
+    seed: Annotated[int, option.SEED] = 0,
+    dtype: Annotated[str, option.DTYPE] = "auto",
+    max_model_len: Annotated[int | None, option.MAX_MODEL_LEN] = None,
+    tensor_parallel_size: Annotated[int, option.TENSOR_PARALLEL] = 1,
 ) -> None:
     """Choose block and strength on one set of items, and report on another, with controls.
 
@@ -53,6 +51,7 @@ def eval_command(
     from steer_engine.evaluate.scorer import open_engine
     from steer_engine.evaluate.tasks import Sizes, load_task
 
+    # All that can be wrong without a model, before the minute that a model takes.
     require_matplotlib()
     sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
     loaded = load_task(task, sizes, seed=seed, shots=shots)
@@ -69,7 +68,8 @@ def eval_command(
         random_controls=random_controls,
         seed=seed,
     )
-    llm = open_engine(model, dtype=dtype, max_model_len=max_model_len)
-    evaluation = Evaluation(llm, loaded, plan, out, model=model, chat=chat, generate=max_tokens, command=command_line())
-    outcome = evaluation.run()
+    llm = open_engine(model, dtype=dtype, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size)
+    outcome = Evaluation(
+        llm, loaded, plan, out, model=model, chat=chat, generate=max_tokens, command=command_line()
+    ).run()
     say(outcome, write_results(outcome, out))

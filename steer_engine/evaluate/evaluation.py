@@ -114,19 +114,21 @@ class Evaluation:
             grids = {name: self._plan.grid(name, vector, self._llm.num_blocks) for name, vector in vectors.items()}
             everything = [BASELINE, *(condition for grid in grids.values() for condition in grid)]
             validation = self._sweep(journal, shown, "validation", everything)
+            # The price of every strength, where it may rule one out.
+            neutral = self._sweep(journal, shown, "neutral", everything) if self._plan.max_kl is not None else None
             tried = {}
             for name, vector in vectors.items():
-                chosen = choose(grids[name], validation, self._plan.score, max_kl=self._plan.max_kl)
+                chosen = choose(grids[name], validation, self._plan.score, neutral=neutral, max_kl=self._plan.max_kl)
                 if chosen is None:
                     raise EvaluationError(
-                        f"Every strength of {name} has a mean KL above {self._plan.max_kl:g} on the validation split; "
+                        f"Every strength of {name} has a mean KL above {self._plan.max_kl:g} on neutral texts; "
                         "try smaller ones (--alphas), or a larger --max-kl."
                     )
                 trials = self._trials(shown, name, vector, chosen)
                 tried[name] = _Tried(vector=vector, grid=grids[name], chosen=chosen, trials=trials)
             finals = [BASELINE, *(condition for each in tried.values() for condition in each.trials.values())]
             test = self._sweep(journal, shown, "test", finals)
-            # The price, along the strengths at the blocks that were chosen.
+            # Of what was not chosen, only along the strengths at the blocks that were.
             along = [c for each in tried.values() for c in each.grid if c.blocks == each.chosen.blocks]
             neutral = self._sweep(journal, shown, "neutral", [*finals, *along])
             verdicts = self._verdicts(tried, validation, test, neutral)

@@ -43,7 +43,7 @@ class Plan:
     blocks: block ranges to try; none = the middle block and the middle third.
     alphas: strengths to try, in units of `unit`; 0 always runs as well.
     score: what is maximised on the validation split; ties go to the larger share of the right answers.
-    max_kl: conditions with a larger mean KL on the validation split can't be chosen.
+    max_kl: conditions with a larger mean KL on neutral texts can't be chosen.
     random_controls: random directions that are tried in the vector's place.
     """
 
