@@ -152,6 +152,8 @@ class Load:
 
     def __init__(self, proxy: Proxy, num_clients: int = 4) -> None:
         self._proxy, self._stop = proxy, threading.Event()
+        self.pause = 0.0
+        """Seconds that a client waits after an answer."""
         self.answers: list[tuple[str | None, httpx.Response | Exception]] = []
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(num_clients)]
         for thread in self._threads:
@@ -169,6 +171,7 @@ class Load:
                     self.answers.append((vector, error))
                 else:
                     self.answers.append((vector, answer))
+                time.sleep(self.pause)
 
     def wait_for(self, more: int) -> None:
         goal, deadline = len(self.answers) + more, time.monotonic() + 120
@@ -205,7 +208,9 @@ def test_a_rolling_restart_and_a_crash_lose_nothing(
         one.process.terminate()
         assert one.process.wait(90) == 0
         load.wait_for(10)
+        load.pause = 1.0  # loading a replica takes the same processors
         three = replicas.start("three", port=three_port, wait=True)
+        load.pause = 0.0
         load.wait_for(30)
         served_by = proxy.log.read_text()
         assert f":{three_port} sha256" in served_by, "the new replica has answered nothing yet"

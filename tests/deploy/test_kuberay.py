@@ -1,0 +1,164 @@
+"""The KubeRay manifests: pods against Kubernetes' schemas, what is around them against the operator's field names, and
+their commands against our own command line.
+
+The operator's own schemas (900 kB each) are not committed: the names below are those of its API `ray.io/v1`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deploy.kubernetes import Manifest, validate, validate_pod
+from jsonschema import Draft202012Validator
+
+import steer_engine
+from steer_engine.config import SteeringConfig
+from steer_engine.derive.command import derive_command
+from steer_engine.evaluate.eval_command import eval_command
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+COMMANDS = {"derive": derive_command, "eval": eval_command}
+FILES = sorted((DEPLOY / "kuberay").glob("*.yaml"))
+
+
+def closed(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+TEXT, COUNT, FLAG, POD = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}, {"type": "object"}
+START = {"type": "object", "additionalProperties": TEXT}
+HEAD = closed(["rayStartParams", "template"], rayStartParams=START, template=POD, serviceType=TEXT, enableIngress=FLAG)
+WORKERS = closed(
+    ["groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+    groupName=TEXT, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, numOfHosts=COUNT, rayStartParams=START,
+    template=POD,
+)  # fmt: skip
+CLUSTER = closed(
+    ["rayVersion", "headGroupSpec", "workerGroupSpecs"],
+    rayVersion=TEXT, headGroupSpec=HEAD, workerGroupSpecs={"type": "array", "items": WORKERS, "minItems": 1},
+    enableInTreeAutoscaling=FLAG,
+)  # fmt: skip
+SPECS = {
+    "RayCluster": CLUSTER,
+    "RayJob": closed(
+        ["entrypoint", "rayClusterSpec"],
+        entrypoint=TEXT, rayClusterSpec=CLUSTER, shutdownAfterJobFinishes=FLAG, ttlSecondsAfterFinished=COUNT,
+        activeDeadlineSeconds=COUNT, backoffLimit=COUNT, runtimeEnvYAML=TEXT, suspend=FLAG, entrypointNumGpus=COUNT,
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    ),
+    "RayService": closed(["serveConfigV2", "rayClusterConfig"], serveConfigV2=TEXT, rayClusterConfig=CLUSTER),
+}  # fmt: skip
+
+
+def manifests() -> Iterator[tuple[str, Manifest]]:
+    for path in FILES:
+        for manifest in yaml.safe_load_all(path.read_text()):
+            yield f"{path.stem}-{manifest['kind']}", manifest
+
+
+ALL = dict(manifests())
+RAY = {name: each for name, each in ALL.items() if each["apiVersion"] == "ray.io/v1"}
+
+
+def cluster_of(manifest: Manifest) -> Manifest:
+    found: Manifest = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
+    return found
+
+
+def templates_of(manifest: Manifest) -> list[Manifest]:
+    cluster = cluster_of(manifest)
+    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+
+
+def test_there_is_one_for_each_use() -> None:
+    assert {path.stem for path in FILES} == {
+        "rayjob-derive", "rayjob-eval", "multi-node-server", "rayservice-experimental"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_objects_are_valid(name: str) -> None:
+    manifest = ALL[name]
+    if name not in RAY:
+        validate(manifest)
+        return
+    errors = [
+        f"{error.json_path}: {error.message}"
+        for error in Draft202012Validator(SPECS[manifest["kind"]]).iter_errors(manifest["spec"])
+    ]
+    assert errors == []
+    for template in templates_of(manifest):
+        validate_pod(template)
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_pods_are_confined_and_run_our_image(name: str) -> None:
+    docker = (DEPLOY / "docker" / "Dockerfile.cuda").read_text()
+    assert cluster_of(RAY[name])["rayVersion"] == re.search(r"^ARG RAY=(\S+)", docker, re.MULTILINE)[1]  # type: ignore[index]
+    for template in templates_of(RAY[name]):
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        for container in pod["containers"]:
+            assert container["image"] == f"steer-engine:{steer_engine.__version__}-cuda"
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            volumes = {volume["name"] for volume in pod.get("volumes", ())}
+            assert {mount["name"] for mount in container.get("volumeMounts", ())} == volumes
+
+
+@pytest.mark.parametrize("name", [name for name, each in RAY.items() if each["kind"] == "RayJob"])
+def test_commands_are_those_of_our_command_line(name: str) -> None:
+    program, command, model, *rest = shlex.split(RAY[name]["spec"]["entrypoint"])
+    assert program == "steer-engine"
+    assert not model.startswith("-")
+    flags = [word.split("=")[0] for word in rest if word.startswith("--")]
+    if command == "serve":
+        # vLLM's own flags are checked where vLLM is imported: tests/deploy/test_recipes.py.
+        return
+    known = {f"--{name.replace('_', '-')}" for name in inspect.signature(COMMANDS[command]).parameters}
+    assert set(flags) <= known
+    job = RAY[name]["spec"]
+    assert "--ray-address" in flags or job["entrypointNumGpus"], "the driver's pod has no GPU"
+
+
+def gpus_of_workers(name: str) -> int:
+    (group,) = cluster_of(RAY[name])["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    return int(group["replicas"] * container["resources"]["limits"]["nvidia.com/gpu"])
+
+
+def test_there_is_a_gpu_for_each_engine() -> None:
+    words = shlex.split(RAY["rayjob-derive-RayJob"]["spec"]["entrypoint"])
+    actors, per_actor = (int(words[words.index(flag) + 1]) for flag in ("--actors", "--gpus-per-actor"))
+    assert gpus_of_workers("rayjob-derive-RayJob") == actors * per_actor
+    assert gpus_of_workers("rayjob-eval-RayJob") == RAY["rayjob-eval-RayJob"]["spec"]["entrypointNumGpus"]
+
+
+def test_the_nodes_have_the_gpus_of_all_ranks() -> None:
+    job = RAY["multi-node-server-RayJob"]
+    words = shlex.split(job["spec"]["entrypoint"])
+    wanted = int(words[words.index("--tensor-parallel-size") + 1])
+    head, *others = templates_of(job)
+    gpus = [t["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] for t in (head, *others)]
+    assert sum(gpus) == wanted
+    drain = int(words[words.index("--shutdown-timeout") + 1])
+    assert head["spec"]["terminationGracePeriodSeconds"] >= drain + 20
+    service = ALL["multi-node-server-Service"]["spec"]["selector"]
+    assert service.items() <= head["metadata"]["labels"].items()
+
+
+def test_the_ray_service_arms_what_it_serves() -> None:
+    config = yaml.safe_load(RAY["rayservice-experimental-RayService"]["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    hook = application["runtime_env"]["worker_process_setup_hook"].rpartition(".")
+    assert callable(getattr(__import__(hook[0], fromlist=["register"]), hook[2]))
+    (llm,) = application["args"]["llm_configs"]
+    armed = SteeringConfig.from_additional_config(llm["engine_kwargs"]["additional_config"])
+    assert armed is not None
+    assert "EXPERIMENTAL" in (DEPLOY / "kuberay" / "rayservice-experimental.yaml").read_text()
