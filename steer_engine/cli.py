@@ -99,6 +99,30 @@ def fit(context: typer.Context) -> None:
     _hand_over(context, fit_command)
 
 
+@app.command("eval", add_help_option=False, context_settings=_PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measure what a control vector does to a task, and at what price, with controls."""
+    from steer_engine.evaluate.eval_command import eval_command
+
+    _hand_over(context, eval_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def paper(context: typer.Context) -> None:
+    """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one beside it."""
+    from steer_engine.evaluate.paper_command import paper_command
+
+    _hand_over(context, paper_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def calibrate(context: typer.Context) -> None:
+    """Find the dose that helps a task most within a bound on KL, and note it in the vector's file."""
+    from steer_engine.evaluate.calibrate_command import calibrate_command
+
+    _hand_over(context, calibrate_command)
+
+
 def _hand_over(context: typer.Context, function: Callable[..., None]) -> None:
     """Run a command whose options are read by a parser of its own."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -25,4 +25,6 @@ from steer_engine.evaluate.scorer import open_engine
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_llama: str) -> LLM:
     """Random 3-block Llama, float32; on the V1 runner, or on V2 with STEER_TEST_RUNNER=v2."""
-    return open_engine(tiny_llama, dtype="float32", max_model_len=768, gpu_memory_utilization=0.2, seed=0)
+    # Small batches: the V2 runner warms up with a full one, interpreted.
+    batch = {"max_num_batched_tokens": 256, "max_num_seqs": 32}
+    return open_engine(tiny_llama, dtype="float32", max_model_len=768, gpu_memory_utilization=0.2, seed=0, **batch)
