@@ -14,6 +14,9 @@ from steer_engine.errors import VectorFileError
 def report(
     files: Annotated[list[Path], typer.Argument(help="Control-vector files; several are compared.")],
     out: Annotated[Path, typer.Option(help="Page or picture to write: .html or .png.")] = Path("report.html"),
+    dump: Annotated[
+        Path | None, typer.Option(help="Activation dump whose texts are shown as histograms along the directions.")
+    ] = None,
 ) -> None:
     """Show norms, dose, separation and cosines by block, and where to start with blocks and scale.
 
@@ -21,21 +24,26 @@ def report(
     """
     from steer_engine.vectors.atomic_write import write_atomically
     from steer_engine.vectors.files import load
-    from steer_engine.vectors.suggestion import suggest
+    from steer_engine.vectors.suggestion import shown_blocks, suggest
 
     if out.suffix not in (".html", ".png"):
         raise VectorFileError(f"{out}: a report's name ends in .html or .png.")
     vectors = {file.stem: load(file) for file in files}
     if len(vectors) < len(files):
         raise VectorFileError("Two of the files have the same name; a report tells vectors apart by it.")
+    projections = {}
+    if dump is not None:
+        from steer_engine.derive.projections import project
+
+        projections = {name: project(dump, vector, shown_blocks(vector)) for name, vector in vectors.items()}
     if out.suffix == ".html":
         from steer_engine.vectors.report import html_report
 
-        write_atomically(out, html_report(vectors).encode())
+        write_atomically(out, html_report(vectors, projections).encode())
     else:
         from steer_engine.vectors.report_png import png_report
 
-        write_atomically(out, png_report(vectors))
+        write_atomically(out, png_report(vectors, projections))
     console = Console(soft_wrap=True, highlight=False)
     for name, vector in vectors.items():
         try:

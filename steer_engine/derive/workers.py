@@ -7,6 +7,7 @@ and how, is the same for any number of actors.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ CALLS_IN_FLIGHT = 2
 
 MAX_ACTOR_RESTARTS = 2
 """An actor that dies is started again and its calls are made again (they change nothing), this many times."""
+
+CONNECT_SECONDS = 10.0
+"""Longest wait for a cluster's address to answer."""
 
 _OBJECT_STORE_BYTES = 256 << 20  # sums are small, rows of a chunk a few MB; Ray would take a third of the memory
 
@@ -42,7 +46,7 @@ class Workers:
         remote = ray.remote(hosted).options(
             **resources,
             max_restarts=MAX_ACTOR_RESTARTS,
-            max_task_retries=MAX_ACTOR_RESTARTS,
+            max_task_retries=-1,  # a node's death takes a try every few seconds until the actor is up elsewhere
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": dict(env)},
         )
@@ -140,10 +144,22 @@ def _start_ray(ray: Any, num_cpus: int, ray_address: str | None) -> None:
             **quiet,
         )
         return
+    _require_listening(ray_address)
     try:
         ray.init(address=ray_address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise DerivationError(f"There is no Ray cluster at {ray_address!r}: {error}") from None
+
+
+def _require_listening(ray_address: str) -> None:
+    """Raise DerivationError where nobody answers at `host:port`: Ray itself would try for minutes."""
+    host, _, port = ray_address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # such as `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise DerivationError(f"There is no Ray cluster at {ray_address!r}: {error}.") from None
 
 
 def _last_line(error: Exception) -> str:

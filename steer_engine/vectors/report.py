@@ -20,14 +20,20 @@ figcaption { font-weight: 600 } dt { float: left; width: 9rem; color: #666 } cod
 """
 
 
-def html_report(vectors: Mapping[str, ControlVector]) -> str:
+Projections = Mapping[int, tuple[np.ndarray, np.ndarray]]
+"""Block -> components of positives and negatives along the direction there, `[N]` each."""
+
+
+def html_report(vectors: Mapping[str, ControlVector], projections: Mapping[str, Projections] | None = None) -> str:
     """The page: norms, dose and separation by block, cosines between blocks, and between vectors where there are more.
+
+    projections: vector's name -> where texts lie along it, shown as histograms.
 
     Everything that comes from a file is escaped.
     """
     if not vectors:
         raise VectorFileError("A report needs at least one control vector.")
-    parts = [_section(name, vector) for name, vector in vectors.items()]
+    parts = [_section(name, vector, (projections or {}).get(name, {})) for name, vector in vectors.items()]
     if len(vectors) > 1:
         parts.append(_between(vectors))
     title = ", ".join(map(escape, vectors))
@@ -58,7 +64,7 @@ def cosine_by_block(a: ControlVector, b: ControlVector) -> dict[int, float]:
     return found
 
 
-def _section(name: str, vector: ControlVector) -> str:
+def _section(name: str, vector: ControlVector, projections: Projections) -> str:
     about = vector.metadata
     try:
         suggestion = str(suggest(vector))
@@ -81,6 +87,8 @@ def _section(name: str, vector: ControlVector) -> str:
     if about.separation:
         figures.append(_figure("held-out AUROC (0.5 is chance)", svg.bars(about.separation, low=0.5, high=1.0)))
     figures.append(_figure("cosine between blocks", svg.heatmap(block_cosines(vector), vector.blocks)))
+    for block, sides in projections.items():
+        figures.append(_figure(f"projection of texts at block {block}", svg.histograms(*sides)))
     return f"<h2>{escape(name)}</h2><dl>{listed}</dl>{''.join(figures)}{_table(vector)}\n"
 
 

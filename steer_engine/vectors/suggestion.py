@@ -58,6 +58,17 @@ def suggest(vector: ControlVector) -> Suggestion:
     return Suggestion(first=run[0], last=run[-1], gentle=GENTLE / total, strong=STRONG / total)
 
 
+def shown_blocks(vector: ControlVector) -> tuple[int, ...]:
+    """Up to three blocks to look at: the ends of the suggested run, and the best separating one in it."""
+    try:
+        suggestion = suggest(vector)
+    except VectorFileError:
+        return (vector.blocks[len(vector.blocks) // 2],)
+    run = [block for block in vector.blocks if suggestion.first <= block <= suggestion.last]
+    best = max(run, key=lambda block: vector.metadata.separation.get(block, 0.0))
+    return tuple(sorted({run[0], best, run[-1]}))
+
+
 def _runs(blocks: list[int]) -> list[list[int]]:
     """Maximal runs of consecutive numbers of an ascending list."""
     runs: list[list[int]] = []

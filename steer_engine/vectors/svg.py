@@ -1,4 +1,4 @@
-"""Two small pictures as SVG text: bars by block, and a heat map. Numbers in, no text of a user's."""
+"""Small pictures as SVG text: bars by block, two histograms in one, a heat map. Numbers in, no text of a user's."""
 
 from __future__ import annotations
 
@@ -27,6 +27,34 @@ def bars(values: Mapping[int, float], *, low: float = 0.0, high: float | None = 
             parts.append(_text(x + step * 0.4, HEIGHT - 8, str(block), "middle"))
     parts += [_text(EDGE - 6, HEIGHT - 22, f"{low:.3g}", "end"), _text(EDGE - 6, 28, f"{low + span:.3g}", "end")]
     return _picture(WIDTH, HEIGHT, parts)
+
+
+def histograms(positive_N: np.ndarray, negative_N: np.ndarray) -> str:
+    """Shares of positives (blue) and negatives (red) per interval, each over its own number of texts."""
+    shares, edges = histogram_shares(positive_N, negative_N)
+    top = max(float(share.max()) for share in shares) or 1.0
+    step = (WIDTH - EDGE) / (len(edges) - 1)
+    parts = []
+    for name, share_B, colour in zip(("positives", "negatives"), shares, (_BLUE, _RED), strict=True):
+        for i, share in enumerate(share_B):
+            height = (HEIGHT - EDGE) * float(share) / top
+            parts.append(
+                f'<rect x="{EDGE + i * step:.1f}" y="{HEIGHT - 24 - height:.1f}" width="{step:.1f}" '
+                f'height="{height:.1f}" fill="rgb{colour}" fill-opacity="0.55">'
+                f"<title>{name} from {edges[i]:.4g} to {edges[i + 1]:.4g}: {share:.1%}</title></rect>"
+            )
+        place = EDGE if name == "negatives" else WIDTH - 60
+        parts.append(f'<text x="{place}" y="14" font-size="11" fill="rgb{colour}">{name}</text>')
+    for i in range(0, len(edges), max(1, (len(edges) - 1) // 4)):
+        parts.append(_text(EDGE + i * step, HEIGHT - 8, f"{edges[i]:.3g}", "end" if i == len(edges) - 1 else "middle"))
+    parts += [_text(EDGE - 6, HEIGHT - 22, "0", "end"), _text(EDGE - 6, 28, f"{top:.0%}", "end")]
+    return _picture(WIDTH, HEIGHT, parts)
+
+
+def histogram_shares(positive_N: np.ndarray, negative_N: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Share of each side in each of equal intervals over both, and the intervals' edges."""
+    edges = np.histogram_bin_edges(np.concatenate([positive_N, negative_N]), bins=24)
+    return [np.histogram(side_N, edges)[0] / max(1, len(side_N)) for side_N in (positive_N, negative_N)], edges
 
 
 def heatmap(matrix: np.ndarray, labels: Sequence[int]) -> str:

@@ -62,3 +62,13 @@ def test_cosines() -> None:
     assert np.allclose(block_cosines(a), [[1, half, 0], [half, 1, 0], [0, 0, 0]], atol=1e-15)
     b = ControlVector(directions={1: np.array([0, 2.0]), 2: np.ones(2), 5: np.ones(2)})
     assert cosine_by_block(a, b) == pytest.approx({1: half, 2: 0.0})
+
+
+def test_projections_are_shown_per_block(vector: ControlVector) -> None:
+    sides = (np.linspace(1, 3, 50), np.linspace(-3, -1, 10))
+    page = html_report({"a": vector, "b": vector}, {"a": {2: sides, 7: sides}})
+    captions = [caption.text for caption in body(page).iter("figcaption")]
+    assert [text for text in captions if text and "projection" in text] == [
+        "projection of texts at block 2",
+        "projection of texts at block 7",
+    ]

@@ -25,3 +25,10 @@ def test_errors(vector: ControlVector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(VectorFileError, match=r"steer-engine\[report\]"):
         png_report({"a": vector})
+
+
+def test_histograms_make_the_picture_wider(vector: ControlVector) -> None:
+    pytest.importorskip("matplotlib")
+    sides = (np.linspace(1, 3, 50), np.linspace(-3, -1, 10))
+    png = png_report({"a": vector, "b": vector}, {"a": {2: sides, 7: sides}, "b": {2: sides}})
+    assert [int.from_bytes(png[i : i + 4], "big") for i in (16, 20)] == [2400, 640]

@@ -5,7 +5,7 @@ import pytest
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector, VectorMetadata
-from steer_engine.vectors.suggestion import doses, suggest
+from steer_engine.vectors.suggestion import doses, shown_blocks, suggest
 
 
 def vector(size: float = 1.0, **metadata: object) -> ControlVector:
@@ -43,3 +43,14 @@ def test_doses_are_known_where_norms_are() -> None:
             suggest(bare)
     with pytest.raises(VectorFileError, match="directions are zero"):
         suggest(vector(0.0))
+
+
+def test_blocks_to_look_at_are_the_ends_and_the_best(vector: ControlVector) -> None:
+    assert shown_blocks(vector) == (3,)
+    directions = {block: np.ones(4) for block in range(12)}
+    about = VectorMetadata(
+        num_blocks=12, residual_norms=dict.fromkeys(range(12), 10.0), separation={4: 0.9, 5: 0.95, 6: 0.92}
+    )
+    known = ControlVector(directions=directions, metadata=about)
+    assert shown_blocks(known) == (3, 5, 7)
+    assert shown_blocks(known.with_metadata(num_blocks=None)) == (6,)

@@ -1,0 +1,40 @@
+"""A cluster of two nodes on loopback: work is spread, a node dies, and nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from derive.reading import varied
+
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_dies_and_the_run_finishes(tiny_pool: Pool, tiny_llama: str) -> None:
+    script = Path(__file__).with_name("two_nodes.py")
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), tiny_llama],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    before, after = found["nodes"]
+    assert len(set(before)) == 2
+    assert found["second"] in before
+    assert len(after) == 2
+    assert found["second"] not in after
+    sha = hashlib.sha256()
+    for reading in tiny_pool.read(varied(9 * PAIRS_PER_CHUNK + 5)):
+        sha.update(reading.positive.sum_LD.tobytes() + reading.negative.sum_LD.tobytes())
+    assert found["digest"] == sha.hexdigest()

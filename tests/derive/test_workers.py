@@ -1,0 +1,106 @@
+"""Actors on a real Ray that do trivial work: order, back-pressure, errors, and deaths."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from steer_engine.derive.workers import CALLS_IN_FLIGHT, MAX_ACTOR_RESTARTS, Workers, _require_listening, ray_session
+from steer_engine.errors import DerivationError
+
+
+class Clerk:
+    """Notes which process answered what, in a folder."""
+
+    def square(self, folder: str, number: int) -> int:
+        Path(folder, f"{number}-{os.getpid()}").touch()
+        time.sleep(0.02 * (number % 3))
+        return number * number
+
+    def die_once(self, folder: str, number: int) -> int:
+        """Ends its process without a word, as `kill -9` does, the first time it is asked for 5."""
+        mark = Path(folder, "died")
+        if number == 5 and not mark.exists():
+            mark.touch()
+            os._exit(137)
+        return self.square(folder, number)
+
+    def die(self) -> None:
+        os._exit(137)
+
+    def refuse(self, number: int) -> None:
+        raise DerivationError(f"pairs.jsonl:{number}: no.")
+
+    def crash(self) -> None:
+        raise ZeroDivisionError("by hand")
+
+    def sleep(self) -> None:
+        time.sleep(2)
+
+
+@pytest.fixture(scope="module")
+def clerks() -> Iterator[Workers]:
+    with ray_session(None, num_cpus=2) as ray:
+        # The actors' processes must find this file's module.
+        env = {"PYTHONPATH": str(Path(__file__).parents[1])}
+        workers = Workers(ray, Clerk, (), count=2, resources={"num_cpus": 0}, env=env)
+        yield workers
+        workers.stop()
+
+
+def processes(folder: Path) -> set[str]:
+    return {file.name.partition("-")[2] for file in folder.glob("*-*")}
+
+
+def test_answers_come_in_the_order_of_the_calls_from_both(clerks: Workers, tmp_path: Path) -> None:
+    answers = clerks.ordered("square", [(str(tmp_path), i) for i in range(40)])
+    assert list(answers) == [i * i for i in range(40)]
+    assert len(processes(tmp_path)) == 2
+    assert list(clerks.ordered("square", [])) == []
+
+
+def test_nothing_runs_far_ahead_of_what_was_taken(clerks: Workers, tmp_path: Path) -> None:
+    answers = clerks.ordered("square", [(str(tmp_path), i) for i in range(100)])
+    for _ in range(3):
+        next(answers)
+    time.sleep(1.0)
+    assert 3 <= len(list(tmp_path.iterdir())) <= 3 + 2 * CALLS_IN_FLIGHT * len(clerks)
+
+
+def test_our_errors_arrive_as_they_were_raised_and_others_as_a_sentence(clerks: Workers) -> None:
+    with pytest.raises(DerivationError, match=r"^pairs\.jsonl:3: no\.$"):
+        list(clerks.ordered("refuse", [(3,)]))
+    with pytest.raises(DerivationError, match="^An actor failed: ZeroDivisionError: by hand$"):
+        list(clerks.ordered("crash", [()]))
+    with pytest.raises(DerivationError, match=r"No actor was ready within 1 s\. Does the cluster have room for 2\?"):
+        clerks.everywhere("sleep", timeout=1.0)
+
+
+def test_an_actor_that_dies_is_started_anew_and_its_calls_are_made_again(clerks: Workers, tmp_path: Path) -> None:
+    answers = clerks.ordered("die_once", [(str(tmp_path), i) for i in range(20)])
+    assert list(answers) == [i * i for i in range(20)]
+    assert (tmp_path / "died").exists()
+    assert len(processes(tmp_path)) == 3
+
+
+@pytest.mark.slow  # the last of the file: it uses the actors up
+def test_one_that_dies_again_and_again_is_an_error(clerks: Workers) -> None:
+    with pytest.raises(
+        DerivationError, match=rf"died, and again when it was started anew \({MAX_ACTOR_RESTARTS} times"
+    ):
+        list(clerks.ordered("die", [()]))
+
+
+def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # taken, but not listened at
+        port = bound.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
+            with pytest.raises(DerivationError, match=f"There is no Ray cluster at '{address}'"):
+                _require_listening(address)
+    _require_listening("auto")
