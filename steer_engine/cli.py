@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from steer_engine import __version__
-from steer_engine.commands import models, vectors
+from steer_engine.commands import models, pairs, vectors
 from steer_engine.errors import SteerError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
     "steer-engine serve smollm2-135m --steering-vectors vectors/",
 )
 app.add_typer(models.app, name="models")
+app.add_typer(pairs.app, name="pairs")
 app.add_typer(vectors.app, name="vectors")
 
 
