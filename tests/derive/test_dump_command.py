@@ -52,12 +52,12 @@ def test_five_kills_leave_the_dump_of_an_undisturbed_run(tiny_llama: str, tmp_pa
     seen = []
     for _ in range(5):
         before = num_texts(killed)
-        process = subprocess.Popen(
-            [SCRIPT, "dump", *arguments, "--out", str(killed)], stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        with (tmp_path / "log").open("w") as log:
+            command = [SCRIPT, "dump", *arguments, "--out", str(killed)]
+            process = subprocess.Popen(command, stderr=log, start_new_session=True)
         while num_texts(killed) == before and process.poll() is None:
             time.sleep(0.005)
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, f"it ended before it could be killed: {(tmp_path / 'log').read_text()}"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(20)
         seen.append(num_texts(killed))
