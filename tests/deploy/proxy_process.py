@@ -27,9 +27,9 @@ class Proxy:
     def __init__(self, folder: Path, upstreams: list[int], certificates: Path, replaced: dict[str, str]) -> None:
         self.port = free_port()
         (folder / "nginx").mkdir(parents=True)
-        servers = "".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=5s;" for port in upstreams)
+        servers = "".join(f"server 127.0.0.1:{port} max_fails=3 fail_timeout=5s;" for port in upstreams)
         changes = {
-            "server server:8000 max_fails=1 fail_timeout=5s;": servers,
+            "server server:8000 max_fails=3 fail_timeout=5s;": servers,
             "listen 8443 ": f"listen 127.0.0.1:{self.port} ",
             "/etc/nginx/tls": str(certificates),
             "/tmp/nginx": str(folder / "nginx"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ import httpx
 import pytest
 import uvicorn
 from deploy.echo_server import echo
-from deploy.proxy_process import MISSING, NO_RATE, WHY_MISSING, Proxy, make_certificates, wait_for_port
+from deploy.proxy_process import CONFIG, MISSING, NO_RATE, WHY_MISSING, Proxy, make_certificates, wait_for_port
 from serving.server_process import free_port
 
 from steer_engine.serving.admin_keys import HEADER
@@ -195,6 +196,19 @@ def test_a_replica_that_drains_or_is_gone_costs_no_request(tmp_path: Path, engin
     finally:
         proxy.stop()
         draining.stop()
+
+
+def test_idle_connections_are_given_up_before_the_server_does_it(proxy: Proxy) -> None:
+    """A request that meets a connection which is just being closed would fail, and count against its server."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).with_name("envs.py").read_text()  # importing it takes seconds
+    theirs = re.search(r"VLLM_HTTP_TIMEOUT_KEEP_ALIVE: int = (\d+)", source)
+    ours = re.search(r"keepalive_timeout (\d+)s;", CONFIG.read_text())
+    assert theirs is not None
+    assert ours is not None
+    assert int(ours[1]) < int(theirs[1])
 
 
 def test_no_server_at_all_is_said(tmp_path: Path, certificates: Path) -> None:

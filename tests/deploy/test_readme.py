@@ -1,0 +1,114 @@
+"""deploy/README.md: its numbers are the engine's, its flags and values exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from steer_engine.config import SteeringConfig
+from steer_engine.runtime.engine_runtime import EngineRuntime
+from steer_engine.runtime.resident import DEFAULT_BUDGET
+from steer_engine.runtime.stream import StreamForm
+from steer_engine.serving.command import add_flags
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+README = (DEPLOY / "README.md").read_text()
+TEXTS = [path for path in DEPLOY.rglob("*") if path.suffix in (".md", ".yaml", ".yml", ".cuda", ".cpu", ".example")]
+MAX_TOKENS = 8192
+"""Of a batch; the routing buffers take 64 KiB for them."""
+
+
+def sizing() -> list[list[str]]:
+    rows = re.findall(r"^\| (7B|70B)(.*)\|$", README, re.MULTILINE)
+    return [[name, *(cell.strip() for cell in rest.split("|"))] for name, rest in rows]
+
+
+@pytest.mark.parametrize("row", sizing(), ids=lambda row: f"{row[0]}-{row[3]}-{row[4]}")
+def test_sizes_are_what_an_engine_allocates(row: list[str]) -> None:
+    _, _, shape, requests, rows, memory, in_host, in_store = row
+    num_blocks, hidden_size = (int(number) for number in shape.split(" × "))
+    runtime = EngineRuntime(
+        config=SteeringConfig(rows=int(rows)),
+        forms=dict.fromkeys(range(num_blocks), StreamForm.SPLIT),
+        capture_blocks=(),
+        hidden_size=hidden_size,
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        max_requests=int(requests),
+        max_tokens=MAX_TOKENS,
+        use_triton=True,
+    )
+    assert memory == f"{runtime.num_bytes / 2**30:.2f} GiB"
+    vector = num_blocks * hidden_size * 4
+    assert in_host == f"{vector / 2**20:.1f} MiB"
+    assert int(in_store) == DEFAULT_BUDGET // vector
+
+
+def test_the_table_has_both_sizes_of_model() -> None:
+    assert {row[0] for row in sizing()} == {"7B", "70B"}
+
+
+def flags() -> Iterator[tuple[str, str]]:
+    """File and flag of every command line of `steer-engine serve` in deploy/."""
+    for path in TEXTS:
+        for flag in re.findall(r"--[a-z][a-z-]*[a-z]\b(?!-)", path.read_text()):
+            yield path.name, flag
+
+
+@functools.cache
+def vllm_source() -> str:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    files = ("engine/arg_utils.py", "entrypoints/openai/cli_args.py")
+    return "".join((folder / name).read_text() for name in files if (folder / name).exists())
+
+
+def test_steering_flags_are_ours() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    used = {flag for _, flag in flags() if flag.startswith("--steering")}
+    assert len(used) >= 4
+    assert used <= set(parser._option_string_actions)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--tensor-parallel-size", "--data-parallel-size", "--max-model-len", "--max-num-seqs", "--shutdown-timeout",
+     "--distributed-executor-backend", "--served-model-name"],
+)  # fmt: skip
+def test_other_flags_are_vllms(flag: str) -> None:
+    assert flag in {used for _, used in flags()}, "no longer used: take it out here"
+    assert flag in vllm_source() or re.search(rf"^    {flag[2:].replace('-', '_')}\b", vllm_source(), re.MULTILINE)
+
+
+def test_values_that_are_set_are_of_the_chart() -> None:
+    values = yaml.safe_load((DEPLOY / "helm" / "steer-engine" / "values.yaml").read_text())
+    for key in re.findall(r"--set ([\w.]+)=", README):
+        found = values
+        for part in key.split("."):
+            assert part in found, key
+            found = found[part]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (DEPLOY / target).exists(), target
+
+
+def test_alerts_and_metrics_that_it_names_exist() -> None:
+    rules = (DEPLOY / "prometheus" / "rules.yml").read_text()
+    page = (DEPLOY.parent / "docs" / "deploying.md").read_text()
+    for alert in re.findall(r"`(SteerEngine\w+)`", README + page):
+        assert f"alert: {alert}\n" in rules
+    assert set(re.findall(r"alert: (\w+)", rules)) == set(re.findall(r"`(SteerEngine\w+)`", page))
+    assert "steer_engine_registry_readable" in rules
