@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from steer_engine import __version__
-from steer_engine.commands import models, pairs, vectors
+from steer_engine.commands import models, pairs, presets, vectors
 from steer_engine.errors import SteerError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(models.app, name="models")
 app.add_typer(pairs.app, name="pairs")
+app.add_typer(presets.app, name="presets")
 app.add_typer(vectors.app, name="vectors")
 
 

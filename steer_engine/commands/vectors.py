@@ -9,15 +9,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from steer_engine.commands.vector_remote import add, list_vectors, pull, remove
 from steer_engine.commands.vector_tools import import_file, report
 from steer_engine.errors import VectorFileError
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
 
-app = typer.Typer(no_args_is_help=True, help="Control-vector files: safetensors and GGUF.")
+app = typer.Typer(
+    no_args_is_help=True, help="Control vectors: files (safetensors and GGUF), and those of a running server."
+)
 app.command()(report)
 app.command("import")(import_file)
+for command, name in ((list_vectors, "list"), (add, "add"), (remove, "rm"), (pull, "pull")):
+    app.command(name)(command)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
@@ -44,6 +45,9 @@ class SteeringRoute(APIRoute):
                 response: Response = await handle(request)
             except SteerError as error:
                 response = failed(error)
+            except ClientDisconnect:
+                # Nobody reads it; without an answer the server would log 70 lines of its own stack.
+                response = failed(SteeringRequestError("The request broke off.", "body"))
             return response
 
         return handler

@@ -7,10 +7,10 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from steer_engine.errors import PayloadTooLargeError
+from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.serving import told
 from steer_engine.serving.envelope import envelope, envelope_of
-from steer_engine.serving.request_field import FIELD, mentions_steering
+from steer_engine.serving.request_field import FIELD, MISPLACED, XARGS, mentions_steering
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -79,7 +79,11 @@ class SteeringMiddleware:
                 return
             if path == INVOCATIONS:
                 note.model = _model_of(body)
-            asks = _asks(body)
+            try:
+                asks = _asks(body)
+            except SteeringRequestError as error:
+                await _send_json(send, envelope_of(error), error.status)
+                return
             if asks and path not in CARRYING_PATHS:
                 await _refuse(send, path)
                 return
@@ -148,12 +152,39 @@ async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes,
 
 def _asks(body: bytes) -> bool:
     # A key may be spelled with \u escapes, and only JSON knows.
-    if not any(word in body for word in WORDS):
+    lower = body.lower()
+    if not any(word in lower for word in WORDS):
         return False
     try:
-        return mentions_steering(json.loads(body))
+        decoded = json.loads(body, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
         return _FORM_FIELD.search(body) is not None
+    _check_spelling(decoded)
+    return mentions_steering(decoded)
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers how the keys were spelled that could mean our field."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.spelled = [key for key, _ in pairs if key.strip().casefold() == FIELD]
+
+
+def _check_spelling(body: Any) -> None:
+    """Refuse a field that a reader would lose without a word: given twice, or in capitals.
+
+    Only where the field may stand: deeper down, in the schema of a tool, the word is the client's own.
+    """
+    for each in body if isinstance(body, list) else [body]:
+        if not isinstance(each, _Object):
+            continue
+        for place in (each, *(each.get(name) for name in (XARGS, *MISPLACED))):
+            spelled = place.spelled if isinstance(place, _Object) else []
+            if len(spelled) > 1:
+                raise SteeringRequestError(f"'{FIELD}' is given twice in one object; give it once.", FIELD)
+            if spelled and spelled[0] != FIELD:
+                raise SteeringRequestError(f"The field is called '{FIELD}', not {spelled[0][:40]!r}.", FIELD)
 
 
 def _model_of(body: bytes) -> str | None:

@@ -77,6 +77,15 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         if len(raw) > max_bytes:
             raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_each_key_once)
+    except SteeringRequestError:
+        raise
     except (ValueError, RecursionError) as error:
         raise SteeringRequestError(f"The body is not JSON ({type(error).__name__}).", "body") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise SteeringRequestError("A key is given twice in one object of the body.", "body")
+    return found

@@ -72,9 +72,12 @@ class InlineVectors:
                 f"The inline vectors of a request may have at most {self._max_request_bytes} bytes.", param
             )
         try:
-            return safetensors_format.from_bytes(data), len(data)
+            vector = safetensors_format.from_bytes(data)
         except VectorFileError as error:
             raise SteeringRequestError(f"Not a control vector: {error.message}", f"{param}.data") from None
+        if not any(vector.norms.values()):
+            raise SteeringRequestError("All directions of the vector are zero.", f"{param}.data")
+        return vector, len(data)
 
     def _hold(self, vector: ControlVector) -> None:
         with self._lock:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from serving.asking import STRONG
+from serving.living import ADMIN, INFERENCE, along
 from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector, VectorMetadata, save
+from steer_engine.vectors.safetensors_format import to_bytes
 
 NUM_BLOCKS, HIDDEN_SIZE = 30, 576
 BLOCKS = range(8, 22)
@@ -58,5 +60,26 @@ def server(smollm2: str, vectors_dir: Path, tmp_path_factory: pytest.TempPathFac
         "smollm2-135m", "--steering-vectors", str(vectors_dir), "--enable-scale-out", "--enable-prompt-tokens-details"
     )
     running = Server(command, log, env={"VLLM_SERVER_DEV_MODE": "1"})
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="session")
+def living(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With keys, a default preset and a registry that changes.
+
+    The last test of test_living_server ends it: who else needs
+    it lives in attacks/, which runs before.
+    """
+    folder = tmp_path_factory.mktemp("living")
+    vectors = folder / "vectors"
+    vectors.mkdir()
+    (vectors / "house.safetensors").write_bytes(to_bytes(along(5)))
+    (vectors / "house.preset.json").write_text(json.dumps({"edits": [{"vector": "house"}]}))
+    command = steer_engine_serve(
+        tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vectors),
+        "--steering-default", "house", "--api-key", INFERENCE, "--shutdown-timeout", "20",
+    )  # fmt: skip
+    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
     yield running
     running.kill()

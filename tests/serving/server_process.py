@@ -39,6 +39,8 @@ class Server:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log
+        # One for all requests: making a client costs more than most of them.
+        self.client = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=64))
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
         with log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -56,13 +58,13 @@ class Server:
         """POST with a time limit; `body` may be bytes to send as they are."""
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
         headers = {"content-type": "application/json", **kwargs.pop("headers", {})}
-        return httpx.post(self.url + path, headers=headers, timeout=60, **content, **kwargs)
+        return self.client.post(path, headers=headers, **content, **kwargs)
 
     def request(self, method: str, path: str, body: Any) -> httpx.Response:
-        return httpx.request(method, self.url + path, json=body, timeout=60)
+        return self.client.request(method, path, json=body)
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **kwargs)
+        return self.client.get(path, **kwargs)
 
     def stop(self) -> int:
         """SIGTERM, as an orchestrator does; returns the exit status."""

@@ -1,4 +1,4 @@
-"""A bank of two vectors behind HTTP: many requests at once that bring a vector each wait their turn, or are sent away."""
+"""A bank of two vectors behind HTTP: many requests that bring a vector each wait their turn, or are sent away."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def narrow(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def inline(axis: int) -> dict[str, Any]:
     direction = np.zeros(HIDDEN_SIZE, np.float32)
     direction[axis] = 40.0
-    vector = ControlVector(directions={block: direction for block in range(NUM_BLOCKS)})
+    vector = ControlVector(directions=dict.fromkeys(range(NUM_BLOCKS), direction))
     return {"edits": [{"vector": {"data": base64.b64encode(to_bytes(vector)).decode()}}]}
 
 

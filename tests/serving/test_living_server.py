@@ -5,78 +5,20 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from serving.living import ADMIN, HIDDEN_SIZE, INFERENCE, NUM_BLOCKS, OPERATOR, USER, along, complete, put, spec, tokens
 from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes
 
-INFERENCE, ADMIN = "the-inference-key-of-a-test", "the-admin-key-of-a-test"
-USER = {"Authorization": f"Bearer {INFERENCE}"}
-OPERATOR = {"Authorization": f"Bearer {ADMIN}"}
-NUM_BLOCKS, HIDDEN_SIZE = 3, 64
-
-
-def along(axis: int, size: float = 40.0) -> ControlVector:
-    """A push along one axis, strong enough that greedy text is another one for each."""
-    direction = np.zeros(HIDDEN_SIZE, np.float32)
-    direction[axis] = size
-    return ControlVector(directions={1: direction})
-
-
-@pytest.fixture(scope="module")
-def living(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("living")
-    vectors = folder / "vectors"
-    vectors.mkdir()
-    (vectors / "house.safetensors").write_bytes(to_bytes(along(5)))
-    (vectors / "house.preset.json").write_text(json.dumps({"edits": [{"vector": "house"}]}))
-    command = steer_engine_serve(
-        tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vectors),
-        "--steering-default", "house", "--api-key", INFERENCE, "--shutdown-timeout", "20",
-    )  # fmt: skip
-    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
-    yield running
-    running.kill()
-
-
-def complete(server: Server, **fields: Any) -> httpx.Response:
-    body = {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True, **fields}
-    return server.post("/v1/completions", body, headers=USER)
-
-
-def tokens(answer: httpx.Response) -> list[int]:
-    assert answer.status_code == 200, answer.text
-    return list(answer.json()["choices"][0]["token_ids"])
-
-
-def running(server: Server) -> int:
-    """Steered requests in the worker now."""
-    stats = server.get("/v1/steering/stats", headers=USER).json()
-    return int(stats["engine"]["workers"][0]["steered_slots"])
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "this should have come true long ago"
-        time.sleep(0.01)
-
-
-def put(server: Server, name: str, vector: ControlVector, **headers: str) -> httpx.Response:
-    url = f"{server.url}/v1/steering/vectors/{name}"
-    return httpx.put(url, content=to_bytes(vector), headers=OPERATOR | headers, timeout=60)
-
-
-def spec(vector: str) -> dict[str, Any]:
-    return {"edits": [{"vector": vector}]}
+MANY = 16
 
 
 def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> None:
@@ -129,17 +71,25 @@ def test_a_vector_that_is_put_steers_the_next_request(living: Server) -> None:
 
 def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> None:
     put(living, "busy", along(11))
-    expected = tokens(complete(living, steering=spec("busy"), max_tokens=450))
-    answers: list[httpx.Response] = []
-    asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), max_tokens=450)))
-    complete(living)  # the worker hears of the first one's end with the next step
-    assert running(living) == 0
-    asking.start()
-    wait_until(lambda: running(living) > 0)
-    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
-    asking.join()
-    assert deleted["in_flight"] == 1
-    assert tokens(answers[0]) == expected
+    asked = {"max_tokens": 200, "steering": spec("busy"), "ignore_eos": True, "temperature": 0}
+    expected = tokens(complete(living, **asked))
+    # Many at once, so that they are not over before the server has read what comes next.
+    body = {"model": "tiny", "prompt": ["abc"] * MANY, "stream": True, "return_token_ids": True, **asked}
+    found: dict[int, list[int]] = defaultdict(list)
+    with httpx.stream("POST", f"{living.url}/v1/completions", json=body, headers=USER, timeout=60) as answer:
+        deleted = None
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            if deleted is None:  # its first tokens are here, so it is in flight
+                url = f"{living.url}/v1/steering/vectors/busy"
+                deleted = httpx.delete(url, headers=OPERATOR, timeout=60).json()
+            for choice in json.loads(line[6:])["choices"]:
+                found[choice["index"]] += choice["token_ids"]
+    assert deleted is not None
+    assert 1 <= deleted["in_flight"] <= MANY
+    assert list(found.values()) == [expected] * MANY
+    assert complete(living, **asked).status_code == 404
 
 
 def test_changes_under_load_neither_fail_nor_missteer_a_request(living: Server) -> None:

@@ -115,6 +115,32 @@ async def test_other_bodies_pass_untouched(content: bytes) -> None:
     assert app.bodies == [content]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"steering": {"edits": []}, "steering": null}',
+        b'{"steering": null, "\\u0073teering": {"edits": []}}',
+        body(Steering=SPEC),
+        body(**{"STEERING ": SPEC}),
+        b'{"vllm_xargs": {"steering": "{}", "steering": null}}',
+        b'[{"prompt": "x"}, {"Steering": {}}]',
+    ],
+)
+async def test_a_field_that_would_be_lost_without_a_word_is_refused(content: bytes) -> None:
+    app = App()
+    answer = await post(app, CARRYING, content)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steering"
+    assert app.bodies == []
+
+
+async def test_the_word_in_a_client_s_own_objects_is_its_own() -> None:
+    content = b'{"tools": [{"properties": {"Steering": {"steering": 1, "steering": 2}}}]}'
+    app = App()
+    assert (await post(app, CARRYING, content)).status_code == 200
+    assert app.bodies == [content]
+
+
 @pytest.mark.parametrize("path", sorted(CARRYING_PATHS))
 async def test_an_answer_that_no_hook_took_account_of_is_replaced(path: str) -> None:
     answer = await post(App(hook=False), path, body(steering=SPEC))

@@ -16,7 +16,7 @@ from steer_engine.vectors.safetensors_format import to_bytes
 
 
 def one(value: float) -> ControlVector:
-    return ControlVector(directions={1: np.full(4, value, np.float32)})
+    return ControlVector(directions={1: np.full(4, value + 1, np.float32)})
 
 
 def encoded(vector: ControlVector) -> str:
@@ -74,6 +74,12 @@ def test_the_limit_is_over_all_vectors_of_a_request() -> None:
         with pytest.raises(PayloadTooLargeError):
             InlineVectors(size - excess).take(spec({"data": encoded(one(1))}))
     InlineVectors(size).take(spec({"data": encoded(one(1))}))
+
+
+def test_a_vector_of_zeros_would_steer_nothing() -> None:
+    zeros = ControlVector(directions={1: np.zeros(4, np.float32)})
+    with pytest.raises(SteeringRequestError, match="zero"):
+        InlineVectors(10_000).take(spec({"data": encoded(zeros)}))
 
 
 def test_switched_off() -> None:

@@ -26,6 +26,8 @@ from steer_engine.serving.vllm.asked_model import frontend_of, take_preset
 REPORT = "_steer_engine_report"
 """Attribute of a request object: the `steering` object of its answer. Set past pydantic, so that no dump shows it."""
 
+MAX_REFUSAL_CHARS = 200
+
 
 def hook() -> None:
     wrap(symbols.CHECK_MODEL, _steering)
@@ -43,7 +45,7 @@ def _steering(original: Any) -> Any:
         preset = take_preset(self, request)
         refusal = await original(self, request)
         if refusal is not None:
-            return refusal
+            return _clipped(refusal)
         note = told.begin()
         try:
             refuse_if_draining(frontend_of(self))
@@ -151,6 +153,13 @@ def _carries(serving: Any) -> bool:
     return isinstance(serving, OpenAIServingChat | OpenAIServingCompletion | OpenAIServingResponses) and not type(
         serving
     ).__module__.startswith("vllm.entrypoints.cohere")
+
+
+def _clipped(refusal: Any) -> Any:
+    """vLLM's own error says the whole name of a model that it does not know, however long that is."""
+    if len(refusal.error.message) > MAX_REFUSAL_CHARS:
+        refusal.error.message = refusal.error.message[:MAX_REFUSAL_CHARS] + "..."
+    return refusal
 
 
 def _error_response(error: SteerError) -> Any:
