@@ -12,6 +12,7 @@ from fastapi import Request
 from steer_engine.errors import CapacityError, PayloadTooLargeError, UnusableVectorError, VectorFileError
 from steer_engine.serving.answers import Refused
 from steer_engine.vectors import ControlVector, gguf_format, safetensors_format
+from steer_engine.vectors.disk_errors import writing
 
 MEDIA_TYPES = frozenset({"", "application/octet-stream", "application/safetensors", "application/x-safetensors",
                          "application/gguf", "application/x-gguf", "binary/octet-stream"})  # fmt: skip
@@ -30,6 +31,7 @@ class Uploads:
 
         Raises:
             Refused: 415. PayloadTooLargeError: 413. VectorFileError: not a control vector. CapacityError: too many.
+            RegistryError: the disk does not take it.
         """
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type not in MEDIA_TYPES:
@@ -41,7 +43,7 @@ class Uploads:
             raise CapacityError("Too many uploads at once; try again.", retry_after=2)
         self._free -= 1
         try:
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            with writing(), tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
                 path = Path(file.name)
                 try:
                     async for piece in self._counted(request.stream()):
