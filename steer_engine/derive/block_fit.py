@@ -13,7 +13,7 @@ from steer_engine.derive.dump_folder import DumpFolder
 from steer_engine.derive.fit import MAX_ROWS_BYTES
 from steer_engine.derive.methods import FROM_MOMENTS, FROM_ROWS, PAIRED, Array, signed_and_scaled
 from steer_engine.derive.moments import Moments
-from steer_engine.derive.quality import held_out_auroc, mean_difference
+from steer_engine.derive.quality import explained_variance, held_out_auroc, mean_difference
 from steer_engine.derive.shard import Shard
 from steer_engine.derive.subspace import top_direction
 from steer_engine.derive.texts import LABELS
@@ -89,7 +89,7 @@ class BlockFitter:
             direction_D=direction_D,
             residual_norm=float(norm),
             separation=separation,
-            explained=_explained(rows, direction_D) if manifest.paired else None,
+            explained=explained_variance(rows.differences(), direction_D) if manifest.paired else None,
             num=(positive.count, negative.count),
         )
 
@@ -113,12 +113,3 @@ def _principal(rows: BlockRows, method: str, gap_D: Array) -> Array:
     if method == "pca":
         return top_direction(rows.differences, gap_D)[0]
     return top_direction(lambda: (part - gap_D for part in rows.differences()), gap_D)[0]
-
-
-def _explained(rows: BlockRows, direction_D: Array) -> float | None:
-    length = float(np.linalg.norm(direction_D))
-    along = total = 0.0
-    for part_ND in rows.differences():
-        along += float(((part_ND @ direction_D) ** 2).sum())
-        total += float((part_ND**2).sum())
-    return along / (length**2 * total) if length > 0.0 and total > 0.0 else None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from steer_engine.derive.manifest import Manifest
 from steer_engine.derive.methods import FROM_MOMENTS, FROM_ROWS, require_method
 from steer_engine.derive.moments import Moments, Rows, Sums
-from steer_engine.derive.quality import held_out_auroc, mean_difference
+from steer_engine.derive.quality import explained_variance, held_out_auroc, mean_difference
 from steer_engine.derive.reader import Reading
 from steer_engine.errors import DerivationError
 from steer_engine.vectors.control_vector import ControlVector
@@ -70,7 +70,7 @@ class Readings:
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What was fitted, by block: directions, mean residual norms, held-out AUROC where there are pairs enough, and the
-    share of the paired differences' squares along the direction where it was asked for."""
+    share of the paired differences' squares along the direction where rows were kept."""
 
     directions: dict[int, npt.NDArray[np.float32]]
     residual_norms: dict[int, float]
@@ -96,6 +96,7 @@ def fit(readings: Readings, method: str, blocks: Sequence[int]) -> Fit:
         directions={block: directions_LD[i].astype(np.float32) for i, block in enumerate(blocks)},
         residual_norms={block: float(norm_L[i]) for i, block in enumerate(blocks)},
         separation=_separation(readings, method, blocks),
+        explained=_explained(readings, directions_LD, blocks),
     )
 
 
@@ -127,11 +128,24 @@ def vector_of(fitted: Fit, manifest: Manifest, method: str) -> ControlVector:
             position=manifest.position,
             residual_norms=fitted.residual_norms,
             separation=fitted.separation,
+            explained_variance=fitted.explained,
             dataset_digest=manifest.dataset,
             created_with=manifest.versions,
             notes=f"{number} {unit}, read in {manifest.dtype}{', chat template' if manifest.chat else ''}.",
         ),
     )
+
+
+def _explained(readings: Readings, directions_LD: Sums, blocks: Sequence[int]) -> dict[int, float]:
+    """Of the pairs whose rows were kept."""
+    if not readings.num_rows:
+        return {}
+    differences = ([positive - negative] for positive, negative in map(readings.rows, range(len(blocks))))
+    shares = (
+        (block, explained_variance(parts, directions_LD[i]))
+        for i, (block, parts) in enumerate(zip(blocks, differences, strict=True))
+    )
+    return {block: share for block, share in shares if share is not None}
 
 
 def _separation(readings: Readings, method: str, blocks: Sequence[int]) -> dict[int, float]:

@@ -5,7 +5,7 @@ Shape suffixes: N texts, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -48,3 +48,16 @@ def mean_difference(positive_ND: Array, negative_ND: Array) -> Array:
     """`diffmean` from rows. `[D]`"""
     difference_D: Array = positive_ND.mean(axis=0) - negative_ND.mean(axis=0)
     return difference_D
+
+
+def explained_variance(differences: Iterable[Array], direction_D: Array) -> float | None:
+    """Share of the squared differences of pairs, given in groups `[N, D]`, that lies along the direction.
+
+    None where there is no direction, or no difference.
+    """
+    length = float(np.linalg.norm(direction_D))
+    along = total = 0.0
+    for part_ND in differences:
+        along += float(((part_ND @ direction_D) ** 2).sum())
+        total += float((part_ND**2).sum())
+    return min(1.0, along / (length**2 * total)) if length > 0.0 and total > 0.0 else None

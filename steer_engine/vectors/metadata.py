@@ -37,6 +37,7 @@ class VectorMetadata(BaseModel):
         was derived. It is what `unit: "residual"` multiplies, so it counts as content (it enters the digest).
     separation: block -> how often the direction there, derived from other pairs, ranked a positive above a negative
         (AUROC; 0.5 is chance).
+    explained_variance: block -> share of the squared differences of the pairs that lies along the direction.
     dataset_digest: "sha256:..." of the contrast pairs.
     created_with: package -> version.
     extra: keys of other tools, kept as they are.
@@ -52,6 +53,7 @@ class VectorMetadata(BaseModel):
     position: Text = ""
     residual_norms: dict[Block, float] = Field(default_factory=dict)
     separation: dict[Block, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    explained_variance: dict[Block, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     dataset_digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     created_with: Annotated[dict[Key, Text], Field(max_length=MAX_EXTRA)] = Field(default_factory=dict)
     notes: Annotated[str, Field(max_length=MAX_NOTES)] = ""
@@ -65,10 +67,10 @@ class VectorMetadata(BaseModel):
                 raise ValueError(f"the residual norm of block {block} is {norm}; it must be positive and finite")
         return dict(sorted(norms.items()))
 
-    @field_validator("separation")
+    @field_validator("separation", "explained_variance")
     @classmethod
-    def _sorted(cls, areas: dict[int, float]) -> dict[int, float]:
-        return dict(sorted(areas.items()))
+    def _sorted(cls, shares: dict[int, float]) -> dict[int, float]:
+        return dict(sorted(shares.items()))
 
     @classmethod
     def checked(cls, fields: Mapping[str, object]) -> VectorMetadata:
@@ -99,6 +101,7 @@ class VectorMetadata(BaseModel):
             position=_agreed(self.position, other.position),
             residual_norms=norms,
             separation=self.separation if self.separation == other.separation else {},
+            explained_variance=self.explained_variance if self.explained_variance == other.explained_variance else {},
             dataset_digest=_agreed(self.dataset_digest, other.dataset_digest),
             created_with=dict(sorted(self.created_with.items() & other.created_with.items())),
             notes=_agreed(self.notes, other.notes),

@@ -12,7 +12,8 @@ from steer_engine.vectors.metadata import VectorMetadata
 FORMAT = "control-vector"
 FORMAT_VERSION = "1"
 
-JSON_FIELDS = ("residual_norms", "separation", "created_with", "extra")
+BLOCK_FIELDS = ("residual_norms", "separation", "explained_variance")
+JSON_FIELDS = (*BLOCK_FIELDS, "created_with", "extra")
 NUMBER_FIELDS = ("hidden_size", "num_blocks")
 TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
 
@@ -48,7 +49,7 @@ def metadata_from_text(text: Any) -> VectorMetadata:
     for name in JSON_FIELDS:
         if name in text:
             fields[name] = parse_json_object(text[name], f"the metadata field {name}")
-    for name in ("residual_norms", "separation"):
+    for name in BLOCK_FIELDS:
         if name in fields:
             fields[name] = {_block_key(key, name): _as_float(value) for key, value in fields[name].items()}
     foreign = text.keys() - {"format", "format_version", *TEXT_FIELDS, *NUMBER_FIELDS, *JSON_FIELDS}

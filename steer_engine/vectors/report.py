@@ -93,13 +93,14 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
 
 
 def _table(vector: ControlVector) -> str:
-    columns = (vector.norms, vector.metadata.residual_norms, doses(vector), vector.metadata.separation)
-    forms = ("{:.4g}", "{:.4g}", "{:.1%}", "{:.3f}")
+    about = vector.metadata
+    columns = (vector.norms, about.residual_norms, doses(vector), about.separation, about.explained_variance)
+    forms = ("{:.4g}", "{:.4g}", "{:.1%}", "{:.3f}", "{:.1%}")
     rows = [
         [str(block), *(form.format(by[block]) if block in by else "" for by, form in zip(columns, forms, strict=True))]
         for block in vector.blocks
     ]
-    return _grid(["block", "|v|", "mean |x|", "dose at scale 1", "held-out AUROC"], rows)
+    return _grid(["block", "|v|", "mean |x|", "dose at scale 1", "held-out AUROC", "explained variance"], rows)
 
 
 def _between(vectors: Mapping[str, ControlVector]) -> str:

@@ -81,6 +81,7 @@ DESCRIPTIONS = {
     "position": "Which token rows were read: last, mean, or token numbers.",
     "residual_norms": "Block -> mean Euclidean norm of a token row of the stream at its output. Part of the digest.",
     "separation": "Block -> AUROC of the direction on texts that it was not derived from; 0.5 is chance.",
+    "explained_variance": "Block -> share of the squared differences of the pairs that lies along the direction.",
     "dataset_digest": "SHA-256 of the texts it was derived from.",
     "created_with": "Package -> version.",
     "notes": "Free text.",

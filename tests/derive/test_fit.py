@@ -53,6 +53,11 @@ def test_every_method_gives_a_direction_and_a_norm_per_block(method: str) -> Non
     assert [fitted.residual_norms[block] for block in BLOCKS] == pytest.approx(list(expected), rel=1e-12)
     assert tuple(fitted.separation) == (() if method == "mean" else BLOCKS)
     assert all(area > 0.5 for area in fitted.separation.values())
+    differences = positive.astype(np.float32).astype(np.float64) - negative.astype(np.float32)
+    for place, block in enumerate(BLOCKS):
+        unit = fitted.directions[block] / np.linalg.norm(fitted.directions[block])
+        share = ((differences[:, place] @ unit) ** 2).sum() / (differences[:, place] ** 2).sum()
+        assert fitted.explained[block] == pytest.approx(share, rel=1e-5)
 
 
 def test_diffmean_against_numpy() -> None:

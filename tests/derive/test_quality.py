@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steer_engine.derive.quality import auroc, held_out_auroc, mean_difference
+from steer_engine.derive.quality import auroc, explained_variance, held_out_auroc, mean_difference
 
 
 def test_auroc_is_scikit_learns_and_counts_ties_half() -> None:
@@ -36,3 +36,13 @@ def test_too_few_pairs_give_no_number() -> None:
     rows = np.random.default_rng(2).normal(size=(2, 10, 3))
     assert held_out_auroc(rows[0], rows[1], mean_difference) is not None
     assert held_out_auroc(rows[0, :9], rows[1, :9], mean_difference) is None
+
+
+def test_explained_variance_is_the_share_along_the_direction() -> None:
+    differences = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0]])
+    groups = [differences[:2], differences[2:]]
+    assert explained_variance(groups, np.array([5.0, 0.0])) == pytest.approx(18 / 19)
+    assert explained_variance(groups, np.array([0.0, -0.1])) == pytest.approx(1 / 19)
+    assert explained_variance([differences[:2]], np.array([0.3, 0.0])) == pytest.approx(1.0)
+    assert explained_variance(groups, np.zeros(2)) is None
+    assert explained_variance([np.zeros((2, 2))], np.ones(2)) is None

@@ -22,6 +22,7 @@ def vector() -> ControlVector:
             position="last",
             residual_norms={2: 10.5, 3: 11.25, 7: 0.1},
             separation={3: 0.75, 2: 1.0},
+            explained_variance={7: 0.25, 3: 0.5},
             dataset_digest="sha256:" + "ab" * 32,
             created_with={"steer-engine": "0.1.0"},
             notes="A sample with an umlaut: ü.",

@@ -24,6 +24,7 @@ from steer_engine.vectors import VectorMetadata
         ({"residual_norms": {1: float("inf")}}, "residual_norms"),
         ({"residual_norms": {1: "2"}}, "residual_norms"),
         ({"separation": {1: 1.5}}, "separation"),
+        ({"explained_variance": {1: -0.1}}, "explained_variance"),
         ({"separation": {1: float("nan")}}, "separation"),
         ({"dataset_digest": "sha256:00"}, "dataset_digest"),
         ({"dataset_digest": "sha256:" + "a" * 64 + "\n"}, "dataset_digest"),
