@@ -77,6 +77,7 @@ class Server:
 
     def kill(self) -> None:
         """End the server and the engine processes that it started (they share its session)."""
+        self.client.close()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(STOP_SECONDS)
