@@ -11,15 +11,18 @@ from fastapi.responses import JSONResponse
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.serving.answers import Refused, SteeringRoute, etag, frontend_of, if_match, require_admin
-from steer_engine.serving.vector_routes import MAX_PAGE
-from steer_engine.spec import SteeringSpec
+from steer_engine.serving.vector_routes import MAX_PAGE, Name
 from steer_engine.vectors.preset_files import check_preset
 from steer_engine.vectors.shelf import preset_digest
 
 router = APIRouter(prefix="/v1/steering/presets", tags=["steering"], route_class=SteeringRoute)
 
 SPEC_BODY = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": SteeringSpec.model_json_schema()}}}
+    "requestBody": {
+        "required": True,
+        # Defined by `openapi.document_field`, together with what it refers to.
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SteeringSpec"}}},
+    }
 }
 
 
@@ -35,14 +38,14 @@ async def list_presets(
 
 
 @router.get("/{name}")
-async def show_preset(request: Request, name: str) -> JSONResponse:
+async def show_preset(request: Request, name: Name) -> JSONResponse:
     """One preset as it was written."""
     spec = await asyncio.to_thread(frontend_of(request).registry.preset, name)
     return JSONResponse({"name": name, "digest": preset_digest(spec), "spec": spec}, headers=etag(preset_digest(spec)))
 
 
 @router.put("/{name}", openapi_extra=SPEC_BODY)
-async def put_preset(request: Request, name: str) -> JSONResponse:
+async def put_preset(request: Request, name: Name) -> JSONResponse:
     """Keep a spec under a name: 201 if the name is new, 200 if it has this very spec; `If-Match` replaces one."""
     frontend = frontend_of(request)
     require_admin(request)
@@ -60,7 +63,7 @@ async def put_preset(request: Request, name: str) -> JSONResponse:
 
 
 @router.delete("/{name}")
-async def delete_preset(request: Request, name: str) -> JSONResponse:
+async def delete_preset(request: Request, name: Name) -> JSONResponse:
     """Forget a preset. Requests that chose it before go on."""
     frontend = frontend_of(request)
     require_admin(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
@@ -14,12 +14,20 @@ from steer_engine.serving import metrics
 from steer_engine.serving.answers import SteeringRoute, etag, frontend_of, if_match, require_admin
 from steer_engine.serving.envelope import status_of
 from steer_engine.vectors import ControlVector, safetensors_format
+from steer_engine.vectors.adopted import NAME
 
 MAX_PAGE = 1000
 
 router = APIRouter(prefix="/v1/steering/vectors", tags=["steering"], route_class=SteeringRoute)
 
-Name = Annotated[str, "A name, or `sha256:` and 64 hexadecimal digits."]
+# Described, not enforced here: the registry refuses other names with a sentence of its own.
+Name = Annotated[
+    str,
+    Path(
+        description="A name, or (to read) `sha256:` and 64 hexadecimal digits.",
+        json_schema_extra={"pattern": rf"^({NAME.pattern}|sha256:[0-9a-f]{{64}})$"},
+    ),
+]
 
 _FILE_BODY = {
     "requestBody": {

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,9 +32,16 @@ class Page:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self._numbers = itertools.count(1)
-        self._socket = self._connect(port)
-        self._call("Page.enable")
-        self._call("Page.navigate", url=url)
+        self._ending = ExitStack()
+        self._ending.callback(self._process.wait, 20)
+        self._ending.callback(self._process.kill)
+        try:
+            self._socket = self._connect(port)
+            self._call("Page.enable")
+            self._call("Page.navigate", url=url)
+        except BaseException:
+            self._ending.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -41,9 +49,7 @@ class Page:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
-        self._process.kill()
-        self._process.wait(20)
+        self._ending.close()
 
     def evaluate(self, script: str) -> Any:
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -68,7 +74,7 @@ class Page:
             try:
                 targets = httpx.get(f"http://127.0.0.1:{port}/json", timeout=5).json()
                 page = next(target for target in targets if target["type"] == "page")
-                return connect(page["webSocketDebuggerUrl"], max_size=None)
+                return self._ending.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None))
             except (httpx.TransportError, StopIteration):
                 if time.monotonic() > deadline:
                     raise
