@@ -31,6 +31,17 @@ def test_every_method_from_shards_is_what_it_is_from_rows_in_memory(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_shards_cut_anywhere_give_the_bits_of_one(method: str, tmp_path: Path) -> None:
+    rows = contrast(150, 20)
+    write(tmp_path / "one", rows)
+    write(tmp_path / "seven", rows, cuts=(2, 4, 66, 130, 194, 250))
+    fits = [BlockFitter(str(tmp_path / name)).fit(9, method) for name in ("one", "seven")]
+    assert fits[0].direction_D.tobytes() == fits[1].direction_D.tobytes()
+    assert (fits[0].residual_norm, fits[0].separation) == (fits[1].residual_norm, fits[1].separation)
+    assert fits[0].explained == fits[1].explained
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_unpaired_texts_give_what_needs_no_pairs(method: str, tmp_path: Path) -> None:
     rows = contrast(40)[:-2]
     write(tmp_path / "d", rows, texts=texts_of(len(rows), paired=False), paired=False)
