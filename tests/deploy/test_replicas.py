@@ -23,10 +23,12 @@ from serving.server_process import Server, free_port, steer_engine_serve
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ADMIN = {"X-Steering-Admin-Key": "the-admin-key-of-a-test"}
 HIDDEN_SIZE = 64
+START_SECONDS = 480
+"""Twice what one server may take: they load side by side, or while others answer."""
 
 
 def along(axis: int) -> ControlVector:
@@ -43,13 +45,13 @@ class Replicas:
         self._model, self._folder = model, folder
         (folder / "vectors").mkdir()
 
-    def start(self, name: str, *, port: int | None = None, wait: bool = False) -> Server:
+    def start(self, name: str, *, port: int | None = None) -> Server:
         command = steer_engine_serve(
             self._model, "--served-model-name", "tiny", "--steering-vectors", str(self._folder / "vectors"),
             "--shutdown-timeout", "60",
         )  # fmt: skip
         env = {"STEER_ENGINE_ADMIN_KEYS": ADMIN["X-Steering-Admin-Key"], "OMP_WAIT_POLICY": "passive"}
-        return Server(command, self._folder / f"{name}.log", env=env, wait=wait, port=port)
+        return Server(command, self._folder / f"{name}.log", env=env, wait=False, port=port)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def pair(replicas: Replicas) -> Iterator[tuple[Server, Server]]:
     started = [replicas.start("one"), replicas.start("two")]
     try:
         for server in started:
-            server.wait_for()
+            server.wait_for(seconds=START_SECONDS)
         yield started[0], started[1]
     finally:
         for server in started:
@@ -209,7 +211,8 @@ def test_a_rolling_restart_and_a_crash_lose_nothing(
         assert one.process.wait(90) == 0
         load.wait_for(10)
         load.pause = 1.0  # loading a replica takes the same processors
-        three = replicas.start("three", port=three_port, wait=True)
+        three = replicas.start("three", port=three_port)
+        three.wait_for(seconds=START_SECONDS)
         load.pause = 0.0
         while f":{three_port} sha256" not in proxy.log.read_text():
             load.wait_for(10)  # the proxy tries it again some seconds after it last failed

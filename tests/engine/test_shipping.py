@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from engines import random_vector
 
 from steer_engine import LLM, __version__
 from steer_engine.runtime.held import FRESH_SECONDS, Held
-from steer_engine.runtime.vllm import shipping
+from steer_engine.runtime.vllm import engine_core, shipping
 
 PROMPT = tokens(0, 12)
 SPEC = steering(edit("r9", 2.0))
@@ -71,3 +72,27 @@ def test_statuses_of_several_engines_are_one() -> None:
     status = {"ok": True, "workers": [worker, worker], "vectors": []}
     merged = shipping.check_status([status, status])
     assert [each["engine"] for each in merged["workers"]] == [0, 0, 1, 1]
+
+
+class OneRankFails:
+    """An engine core of two ranks, the second of which has no memory left; for `steer_put` as a plain function."""
+
+    def __init__(self) -> None:
+        self.ranks: list[set[str]] = [set(), set()]
+        self.scheduler = SimpleNamespace(requests={})
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        if method == "steer_drop":
+            for rank in self.ranks:
+                rank.discard(args[0])
+            return [{"ok": True}, {"ok": True}]
+        self.ranks[0].add(args[0])
+        return [{"ok": True}, {"ok": False, "reason": "MemoryError: "}]
+
+
+def test_a_vector_that_one_rank_cannot_take_is_held_by_none() -> None:
+    core = OneRankFails()
+    reply = engine_core.steer_put(core, DIGEST, b"payload")
+    assert reply == {"ok": False, "reason": "MemoryError: "}
+    assert core.ranks == [set(), set()]
+    assert not engine_core.steer_hold(core, DIGEST)

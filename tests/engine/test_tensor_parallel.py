@@ -6,6 +6,7 @@ They run in a process of their own, since a worker per rank is a process; the or
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ BATCHES: list[list[list[Any]]] = [
         [PROMPTS[3], None],
     ],
 ]
+WRONG = f"sha256:{64 * '0'}"
 ROUNDING_FACTOR = 8.0
 """Of what two workers and Hugging Face differ by without steering: an edited stream is of another size."""
 
@@ -57,11 +59,13 @@ def parallel(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "llm": {**llm, "tensor_parallel_size": WORLD},
         "batches": BATCHES,
         "params": {"max_tokens": LONG, "prompt_logprobs": 0},
+        "wrong": WRONG,
     }
     (folder / "settings.json").write_text(json.dumps(settings))
     script = Path(__file__).with_name("parallel_process.py")
     command = [sys.executable, "-P", str(script), str(folder / "settings.json"), str(folder / "out.json")]
-    subprocess.run(command, check=True, timeout=560)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **os.environ}
+    subprocess.run(command, check=True, timeout=560, env=env)
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return found
 
@@ -96,6 +100,12 @@ def test_every_worker_is_armed_and_holds_the_same_vectors(parallel: dict[str, An
     assert first["vectors"] == sorted({VECTORS[f"r{seed}"].digest for seed in range(8)}), "r8 - r8 is nothing"
     for other in others:
         assert other == first
+
+
+def test_a_vector_that_ranks_refuse_is_held_by_none(parallel: dict[str, Any]) -> None:
+    assert not parallel["refused"]["ok"]
+    assert "hashes to" in parallel["refused"]["reason"]
+    assert all(WRONG not in worker["vectors"] for worker in parallel["workers"])
 
 
 def test_oracle(parallel: dict[str, Any], oracle: Oracle) -> None:

@@ -82,16 +82,16 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(STOP_SECONDS)
 
-    def wait_for(self, path: str = "/readyz") -> None:
+    def wait_for(self, path: str = "/readyz", seconds: float = START_SECONDS) -> None:
         """Until `path` answers 200; a server that does not come up is ended, and its log is in the error."""
         try:
-            self._wait_for(path)
+            self._wait_for(path, seconds)
         except BaseException:
             self.kill()
             raise
 
-    def _wait_for(self, path: str) -> None:
-        deadline = time.monotonic() + START_SECONDS
+    def _wait_for(self, path: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
