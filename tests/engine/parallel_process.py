@@ -2,8 +2,8 @@
 
     python parallel_process.py SETTINGS.json OUT.json
 
-SETTINGS: {"model", "llm": {...}, "batches": [[[tokens, spec or null], ...], ...], "params": {...}, "wrong": a digest under
-which r0 is offered at the end}; r0..r31 are the vectors.
+SETTINGS: {"model", "llm": {...}, "batches": [[[tokens, spec or null], ...], ...], "params": {...}, "wrong": a digest
+under which r0 is offered at the end}; r0..r31 are the vectors.
 OUT: {"batches": [[[tokens, logprobs, prompt logprobs], ...], ...], "captured": [blocks, positions, D] of the first
 prompt, "workers": what each says of itself at the end, "refused": the answer to the offer}.
 """
