@@ -40,7 +40,7 @@ class Plan:
     """Vectors, and the grid of blocks and strengths from which the validation split chooses.
 
     recipes: vectors to derive from the task's derive split. vectors: finished ones, by name.
-    blocks: block ranges to try; none = the middle block and the middle third.
+    blocks: block ranges to try; none = single blocks at a third, half and two thirds of the depth.
     alphas: strengths to try, in units of `unit`; 0 always runs as well.
     score: what is maximised on the validation split; ties go to the larger share of the right answers.
     max_kl: conditions with a larger mean KL on neutral texts can't be chosen.
@@ -88,8 +88,10 @@ class Plan:
             last = (parse_blocks(blocks) or (0,))[-1]
             if last >= num_blocks:
                 raise EvaluationError(f"--blocks {blocks}: the model's blocks are 0 to {num_blocks - 1}.")
-        third = f"{num_blocks // 3}-{max(num_blocks // 3, 2 * num_blocks // 3 - 1)}"
-        return self.blocks or tuple(dict.fromkeys([str(num_blocks // 2), third]))
+        # Single blocks: the difference of a pair is carried on by the stream, so that a vector added at each of ten
+        # blocks counts about ten times over (SmolLM2-135M, IOI, strength 0.5: KL 0.03 at block 15, 5.0 at 10-19).
+        places = (num_blocks // 3, num_blocks // 2, 2 * num_blocks // 3)
+        return self.blocks or tuple(dict.fromkeys(map(str, places)))
 
     def condition(self, name: str, vector: ControlVector, blocks: str, alpha: float) -> Condition:
         return Condition(

@@ -36,6 +36,9 @@ def test_a_cut_at_any_byte_leaves_whole_lines(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with Journal(path, FACTS) as journal:
             assert len(journal) == max(0, whole[:size].count(b"\n") - 1)
+        # Nothing of the half line is left, not even behind what is shorter.
+        assert path.read_bytes() == whole[: max(whole.index(b"\n") + 1, whole[:size].rfind(b"\n") + 1)]
+        with Journal(path, FACTS) as journal:
             for number in range(len(journal), 3):
                 journal.add(("test", "baseline", f"q{number}"), SCORE)
         assert path.read_bytes() == whole

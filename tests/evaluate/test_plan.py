@@ -48,8 +48,8 @@ def test_plans_that_are_refused(settings: dict[str, Any], message: str) -> None:
 
 
 def test_blocks_of_a_model() -> None:
-    assert Plan(recipes=DIFFMEAN).blocks_for(30) == ("15", "10-19")
-    assert Plan(recipes=DIFFMEAN).blocks_for(1) == ("0", "0-0")
+    assert Plan(recipes=DIFFMEAN).blocks_for(30) == ("10", "15", "20")
+    assert Plan(recipes=DIFFMEAN).blocks_for(1) == ("0",)
     with pytest.raises(EvaluationError, match="blocks are 0 to 29"):
         Plan(recipes=DIFFMEAN, blocks=("3", "20-30")).blocks_for(30)
 
