@@ -47,6 +47,21 @@ def test_bad_specs(tiny: LLM, name: str) -> None:
     assert sampled(generate(tiny, [PROMPT], [None], max_tokens=1)[0]) == before
 
 
+@pytest.mark.v1_only
+def test_a_seed_with_a_prompt_of_several_chunks_is_refused(tiny: LLM) -> None:
+    """vLLM's V1 runner on a CPU dies of it; the engine is there for the next one."""
+    chunk = tiny.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    for length, refused in ((chunk, False), (chunk + 1, True)):
+        asked = params(steering(edit("r0")), seed=1, temperature=1.0, max_tokens=1)
+        inputs: Any = [{"prompt_token_ids": tokens(8, length)}]
+        if refused:
+            with pytest.raises(VLLMValidationError, match="seed"):
+                tiny.generate(inputs, asked, use_tqdm=False)
+        else:
+            assert len(tiny.generate(inputs, asked, use_tqdm=False)) == 1
+    assert len(generate(tiny, [tokens(8, chunk + 1)], [steering(edit("r0"))], max_tokens=1)) == 1
+
+
 def test_unknown_vectors_have_a_status_of_their_own(tiny: LLM) -> None:
     with pytest.raises(UnknownVectorError):
         generate(tiny, [PROMPT], [steering(edit("nobody"))])

@@ -13,7 +13,7 @@ from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY, Capture
 from steer_engine.resolve import ResolvedSpec, resolve
 from steer_engine.runtime.held import Held
-from steer_engine.runtime.vllm.supported import check_supported, model_shape
+from steer_engine.runtime.vllm.supported import check_supported, longest_seeded_prompt, model_shape
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry
 from steer_engine.vectors.inline import InlineVectors
@@ -52,6 +52,7 @@ class Frontend:
         if self.config is not None:
             check_supported(vllm_config)
             self.model = model_shape(vllm_config, self.config)
+            self.seeded_tokens = longest_seeded_prompt(vllm_config)
             self.default_preset = os.environ.get("STEER_ENGINE_DEFAULT_PRESET") or None
             folder = os.environ.get("STEER_ENGINE_VECTORS")
             strict = os.environ.get("STEER_ENGINE_STRICT") == "1"

@@ -62,6 +62,8 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         extra_args = frontend.compile(sampling.extra_args, prompt_len)
         if PROGRAM_KEY in extra_args and resumable:
             raise SteeringRequestError("Streaming input cannot be steered: its prompt's length changes.", "steering")
+        if PROGRAM_KEY in extra_args and sampling.seed is not None:
+            _check_seeded(frontend, prompt_len)
     except UnknownVectorError as error:
         raise VLLMNotFoundError(error.message) from error
     except SteeringRequestError as error:
@@ -70,3 +72,13 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         # A cached position is never computed, so it could not be read.
         sampling.skip_reading_prefix_cache = True
     return extra_args
+
+
+def _check_seeded(frontend: Frontend, prompt_len: int) -> None:
+    longest = frontend.seeded_tokens
+    if longest is not None and prompt_len > longest:
+        raise SteeringRequestError(
+            f"A prompt of {prompt_len} tokens is read in several steps, and vLLM cannot do that with a seed on this "
+            f"device; leave the seed out, or send at most {longest} tokens.",
+            "seed",
+        )
