@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def answer_all(
     engine_args: dict[str, Any] | None = None,
 ) -> list[list[str]]:
     """`samples` completions of each question, by the model itself, in one batch on one engine."""
+    # One process, which ends with the command. Read when vLLM is imported.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from steer_engine.llm import LLM
 
     llm = LLM(model, **(engine_defaults() | {"enable_prefix_caching": True} | (engine_args or {})))

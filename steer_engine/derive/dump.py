@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,7 +189,10 @@ def _done(folder: DumpFolder, texts: Texts) -> set[int]:
 
 
 def _gathered(
-    readings: Iterable[tuple[range, list[TextRows]]], shard_bytes: int, flush_seconds: float, advance: Any
+    readings: Iterable[tuple[range, list[TextRows]]],
+    shard_bytes: int,
+    flush_seconds: float,
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[int, list[TextRows]]]:
     """Consecutive chunks, as many as make a shard, with the place of their first text."""
     first = num_bytes = 0

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from steer_engine.derive import Pair, Pairs, derive, load_pairs
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
+from steer_engine.derive.dump_folder import DumpFolder
 from steer_engine.derive.fit import Readings, fit
 from steer_engine.derive.reader import EngineFacts
 from steer_engine.errors import DerivationError, SteerError
@@ -149,6 +150,15 @@ def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str,
         expected = np.mean([s[block] for s in sides[0]], axis=0) - np.mean([s[block] for s in sides[1]], axis=0)
         assert cosine(vector.directions[block], expected) >= 0.9999
         assert np.linalg.norm(vector.directions[block]) == pytest.approx(np.linalg.norm(expected), rel=1e-3)
+    # The same with the activations kept: a dump rounds the means of texts to float32, and nothing else differs.
+    kept, other = tmp_path / "kept", tmp_path / "other.safetensors"
+    more = ["--keep-dump", str(kept), "--out", str(other)]
+    result = CliRunner().invoke(app, [*arguments, *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for block in vector.blocks:
+        assert cosine(load(other).directions[block], vector.directions[block]) > 1 - 1e-9
+    assert load(other).metadata.notes == about.notes
+    assert DumpFolder.open(kept).require_complete()[0].head.texts == 10
     # A second run would replace the file only if told to, and says so before any engine starts.
     with pytest.raises(DerivationError, match="there is such a file already"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)

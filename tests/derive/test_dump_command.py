@@ -37,6 +37,12 @@ def test_bad_lines_are_named_before_an_engine_starts(tmp_path: Path) -> None:
         )
 
 
+def test_help_has_an_example() -> None:
+    result = CliRunner().invoke(app, ["dump", "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "steer-engine dump smollm2-135m --pairs sentiment" in result.output
+
+
 def num_texts(folder: Path) -> int:
     return sum(index.read_bytes().count(b"\n") - 1 for index in folder.glob("shard-*.jsonl"))
 
