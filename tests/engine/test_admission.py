@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,16 @@ def test_the_callers_params_stay_untouched(tiny: LLM) -> None:
     asked = params(steering(edit("r0", 2.0)))
     tiny.generate([{"prompt_token_ids": PROMPT}, {"prompt_token_ids": PROMPT[:7]}], asked, use_tqdm=False)
     assert asked.extra_args == {"steering": steering(edit("r0", 2.0))}
+
+
+def test_a_steered_request_leaves_a_line_in_the_log(tiny: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="steer_engine.requests"):
+        generate(tiny, [PROMPT, PROMPT], [steering(edit("r0", 2.0, scope="prompt")), None], max_tokens=1)
+    (record,) = [record for record in caplog.records if record.name == "steer_engine.requests"]
+    line = json.loads(record.getMessage().removeprefix("steered "))
+    assert line["vectors"] == [tiny.vectors.get("r0").digest]
+    assert [span for _, *span in line["edits"]] == [[0, len(PROMPT)]]
+    assert line["request_id"]
 
 
 def test_children_of_n_are_steered(tiny: LLM) -> None:

@@ -5,6 +5,8 @@ Wraps `vllm.v1.engine.input_processor.InputProcessor.{__init__, process_inputs}`
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,8 @@ from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY
 from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, Frontend
 from steer_engine.runtime.vllm.patching import Symbol, wrap
+
+logger = logging.getLogger("steer_engine.requests")
 
 _CLASS = "vllm.v1.engine.input_processor:InputProcessor"
 INIT = Symbol(f"{_CLASS}.__init__", ("vllm_config",))
@@ -68,6 +72,7 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         raise VLLMNotFoundError(error.message) from error
     except SteeringRequestError as error:
         raise VLLMValidationError(error.message, parameter=error.param) from error
+    _log(request.request_id, extra_args.get(PROGRAM_KEY))
     if CAPTURE_KEY in sampling.extra_args:
         # A cached position is never computed, so it could not be read.
         sampling.skip_reading_prefix_cache = True
@@ -82,3 +87,10 @@ def _check_seeded(frontend: Frontend, prompt_len: int) -> None:
             f"device; leave the seed out, or send at most {longest} tokens.",
             "seed",
         )
+
+
+def _log(request_id: str, program: dict[str, Any] | None) -> None:
+    """One line of JSON for each steered request: what is applied where, by digest."""
+    if program is not None and logger.isEnabledFor(logging.DEBUG):
+        line = {"request_id": request_id, "vectors": program["vectors"], "edits": program["identity"]}
+        logger.debug("steered %s", json.dumps(line, separators=(",", ":")))
