@@ -131,7 +131,7 @@ def test_pods_are_confined() -> None:
     }
     mounted = {mount["name"] for mount in server["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
-    assert {"/vectors", "/cache", "/tmp", "/home/steer", "/dev/shm"} <= {m["mountPath"] for m in server["volumeMounts"]}
+    assert {"/vectors", "/cache", "/tmp", "/var/lib/steer", "/dev/shm"} <= {m["mountPath"] for m in server["volumeMounts"]}
     assert server["image"] == f"steer-engine:{steer_engine.__version__}-cuda"
 
 
