@@ -20,6 +20,9 @@ CALLS_IN_FLIGHT = 2
 MAX_ACTOR_RESTARTS = 2
 """An actor that dies is started again and its calls are made again (they change nothing), this many times."""
 
+LOCAL_STARTS = 3
+"""Times that a Ray on this machine is tried to be started."""
+
 CONNECT_SECONDS = 10.0
 """Longest wait for a cluster's address to answer."""
 
@@ -136,12 +139,8 @@ def ray_session(ray_address: str | None, *, num_cpus: int) -> Iterator[Any]:
 def _start_ray(ray: Any, num_cpus: int, ray_address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if ray_address is None:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
+        _start_local_ray(
+            ray, num_cpus=num_cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
         )
         return
     _require_listening(ray_address)
@@ -149,6 +148,21 @@ def _start_ray(ray: Any, num_cpus: int, ray_address: str | None) -> None:
         ray.init(address=ray_address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise DerivationError(f"There is no Ray cluster at {ray_address!r}: {error}") from None
+
+
+def _start_local_ray(ray: Any, **settings: Any) -> None:
+    """Start a Ray on this machine; again if need be, since Ray gives its daemons 30 s, which a busy machine exceeds."""
+    for tried in range(1, LOCAL_STARTS + 1):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()  # what was half started
+            if tried == LOCAL_STARTS:
+                raise DerivationError(
+                    f"Ray did not start on this machine, {tried} times: {_last_line(error)} "
+                    "Is it out of memory or very busy?"
+                ) from error
 
 
 def _require_listening(ray_address: str) -> None:

@@ -7,10 +7,19 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from steer_engine.derive.workers import CALLS_IN_FLIGHT, MAX_ACTOR_RESTARTS, Workers, _require_listening, ray_session
+from steer_engine.derive.workers import (
+    CALLS_IN_FLIGHT,
+    LOCAL_STARTS,
+    MAX_ACTOR_RESTARTS,
+    Workers,
+    _require_listening,
+    _start_local_ray,
+    ray_session,
+)
 from steer_engine.errors import DerivationError
 
 
@@ -104,3 +113,24 @@ def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
             with pytest.raises(DerivationError, match=f"There is no Ray cluster at '{address}'"):
                 _require_listening(address)
     _require_listening("auto")
+
+
+@pytest.mark.parametrize("failures", [0, LOCAL_STARTS - 1, LOCAL_STARTS])
+def test_a_local_ray_that_was_too_slow_is_started_again(failures: int) -> None:
+    """Ray's own limit of 30 s cannot be reached at will: what it then does is played."""
+    calls: list[str] = []
+
+    def init(**settings: object) -> None:
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown"))
+    if failures == LOCAL_STARTS:
+        with pytest.raises(
+            DerivationError, match=r"did not start on this machine, 3 times: The current node timed out"
+        ):
+            _start_local_ray(ray)
+    else:
+        _start_local_ray(ray)
+    assert calls == ["init", "shutdown"] * failures + ["init"] * (failures < LOCAL_STARTS)
