@@ -1,7 +1,8 @@
-# Five verbs; each sets up .venv first if needed. On a GPU machine: make EXTRA=cuda demo
+# Six verbs; each sets up .venv first if needed. On a GPU machine: make EXTRA=cuda demo
 #   make demo             derive a vector, serve a real model, show plain and steered answers
 #   make test [ALL=1]     the test suites, each in its own process [with the long ones]; one of them: make test ONLY=engine-v1
 #   make check            lint, format, types, import contracts
+#   make mutants          break the code in known ways and see the tests notice
 #   make docs             the documentation, into site/
 #   make setup            only .venv
 EXTRA ?= cpu
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready-$(EXTRA)
 
-.PHONY: help setup demo test check docs
+.PHONY: help setup demo test check mutants docs
 help:
 	@sed -n '1,/^EXTRA/s/^#  *//p' Makefile
 
@@ -30,6 +31,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+mutants: $(STAMP)
+	@$(BIN)/python -P scripts/mutants.py
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

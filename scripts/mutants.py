@@ -1,0 +1,144 @@
+"""Tests of the tests: break the code in one place, on a copy, and see a named test fail.
+
+    scripts/mutants.py [NAME ...]
+
+Each mutant is a mistake that a steering server could live with for months: everything answers, some answers are wrong.
+The named test must pass on the code as it is and fail on the mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 900
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    name: str
+    file: str
+    """Under steer_engine/."""
+    right: str
+    wrong: str
+    test: str
+    """Node id under tests/."""
+    runner: str = "v1"
+
+
+MUTANTS = (
+    Mutant(
+        name="a slot outlives its request",
+        file="runtime/vllm/model_runner_v1.py",
+        right="slot = self._slot_of.pop(request_id)",
+        wrong="slot = self._slot_of[request_id]",
+        test="engine/test_admission.py::test_more_requests_than_slots",
+    ),
+    Mutant(
+        name="a generation begins one token late",
+        file="edit.py",
+        right="(prompt_len if self.from_end else 0)",
+        wrong="(prompt_len + 1 if self.from_end else 0)",
+        test="engine/test_modes.py::test_steering_changes_between_turns",
+    ),
+    Mutant(
+        name="cache blocks do not know of steering",
+        file="runtime/vllm/block_hash.py",
+        right="if key is not None:",
+        wrong="if key is None:",
+        test="engine/test_prefix_cache.py::test_unequal_steering_does_not_share",
+    ),
+    Mutant(
+        name="one rank has not got the vector",
+        file="runtime/vllm/worker.py",
+        right="    adapter.runtime.store.put(vector)",
+        wrong="    if self.rank == 0:\n        adapter.runtime.store.put(vector)",
+        test="engine/test_tensor_parallel.py",
+    ),
+    Mutant(
+        name="an evicted row is still found",
+        file="runtime/bank.py",
+        right="        row, number = self._idle.popitem(last=False)\n        del self._row_of[row]",
+        wrong="        row, number = self._idle.popitem(last=False)",
+        test="runtime/test_bank.py",
+    ),
+    Mutant(
+        name="edits go into a part of the stream that nobody reads",
+        file="runtime/stream.py",
+        right="return StreamForm.HIDDEN_ONLY",
+        wrong="return StreamForm.SPLIT",
+        test="families/test_families.py::test_parity_at_every_block[stablelm]",
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a part of a mutant's name; all if none is given")
+    names = parser.parse_args().names
+    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    console = Console()
+    survivors = 0
+    for mutant in chosen:
+        with console.status(f"{mutant.name}: {mutant.test}"), copy_of_the_code() as copy:
+            sane = passes(mutant, copy)
+            apply(mutant, copy)
+            caught = sane and not passes(mutant, copy)
+        survivors += not caught
+        verdict = "[green]caught[/]" if caught else "[red]SURVIVED[/]" if sane else "[red]its test fails without it[/]"
+        console.print(f"{verdict}  {mutant.name}  [dim]{mutant.test}[/]")
+    console.print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
+    return 1 if survivors or not chosen else 0
+
+
+@contextmanager
+def copy_of_the_code() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "steer_engine", copy / "code" / "steer_engine", ignore=ignored)
+        shutil.copytree(ROOT / "triton_kernels" / "steer_kernels", copy / "code" / "steer_kernels", ignore=ignored)
+        shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        yield copy
+
+
+def apply(mutant: Mutant, copy: Path) -> None:
+    file = copy / "code" / "steer_engine" / mutant.file
+    text = file.read_text()
+    assert mutant.right in text, f"{mutant.file} no longer says {mutant.right!r}: bring the mutant up to date"
+    file.write_text(text.replace(mutant.right, mutant.wrong))
+
+
+def passes(mutant: Mutant, copy: Path) -> bool:
+    """Whether the mutant's test passes on the copy. Raises if there is no such test."""
+    environment = {
+        **os.environ,
+        # Before the installed package on the path.
+        "PYTHONPATH": str(copy / "code"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "STEER_TEST_RUNNER": mutant.runner,
+        "OMP_WAIT_POLICY": "passive",
+    }
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", f"tests/{mutant.test}"]
+    done = subprocess.run(
+        command, cwd=copy, env=environment, check=False, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
