@@ -7,22 +7,20 @@ set -euo pipefail
 url=${STEER_ENGINE_URL:-http://localhost:8000}/v1
 file=$1
 name=$(basename "${file%.*}")
-model=$(curl -fsS "$url/models" | jq -r '.data[0].id')
 admin=(-H "Authorization: Bearer ${STEER_ENGINE_ADMIN_KEY:?one of the keys of the server}")
+model=$(curl -fsS "${admin[@]}" "$url/models" | jq -r '.data[0].id')
 
 echo "== put the vector, and keep a preset of it"
-curl -fsS -X PUT --data-binary "@$file" "${admin[@]}" -H 'If-Match: *' "$url/steering/vectors/$name" 2>/dev/null |
-    jq -c '{name, digest}' ||
-    curl -fsS -X PUT --data-binary "@$file" "${admin[@]}" "$url/steering/vectors/$name" | jq -c '{name, digest}'
+curl -fsS -X PUT --data-binary "@$file" "${admin[@]}" "$url/steering/vectors/$name" | jq -c '{name, digest}'
 spec="{\"edits\": [{\"vector\": \"$name\", \"scale\": 0.3}]}"
 curl -fsS -X PUT -d "$spec" "${admin[@]}" -H 'Content-Type: application/json' "$url/steering/presets/$name-soft" |
     jq -c '{name, digest}'
 
 echo "== what would a request get?"
-curl -fsS -d "$spec" -H 'Content-Type: application/json' "$url/steering/validate" | jq -c '{digest, rows, dose}'
+curl -fsS -d "$spec" "${admin[@]}" -H 'Content-Type: application/json' "$url/steering/validate" | jq -c '{digest, rows, dose}'
 
 ask() { # model, more fields
-    curl -fsS "$url/completions" -H 'Content-Type: application/json' \
+    curl -fsS "$url/completions" "${admin[@]}" -H 'Content-Type: application/json' \
         -d "{\"model\": \"$1\", \"prompt\": \"My day was\", \"max_tokens\": 20, \"temperature\": 0 $2}" |
         jq -c '[.choices[0].text, .steering.digest]'
 }

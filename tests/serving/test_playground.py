@@ -83,6 +83,6 @@ def test_damaged_links_do_no_harm(server: Server, tmp_path: Path) -> None:
     script = "<img src=x onerror=document.title='owned'>"
     for text in ("%", "null", "3", '{"steering": {"edits": [null, 3]}}', json.dumps({"prompt": script})):
         with Page(f"{server.url}/playground#{quote(text)}", tmp_path / "profile") as page:
-            page.wait_for("document.getElementById('about').textContent.includes('vectors')")
+            page.wait_for("document.getElementById('about')?.textContent.includes('vectors')")
             assert page.evaluate("document.getElementById('error').hidden")
             assert page.evaluate("document.title") == "Steer Engine playground"
