@@ -15,7 +15,9 @@ from steer_engine.vectors import ControlVector, gguf_format, safetensors_format
 from steer_engine.vectors.disk_errors import writing
 
 MEDIA_TYPES = frozenset({"", "application/octet-stream", "application/safetensors", "application/x-safetensors",
-                         "application/gguf", "application/x-gguf", "binary/octet-stream"})  # fmt: skip
+                         "application/gguf", "application/x-gguf", "binary/octet-stream",
+                         "application/x-www-form-urlencoded"})  # fmt: skip
+"""The last one is what curl says of `--data-binary` if nobody tells it otherwise; the content is checked anyway."""
 GGUF_MAGIC = b"GGUF"
 
 

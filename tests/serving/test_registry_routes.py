@@ -121,6 +121,11 @@ async def test_put_show_download_and_delete(client: httpx.AsyncClient) -> None:
     assert error(await client.delete("/v1/steering/vectors/calm", headers=ADMIN))[0] == 404
 
 
+async def test_a_file_is_taken_as_curl_sends_it(client: httpx.AsyncClient) -> None:
+    sent = await put(client, "calm", to_bytes(one(1)), content_type="application/x-www-form-urlencoded")
+    assert sent.status_code == 201
+
+
 async def test_gguf_is_taken_too(client: httpx.AsyncClient, tmp_path: Path, registry: Registry) -> None:
     save(one(2), tmp_path / "v.gguf")
     data = (tmp_path / "v.gguf").read_bytes()
