@@ -66,10 +66,11 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
     # Before vLLM is imported: it picks its platform by plugin then.
     _name_plugins()
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    cli_env_setup()
+    from steer_engine.serving.vllm.symbols import CLI_ENV_SETUP
+
+    CLI_ENV_SETUP.get()()
     command = ServeSubcommand()
     args = _parser(command).parse_args(["serve", *argv])
     configure_logging_from_args(args)

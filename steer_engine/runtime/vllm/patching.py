@@ -19,10 +19,12 @@ class Symbol:
     """A function or method of vLLM that we wrap or call.
 
     path: `module:Class.method` or `module:function`. parameters: the names that we rely on, in any position.
+    moved_to: where a later release that we know has it.
     """
 
     path: str
     parameters: tuple[str, ...] = ()
+    moved_to: str | None = None
 
     @property
     def module(self) -> str:
@@ -30,18 +32,22 @@ class Symbol:
 
     def owner(self) -> tuple[Any, str]:
         """The object that has the attribute, and the attribute's name."""
-        module, _, qualified = self.path.partition(":")
-        owner: Any = importlib.import_module(module)
-        *parents, name = qualified.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        return owner, name
+        if self.moved_to is not None:
+            try:
+                return _owner(self.moved_to)
+            except (ImportError, AttributeError):
+                pass  # an earlier release
+        return _owner(self.path)
+
+    def get(self) -> Any:
+        """The function, method or class itself."""
+        owner, name = self.owner()
+        return getattr(owner, name)
 
     def problem(self) -> str | None:
         """What is different from the symbol that we know, or None."""
         try:
-            owner, name = self.owner()
-            function = inspect.unwrap(getattr(owner, name))
+            function = inspect.unwrap(self.get())
         except (ImportError, AttributeError) as error:
             return f"{self.path} is missing ({error})"
         if not self.parameters:
@@ -49,6 +55,16 @@ class Symbol:
         known = inspect.signature(function).parameters
         missing = [parameter for parameter in self.parameters if parameter not in known]
         return f"{self.path} has no parameter {', '.join(missing)}" if missing else None
+
+
+def _owner(path: str) -> tuple[Any, str]:
+    module, _, qualified = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = qualified.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    getattr(owner, name)  # an AttributeError here, not later
+    return owner, name
 
 
 def check_symbols(symbols: tuple[Symbol, ...], vllm_version: str) -> None:

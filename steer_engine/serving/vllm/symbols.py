@@ -34,6 +34,9 @@ MESSAGES_BASE_REQUEST = Symbol(
     "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._build_base_request",
     ("anthropic_request", "openai_messages"),
 )
+CLI_ENV_SETUP = Symbol(
+    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup", moved_to="vllm.entrypoints.common.startup:cli_env_setup"
+)
 
 WRAPPED = (
     ASYNC_LLM_INIT,
@@ -72,7 +75,7 @@ COMMAND = (
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init", ("subparsers",)),
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.validate", ("args",)),
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
-    Symbol("vllm.entrypoints.serve.utils.api_utils:cli_env_setup"),
+    CLI_ENV_SETUP,
     Symbol("vllm.logger:configure_logging_from_args"),
     Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
 )

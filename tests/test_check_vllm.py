@@ -1,0 +1,67 @@
+"""The check of a vLLM by its source alone, on the one that is installed and on sources that differ."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from steer_engine.runtime.vllm.patching import Symbol
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_vllm.py"
+
+
+@pytest.fixture(scope="module")
+def check_vllm() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_vllm", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_vllm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_installed_vllm_is_known_by_its_source(check_vllm: ModuleType) -> None:
+    from steer_engine.runtime.vllm.symbols import all_symbols
+    from steer_engine.serving.vllm.symbols import ALL, COMMAND
+
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    root = Path(found.origin).parents[1]
+
+    def read(path: str) -> str | None:
+        file = root / path
+        return file.read_text() if file.is_file() else None
+
+    symbols = (*all_symbols(), *ALL, *COMMAND)
+    assert len(symbols) > 40
+    assert check_vllm.problems(symbols, read) == []
+
+
+SOURCES = {
+    "lib/__init__.py": "from lib.inner import Base as Public\n",
+    "lib/inner.py": "class Root:\n    def run(self, a, *, b): ...\nclass Base(Root):\n    size: int = 3\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "problem"),
+    [
+        ("lib.inner:Base.run", ("a", "b"), None),
+        ("lib:Public.run", ("b",), None),
+        ("lib:Public.size", (), None),
+        ("lib:Public.run", ("c",), "lib:Public.run has no parameter c"),
+        ("lib:Public.walk", (), "lib:Public.walk is missing"),
+        ("lib.outer:Public", (), "lib.outer:Public is missing"),
+        ("lib:Public.size", ("a",), "lib:Public.size is no function"),
+    ],
+)
+def test_what_differs_is_named(
+    check_vllm: ModuleType, path: str, parameters: tuple[str, ...], problem: str | None
+) -> None:
+    assert check_vllm.problem_of(Symbol(path, parameters), SOURCES.get) == problem
