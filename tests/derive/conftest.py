@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from derive.reading import config
+from threadpoolctl import threadpool_limits
 
 from steer_engine.derive.actors import Pool, pool
 
@@ -15,3 +16,10 @@ def tiny_pool(tiny_llama: str) -> Iterator[Pool]:
     with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl")) as engines:
         assert engines.facts().blocks == (0, 2)
         yield engines
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrix products of this process as in the actors of `fit`; threads that wait for each other are slow, too."""
+    with threadpool_limits(1):
+        yield
