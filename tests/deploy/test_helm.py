@@ -131,7 +131,8 @@ def test_pods_are_confined() -> None:
     }
     mounted = {mount["name"] for mount in server["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
-    assert {"/vectors", "/cache", "/tmp", "/var/lib/steer", "/dev/shm"} <= {m["mountPath"] for m in server["volumeMounts"]}
+    paths = {mount["mountPath"] for mount in server["volumeMounts"]}
+    assert {"/vectors", "/cache", "/tmp", "/var/lib/steer", "/dev/shm"} <= paths
     assert server["image"] == f"steer-engine:{steer_engine.__version__}-cuda"
 
 
