@@ -46,11 +46,11 @@ class Suite:
 
 
 SUITES = (
-    Suite(name="engine-v2", folder="engine", env={"STEER_TEST_RUNNER": "v2"}),
     Suite(name="serving", folder="serving"),
+    Suite(name="unit"),
+    Suite(name="engine-v2", folder="engine", env={"STEER_TEST_RUNNER": "v2"}),
     Suite(name="engine-v1", folder="engine", env={"STEER_TEST_RUNNER": "v1"}),
     Suite(name="kernels", folder="kernels"),
-    Suite(name="unit"),
     Suite(name="families", folder="families"),
 )
 """The longest first."""
