@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_models import tiny_llama_path
 
 from steer_engine.models import resolve_model
@@ -14,6 +15,10 @@ from steer_engine.models import resolve_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("steer-engine", deadline=None)
+settings.load_profile("steer-engine")
 
 
 @pytest.fixture(scope="session")
