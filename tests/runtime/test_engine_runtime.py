@@ -224,6 +224,21 @@ def test_adds_only_engines_take_the_short_way() -> None:
 # Reading
 
 
+@pytest.mark.parametrize(("ops", "adds_only"), [(("add",), True), (("add", "ablate"), False)])
+def test_the_kernel_is_launched_for_what_is_armed(
+    monkeypatch: pytest.MonkeyPatch, ops: tuple[str, ...], adds_only: bool
+) -> None:
+    """`ADDS_ONLY` is the kernel whose compiled code holds no reduction (tests/kernels/test_compile.py)."""
+    launched: list[bool] = []
+    monkeypatch.setattr(
+        "steer_kernels.edit_residual.edit_residual", lambda *args, adds_only, capture: launched.append(adds_only)
+    )
+    runtime = new_runtime(ops=ops)
+    runtime.use_triton = True
+    runtime.edit(*stream(), 0)
+    assert launched == [adds_only]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_read_before_they_are_edited(dtype: torch.dtype) -> None:
     runtime = new_runtime(capture_blocks=(1, 2), dtype=dtype)
