@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import re
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,18 @@ from serving.server_process import Server, steer_engine_serve
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes
 
-MANY = 16
+PROMPTS = [[1 + i % 250, *[2 + i // 250] * 480] for i in range(250)]
+LONG: dict[str, Any] = {"prompt": PROMPTS, "max_tokens": 2}
+"""Seconds of reading for the engine and little for the server, so that it can answer what comes meanwhile: where a tiny
+model writes instead, its tokens keep the server's event loop busy to the end."""
+
+
+def wait_until_busy(server: Server, seconds: float = 60) -> None:
+    """Until the engine runs a request, as vLLM's own gauge says."""
+    deadline = time.monotonic() + seconds
+    busy = re.compile(r"^vllm:num_requests_running\{.*\} [1-9]", re.MULTILINE)
+    while not busy.search(httpx.get(f"{server.url}/metrics", timeout=60).text):
+        assert time.monotonic() < deadline, "the engine has not begun"
 
 
 def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> None:
@@ -37,6 +47,7 @@ def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> 
 
 
 def test_keys(living: Server) -> None:
+    logged = len(living.log)  # an attacker has put keys into queries before, where the access log shows them
     assert living.get("/readyz").status_code == 200
     assert living.get("/v1/steering").status_code == 401
     assert living.get("/v1/steering", headers=USER).status_code == 200
@@ -47,8 +58,8 @@ def test_keys(living: Server) -> None:
         assert answer.status_code == status, answer.text
     assert httpx.delete(url, headers=USER, timeout=60).status_code == 401
     assert httpx.delete(url, headers=OPERATOR, timeout=60).status_code == 200
-    assert ADMIN not in living.log
-    assert INFERENCE not in living.log
+    assert ADMIN not in living.log[logged:]
+    assert INFERENCE not in living.log[logged:]
 
 
 def test_a_vector_that_is_put_steers_the_next_request(living: Server) -> None:
@@ -71,25 +82,17 @@ def test_a_vector_that_is_put_steers_the_next_request(living: Server) -> None:
 
 def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> None:
     put(living, "busy", along(11))
-    asked = {"max_tokens": 200, "steering": spec("busy"), "ignore_eos": True, "temperature": 0}
-    expected = tokens(complete(living, **asked))
-    # Many at once, so that they are not over before the server has read what comes next.
-    body = {"model": "tiny", "prompt": ["abc"] * MANY, "stream": True, "return_token_ids": True, **asked}
-    found: dict[int, list[int]] = defaultdict(list)
-    with httpx.stream("POST", f"{living.url}/v1/completions", json=body, headers=USER, timeout=60) as answer:
-        deleted = None
-        for line in answer.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            if deleted is None:  # its first tokens are here, so it is in flight
-                url = f"{living.url}/v1/steering/vectors/busy"
-                deleted = httpx.delete(url, headers=OPERATOR, timeout=60).json()
-            for choice in json.loads(line[6:])["choices"]:
-                found[choice["index"]] += choice["token_ids"]
-    assert deleted is not None
-    assert 1 <= deleted["in_flight"] <= MANY
-    assert list(found.values()) == [expected] * MANY
-    assert complete(living, **asked).status_code == 404
+    expected = tokens(complete(living, steering=spec("busy"), **{**LONG, "prompt": PROMPTS[-1]}))
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), **LONG)))
+    asking.start()
+    wait_until_busy(living)
+    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
+    asking.join()
+    assert 1 <= deleted["in_flight"] <= len(PROMPTS)
+    assert len(answers[0].json()["choices"]) == len(PROMPTS)
+    assert answers[0].json()["choices"][-1]["token_ids"] == expected
+    assert complete(living, steering=spec("busy")).status_code == 404
 
 
 def test_changes_under_load_neither_fail_nor_missteer_a_request(living: Server) -> None:
@@ -185,6 +188,7 @@ def test_openapi_documents_field_and_routes(living: Server) -> None:
     assert "/readyz" in page["paths"]
 
 
+@pytest.mark.slow  # a tiny model may be done before the server has read what comes next
 def test_drain(living: Server) -> None:
     """Last: on SIGTERM what is under way finishes, new requests are sent away, and the server ends."""
     answers: list[httpx.Response] = []
