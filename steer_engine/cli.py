@@ -61,10 +61,7 @@ def serve(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-@app.command(
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command(add_help_option=False, context_settings=_PASS_ON)
 def batch(context: typer.Context) -> None:
     """Answer a file of requests in OpenAI's batch format; started again, go on where it stopped.
 

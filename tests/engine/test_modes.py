@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import steering, tokens
+from driving import tokens
 from engines import RUNNER
 from oracle import Oracle
 from traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
@@ -205,4 +205,3 @@ def test_nothing_in_the_matrix_is_plain(oracle: Oracle) -> None:
     for spec in SPECS:
         moved = abs(oracle.logprobs(prompt, spec, prompt_len=len(prompt))[-1] - plain).max()
         assert (moved == 0) if spec is None else moved > 1e-2
-    assert steering() == {"edits": []}
