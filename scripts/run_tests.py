@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "engine", "families", "serving")
+FOLDERS = ("kernels", "engine", "families", "serving", "gpu")
+"""Not of the unit suite. Tests of `gpu` are run by `benchmarks/gpu.sh`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,105 @@
+"""Measure what steering costs. `make bench` runs this; `benchmarks/README.md` says how to read the numbers."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from steer_bench.answer import Answer
+from steer_bench.machine import machine
+from steer_bench.process import ArmFailed
+from steer_bench.report import markdown, show
+from steer_bench.settings import Settings
+
+QUESTIONS = ("serve", "distinct", "prefix", "admission", "startup", "http")
+QUICK = ("serve",)
+PEERS = ("peers", "derive", "evaluate")
+RESULTS = Path(__file__).parent / "results"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def bench(
+    questions: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join((*QUESTIONS, *PEERS))}. Default: all but the last three.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One eager engine, steered against idle: minutes.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="The comparisons with other projects too.")] = False,
+    model: Annotated[str, typer.Option(help="Packaged model, path or Hugging Face id.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="Of weights and stream, for every arm.")] = "float32",
+    memory: Annotated[float, typer.Option(help="vLLM's --gpu-memory-utilization of each engine.")] = 0.2,
+    out: Annotated[Path, typer.Option(help="Folder of the results: one JSON file a question, and a table.")] = RESULTS
+    / "latest",
+    again: Annotated[bool, typer.Option("--again", help="Measure again what the folder already answers.")] = False,
+) -> None:
+    """Answer questions about speed, each by runs that take turns in one go. What the folder answers already is shown.
+
+    Example: python benchmarks/run.py serve --quick
+    """
+    from steer_engine.models import resolve_model
+
+    console = Console(stderr=True)
+    chosen = questions or [*(QUICK if quick else QUESTIONS), *(PEERS if peers else ())]
+    unknown = set(chosen) - {*QUESTIONS, *PEERS}
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: valid are {', '.join((*QUESTIONS, *PEERS))}.")
+    if quick and out == RESULTS / "latest":
+        out = RESULTS / "quick"
+    settings = Settings(model=resolve_model(model), dtype=dtype, memory=memory)
+    about = {"machine": machine(), "settings": {**settings.to_json(), "model": model}, "quick": quick}
+    console.print(f"{about['machine']['cpu']}, {about['machine']['cores']} cores, {model} in {dtype}", highlight=False)
+    failed = [
+        name for name in chosen if not _answered(name, settings, about, out, quick=quick, again=again, console=console)
+    ]
+    _write_table(out)
+    console.print(f"Results in {out}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _answered(
+    name: str, settings: Settings, about: dict[str, object], out: Path, *, quick: bool, again: bool, console: Console
+) -> bool:
+    path = out / f"{name}.json"
+    if path.exists() and not again:
+        answer, _ = Answer.load(path)
+        console.print(f"{name}: answered before, in {path}; measure it again with --again")
+        show(answer, console)
+        return True
+    start = time.monotonic()
+    with _progress(console) as progress:
+        try:
+            answer = import_module(f"steer_bench.questions.{name}").ask(settings, progress, quick=quick)
+        except ArmFailed as error:
+            console.print(f"{name}: {error}", markup=False, highlight=False, style="red")
+            return False
+    answer.save(path, {**about, "took_s": round(time.monotonic() - start)})
+    show(answer, console)
+    return True
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _write_table(out: Path) -> None:
+    """All claims of the folder as one Markdown table."""
+    claims = [claim for path in sorted(out.glob("*.json")) for claim in Answer.load(path)[0].claims]
+    if claims:
+        (out / "table.md").write_text(markdown(claims))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,51 @@
+"""Drives a vLLM engine of this process through a load, step by step, so that each token's time is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from steer_bench.load import Load
+from steer_bench.timing import Stopwatch, Timing
+
+
+def drive(
+    engine: Any, load: Load, prompts: Sequence[list[int]], params: Sequence[Any], look: Callable[[], Any] | None = None
+) -> Timing:
+    """Keep `load.concurrency` requests in flight until all are answered. `look` is called when one step has run."""
+    waiting = list(range(len(prompts)))[::-1]
+    in_flight: set[int] = set()
+    finished: dict[int, Any] = {}
+    applied = {}
+    watch = Stopwatch()
+    while waiting or in_flight:
+        while waiting and len(in_flight) < load.concurrency:
+            request = waiting.pop()
+            watch.enter(request)
+            engine.add_request(str(request), {"prompt_token_ids": prompts[request]}, params[request])
+            in_flight.add(request)
+        for output in engine.step():
+            request = int(output.request_id.split("-")[0])
+            watch.tokens(request, len(output.outputs[0].token_ids))
+            if output.finished:
+                finished[request] = output
+                in_flight.discard(request)
+        if look is not None:
+            applied, look = look(), None
+    return watch.stop(
+        output_tokens=sum(len(output.outputs[0].token_ids) for output in finished.values()),
+        prompt_tokens=sum(map(len, prompts)),
+        cached_tokens=sum(output.num_cached_tokens or 0 for output in finished.values()),
+        prompt_logprobs=[mean_logprob(finished[request]) for request in range(len(prompts))]
+        if finished[0].prompt_logprobs
+        else [],
+        applied=applied,
+    )
+
+
+def mean_logprob(output: Any) -> float:
+    """Of the prompt's tokens after the first, in nats."""
+    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return float(np.mean([step[token].logprob for token, step in pairs]))

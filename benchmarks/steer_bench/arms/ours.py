@@ -1,0 +1,158 @@
+"""Steer Engine: `steer_engine.LLM`, all blocks and all operations armed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from steer_bench.arms.drive import drive
+from steer_bench.arms.stock import engine_facts, sampling
+from steer_bench.load import Load, vector
+from steer_bench.settings import Settings
+from steer_bench.timing import Timing
+
+ENVIRONMENT: dict[str, str] = {}
+ADD_SCALE = 8.0
+RELATIVE_SCALE = 0.02
+
+
+def load(settings: Settings) -> Ours:
+    from steer_engine import LLM
+
+    return Ours(LLM(settings.model, **settings.engine_args()), settings.num_vectors)
+
+
+class Ours:
+    """An armed engine of this process; vector `v3` is number 3."""
+
+    def __init__(self, llm: Any, num_vectors: int) -> None:
+        from steer_engine import ControlVector
+
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.digests = {}
+        for number in range(num_vectors):
+            rows_LD = vector(number, llm.num_blocks, llm.hidden_size)
+            made = ControlVector(directions=dict(enumerate(rows_LD)))
+            llm.vectors.add(f"v{number}", made)
+            self.digests[number] = made.digest
+
+    def describe(self) -> dict[str, Any]:
+        import torch
+
+        import steer_engine
+
+        worker = self.llm.steering_status()["workers"][0]
+        facts = ("runner", "kernel", "armed_blocks", "ops", "bank_rows", "table_bytes")
+        return {
+            "steer_engine": steer_engine.__version__,
+            "num_blocks": self.llm.num_blocks,
+            "threads": torch.get_num_threads(),
+            **engine_facts(self.engine),
+            **{fact: worker[fact] for fact in facts},
+        }
+
+    def params(self, load: Load, check: bool) -> list[Any]:
+        """One per request."""
+        from vllm import SamplingParams
+
+        made = []
+        for request in range(load.num_requests):
+            spec = self.spec(load, request)
+            extra = {} if spec is None else {"extra_args": {"steering": spec}}
+            made.append(SamplingParams(**sampling(load, check), **extra))
+        return made
+
+    def spec(self, load: Load, request: int) -> dict[str, Any] | None:
+        """The `steering` field of a request."""
+        number = load.vector_of(request)
+        if number is None:
+            return None
+        op = load.op_of(request)
+        edit: dict[str, Any] = {"vector": f"v{number}", "op": op, "scope": load.scope}
+        if op == "add":
+            edit["scale"] = ADD_SCALE
+        elif op == "add_relative":
+            edit["scale"] = RELATIVE_SCALE
+        elif op == "clamp":
+            edit |= {"lo": 2.0, "hi": 4.0}
+        return {"edits": [edit]}
+
+    def run(self, load: Load, *, check: bool = False) -> Timing:
+        prompts = load.prompts(self.engine.vllm_config.model_config.get_vocab_size())
+        params = self.params(load, check)
+        return drive(self.engine, load, prompts, params, look=self._applied if check else None)
+
+    def _applied(self) -> dict[str, Any]:
+        """What the engine core and the worker hold for the requests that run right now."""
+        core = self.engine.engine_core.engine_core
+        named = [
+            (request.sampling_params.extra_args or {}).get("_steer_program", {}).get("vectors", [])
+            for request in core.scheduler.requests.values()
+        ]
+        worker = self.llm.steering_status()["workers"][0]
+        return {
+            "requests": len(named),
+            "steered": sum(bool(vectors) for vectors in named),
+            "digests": sorted({digest for vectors in named for digest in vectors}),
+            "steered_slots": worker["steered_slots"],
+            "bank_rows_pinned": worker["bank_rows_pinned"],
+        }
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        if what == "reset_prefix_cache":
+            return self.engine.reset_prefix_cache()
+        if what == "digests":
+            return [self.digests[number] for number in range(arguments["num_vectors"])]
+        if what == "host_time":
+            from steer_bench.arms.host_time import host_time
+
+            return host_time(self, Load.from_json(arguments["load"]))
+        if what == "register":
+            return self._register(arguments["number"])
+        if what == "submitting":
+            return self._submitting(arguments["num_requests"])
+        raise ValueError(f"This arm does not know {what!r}.")
+
+    def _register(self, number: int) -> float:
+        """Seconds until a vector that the engine has not seen is registered and shipped to the worker."""
+        from steer_engine import ControlVector
+        from steer_engine.runtime.vllm.shipping import ship_sync
+
+        rows_LD: np.ndarray = vector(number, self.llm.num_blocks, self.llm.hidden_size)
+        start = time.perf_counter()
+        made = ControlVector(directions=dict(enumerate(rows_LD)))
+        self.llm.vectors.add(f"v{number}", made)
+        ship_sync(self.engine, [made.digest])
+        return time.perf_counter() - start
+
+    def _submitting(self, num_requests: int) -> dict[str, float]:
+        """Median microseconds of `add_request`: unsteered, by a name, and with the vector in the request itself."""
+        from vllm import SamplingParams
+
+        vectors = {number: self._inline(number) for number in range(2)}
+        taken: dict[str, list[float]] = {}
+        for request in range(num_requests):
+            inline = {"data": vectors[request % 2]}
+            for kind, named in (("unsteered", None), ("named", f"v{request % len(self.digests)}"), ("inline", inline)):
+                spec = {"steering": {"edits": [{"vector": named, "scale": ADD_SCALE}]}} if named else None
+                params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=spec)
+                start = time.perf_counter()
+                self.engine.add_request(f"{kind}-{request}", {"prompt_token_ids": [1, 2, 3]}, params)
+                taken.setdefault(kind, []).append(time.perf_counter() - start)
+            while self.engine.has_unfinished_requests():
+                self.engine.step()
+        return {kind: 1e6 * float(np.median(times)) for kind, times in taken.items()}
+
+    def _inline(self, number: int) -> str:
+        """A vector of all blocks as a client would send it."""
+        import base64
+
+        from steer_engine import ControlVector
+        from steer_engine.vectors import safetensors_format
+
+        rows_LD = vector(200_000 + number, self.llm.num_blocks, self.llm.hidden_size)
+        made = ControlVector(directions=dict(enumerate(rows_LD)))
+        return base64.b64encode(safetensors_format.to_bytes(made)).decode()

@@ -1,0 +1,67 @@
+"""Steer Engine reading texts for a vector: the very calls that `steer-engine derive` makes, without Ray."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from steer_bench.arms.stock import engine_facts
+from steer_bench.settings import Settings
+
+ENVIRONMENT: dict[str, str] = {}
+
+
+def load(settings: Settings) -> TextReader:
+    from steer_engine.derive.position import Position
+    from steer_engine.derive.reader import Reader, ReaderConfig
+    from steer_engine.derive.settings import engine_defaults
+
+    args = {**engine_defaults(), "dtype": settings.dtype, "gpu_memory_utilization": settings.memory}
+    config = ReaderConfig(model=settings.model, position=Position("last"), engine_args=tuple(args.items()))
+    return TextReader(Reader(config))
+
+
+class TextReader:
+    """A `Reader` of this process: last token, all blocks, in the chunks of `derive`."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.engine_facts = reader.facts()
+
+    def describe(self) -> dict[str, Any]:
+        import torch
+
+        import steer_engine
+
+        return {
+            "steer_engine": steer_engine.__version__,
+            "num_blocks": self.engine_facts.num_blocks,
+            "read_blocks": len(self.engine_facts.blocks),
+            "threads": torch.get_num_threads(),
+            **engine_facts(self.reader._llm.llm_engine),
+        }
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        if what == "read":
+            return self._read(arguments["texts"], arguments.get("save"))
+        raise ValueError(f"This arm does not know {what!r}.")
+
+    def _read(self, texts: list[str], save: str | None) -> float:
+        """Seconds that it took. save: file for the rows, float32 [N, L, D] in the order of the texts.
+
+        Positives and negatives stand in turn, as in a file of pairs. Nothing is sorted, since `derive` sorts nothing.
+        """
+        from steer_engine.derive.actors import PAIRS_PER_CHUNK
+        from steer_engine.derive.pairs import Pair
+
+        pairs = [Pair(positive=a, negative=b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+        chunks = [pairs[at : at + PAIRS_PER_CHUNK] for at in range(0, len(pairs), PAIRS_PER_CHUNK)]
+        start = time.perf_counter()
+        readings = [self.reader.read(index, chunk, True) for index, chunk in enumerate(chunks)]
+        seconds = time.perf_counter() - start
+        if save is not None:
+            sides = [np.stack([reading.positive_NLD, reading.negative_NLD], axis=1) for reading in readings]
+            np.save(save, np.concatenate([side.reshape(-1, *side.shape[2:]) for side in sides]))
+        return seconds

@@ -1,0 +1,80 @@
+"""A load: requests that every arm gets alike, made from a seed, with what each of them asks to be steered by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+
+class Steering(StrEnum):
+    """What the requests of a load ask for. Every vector covers all blocks."""
+
+    NONE = "none"
+    ADD = "add"
+    DIRECTIONAL = "directional"
+
+
+DIRECTIONAL = ("ablate", "clamp", "add_relative")
+"""Operations of a directional load, request by request in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """`num_requests` random prompts, `concurrency` of them in flight, each answered by exactly `max_tokens` tokens.
+
+    num_vectors: distinct vectors among the steered requests, handed out in turn.
+    every: each `every`-th request is steered (1 = all, 2 = half).
+    scope: of every edit, as in the request field.
+    shared_prefix: tokens that all prompts begin with; the same ones in every load of this seed.
+    """
+
+    num_requests: int
+    concurrency: int
+    max_tokens: int
+    min_prompt: int = 16
+    max_prompt: int = 48
+    shared_prefix: int = 0
+    seed: int = 0
+    steering: Steering = Steering.NONE
+    num_vectors: int = 1
+    every: int = 1
+    scope: str = "all"
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """Token ids. Special tokens, which tokenizers keep at the ends of the vocabulary, are left out."""
+        low, high = min(1000, vocab_size // 4), vocab_size - min(1000, vocab_size // 4)
+        prefix = np.random.default_rng([self.seed, 1]).integers(low, high, self.shared_prefix).tolist()
+        rng = np.random.default_rng([self.seed, 2, self.num_requests])
+        lengths = rng.integers(self.min_prompt, self.max_prompt + 1, self.num_requests)
+        return [prefix + rng.integers(low, high, int(length)).tolist() for length in lengths]
+
+    def vector_of(self, request: int) -> int | None:
+        """Number of the vector of this request; None: not steered."""
+        if self.steering is Steering.NONE or request % self.every:
+            return None
+        return (request // self.every) % self.num_vectors
+
+    @property
+    def num_steered(self) -> int:
+        return sum(self.vector_of(request) is not None for request in range(self.num_requests))
+
+    def op_of(self, request: int) -> str:
+        return "add" if self.steering is Steering.ADD else DIRECTIONAL[request % len(DIRECTIONAL)]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Load:
+        return cls(**{**raw, "steering": Steering(raw["steering"])})
+
+
+def vector(number: int, num_blocks: int, hidden_size: int) -> np.ndarray:
+    """float32 [blocks, D]: a random direction of length 1 at every block."""
+    rows_LD = np.random.default_rng([7, number]).standard_normal((num_blocks, hidden_size))
+    unit_LD: np.ndarray = (rows_LD / np.linalg.norm(rows_LD, axis=1, keepdims=True)).astype(np.float32)
+    return unit_LD

@@ -1,0 +1,97 @@
+"""An arm in a process of its own, driven from here. Idle, it sleeps in a read and takes nothing from the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from steer_bench.load import Load
+from steer_bench.settings import Settings
+from steer_bench.timing import Timing
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class ArmFailed(RuntimeError):
+    """An arm could not load, or not run a load; says what it said."""
+
+
+class ArmProcess:
+    """`with ArmProcess("ours", settings) as arm: arm.run(load)`.
+
+    python: the interpreter, where the arm needs an environment of its own.
+    """
+
+    def __init__(self, arm: str, settings: Settings, *, python: str = sys.executable) -> None:
+        self.name = arm
+        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"steer-bench-{arm}-", suffix=".log")  # noqa: SIM115
+        more = import_module(f"steer_bench.arms.{arm}").ENVIRONMENT
+        self._process = subprocess.Popen(
+            [python, "-P", "-m", "steer_bench.child", arm, json.dumps(settings.to_json())],
+            env=os.environ | ENVIRONMENT | more | {"PYTHONPATH": str(BENCHMARKS)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._facts: dict[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the arm says of itself; waits until it is loaded."""
+        if self._facts is None:
+            self._facts = self._read()
+        return self._facts
+
+    def run(self, load: Load, *, check: bool = False) -> Timing:
+        return Timing.from_json(self._call({"do": "run", "load": load.to_json(), "check": check}))
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        return self._call({"do": what, "arguments": arguments})
+
+    def __enter__(self) -> ArmProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _call(self, command: dict[str, Any]) -> Any:
+        self.facts  # noqa: B018  (loaded first)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ArmFailed(f"Arm {self.name} has ended. The end of its log:\n{self._tail()}")
+        reply = json.loads(line)
+        if not reply["ok"]:
+            raise ArmFailed(f"Arm {self.name}: {reply['reason']}")
+        return reply["value"]
+
+    def _tail(self) -> str:
+        return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-15:])

@@ -1,0 +1,1 @@
+"""One module a question: its docstring's first line asks it, `ask(settings, progress, quick=...)` answers it."""

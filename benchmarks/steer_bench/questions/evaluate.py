@@ -1,0 +1,102 @@
+"""How many (item, strength) pairs a second does a sweep score, against Hugging Face with hooks at its best batch size?
+
+Indirect object identification, a vector at every block, in scope `all` and in scope `generation`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from steer_bench.answer import Answer, Claim
+from steer_bench.batch_sizes import row, sweep
+from steer_bench.process import ArmProcess
+from steer_bench.ratio import Ratio, Target
+from steer_bench.rounds import interleave
+from steer_bench.settings import Settings
+
+BATCH_SIZES = (9, 18, 36, 72)
+"""Whole items: each row of one reads as many tokens."""
+
+ALPHAS = (0.0, -8.0, -6.0, -4.0, -2.0, 2.0, 4.0, 6.0, 8.0)
+NUM_ITEMS = {0: 100, 4: 20}
+"""By the number of solved examples in front: few tokens a prompt, and about five times as many."""
+TARGETS = {"all": Target(at_least=1.5), "generation": Target(at_least=3.0)}
+SAME = 2e-4
+"""Nats between two float32 programs: logits of size 25, two roundings a block of 30, each of 2**-23."""
+MOVED = 100 * SAME
+"""Nats by which the strongest steering moves the median answer at least."""
+
+
+def ioi_questions(model: str, num_items: int, shots: int = 0) -> list[dict[str, Any]]:
+    """Prompt and answers (right, wrong) in tokens."""
+    from transformers import AutoTokenizer
+
+    from steer_engine.evaluate.encode import Encoder
+    from steer_engine.evaluate.tasks import Sizes, load_task
+
+    encoder = Encoder(AutoTokenizer.from_pretrained(model), max_tokens=1024)
+    task = load_task("ioi", Sizes(derive=2 + shots, validation=num_items, test=2), shots=shots)
+    made = []
+    for question in encoder.questions(task.validation):
+        right, wrong = question.answer_ids[question.correct], question.answer_ids[1 - question.correct]
+        made.append({"prompt_ids": list(question.prompt_ids), "answer_ids": [right, wrong]})
+    return made
+
+
+def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+    claims, rows, apart = [], [], {}
+    with ArmProcess("scorer", settings) as ours, ArmProcess("hooks", settings) as hooks:
+        hooks.ask("threads", value=ours.facts["threads"])
+        for fact in ("num_blocks", "dtype"):
+            assert ours.facts[fact] == hooks.facts[fact], f"{fact}: {ours.facts[fact]} against {hooks.facts[fact]}"
+        assert ours.facts["armed_blocks"] == list(range(ours.facts["num_blocks"]))
+        for shots, num_items in ((0, 8),) if quick else NUM_ITEMS.items():
+            questions = ioi_questions(settings.model, num_items, shots)
+            tokens = round(float(np.mean([len(question["prompt_ids"]) for question in questions])))
+            best = None
+            for scope, target in TARGETS.items():
+                about = f"scope {scope}, prompts of {tokens} tokens"
+                asked = {"questions": questions, "alphas": ALPHAS, "scope": scope}
+                apart[about] = _same_numbers(ours, hooks, asked)
+                if best is None:  # the hooks do the same work in both scopes
+                    best, swept = sweep(partial(_hooks_rate, hooks, asked), BATCH_SIZES, "hooks", progress, "evaluate")
+                    rows += [{"load": about, **line} for line in swept]
+                cases = {
+                    f"hooks, batches of {best}": partial(_rate, hooks, {**asked, "batch_size": best}),
+                    "Steer Engine": partial(_rate, ours, asked),
+                }
+                rates = interleave(cases, 3 if quick else 5, progress, f"evaluate: {about}")
+                theirs, mine = rates.values()
+                ratio = Ratio.of(mine, theirs)
+                rows += [{"load": about, **row("rounds", name, rates[name])} for name in rates]
+                rows[-1]["ratio"] = str(ratio)
+                mode = f"eager, {about}, {num_items} items x {len(ALPHAS)} strengths, {settings.dtype}"
+                claims.append(Claim.of_ratio("pairs scored / hooks at their best", ratio, target, mode=mode))
+        facts = {"ours": ours.facts, "hooks": hooks.facts, "largest differences": apart}
+        return Answer(question="evaluate", claims=claims, rows=rows, facts=facts)
+
+
+def _hooks_rate(hooks: ArmProcess, asked: dict[str, Any], batch_size: int) -> float:
+    return _rate(hooks, {**asked, "batch_size": batch_size})
+
+
+def _rate(arm: ArmProcess, asked: dict[str, Any], number: int = 0) -> float:
+    """Pairs per second; the round's number changes nothing, since prefix caches begin empty."""
+    return len(asked["questions"]) * len(ALPHAS) / float(arm.ask("score", **asked)["seconds"])
+
+
+def _same_numbers(ours: ArmProcess, hooks: ArmProcess, asked: dict[str, Any]) -> dict[str, float]:
+    """Both give the same numbers, and steering moved them. Returns the largest differences, in nats; warms both up."""
+    mine_QAN = np.array(ours.ask("score", **asked)["scores"])
+    theirs_QAN = np.array(hooks.ask("score", **asked, batch_size=BATCH_SIZES[0])["scores"])
+    apart_N = np.abs(mine_QAN - theirs_QAN).max(axis=(0, 1))
+    names = ("right answer", "wrong answer", "KL", "entropy")
+    apart = dict(zip(names, map(float, apart_N), strict=True))
+    assert max(apart.values()) < SAME, f"Ours and the hooks differ by more than {SAME} nats: {apart}."
+    moved = float(np.median(np.abs(mine_QAN[:, -1, 0] - mine_QAN[:, 0, 0])))
+    assert moved > MOVED, f"Strength {ALPHAS[-1]} moves the median right answer by {moved:.1e} nats alone."
+    return {**apart, "moved": moved}

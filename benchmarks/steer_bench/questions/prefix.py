@@ -1,0 +1,81 @@
+"""What does a request that shares a 1,000-token prefix wait for its first token, and how much of it is cached?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from rich.progress import Progress
+
+from steer_bench.answer import Answer, Claim
+from steer_bench.load import Load, Steering
+from steer_bench.process import ArmProcess
+from steer_bench.questions.serve import assert_armed, mode_of
+from steer_bench.ratio import Ratio, Target
+from steer_bench.rounds import interleave, middle
+from steer_bench.settings import Settings
+from steer_bench.timing import Timing
+
+REQUESTS = 6
+PLAIN = Load(
+    num_requests=REQUESTS, concurrency=1, max_tokens=1, shared_prefix=1000, min_prompt=16, max_prompt=16
+)  # fmt: skip
+EQUAL = replace(PLAIN, steering=Steering.ADD)
+GENERATION = replace(EQUAL, scope="generation")
+DISTINCT = replace(EQUAL, num_vectors=REQUESTS)
+
+CASES: dict[str, tuple[Load, Load]] = {
+    # What came before, and what is timed.
+    "unsteered": (PLAIN, PLAIN),
+    "equal steering": (EQUAL, EQUAL),
+    "`generation` scope, after unsteered traffic": (PLAIN, GENERATION),
+    "distinct steering": (PLAIN, DISTINCT),
+}
+
+
+def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+    with ArmProcess("ours", settings) as ours:
+        assert_armed(ours)
+        cases: dict[str, Callable[[int], Timing]] = {
+            name: partial(_after, ours, before, load) for name, (before, load) in CASES.items()
+        }
+        interleave(cases, 1, progress, "prefix: warm-up")
+        times = interleave(cases, 3 if quick else 9, progress, "prefix")
+        rows = [
+            {
+                "case": name,
+                "TTFT ms": round(middle([timing.ttft_ms for timing in timings]), 1),
+                "cached share of the prompt": round(middle([_cached(timing) for timing in timings]), 4),
+            }
+            for name, timings in times.items()
+        ]
+        claims = []
+        for name in ("equal steering", "`generation` scope, after unsteered traffic"):
+            ratio = Ratio.of(
+                [timing.ttft_ms for timing in times[name]], [timing.ttft_ms for timing in times["unsteered"]]
+            )
+            target = Target(at_most=1.05) if name == "equal steering" else None
+            claims.append(
+                Claim.of_ratio(f"TTFT on a shared prefix: {name} / unsteered", ratio, target, mode=mode_of(ours, PLAIN))
+            )
+        hits = Ratio.of(
+            [_cached(timing) for timing in times["`generation` scope, after unsteered traffic"]],
+            [_cached(timing) for timing in times["unsteered"]],
+        )
+        equal = Target(at_least=1.0)
+        claims.append(
+            Claim.of_ratio("cached share: `generation` scope / unsteered", hits, equal, mode=mode_of(ours, PLAIN))
+        )
+        return Answer(question="prefix", claims=claims, rows=rows, facts={"ours": ours.facts})
+
+
+def _cached(timing: Timing) -> float:
+    return timing.cached_tokens / timing.prompt_tokens
+
+
+def _after(ours: ArmProcess, before: Load, load: Load, number: int) -> Timing:
+    """Time `load` on a cache that holds what one request of `before` left."""
+    assert ours.ask("reset_prefix_cache")
+    ours.run(replace(before, seed=number, num_requests=1))
+    return ours.run(replace(load, seed=number))

@@ -1,0 +1,67 @@
+"""Tables of answers, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from steer_bench.answer import Answer, Claim
+
+
+def show(answer: Answer, console: Console) -> None:
+    """What was measured, then what it says."""
+    for columns, rows in _tables(answer.rows):
+        table = Table(title=answer.question, title_justify="left")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in rows:
+            table.add_row(*(str(row.get(column, "")) for column in columns))
+        console.print(table)
+    if answer.claims:
+        console.print(_claims(answer.claims))
+
+
+def _tables(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[dict[str, Any]]]]:
+    """Rows of equal columns together."""
+    tables: list[tuple[list[str], list[dict[str, Any]]]] = []
+    for row in rows:
+        columns = [column for column in row if column != "ratio"] + (["ratio"] if "ratio" in row else [])
+        known = next(
+            (table for table in tables if set(columns) <= set(table[0]) or set(table[0]) <= set(columns)), None
+        )
+        if known is None:
+            tables.append((columns, [row]))
+        else:
+            known[0].extend(column for column in columns if column not in known[0])
+            known[1].append(row)
+    return tables
+
+
+def _claims(claims: Sequence[Claim]) -> Table:
+    table = Table(title="claims", title_justify="left")
+    for column in ("what", "mode", "measured", "95 % interval", "target", "verdict"):
+        table.add_column(column)
+    for claim in claims:
+        table.add_row(claim.what, claim.mode, number(claim), interval(claim), claim.target, claim.verdict)
+    return table
+
+
+def number(claim: Claim) -> str:
+    return f"{claim.value:.3g} {claim.unit}" if claim.unit else f"{claim.value:.3f}"
+
+
+def interval(claim: Claim) -> str:
+    form = ".3g" if claim.unit else ".3f"
+    return f"{claim.low:{form}} to {claim.high:{form}}"
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+    """The table of targets, as it stands in the documentation."""
+    lines = ["| | measured | 95 % interval | target | |", "|---|---|---|---|---|"]
+    for claim in claims:
+        what = f"{claim.what} ({claim.mode})"
+        lines.append(f"| {what} | {number(claim)} | {interval(claim)} | {claim.target} | {claim.verdict} |")
+    return "\n".join(lines) + "\n"

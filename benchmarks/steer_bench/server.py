@@ -1,0 +1,89 @@
+"""A server under test, stock or ours, on a free port of loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steer_bench.process import ENVIRONMENT, ArmFailed
+from steer_bench.settings import Settings
+
+START_SECONDS = 600
+STOP_SECONDS = 60
+
+COMMANDS = {
+    "stock": ("-m", "vllm.entrypoints.openai.api_server", "--model"),
+    "ours": ("-m", "steer_engine", "serve"),
+}
+PLUGINS = {"stock": {"VLLM_PLUGINS": ""}, "ours": {}}
+
+
+class Server:
+    """`with Server("ours", settings, vectors=folder) as server: server.url`."""
+
+    def __init__(self, kind: str, settings: Settings, *, vectors: Path | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._kind = kind
+        flags = [
+            "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "bench", "--dtype", settings.dtype,
+            "--max-num-seqs", str(settings.max_num_seqs), "--max-model-len", str(settings.max_model_len),
+            "--gpu-memory-utilization", str(settings.memory), "--block-size", "32", "--seed", "0",
+        ]  # fmt: skip
+        flags += ["--enforce-eager"] if settings.eager else []
+        flags += ["--steering-vectors", str(vectors)] if vectors is not None else []
+        environment = {key: value for key, value in ENVIRONMENT.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"steer-bench-server-{kind}-", suffix=".log")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", *COMMANDS[kind], settings.model, *flags],
+            env=os.environ | environment | PLUGINS[kind],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        """Until it answers; raises ArmFailed with the end of its log."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        tail = "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-15:])
+        raise ArmFailed(f"The {self._kind} server did not come up. The end of its log:\n{tail}")
+
+    def complete(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one completion request."""
+        body = json.dumps({"model": "bench", "prompt": "My day was", "max_tokens": 8, "temperature": 0, **fields})
+        headers = {"content-type": "application/json"}
+        asked = urllib.request.Request(f"{self.url}/v1/completions", body.encode(), headers)
+        with urllib.request.urlopen(asked, timeout=120) as answer:
+            parsed: dict[str, Any] = json.load(answer)
+            return parsed
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._log.close()

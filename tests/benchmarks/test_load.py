@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from steer_bench.load import Load, Steering, vector
+
+LOAD = Load(num_requests=12, concurrency=4, max_tokens=8, steering=Steering.ADD, num_vectors=3)
+
+
+def test_every_arm_gets_the_same_prompts_and_no_two_rounds_do() -> None:
+    assert LOAD.prompts(1000) == replace(LOAD, steering=Steering.NONE).prompts(1000)
+    assert LOAD.prompts(1000) != replace(LOAD, seed=1).prompts(1000)
+    lengths = [len(prompt) for prompt in LOAD.prompts(1000)]
+    assert min(lengths) >= LOAD.min_prompt
+    assert max(lengths) <= LOAD.max_prompt
+    assert len(set(lengths)) > 1
+
+
+def test_a_shared_prefix_is_that_of_the_seed_whatever_follows() -> None:
+    shared = replace(LOAD, shared_prefix=50)
+    prefix = shared.prompts(1000)[0][:50]
+    for other in (shared, replace(shared, num_requests=1)):
+        assert {tuple(prompt[:50]) for prompt in other.prompts(1000)} == {tuple(prefix)}
+    assert shared.prompts(1000)[0][50:] != replace(shared, num_requests=1).prompts(1000)[0][50:]
+    assert replace(shared, seed=5).prompts(1000)[0][:50] != prefix
+
+
+def test_vectors_are_handed_out_in_turn() -> None:
+    assert [LOAD.vector_of(request) for request in range(5)] == [0, 1, 2, 0, 1]
+    half = replace(LOAD, every=2)
+    assert [half.vector_of(request) for request in range(5)] == [0, None, 1, None, 2]
+    assert half.num_steered == 6
+    assert replace(LOAD, steering=Steering.NONE).num_steered == 0
+
+
+def test_a_load_survives_its_way_to_an_arm() -> None:
+    assert Load.from_json(LOAD.to_json()) == LOAD
+
+
+def test_vectors_have_length_1_and_are_told_apart() -> None:
+    rows_LD = vector(3, 4, 64)
+    assert np.allclose(np.linalg.norm(rows_LD, axis=1), 1.0, atol=64 * 2.0**-24)
+    assert not np.array_equal(rows_LD, vector(4, 4, 64))
