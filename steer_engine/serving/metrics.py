@@ -39,6 +39,11 @@ registered_vectors = Gauge("steer_engine_registered_vectors", "Names in the regi
 registry_readable = Gauge(
     "steer_engine_registry_readable", "0 while the registry's folder cannot be read.", multiprocess_mode="mostrecent"
 )
+mirror_failing = Gauge(
+    "steer_engine_mirror_failing",
+    "1 while the URL of --steering-mirror cannot be read; 0 without one.",
+    multiprocess_mode="mostrecent",
+)
 registry_generation = Gauge(
     "steer_engine_registry_generation", "Changes of the registry over the API.", multiprocess_mode="mostrecent"
 )

@@ -59,8 +59,11 @@ def proxy(tmp_path_factory: pytest.TempPathFactory, engine: Echo, certificates: 
     running.stop()
 
 
+TOKENS = "/inference/v1/generate"
+"""For programs beside the server, which need no proxy."""
+
 OPEN = [
-    *(("POST", path) for path in sorted(CARRYING_PATHS - {INVOCATIONS})),
+    *(("POST", path) for path in sorted(CARRYING_PATHS - {INVOCATIONS, TOKENS})),
     ("GET", "/v1/models"),
     ("GET", "/v1/steering"),
     ("POST", "/v1/steering/validate"),
@@ -76,7 +79,7 @@ CLOSED = [
     ("GET", "/metrics"), ("GET", "/metrics/"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/invocations"),
     ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/redoc"), ("GET", "/version"), ("GET", "/health"),
     ("GET", "/ping"), ("POST", "/v1/load_lora_adapter"), ("POST", "/reset_prefix_cache"), ("POST", "/sleep"),
-    ("POST", "/collective_rpc"), ("POST", "/inference/v1/generate"), ("POST", "/v1/embeddings"), ("GET", "/"),
+    ("POST", "/collective_rpc"), ("POST", TOKENS), ("POST", "/v1/embeddings"), ("GET", "/"),
     ("GET", "/v1/steering/stats"), ("GET", "/playground"), ("GET", "/server_info"), ("POST", "/v1/chat/completions/x"),
     ("GET", "/v1/steering/vectors/a/b"),
 ]  # fmt: skip

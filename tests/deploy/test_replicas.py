@@ -228,16 +228,10 @@ def test_a_rolling_restart_and_a_crash_lose_nothing(
     assert lost == []
     answers = [(vector, answer) for vector, answer in load.answers if isinstance(answer, httpx.Response)]
     assert [answer.text for _, answer in answers if answer.status_code != 200] == []
-    # Open: in one of two runs an answer was a 200 without a token. Suspected: a request that passes admission in the
-    # moment of SIGTERM meets an engine that is shutting down, which aborts it. Every other fault fails here.
-    ended = [answer for _, answer in answers if answer.json()["choices"][0]["finish_reason"] == "abort"]
     for vector, answer in answers:
-        if answer not in ended:
-            assert tokens(answer) == expected[vector]
+        assert tokens(answer) == expected[vector]
         if vector is None:
             assert "X-Steering" not in answer.headers
         else:
             assert digest(answer) == digests[vector]
     assert len(answers) >= 110
-    if ended:
-        pytest.xfail(f"{len(ended)} of {len(answers)} requests were admitted and ended by the shutdown without a token")
