@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
-from steer_engine.serving.draining import refuse_if_draining
 from steer_engine.serving.envelope import envelope_of, status_of
 
 
@@ -72,7 +71,6 @@ def require_admin(request: Request) -> None:
         )
     if not keys.allow(request.headers):
         raise Refused("An admin key is needed: as bearer token, or in X-Steering-Admin-Key.", 401)
-    refuse_if_draining(request.app.state.steering_frontend)
 
 
 def if_match(request: Request) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from steer_engine.config import CONFIG_KEY, Limits, SteeringConfig
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.serving import mirroring
 from steer_engine.serving.api_limits import ApiLimits
 from steer_engine.spec import Op, parse_blocks
 from steer_engine.vectors.shelf import ShelfLimits
@@ -26,6 +27,8 @@ SHUTDOWN_TIMEOUT_S = 30
 
 CPU_KV_CACHE_SHARE = 0.25
 """Share of the free memory that the KV cache takes on a CPU if nothing is said; vLLM's own default is 92 % of all."""
+
+MIN_MIRROR_SECONDS = 1.0
 
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -96,6 +99,9 @@ def add_flags(parser: Any) -> None:
     add = parser.add_argument
     add("--steering-vectors", type=Path, metavar="DIR", help="Folder of control vectors (safetensors or GGUF); the "
         f"file stem is the name. Default: {VECTORS_ENV}, else a folder in the user's data directory.")  # fmt: skip
+    add("--steering-mirror", metavar="URL", help="Copy the vectors and presets at this URL, any that fsspec reads "
+        "(s3://, gs://, hf://, https://, file://), into the folder at the start, and keep them alike.")  # fmt: skip
+    add("--steering-mirror-seconds", type=float, metavar="N", help="How often the mirror is looked at. Default: 60.")
     add("--steering-blocks", metavar="BLOCKS", help="Blocks that can be steered, such as 8-22. Default: all.")
     add("--steering-ops", metavar="OPS", help=f"Operations that requests may use, of {','.join(Op)}. Default: all.")
     add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
@@ -128,6 +134,7 @@ def arm(args: argparse.Namespace) -> None:
     _set_limits(args.steering_limit)
     if args.steering_default is not None:
         os.environ[DEFAULT_PRESET_ENV] = args.steering_default
+    _copy_mirror(args)
     if args.steering_strict:
         os.environ[STRICT_ENV] = "1"
         _check_folder(Path(os.environ[VECTORS_ENV]))
@@ -216,6 +223,19 @@ def _vectors_folder(asked: Path | None) -> Path:
     folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _copy_mirror(args: argparse.Namespace) -> None:
+    """Before anything reads the folder; the API processes go on with it."""
+    if args.steering_mirror_seconds is not None:
+        if not args.steering_mirror_seconds >= MIN_MIRROR_SECONDS:
+            raise UnsupportedEngineError(
+                f"--steering-mirror-seconds {args.steering_mirror_seconds:g}: at least {MIN_MIRROR_SECONDS:g}."
+            )
+        os.environ[mirroring.SECONDS_ENV] = str(args.steering_mirror_seconds)
+    if url := args.steering_mirror or os.environ.get(mirroring.URL_ENV):
+        mirroring.copy_first(url, Path(os.environ[VECTORS_ENV]))
+        os.environ[mirroring.URL_ENV] = url
 
 
 def _check_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ class SteerEndpointPlugin:
 
     def attach_router(self, app: Any) -> None:
         """Add our routes and the middleware; called once while vLLM builds its app, after all its own routes."""
+        from steer_engine.runtime.door import Door
         from steer_engine.serving import playground, preset_routes, routes, vector_routes
         from steer_engine.serving.admin_keys import AdminKeys
         from steer_engine.serving.api_limits import ApiLimits
@@ -32,7 +33,8 @@ class SteerEndpointPlugin:
             app.include_router(module.router)
         app.state.steering_api_limits = ApiLimits.from_environment()
         app.state.steering_admin_keys = keys = AdminKeys.from_environment()
-        app.add_middleware(SteeringMiddleware, max_body_bytes=app.state.steering_api_limits.max_body_bytes)
+        app.state.steering_door = door = Door()
+        app.add_middleware(SteeringMiddleware, max_body_bytes=app.state.steering_api_limits.max_body_bytes, door=door)
         document_field(app)
         _let_admins_in(app.state.args, keys.plain_keys())
 
@@ -45,6 +47,7 @@ class SteerEndpointPlugin:
         import asyncio
 
         from steer_engine.runtime.vllm.shipping import handshake, in_flight, num_waiting
+        from steer_engine.serving import mirroring
         from steer_engine.serving.poll import poll
         from steer_engine.serving.queue_length import QueueLength
         from steer_engine.serving.readiness import Readiness
@@ -58,6 +61,7 @@ class SteerEndpointPlugin:
             )
         limits = state.steering_api_limits
         state.steering_frontend = frontend
+        frontend.door = state.steering_door
         state.steering_readiness = Readiness(partial(handshake, engine_client))
         state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
         state.steering_in_flight = partial(in_flight, engine_client)
@@ -70,6 +74,7 @@ class SteerEndpointPlugin:
                 frontend.queue_length = QueueLength(partial(num_waiting, engine_client), limits.max_bank_queue)
             # Kept on the state: a task that nothing refers to may be collected.
             state.steering_poll = asyncio.create_task(poll(state.steering_readiness, frontend.registry))
+            state.steering_mirror = mirroring.from_environment(frontend.registry.directory)
 
 
 def _let_admins_in(args: Namespace, admin_keys: list[str]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
+from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
+from steer_engine.runtime.door import RETRY_AFTER_S, SHUTTING_DOWN, Door
 from steer_engine.serving import told
-from steer_engine.serving.envelope import envelope, envelope_of
+from steer_engine.serving.envelope import envelope, envelope_of, status_of
 from steer_engine.serving.request_field import FIELD, MISPLACED, XARGS, mentions_steering
 
 Scope = MutableMapping[str, Any]
@@ -17,6 +18,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
 
 INVOCATIONS = "/invocations"
 """SageMaker's wrapper replaces the model's name in the body by the one in a header, or by nothing."""
@@ -28,12 +30,16 @@ CARRYING_PATHS = frozenset(
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
+        "/inference/v1/generate",
         INVOCATIONS,
     }
 )
 """POST paths whose handlers pass the hook that steers; a test walks all routes and compares."""
 
 OWN_PREFIX = "/v1/steering"
+
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods of requests that a server answers to its end, which nothing waits for."""
 
 HEADER = b"x-steering"
 PRESET_HEADER = b"x-steering-preset"
@@ -49,12 +55,14 @@ class SteeringMiddleware:
 
     Every body that asks for steering ends up steered or refused: on a path that cannot carry it, before the handler
     runs; on one that can, by the handler's hook, and should an answer begin that no hook took account of, that answer
-    is replaced by a refusal.
+    is replaced by a refusal. Every request that does something passes the `door`, from when its body is there until
+    its answer is sent.
     """
 
-    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20, door: Door | None = None) -> None:
         self.app = app
         self._max_body_bytes = max_body_bytes
+        self._door = door or Door()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,44 +82,71 @@ class SteeringMiddleware:
         if has_body:
             try:
                 body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
-            except PayloadTooLargeError as error:
-                await _send_json(send, envelope_of(error), error.status)
-                return
-            if path == INVOCATIONS:
-                note.model = _model_of(body)
-            try:
+                if path == INVOCATIONS:
+                    note.model = _model_of(body)
                 asks = _asks(body)
             except SteeringRequestError as error:
-                await _send_json(send, envelope_of(error), error.status)
+                await _send_error(send, error)
                 return
             if asks and path not in CARRYING_PATHS:
                 await _refuse(send, path)
                 return
-        answer = _Answer(send, note, asks, path)
-        await self.app(scope, receive, answer.send)
+        answer = _Answer(send, note, asks, path, self._door)
+        if scope["method"] in READING:
+            await self.app(scope, receive, answer.send)
+            return
+        try:
+            self._door.enter()
+        except CapacityError:
+            await answer.refuse_at_the_door()
+            return
+        try:
+            await self.app(scope, receive, answer.send)
+        except Exception:
+            if answer.begun or not self._door.closed:
+                raise
+            await answer.refuse_at_the_door()
+        finally:
+            self._door.leave()
 
 
 class _Answer:
     """Wraps `send`: adds the headers to the first message, or replaces the whole answer by a refusal."""
 
-    def __init__(self, send: Send, note: told.Told, asks: bool, path: str) -> None:
-        self._send, self._note, self._asks, self._path = send, note, asks, path
+    def __init__(self, send: Send, note: told.Told, asks: bool, path: str, door: Door) -> None:
+        self._send, self._note, self._asks, self._path, self._door = send, note, asks, path, door
         self._replaced = False
+        self.begun = False
+
+    async def refuse_at_the_door(self) -> None:
+        """503: the server shuts down."""
+        self._replaced = self.begun = True
+        error = CapacityError(SHUTTING_DOWN, RETRY_AFTER_S)
+        self._note.retry_after = error.retry_after
+        await _send_json(self._send, envelope_of(error), 503, _headers(self._note, 503, self._door))
 
     async def send(self, message: Message) -> None:
         if self._replaced:
             return
         if message["type"] == "http.response.start":
+            if message["status"] == 500 and self._door.closed:
+                # What breaks while everything ends breaks because of that.
+                await self.refuse_at_the_door()
+                return
+            self.begun = True
             if self._asks and not self._note.seen and message["status"] < 400:
                 self._replaced = True
                 await _refuse(self._send, self._path)
                 return
-            message["headers"] = [*message.get("headers", ()), *_headers(self._note, message["status"])]
+            message["headers"] = [*message.get("headers", ()), *_headers(self._note, message["status"], self._door)]
         await self._send(message)
 
 
-def _headers(note: told.Told, status: int) -> list[tuple[bytes, bytes]]:
+def _headers(note: told.Told, status: int, door: Door) -> list[tuple[bytes, bytes]]:
     headers = []
+    if door.closed:
+        # A connection that is kept is soon cut, perhaps in the face of the next request on it.
+        headers.append((b"connection", b"close"))
     if note.report is not None and status < 400:
         headers.append((HEADER, note.report["digest"].encode("ascii")))
         if preset := note.report.get("preset"):
@@ -201,8 +236,12 @@ async def _refuse(send: Send, path: str) -> None:
     await _send_json(send, envelope(message, 400, FIELD), 400)
 
 
-async def _send_json(send: Send, content: dict[str, Any], status: int) -> None:
+async def _send_error(send: Send, error: SteerError, headers: Headers = ()) -> None:
+    await _send_json(send, envelope_of(error), status_of(error), headers)
+
+
+async def _send_json(send: Send, content: dict[str, Any], status: int, headers: Headers = ()) -> None:
     body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": body})

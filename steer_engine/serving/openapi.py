@@ -12,6 +12,7 @@ REQUESTS = (
     "CompletionRequest",
     "ResponsesRequest",
     "AnthropicMessagesRequest",
+    "GenerateRequest",
 )
 
 

@@ -13,7 +13,6 @@ from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.serving import metrics
 from steer_engine.serving.answers import SteeringRoute, failed, frontend_of
-from steer_engine.serving.draining import refuse_if_draining
 from steer_engine.serving.preset_routes import SPEC_BODY, read_json
 from steer_engine.spec import Op
 
@@ -24,7 +23,7 @@ router = APIRouter(tags=["steering"], route_class=SteeringRoute)
 async def ready(request: Request) -> JSONResponse:
     """200 when the engine and every worker are armed as this server is; else 503 with the reason. Needs no key."""
     try:
-        refuse_if_draining(request.app.state.steering_frontend)
+        request.app.state.steering_frontend.door.refuse_if_closed()
         await request.app.state.steering_readiness.check()
     except SteerError as error:
         return failed(CapacityError(error.message, retry_after=5))

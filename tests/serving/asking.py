@@ -12,6 +12,7 @@ from serving.server_process import Server
 MODEL = "smollm2-135m"
 PROMPT = "Describe the weather today in one sentence."
 MAX_TOKENS = 6
+TOKENS_PATH = "/inference/v1/generate"
 
 STRONG: dict[str, Any] = {"edits": [{"vector": "east", "scale": 60.0, "blocks": "8-21"}]}
 """Far more than any rounding: greedy text changes at once."""
@@ -29,6 +30,8 @@ class Endpoint:
         """The generated text of an answer's JSON."""
         if "choices" in answer:
             choice = answer["choices"][0]
+            if self.path == TOKENS_PATH:
+                return str(choice["token_ids"])
             return str(choice["text"] if "text" in choice else choice["message"]["content"])
         parts = answer["content"] if "content" in answer else answer["output"][0]["content"]
         return str(parts[0]["text"])
@@ -50,9 +53,13 @@ RESPONSES = Endpoint(
 )
 ANTHROPIC = Endpoint("/v1/messages", {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": MAX_TOKENS})
 INVOCATIONS = Endpoint("/invocations", CHAT.body)
+TOKENS = Endpoint(
+    TOKENS_PATH,
+    {"model": MODEL, "token_ids": [504, 2365, 282], "sampling_params": {"temperature": 0, "max_tokens": MAX_TOKENS}},
+)
 
-CARRYING = {each.path: each for each in (CHAT, BATCH, COMPLETIONS, RESPONSES, ANTHROPIC, INVOCATIONS)}
-STREAMING = (CHAT, COMPLETIONS, RESPONSES)
+CARRYING = {each.path: each for each in (CHAT, BATCH, COMPLETIONS, RESPONSES, ANTHROPIC, INVOCATIONS, TOKENS)}
+STREAMING = (CHAT, COMPLETIONS, RESPONSES, TOKENS)
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from serving.asking import STRONG
 from serving.living import ADMIN, INFERENCE, along
+from serving.otlp_receiver import OtlpReceiver
 from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector, VectorMetadata, save
@@ -65,8 +66,26 @@ def server(smollm2: str, vectors_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def living(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With keys, a default preset and a registry that changes.
+def traces() -> Iterator[OtlpReceiver]:
+    """What the living server says of its requests by OpenTelemetry."""
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture(scope="session")
+def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the living server mirrors, looked at every second: one vector, `reflected`."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    (folder / "reflected.safetensors").write_bytes(to_bytes(along(15)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def living(
+    tiny_llama: str, traces: OtlpReceiver, mirrored: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """With keys, a default preset, traces, a mirror, and a registry that changes.
 
     The last test of test_living_server ends it: who else needs
     it lives in attacks/, which runs before.
@@ -79,7 +98,9 @@ def living(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     command = steer_engine_serve(
         tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vectors),
         "--steering-default", "house", "--api-key", INFERENCE, "--shutdown-timeout", "20",
+        "--steering-mirror", f"file://{mirrored}", "--steering-mirror-seconds", "1",
+        "--otlp-traces-endpoint", traces.endpoint,
     )  # fmt: skip
-    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
+    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN, **traces.environment})
     yield running
     running.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from serving.asking import CARRYING, MODEL, STRONG
 from serving.server_process import Server
 
@@ -46,23 +45,6 @@ def test_every_other_route_refuses_steering(server: Server) -> None:
         answer = server.request(method, concrete(path), body)
         assert answer.status_code == 400, (method, path, answer.text)
         assert answer.json()["error"]["param"] == "steering", (method, path, answer.text)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 2}, "steering": STRONG},
-        {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 2, "extra_args": {"steering": STRONG}}},
-        {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 2, "extra_args": {"_steer_program": {}}}},
-    ],
-    ids=["top level", "extra_args", "reserved key"],
-)
-def test_tokens_in_tokens_out_refuses_every_way(server: Server, body: dict[str, object]) -> None:
-    plain = server.post("/inference/v1/generate", {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 2}})
-    assert plain.status_code == 200, plain.text
-    answer = server.post("/inference/v1/generate", body)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == "steering"
 
 
 def test_a_model_served_elsewhere_in_the_app_is_not_hindered(server: Server) -> None:

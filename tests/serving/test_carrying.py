@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from serving.asking import CARRYING, STREAMING, STRONG, Endpoint, events
+from serving.asking import CARRYING, MODEL, STREAMING, STRONG, TOKENS_PATH, Endpoint, events
 from serving.server_process import Server
 
 from steer_engine.serving.middleware import CARRYING_PATHS
@@ -95,6 +95,9 @@ def test_the_final_chunks_of_a_stream_tell(server: Server, endpoint: Endpoint) -
     assert [chunk["steering"] for chunk in final] == [whole["steering"]]
     assert not any("steering" in chunk for chunk in chunks if chunk not in final)
     pieces = [chunk["choices"][0] for chunk in chunks]
+    if endpoint.path == TOKENS_PATH:
+        assert str([token for piece in pieces for token in piece["token_ids"]]) == endpoint.text(whole)
+        return
     text = "".join(piece["text"] if "text" in piece else piece["delta"].get("content") or "" for piece in pieces)
     assert text == endpoint.text(whole)
 
@@ -128,6 +131,38 @@ def test_a_stored_response_still_tells(server: Server) -> None:
     # vLLM keeps background responses only with VLLM_ENABLE_RESPONSES_API_STORE; without, the answer itself tells.
     answer = CARRYING["/v1/responses"].ask(server, steering=STRONG, store=False)
     assert answer.json()["steering"]["digest"] == answer.headers["X-Steering"]
+
+
+def test_tokens_in_tokens_out_by_preset(server: Server) -> None:
+    endpoint = CARRYING[TOKENS_PATH]
+    by_field = endpoint.ask(server, steering=STRONG)
+    for asked in ({"steering": {"preset": "loud"}}, {"model": f"{MODEL}:loud"}):
+        answer = endpoint.ask(server, **asked)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Steering"] == by_field.headers["X-Steering"]
+        assert answer.headers["X-Steering-Preset"] == "loud"
+        assert endpoint.text(answer.json()) == endpoint.text(by_field.json())
+    assert answer.json()["model"] == f"{MODEL}:loud"
+
+
+def test_tokens_in_text_out_is_told_too(server: Server) -> None:
+    answer = CARRYING[TOKENS_PATH].ask(server, steering=STRONG, output_mode="text")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["steering"]["digest"] == answer.headers["X-Steering"]
+
+
+def test_the_openapi_page_says_that_tokens_in_tokens_out_takes_the_field(server: Server) -> None:
+    assert "steering" in server.get("/openapi.json").json()["components"]["schemas"]["GenerateRequest"]["properties"]
+
+
+@pytest.mark.parametrize("extra", [{"steering": STRONG}, {"steering": '{"edits": []}'}, {"_steer_program": {}}])
+def test_tokens_in_tokens_out_takes_nothing_from_extra_args(server: Server, extra: dict[str, Any]) -> None:
+    endpoint = CARRYING[TOKENS_PATH]
+    params = endpoint.body["sampling_params"] | {"extra_args": extra}
+    answer = endpoint.ask(server, sampling_params=params)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "sampling_params"
+    assert endpoint.ask(server, sampling_params=params | {"extra_args": {"other": 1}}).status_code == 200
 
 
 def test_names_are_resolved_to_content(server: Server, vectors: dict[str, ControlVector]) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from steer_engine.config import CONFIG_KEY, SteeringConfig
 from steer_engine.errors import SteerError, UnsupportedEngineError, VectorFileError
-from steer_engine.serving import command
+from steer_engine.serving import command, mirroring
+from steer_engine.vectors import ControlVector, save
+from steer_engine.vectors.mirror import STATE
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("VLLM_PLUGINS", "STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", "VLLM_CPU_KVCACHE_SPACE"):
+    own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", mirroring.URL_ENV, mirroring.SECONDS_ENV)
+    for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *own):
         # Set first, so that what the command itself sets is undone too.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -34,6 +39,13 @@ def armed(*argv: str) -> Any:
     args = parsed(*argv)
     command.arm(args)
     return args
+
+
+def test_the_page_on_serving_has_every_flag_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    table = re.findall(r"^\| `(--steering-[a-z-]+)", page, re.MULTILINE)
+    flags = [flag for flag in parsed("org/model").__dict__ if flag.startswith("steering_")]
+    assert sorted(table) == sorted("--" + flag.replace("_", "-") for flag in flags)
 
 
 def test_a_packaged_model_is_served_under_its_name() -> None:
@@ -101,6 +113,7 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
         (["--steering-vectors", "/no/such/folder"], "not a folder"),
         (["--grpc"], "--grpc"),
         (["--enable-elastic-ep"], "--enable-elastic-ep"),
+        (["--enable-fault-tolerance"], "--enable-fault-tolerance"),
         (["--additional-config", '{"steer_engine": {"lines": 3}}'], "lines"),
     ],
 )
@@ -155,3 +168,22 @@ def test_help_shows_our_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
         parsed("--help=SteerEngine")
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--steering-vectors", "--steering-blocks", "--steering-strict"))
+
+
+def test_a_mirror_is_copied_before_the_folder_is_read(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    save(ControlVector(directions={1: np.ones(4, np.float32)}), there / "north.safetensors")
+    flags = ("org/model", "--steering-vectors", str(here), "--steering-mirror", f"file://{there}")
+    armed(*flags, "--steering-strict", "--steering-mirror-seconds", "2")
+    assert (here / "north.safetensors").exists()
+    assert os.environ[mirroring.URL_ENV] == f"file://{there}"
+    assert float(os.environ[mirroring.SECONDS_ENV]) == 2
+    there.rename(tmp_path / "away")
+    armed(*flags)  # it was copied before
+    (here / STATE).unlink()
+    with pytest.raises(SteerError, match="cannot be read"):
+        armed(*flags)
+    with pytest.raises(SteerError, match="at least 1"):
+        armed(*flags, "--steering-mirror-seconds", "0")

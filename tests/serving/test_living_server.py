@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,21 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving.living import ADMIN, HIDDEN_SIZE, INFERENCE, NUM_BLOCKS, OPERATOR, USER, along, complete, put, spec, tokens
+from serving.living import (
+    ADMIN,
+    HIDDEN_SIZE,
+    INFERENCE,
+    NUM_BLOCKS,
+    OPERATOR,
+    USER,
+    Follower,
+    along,
+    complete,
+    put,
+    spec,
+    tokens,
+)
+from serving.otlp_receiver import OtlpReceiver
 from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
@@ -188,30 +204,67 @@ def test_openapi_documents_field_and_routes(living: Server) -> None:
     assert "/readyz" in page["paths"]
 
 
-@pytest.mark.slow  # a tiny model may be done before the server has read what comes next
+def test_a_mirror_s_vectors_come_change_and_go(living: Server, mirrored: Path) -> None:
+    def digest() -> str | None:
+        answer = complete(living, steering=spec("reflected"))
+        return answer.json()["steering"]["edits"][0]["vector"] if answer.status_code == 200 else None
+
+    def wait_for(expected: str | None) -> None:
+        deadline = time.monotonic() + 60
+        while (found := digest()) != expected:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+
+    assert digest() == along(15).digest
+    assert put(living, "reflected", along(17), **{"If-Match": "*"}).status_code in (409, 412)
+    (mirrored / "reflected.safetensors").write_bytes(to_bytes(along(16)))
+    wait_for(along(16).digest)
+    (mirrored / "reflected.safetensors").unlink()
+    wait_for(None)
+    assert "steer_engine_mirror_failing 0.0" in living.get("/metrics").text
+
+
+def test_spans_of_steered_requests_say_by_what(living: Server, traces: OtlpReceiver) -> None:
+    asked = {"steered": {"preset": "house"}, "named": spec("house"), "plain": False}
+    answers = {
+        request_id: living.post(
+            "/v1/completions",
+            {"model": "tiny", "prompt": "abc", "max_tokens": 2, "steering": steering, "n": 2, "temperature": 1},
+            headers=USER | {"X-Request-Id": f"span-of-{request_id}"},
+        )
+        for request_id, steering in asked.items()
+    }
+    spans = {request_id: traces.wait_for(f"span-of-{request_id}") for request_id in asked}
+    report = answers["steered"].json()["steering"]
+    assert spans["steered"]["steer_engine.digest"] == report["digest"]
+    assert spans["steered"]["steer_engine.preset"] == "house"
+    assert spans["steered"]["steer_engine.names"] == ["house"]
+    assert spans["steered"]["steer_engine.vectors"] == [along(5).digest]
+    assert spans["steered"]["steer_engine.edits"] == [edit["digest"] for edit in report["edits"]]
+    assert spans["named"]["steer_engine.digest"] == report["digest"]
+    assert "steer_engine.preset" not in spans["named"]
+    assert not [key for key in spans["plain"] if key.startswith("steer_engine")]
+    assert spans["plain"]["gen_ai.usage.completion_tokens"] == 2
+
+
 def test_drain(living: Server) -> None:
     """Last: on SIGTERM what is under way finishes, new requests are sent away, and the server ends."""
-    answers: list[httpx.Response] = []
-    asking = threading.Thread(target=lambda: answers.append(complete(living, steering=False, max_tokens=400)))
-    asking.start()
-    time.sleep(0.5)
+    brief = [Follower(living, 5, stream=number % 2 == 1) for number in range(6)]
+    long = Follower(living, 400, stream=True)
+    followers = [*brief, long]
+    for follower in followers:
+        assert follower.begun.wait(60)
+    done = len(long.answered)
     living.process.terminate()
-    refused = ready = None
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and not answers:
-        try:
-            refused, ready = complete(living), living.get("/readyz")
-        except httpx.TransportError:
-            break
-        if refused.status_code == 503 and ready.status_code == 503:
-            break
-    asking.join()
-    assert refused is not None
-    assert refused.status_code == 503, refused.text
-    assert int(refused.headers["Retry-After"]) >= 1
-    assert ready is not None
-    assert ready.status_code == 503
-    assert len(tokens(answers[0])) == 400
+    for follower in brief:
+        follower.join()
+    refused, ready = complete(living), living.get("/readyz")
+    assert (refused.status_code, ready.status_code) == (503, 503)
+    assert int(ready.headers["Retry-After"]) >= 1
+    long.join()
+    assert len(long.answered) == done + 1
+    for follower in followers:
+        follower.assert_sent_away()
     assert living.process.wait(30) == 0
 
 
@@ -221,24 +274,61 @@ def test_what_is_left_when_the_time_is_up_is_told(tiny_llama: str, tmp_path: Pat
     (tmp_path / "vectors").mkdir()
     server = Server(command, tmp_path / "server.log", env={"STEER_ENGINE_VECTORS": str(tmp_path / "vectors")})
     try:
-        answers: list[httpx.Response] = []
-        body = {"model": "tiny", "prompt": "abc", "max_tokens": 490, "ignore_eos": True, "n": 8, "temperature": 1}
-        asking = [
-            threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body))),
-            threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body | {"stream": True}))),
+        answers: dict[str, httpx.Response] = {}
+
+        def ask(name: str, path: str, **fields: Any) -> None:
+            body = {"model": "tiny", "temperature": 0, "ignore_eos": True, **fields}
+            answers[name] = server.client.post(path, json=body, timeout=60)
+
+        chat = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 400}
+        asked: list[tuple[str, str, dict[str, Any]]] = [
+            ("stream", "/v1/completions", {**LONG, "stream": True}),
+            ("whole", "/v1/completions", {**LONG, "prompt": PROMPTS[::-1]}),
+            ("more", "/v1/completions", {**LONG, "prompt": [prompt[::-1] for prompt in PROMPTS]}),
+            ("chat", "/v1/chat/completions", chat),
+            ("responses", "/v1/responses", {"input": "abc", "max_output_tokens": 400}),
+            ("messages", "/v1/messages", chat),
         ]
-        for thread in asking:
+        asking = [threading.Thread(target=ask, args=(name, path), kwargs=fields) for name, path, fields in asked]
+        for thread in asking[:3]:
             thread.start()
-        time.sleep(0.5)
+        wait_until_busy(server)
+        for thread in asking[3:]:  # behind seconds of reading: before it, they could be answered in time
+            thread.start()
+        time.sleep(0.3)
         began = time.monotonic()
         server.process.terminate()
         for thread in asking:
             thread.join()
         assert time.monotonic() - began < 20
-        whole = next(answer for answer in answers if "text/event-stream" not in answer.headers["content-type"])
-        stream = next(answer for answer in answers if answer is not whole)
-        assert whole.status_code == 503, whole.text
-        assert "shutting down" in stream.text
-        server.process.wait(30)
+        assert "shutting down" in answers["stream"].text
+        for name, _, _ in asked[1:]:
+            assert answers[name].status_code == 503, answers[name].text
+            assert "shutting down" in answers[name].text
+            assert int(answers[name].headers["Retry-After"]) >= 1
+        assert server.process.wait(30) == 0
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_engine_too_and_cuts_nothing_without_a_word(tiny_llama: str, tmp_path: Path) -> None:
+    """The engine refuses what it has not begun, as soon as it hears of it; the server says so."""
+    (tmp_path / "house.safetensors").write_bytes(to_bytes(along(5)))
+    command = steer_engine_serve(tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(tmp_path))
+    server = Server(command, tmp_path / "server.log")
+    try:
+        followers = [Follower(server, 5, stream=number % 2 == 1) for number in range(6)]
+        followers += [Follower(server, 400, stream=stream) for stream in (True, False)]
+        for follower in followers[:-1]:
+            assert follower.begun.wait(60)
+        os.killpg(server.process.pid, signal.SIGINT)
+        for follower in followers:
+            follower.join()
+            assert {len(answer) for answer in follower.answered} <= {follower.length}
+            assert isinstance(follower.refused, httpx.Response), follower.refused
+            assert "shutting down" in follower.refused.text
+            assert follower.refused.status_code == 503 or "event-stream" in follower.refused.headers["content-type"]
+        server.process.wait(60)
     finally:
         server.kill()

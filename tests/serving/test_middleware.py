@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from steer_engine.runtime.door import Door
 from steer_engine.serving import told
 from steer_engine.serving.middleware import CARRYING_PATHS, Receive, Scope, Send, SteeringMiddleware
 
@@ -243,3 +244,71 @@ async def test_the_model_of_an_invocation_is_kept_for_the_hook(content: bytes, m
         await client.post("/invocations", content=content)
         await client.post(CARRYING, content=content)
     assert [note.model for note in notes] == [model, None]
+
+
+async def ask_at(door: Door, app: Any, method: str = "POST") -> httpx.Response:
+    transport = httpx.ASGITransport(app=SteeringMiddleware(app, door=door))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        return await client.request(method, CARRYING, content=body(prompt="x"))
+
+
+def assert_refused(answer: httpx.Response) -> None:
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"].startswith("This server is shutting down")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert answer.headers["Connection"] == "close"
+
+
+async def test_a_request_is_inside_until_its_answer_is_sent() -> None:
+    door, inside = Door(), []
+
+    class Watching(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            inside.append(door.inside)
+            await super().__call__(scope, receive, send)
+            inside.append(door.inside)
+
+    assert (await ask_at(door, Watching())).status_code == 200
+    assert (inside, door.inside) == ([1, 1], 0)
+    inside.clear()
+    await ask_at(door, Watching(), "GET")
+    assert inside == [0, 0]
+
+
+async def test_a_closed_door_sends_away_before_the_handler_sees_it() -> None:
+    door, app = Door(), App()
+    door.close()
+    assert_refused(await ask_at(door, app))
+    assert app.bodies == []
+    read = await ask_at(door, app, "GET")
+    assert (read.status_code, read.headers["Connection"]) == (200, "close")
+
+
+async def test_what_breaks_behind_a_closed_door_is_a_503_and_what_is_well_stays() -> None:
+    class Closing(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            door.close()
+            await super().__call__(scope, receive, send)
+
+    async def breaking(scope: Scope, receive: Receive, send: Send) -> None:
+        door.close()
+        raise RuntimeError("the engine is gone")
+
+    for app in (Closing(status=500), breaking):
+        door = Door()
+        assert_refused(await ask_at(door, app))
+        assert door.inside == 0
+    for status in (200, 400):
+        door = Door()
+        assert (await ask_at(door, Closing(status=status))).status_code == status
+
+
+async def test_what_breaks_behind_an_open_door_is_not_hidden() -> None:
+    async def breaking(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a bug")
+
+    door = Door()
+    with pytest.raises(RuntimeError, match="a bug"):
+        await ask_at(door, breaking)
+    assert door.inside == 0
+    assert (await ask_at(door, App(status=500))).status_code == 500

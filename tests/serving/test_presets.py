@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from serving.asking import CARRYING, MODEL, STREAMING, STRONG, Endpoint, events
+from serving.asking import CARRYING, MODEL, STREAMING, STRONG, TOKENS, Endpoint, events
 from serving.server_process import Server
 
 endpoints = pytest.mark.parametrize("endpoint", CARRYING.values(), ids=lambda each: each.path)
@@ -27,7 +27,7 @@ def test_a_preset_is_the_same_steering_under_a_name(server: Server, endpoint: En
     assert by_model.json()["model"] == f"{MODEL}:loud"
 
 
-@pytest.mark.parametrize("endpoint", STREAMING, ids=lambda each: each.path)
+@pytest.mark.parametrize("endpoint", [each for each in STREAMING if each is not TOKENS], ids=lambda each: each.path)
 def test_every_chunk_names_the_model_that_was_asked(server: Server, endpoint: Endpoint) -> None:
     answer = endpoint.ask(server, model=f"{MODEL}:loud", stream=True)
     assert answer.headers["X-Steering-Preset"] == "loud"
@@ -71,7 +71,5 @@ def test_a_stock_client_steers_by_the_model_s_name(server: Server) -> None:
     assert steered.choices[0].message.content != plain.choices[0].message.content
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/inference/v1/generate"])
-def test_an_endpoint_that_cannot_carry_steering_does_not_take_a_preset_for_a_model(server: Server, path: str) -> None:
-    body = {"prompt": "x", "token_ids": [1], "sampling_params": {"max_tokens": 1}, "model": f"{MODEL}:loud"}
-    assert server.post(path, body).status_code in (400, 404)
+def test_an_endpoint_that_cannot_carry_steering_does_not_take_a_preset_for_a_model(server: Server) -> None:
+    assert server.post("/tokenize", {"prompt": "x", "model": f"{MODEL}:loud"}).status_code in (400, 404)

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from steer_engine.config import ALL_OPS, Limits
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
+from steer_engine.runtime.door import Door
 from steer_engine.serving import preset_routes, routes, vector_routes
 from steer_engine.serving.admin_keys import HEADER, KEYS_ENV, AdminKeys
 from steer_engine.serving.api_limits import ApiLimits
@@ -40,7 +41,7 @@ class Frontend:
     limits: Limits = field(default_factory=lambda: Limits(max_inline_bytes=3000))
     armed: bool = True
     default_preset: str | None = None
-    draining = False
+    door: Door = field(default_factory=Door)
 
     def resolve(self, raw: Any) -> ResolvedSpec | None:
         spec = parse_spec(raw)
@@ -56,7 +57,8 @@ def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
     app = FastAPI()
     for module in (routes, vector_routes, preset_routes):
         app.include_router(module.router)
-    app.add_middleware(SteeringMiddleware)
+    frontend = Frontend(registry)
+    app.add_middleware(SteeringMiddleware, door=frontend.door)
 
     async def in_flight(digest: str) -> int:
         return 0
@@ -64,7 +66,7 @@ def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
     async def check() -> dict[str, Any]:
         return {"workers": []}
 
-    app.state.steering_frontend = Frontend(registry)
+    app.state.steering_frontend = frontend
     app.state.steering_admin_keys = keys
     app.state.steering_api_limits = limits
     app.state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
@@ -81,8 +83,12 @@ def registry(tmp_path: Path) -> Registry:
 
 
 @pytest.fixture
-async def client(registry: Registry) -> AsyncIterator[httpx.AsyncClient]:
-    app = app_of(registry, AdminKeys([KEY]), ApiLimits(max_upload_bytes=10_000, max_uploads=2))
+def app(registry: Registry) -> FastAPI:
+    return app_of(registry, AdminKeys([KEY]), ApiLimits(max_upload_bytes=10_000, max_uploads=2))
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
         yield client
 
@@ -314,13 +320,15 @@ async def test_validate(client: httpx.AsyncClient) -> None:
     assert error(await client.post("/v1/steering/validate", content=b" " * 70_000))[0] == 413
 
 
-async def test_draining(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
     assert (await client.get("/readyz")).json() == {"status": "ready"}
-    monkeypatch.setattr(Frontend, "draining", True)
-    ready = await client.get("/readyz")
-    assert error(ready)[0] == 503
-    assert "Retry-After" in ready.headers
-    assert error(await put(client, "calm", to_bytes(one(1))))[0] == 503
+    app.state.steering_frontend.door.close()
+    refused = [await client.get("/readyz"), await put(client, "calm", to_bytes(one(1)))]
+    refused += [await client.request("DELETE", "/v1/steering/vectors/calm", headers=ADMIN)]
+    for answer in refused:
+        assert error(answer)[0] == 503
+        assert "Retry-After" in answer.headers
+    assert (await client.get("/v1/steering/vectors")).status_code == 200
 
 
 async def test_limits_are_published(client: httpx.AsyncClient) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.living import ADMIN, INFERENCE, OPERATOR, USER, along, spec
+from serving.living import ADMIN, INFERENCE, OPERATOR, USER, Follower, along, spec
 from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors.safetensors_format import to_bytes
@@ -99,3 +99,17 @@ def test_names_move_under_load(twins: Server) -> None:
     assert faults == []
     assert all(len(texts) == 1 for texts in right.values())
     assert len(right) >= 3
+
+
+def test_both_let_finish_what_is_under_way(twins: Server) -> None:
+    """Last: it ends them. vLLM's own API processes cut their connection to the engine at once."""
+    put(twins, "north", 20)
+    brief = [Follower(twins, 5, stream=number % 2 == 1, vector="north") for number in range(6)]
+    long = [Follower(twins, 400, stream=True, vector="north") for _ in range(4)]
+    for follower in (*brief, *long):
+        assert follower.begun.wait(60)
+    twins.process.terminate()
+    for follower in (*brief, *long):
+        follower.join()
+        follower.assert_sent_away()
+    assert twins.process.wait(60) == 0

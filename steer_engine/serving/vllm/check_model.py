@@ -16,7 +16,6 @@ from typing import Any
 from steer_engine.errors import SteerError, SteeringRequestError
 from steer_engine.runtime.vllm.patching import wrap
 from steer_engine.serving import metrics, told
-from steer_engine.serving.draining import refuse_if_draining
 from steer_engine.serving.envelope import envelope_of, status_of
 from steer_engine.serving.foreign_forms import XARGS_FORMS
 from steer_engine.serving.request_field import FIELD, MISPLACED, XARGS, steering_of
@@ -48,7 +47,8 @@ def _steering(original: Any) -> Any:
             return _clipped(refusal)
         note = told.begin()
         try:
-            refuse_if_draining(frontend_of(self))
+            if (frontend := frontend_of(self)) is not None:
+                frontend.door.refuse_if_closed()
             note.report = await _steer(self, request, preset)
         except SteerError as error:
             note.retry_after = getattr(error, "retry_after", None)
@@ -113,7 +113,7 @@ async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, An
 
         metrics.shipped_bytes.inc(await ship(serving.engine_client, missing))
     metrics.request_steered(resolved, time.monotonic() - began)
-    request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: resolved.to_wire()}
+    _leave(serving, request, resolved.to_wire())
     report: dict[str, Any] = resolved.report()
     return report
 
@@ -144,15 +144,31 @@ def _forget(request: Any) -> None:
             xargs.pop(key, None)
 
 
+def _leave(serving: Any, request: Any, wire: str) -> None:
+    """Put what is asked where vLLM takes a request's extra arguments from."""
+    if _takes_tokens(serving):
+        params = request.sampling_params
+        params.extra_args = {**(params.extra_args or {}), FIELD: wire}
+    else:
+        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: wire}
+
+
+def _takes_tokens(serving: Any) -> bool:
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+
+    return isinstance(serving, ServingTokens)
+
+
 def _carries(serving: Any) -> bool:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     # Cohere's handler is a chat handler whose own request class drops unknown fields.
-    return isinstance(serving, OpenAIServingChat | OpenAIServingCompletion | OpenAIServingResponses) and not type(
-        serving
-    ).__module__.startswith("vllm.entrypoints.cohere")
+    if type(serving).__module__.startswith("vllm.entrypoints.cohere"):
+        return False
+    carrying = OpenAIServingChat | OpenAIServingCompletion | OpenAIServingResponses
+    return isinstance(serving, carrying) or _takes_tokens(serving)
 
 
 def _clipped(refusal: Any) -> Any:

@@ -34,8 +34,18 @@ def hook_serving() -> None:
     """
     import vllm
 
-    from steer_engine.serving.vllm import chat, check_model, completion, messages, models, responses, shutdown
+    from steer_engine.serving.vllm import (
+        chat,
+        check_model,
+        completion,
+        messages,
+        models,
+        responses,
+        shutdown,
+        tokens,
+        tracing,
+    )
 
     check_symbols(symbols.ALL, vllm.__version__)
-    for module in (check_model, models, chat, completion, responses, messages, shutdown):
+    for module in (check_model, models, chat, completion, responses, messages, tokens, tracing, shutdown):
         module.hook()

@@ -1,60 +1,149 @@
-"""Wraps `vllm.v1.engine.async_llm.AsyncLLM.shutdown`. Known for vLLM 0.32, 0.33.
+"""Wraps `vllm.v1.engine.async_llm.AsyncLLM.{shutdown, generate}`. Known for vLLM 0.32, 0.33.
 
-Why: vLLM lets requests under way finish for `--shutdown-timeout` seconds, but answers new ones with a 500 meanwhile,
-and those that are left when the time is up hear nothing until their clients give up. Here new requests get a 503, and
-what is left is told.
+Why: vLLM stops its engine first. A request that is between its admission and the engine by then comes back aborted, as
+a 200 without a token; what the engine has written and the server has not read is lost; new requests get a 500; and who
+is left when `--shutdown-timeout` is up hears nothing until the client gives up. Here the door is closed first (503),
+the engine goes on until everybody inside is answered or the time is up, who is left is told, and then the engine ends.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from steer_engine.runtime.door import RETRY_AFTER_S, SHUTTING_DOWN, Door
 from steer_engine.runtime.vllm.patching import wrap
+from steer_engine.serving import told
 from steer_engine.serving.vllm import symbols
+
+OPEN_SECONDS = 1.0
+"""How long at least new requests hear a 503 before the port is closed, within `--shutdown-timeout`."""
+
+TELLING_SECONDS = 2.0
+"""Kept of `--shutdown-timeout` (at most a quarter of it) to tell who is left: with several API processes, their parent
+kills them when it is up."""
+
+SIGNAL_SECONDS = 0.5
+"""An engine that hears of the end first (Ctrl-C reaches every process) aborts requests; this process soon knows why."""
+
+_POLL_SECONDS = 0.02
 
 logger = logging.getLogger(__name__)
 
 
 def hook() -> None:
     wrap(symbols.ASYNC_LLM_SHUTDOWN, _draining)
+    wrap(symbols.ASYNC_LLM_GENERATE, _told_of_the_end)
 
 
 def _draining(original: Any) -> Any:
-    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-        frontend = getattr(getattr(self, "input_processor", None), "steering", None)
-        if frontend is not None:
-            frontend.draining = True
-        _make_errors_503(self)
-        original(self, *args, **kwargs)
-        _tell_who_is_left(self)
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        began = time.monotonic()
+        door, loop = _door_of(self), _loop_of(self)
+        # The event loop can't wait for itself; it comes here too, when nobody is left.
+        waits = door is not None and not door.closed and bool(timeout) and not _runs_here(loop)
+        if door is not None:
+            door.close()
+        if waits and timeout is not None:
+            _wait_for_all(self, door, min(OPEN_SECONDS, timeout), timeout - min(TELLING_SECONDS, timeout / 4))
+            _tell_who_is_left(self, loop)
+            timeout = max(0.0, timeout - (time.monotonic() - began))
+        original(self, timeout=timeout)
+        if door is not None:
+            _tell_who_is_left(self, loop)
 
     return shutdown
 
 
-def _make_errors_503(async_llm: Any) -> None:
-    """From now on whatever fails does so because of the shutdown; the engine's end would read as its death, a 500."""
-    processor = getattr(async_llm, "output_processor", None)
-    if processor is not None:
-        propagate = processor.propagate_error
-        processor.propagate_error = lambda error: propagate(_shutting_down())
+def _wait_for_all(async_llm: Any, door: Any, at_least: float, at_most: float) -> None:
+    """Until every request has its answer, for at least and at most so many seconds."""
+    began = time.monotonic()
+    logger.info("Shutting down: %d requests are under way.", door.inside)
+    while (passed := time.monotonic() - began) < at_most:
+        if passed >= at_least and not door.inside and not async_llm.output_processor.get_num_unfinished_requests():
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _tell_who_is_left(async_llm: Any, loop: Any) -> None:
+    """End what is unfinished: each `generate` sees that it was cut."""
+    left = list(async_llm.output_processor.request_states)
+    if not left or loop is None or loop.is_closed():
+        return
+    logger.warning("Shutting down: %d requests did not finish in time and are answered with 503.", len(left))
+    if _runs_here(loop):
+        async_llm.output_processor.abort_requests(left, internal=True)
+        return
+    try:
+        asyncio.run_coroutine_threadsafe(async_llm.abort(left, internal=True), loop).result(TELLING_SECONDS / 2)
+    except Exception as error:
+        logger.debug("The engine was not told: %r", error)  # it ends anyway
+
+
+def _told_of_the_end(original: Any) -> Any:
+    """While the server shuts down, what fails or is cut short does so because of that: a 503, an error in a stream."""
+
+    async def outputs(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+        door = _door_of(self)
+        try:
+            async with aclosing(original(self, *args, **kwargs)) as stream:
+                async for output in stream:
+                    if door is not None and _is_cut(output) and await _closes_soon(door):
+                        raise _shutting_down()
+                    yield output
+        except VLLMClientError:
+            raise
+        except Exception as error:
+            if door is None or not door.closed:
+                raise
+            if (note := told.current.get()) is not None:
+                note.retry_after = RETRY_AFTER_S
+            if isinstance(error, GracefulHTTPError):
+                raise
+            raise _shutting_down() from error
+
+    return outputs
+
+
+def _is_cut(output: Any) -> bool:
+    return any(choice.finish_reason == "abort" for choice in output.outputs)
+
+
+async def _closes_soon(door: Door) -> bool:
+    deadline = time.monotonic() + SIGNAL_SECONDS
+    while not door.closed and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
+    return door.closed
 
 
 def _shutting_down() -> Exception:
     from vllm.exceptions import GracefulHTTPError
 
-    message = "This server is shutting down; try another one."
-    error: Exception = GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
+    error: Exception = GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
     return error
 
 
-def _tell_who_is_left(async_llm: Any) -> None:
-    # The handler's task belongs to the event loop that waits for the requests; shutdown may run in another thread.
+def _door_of(async_llm: Any) -> Door | None:
+    """The door of an armed engine's client."""
+    frontend = getattr(getattr(async_llm, "input_processor", None), "steering", None)
+    return frontend.door if frontend is not None and frontend.armed else None
+
+
+def _loop_of(async_llm: Any) -> Any:
+    """The event loop that waits for the requests; None before the first."""
     handler = getattr(async_llm, "output_handler", None)
-    if handler is None or handler.get_loop().is_closed():
-        return
-    left = async_llm.output_processor.get_num_unfinished_requests()
-    if left:
-        logger.warning("Shutting down: %d requests did not finish in time and are answered with 503.", left)
-        handler.get_loop().call_soon_threadsafe(async_llm.output_processor.propagate_error, _shutting_down())
+    return None if handler is None else handler.get_loop()
+
+
+def _runs_here(loop: Any) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

@@ -10,9 +10,11 @@ from steer_engine.runtime.vllm.patching import Symbol
 
 _OPENAI = "vllm.entrypoints.openai"
 _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
+_TOKENS = "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens"
 _COMPLETION = f"{_OPENAI}.completion.serving:OpenAIServingCompletion"
 
 ASYNC_LLM_INIT = Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", ("vllm_config",))
+ASYNC_LLM_GENERATE = Symbol("vllm.v1.engine.async_llm:AsyncLLM.generate", ("prompt", "sampling_params", "request_id"))
 ASYNC_LLM_SHUTDOWN = Symbol("vllm.v1.engine.async_llm:AsyncLLM.shutdown", ("timeout",))
 CHECK_MODEL = Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",))
 POOLING_CHECK_MODEL = Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",))
@@ -30,6 +32,12 @@ COMPLETION_STREAM = Symbol(f"{_COMPLETION}.completion_stream_generator", ("reque
 RESPONSE_FROM_REQUEST = Symbol(
     f"{_OPENAI}.responses.protocol:ResponsesResponse.from_request", ("request", "model_name")
 )
+_OUTPUT = "vllm.v1.engine.output_processor"
+OUTPUT_ADD_REQUEST = Symbol(f"{_OUTPUT}:OutputProcessor.add_request", ("request",))
+DO_TRACING = Symbol(f"{_OUTPUT}:OutputProcessor.do_tracing", ("engine_core_output", "req_state"))
+INSTRUMENT_MANUAL = Symbol(f"{_OUTPUT}:instrument_manual", ("span_name", "attributes"))
+TOKENS_FULL = Symbol(f"{_TOKENS}.serve_tokens_full_generator", ("request", "model_name"))
+TOKENS_STREAM = Symbol(f"{_TOKENS}.serve_tokens_stream_generator", ("request", "model_name"))
 MESSAGES_BASE_REQUEST = Symbol(
     "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._build_base_request",
     ("anthropic_request", "openai_messages"),
@@ -40,6 +48,7 @@ CLI_ENV_SETUP = Symbol(
 
 WRAPPED = (
     ASYNC_LLM_INIT,
+    ASYNC_LLM_GENERATE,
     ASYNC_LLM_SHUTDOWN,
     CHECK_MODEL,
     POOLING_CHECK_MODEL,
@@ -51,17 +60,25 @@ WRAPPED = (
     COMPLETION_STREAM,
     RESPONSE_FROM_REQUEST,
     MESSAGES_BASE_REQUEST,
+    OUTPUT_ADD_REQUEST,
+    DO_TRACING,
+    INSTRUMENT_MANUAL,
+    TOKENS_FULL,
+    TOKENS_STREAM,
 )
 
 USED = (
     Symbol(f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse"),
     Symbol(f"{_OPENAI}.responses.serving:OpenAIServingResponses"),
     Symbol("vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateRequest"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateResponseBase"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
     Symbol("vllm.exceptions:VLLMValidationError"),
     Symbol("vllm.exceptions:GracefulHTTPError.__init__", ("message", "http_status")),
-    Symbol("vllm.v1.engine.output_processor:OutputProcessor.propagate_error"),
+    Symbol("vllm.v1.engine.async_llm:AsyncLLM.abort", ("request_id", "internal")),
+    Symbol("vllm.v1.engine.output_processor:OutputProcessor.abort_requests", ("request_ids", "internal")),
     Symbol("vllm.v1.engine.output_processor:OutputProcessor.get_num_unfinished_requests"),
 )
 
