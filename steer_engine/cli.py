@@ -62,6 +62,14 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
+def doctor(context: typer.Context) -> None:
+    """Say whether MODEL can be served steered, how, what memory it takes, and if not, why."""
+    from steer_engine.doctor.command import doctor as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
 def batch(context: typer.Context) -> None:
     """Answer a file of requests in OpenAI's batch format; started again, go on where it stopped.
 

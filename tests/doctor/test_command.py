@@ -1,0 +1,132 @@
+"""The doctor on models that can be served steered, on configurations of large ones, and on what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "max_position_embeddings": 8192,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+LARGE = {
+    "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+           "intermediate_size": 11008},
+    "70b": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "intermediate_size": 28672},
+}  # fmt: skip
+"""Shapes of Llama 2; no weights, no tokenizer."""
+
+OF_LARGE = ["--memory-only", "--json", "--max-num-seqs", "256", "--max-num-batched-tokens", "2048"]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Name of a run -> exit status, and what it printed."""
+    folder = tmp_path_factory.mktemp("doctor")
+    for name, shape in LARGE.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(LLAMA | shape))
+    nobody = {"architectures": ["NobodyForCausalLM"], "model_type": "llama"}
+    (folder / "unknown").mkdir()
+    (folder / "unknown" / "config.json").write_text(json.dumps(LLAMA | LARGE["7b"] | nobody))
+    runs = {
+        "7b": [str(folder / "7b"), *OF_LARGE],
+        "70b": [str(folder / "70b"), *OF_LARGE, "--tensor-parallel-size", "8"],
+        "70b lean": [str(folder / "70b"), *OF_LARGE, "--steering-rows", "1", "--steering-blocks", "20-39"],
+        "two stages": [str(folder / "7b"), *OF_LARGE, "--pipeline-parallel-size", "2"],
+        "flag": [tiny_llama, "--memory-only", "--steering-row", "3"],
+        "blocks": [tiny_llama, "--memory-only", "--steering-blocks", "1-3"],
+        "unknown": [str(folder / "unknown"), "--memory-only"],
+        "tiny": [tiny_llama, "--json", "--max-num-seqs", "8", "--dtype", "float32", "--steering-fuse-norm"],
+        "tiny for people": [tiny_llama, "--memory-only", "--max-num-seqs", "8", "--dtype", "float32"],
+    }
+    script = Path(__file__).with_name("examinations.py")
+    command = [sys.executable, "-P", str(script), str(folder / "out.json"), json.dumps(list(runs.values()))]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "NO_COLOR": "1", "COLUMNS": "160"}
+    environment |= {"STEER_ENGINE_VECTORS": str(folder)}
+    subprocess.run(command, check=True, timeout=250, env=environment)
+    return dict(zip(runs, json.loads((folder / "out.json").read_text()), strict=True))
+
+
+def diagnosis(found: dict[str, tuple[int, str]], name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(found[name][1])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "bank"),
+    [
+        ("7b", 256 * 32 * 4 * 4096 * 2),
+        ("70b", 256 * 80 * 4 * 8192 * 2),
+        ("70b lean", 256 * 20 * 1 * 8192 * 2),
+    ],
+)
+def test_bytes_of_large_models_without_weights(found: dict[str, tuple[int, str]], name: str, bank: int) -> None:
+    status, _ = found[name]
+    told = diagnosis(found, name)
+    assert (status, told["serves"], told["against"]) == (0, True, [])
+    assert told["probed_blocks"] == 0
+    memory = told["memory"]
+    assert memory["bank"] == bank
+    sites = len(told["armed_blocks"])
+    # Entries of 16 words and their number, for each request, slot 0 too; whether it keeps norms; its span.
+    assert memory["programs"] == 4 * 257 * (sites * (16 * told["rows"] + 1) + 1 + 2)
+    assert 2 * 4 * 2048 <= memory["routing"] <= 2 * 4 * 2064
+    assert memory["device"] == bank + memory["programs"] + memory["routing"]
+    assert memory["host_vector"] == 4 * told["hidden_size"] * told["num_blocks"]
+
+
+def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
+    status, _ = found["tiny"]
+    told = diagnosis(found, "tiny")
+    assert (status, told["serves"]) == (0, True), told["against"]
+    assert told["num_symbols"] > 60
+    assert told["num_different"] == 0
+    assert told["forms"] == {"split": [0, 1, 2]}
+    assert (told["probed_blocks"], told["num_blocks"]) == (3, 3)
+    assert told["runner"] in ("V1", "V2")
+    assert told["runner_reason"]
+    assert told["ops"] == ["add", "add_relative", "ablate", "clamp", "set"]
+    if told["kernel"].startswith("PyTorch"):
+        assert told["kernel"].startswith("PyTorch, not fused: ")
+    assert told["memory"]["bank"] == 8 * 3 * 4 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("two stages", "pipeline parallelism"),
+        ("flag", "--steering-row"),
+        ("blocks", "3 blocks"),
+        ("unknown", "NobodyForCausalLM"),
+    ],
+)
+def test_what_the_server_would_refuse(found: dict[str, tuple[int, str]], name: str, words: str) -> None:
+    status, said = found[name]
+    assert status == 1
+    assert words in said
+    if name == "two stages":
+        assert not diagnosis(found, name)["serves"]
+    else:
+        assert "no: " in said
+        assert "yes: " not in said
+
+
+def test_the_table_for_people(found: dict[str, tuple[int, str]], tiny_llama: str) -> None:
+    status, said = found["tiny for people"]
+    assert status == 0
+    for words in (tiny_llama, "3 of 3 blocks: 0-2", "24.0 KiB", "8 requests of 4 rows", "nothing was loaded"):
+        assert words in said
