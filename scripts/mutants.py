@@ -80,6 +80,20 @@ MUTANTS = (
         wrong="return StreamForm.SPLIT",
         test="families/test_families.py::test_parity_at_every_block[stablelm]",
     ),
+    Mutant(
+        name="a server that stops does not wait for its answers",
+        file="serving/vllm/shutdown.py",
+        right="while (passed := time.monotonic() - began) < at_most:",
+        wrong="while (passed := time.monotonic() - began) < 0:",
+        test="serving/test_living_server.py::test_drain",
+    ),
+    Mutant(
+        name="an answer that is cut by the end looks whole",
+        file="serving/vllm/shutdown.py",
+        right="if door is not None and _is_cut(output)",
+        wrong="if door is None and _is_cut(output)",
+        test="serving/test_living_server.py::test_what_is_left_when_the_time_is_up_is_told",
+    ),
 )
 
 

@@ -95,6 +95,12 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         """The blocks that `capture` reads, in the order of its first axis."""
         return tuple(self._status["workers"][0]["capture_blocks"])
 
+    def beam_search(self, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM. Raises SteeringRequestError if `params` ask for steering: its steps would be unsteered."""
+        if (getattr(params, "extra_args", None) or {}).get(STEERING_KEY):
+            raise SteeringRequestError("Beam search cannot be steered; use generate.", STEERING_KEY)
+        return super().beam_search(prompts, params, *args, **kwargs)
+
     def steering_status(self) -> dict[str, Any]:
         """How the workers are armed right now, as they say themselves."""
         return shipping.check_status([shipping.call(self.llm_engine, "steer_status")])

@@ -55,11 +55,6 @@ class Entry:
     def coefficients(self) -> tuple[float, ...]:
         return (self.c0, self.c1, self.c2, self.c3, self.lo, self.hi)
 
-    @property
-    def only_adds(self) -> bool:
-        """No coefficient that depends on the stream, and no gate."""
-        return not (self.c1 or self.c2 or self.c3 or self.gate)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sites:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
-from steer_kernels.tables import Tables
 
 from steer_engine.config import SteeringConfig
 from steer_engine.program import Program
-from steer_engine.runtime.add_plan import AddPlan
+from steer_engine.runtime.allocation import Footprint, allocate_tables
 from steer_engine.runtime.bank import Bank
 from steer_engine.runtime.programs import Programs
+from steer_engine.runtime.step_plan import StepPlan
 from steer_engine.runtime.store import Store
 from steer_engine.runtime.stream import StreamForm
 
@@ -46,17 +46,15 @@ class EngineRuntime:
         self.max_tokens = max_tokens
         self.use_triton = use_triton
         self.store = Store()
-        num_sites = len(self.armed_blocks)
-        self.tables = Tables.allocate(
-            num_slots=max_requests + 1,
-            num_sites=num_sites,
-            num_entries=config.rows,
-            num_rows=config.num_bank_rows(num_sites, max_requests),
+        self.tables = allocate_tables(
+            config,
+            num_sites=len(self.armed_blocks),
             hidden_size=hidden_size,
-            max_tokens=max_tokens,
-            bank_dtype=dtype,
+            dtype=dtype,
             device=device,
-            capture_rows=max_tokens if capture_blocks else 0,
+            max_requests=max_requests,
+            max_tokens=max_tokens,
+            reads=bool(capture_blocks),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
         self.programs = Programs(self.tables, self.bank, self.armed_blocks)
@@ -66,20 +64,21 @@ class EngineRuntime:
         """How often such a norm was launched from Python: each step of an eager engine, and graph captures."""
         self._reads = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
-        self._adds: AddPlan | None = None
+        self._plan: StepPlan | None = None
         self._reading = False
 
     @property
     def num_bytes(self) -> int:
         """Device memory of all buffers."""
-        tensors = (getattr(self.tables, name) for name in type(self.tables).__slots__)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return Footprint.of(self.tables).total
 
     def admit(self, slot: int, program: Program) -> None:
         self.programs.admit(slot, program)
 
     def release(self, slot: int) -> None:
         self.programs.release(slot)
+        # The slot may get another program, and would look the same.
+        self._plan = None
 
     def route(
         self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor, num_tokens: int
@@ -88,18 +87,20 @@ class EngineRuntime:
 
         idx_mapping_B: batch position -> slot - 1 (-1 = unsteered). Rows from `num_tokens` on are unsteered.
         """
-        if self.use_triton:
+        if not self.programs.steered_slots:
+            self.idle()
+        elif self.use_triton:
             from steer_kernels.route_rows import route_rows
 
             route_rows(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
-        else:
+        elif not self._goes_on(query_start_loc_B1, idx_mapping_B, positions_T):
             route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
-            self._plan(num_tokens)
+            self._look(query_start_loc_B1, idx_mapping_B, positions_T)
 
     def idle(self) -> None:
         """The coming forward pass is a dummy: nothing is steered or read in it."""
         self.tables.slot_T.zero_()
-        self._rows_N = self._adds = None
+        self._rows_N = self._plan = None
         self._stop_reading()
 
     def read(self, rows: list[int]) -> None:
@@ -126,8 +127,8 @@ class EngineRuntime:
             from steer_kernels.edit_residual import edit_residual
 
             edit_residual(hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._reads)
-        elif self._adds is not None and not self._reading:
-            self._adds.apply(carried, self.tables.bank_RD, site)
+        elif self._plan is not None and not self._reading:
+            self._plan.apply(hidden, carried, self.tables.bank_RD, site)
         elif self._rows_N is not None:
             edit_residual_reference(
                 hidden,
@@ -157,16 +158,20 @@ class EngineRuntime:
             capture=self._reads,
         )
 
-    def _plan(self, num_tokens: int) -> None:
+    def _goes_on(self, *routed: torch.Tensor) -> bool:
+        """Whether the last step's plan serves the coming one too. Its rows are the same; only positions moved on."""
+        decoding = None if self._plan is None else self._plan.decoding
+        # Reading goes through the reference, which wants to know positions.
+        return decoding is not None and not self._reads and decoding.goes_on(*routed)
+
+    def _look(self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor) -> None:
         """Without a device queue the host may look: what a step does is worked out once, not per site."""
-        slot_T = self.tables.slot_T[:num_tokens]
+        slot_T = self.tables.slot_T[: positions_T.shape[0]]
         rows_N = slot_T.nonzero().squeeze(1)
-        self._rows_N = rows_N
-        self._adds = None
-        if rows_N.numel() == 0:
-            self._rows_N = None
-        elif not self.programs.beyond_adds(slot_T):
-            self._adds = AddPlan.of_step(self.tables, rows_N, num_tokens)
+        self._rows_N = rows_N if rows_N.numel() else None
+        self._plan = None
+        if self._rows_N is not None and not self.programs.need_reference(slot_T):
+            self._plan = StepPlan.of_step(self.tables, rows_N, query_start_loc_B1, idx_mapping_B, positions_T)
 
     def _stop_reading(self) -> None:
         if self._reading and self.tables.capture_T is not None:

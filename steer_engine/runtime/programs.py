@@ -21,15 +21,15 @@ class Programs:
         self._bank = bank
         self._site_of = {block: site for site, block in enumerate(armed_blocks)}
         self._pinned: dict[int, list[Row]] = {}
-        self._beyond_adds: set[int] = set()
+        self._by_reference: set[int] = set()
 
     @property
     def steered_slots(self) -> set[int]:
         return set(self._pinned)
 
-    def beyond_adds(self, slot_T: torch.Tensor) -> bool:
-        """Whether a program in these slots does more than add (host tensors only)."""
-        return bool(self._beyond_adds) and not self._beyond_adds.isdisjoint(slot_T.tolist())
+    def need_reference(self, slot_T: torch.Tensor) -> bool:
+        """Whether a program in these slots has a gate or keeps norms, which plans do not know (host tensors only)."""
+        return bool(self._by_reference) and not self._by_reference.isdisjoint(torch.unique(slot_T).tolist())
 
     def admit(self, slot: int, program: Program) -> None:
         """Write `program` into `slot`. The slot must be free; programs without sites leave it unsteered."""
@@ -59,8 +59,8 @@ class Programs:
         # In one go, after all that could fail: then nothing has changed, and the device is written once.
         entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
         self._pinned[slot] = rows
-        if program.keep_norm or not all(entry.only_adds for group in program.sites for entry in group.entries):
-            self._beyond_adds.add(slot)
+        if program.keep_norm or any(entry.gate is not None for group in program.sites for entry in group.entries):
+            self._by_reference.add(slot)
         placed = [(entry.start, entry.end) for group in program.sites for entry in group.entries]
         span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
         tables = self._tables
@@ -74,7 +74,7 @@ class Programs:
         pinned = self._pinned.pop(slot, None)
         if pinned is None:
             return
-        self._beyond_adds.discard(slot)
+        self._by_reference.discard(slot)
         self._bank.unpin(pinned)
         self._tables.span_S2[slot] = 0
         self._tables.counts_SL[slot] = 0

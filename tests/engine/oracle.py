@@ -63,6 +63,8 @@ class Oracle:
             covered_T = _covered(edit.get("scope", "all"), len(x_TD), prompt_len)
             covered_T &= self._gate_open(edit, x_TD, block)
             v_D = torch.tensor(vector.directions[block].tolist(), dtype=torch.float64)
+            if edit.get("unit") == "residual":
+                v_D = vector.metadata.residual_norms[block] * v_D / v_D.norm()
             x_TD = torch.where(covered_T[:, None], _apply(edit, x_TD, v_D), x_TD)
             touched_T |= covered_T
         if spec.get("preserve_norm"):

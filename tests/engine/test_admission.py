@@ -11,6 +11,7 @@ from driving import FEW, edit, generate, params, sampled, score, steering, token
 from engines import RUNNER, random_vector
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
@@ -74,6 +75,31 @@ def test_the_reserved_key_is_ours(tiny: LLM) -> None:
         tiny.generate(
             {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1, extra_args={PROGRAM_KEY: wire}), use_tqdm=False
         )
+
+
+def test_beam_search_is_refused(tiny: LLM) -> None:
+    """vLLM's parameters of a beam search have no place for it; put there all the same, it is not dropped."""
+    with pytest.raises(TypeError, match="extra_args"):
+        BeamSearchParams(beam_width=2, max_tokens=2, extra_args={"steering": steering(edit("r0"))})
+    asked = BeamSearchParams(beam_width=2, max_tokens=2)
+    asked.extra_args = {"steering": steering(edit("r0"))}
+    with pytest.raises(SteeringRequestError, match="Beam search") as caught:
+        tiny.beam_search([{"prompt_token_ids": PROMPT}], asked)
+    assert caught.value.param == "steering"
+
+
+def test_streaming_input_is_refused(tiny: LLM) -> None:
+    process = tiny.llm_engine.input_processor.process_inputs
+    prompt: Any = {"type": "token", "prompt_token_ids": PROMPT}
+    for resumable in (False, True):
+        asked = params(steering(edit("r0")))
+        if resumable:
+            with pytest.raises(VLLMValidationError, match="Streaming input"):
+                process("stream", prompt, asked, supported_tasks=("generate",), resumable=True)
+        else:
+            assert (
+                PROGRAM_KEY in process("whole", prompt, asked, supported_tasks=("generate",)).sampling_params.extra_args
+            )
 
 
 def test_the_callers_params_stay_untouched(tiny: LLM) -> None:

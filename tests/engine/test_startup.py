@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import vllm
 from driving import edit, generate, sampled, steering, tokens
 from engines import SETTINGS, kept, random_vector
@@ -64,7 +65,7 @@ def test_wrapping_keeps_the_original_reachable() -> None:
     assert Thing().method() == 2
 
 
-REFUSED: dict[str, Callable[[Any], None]] = {
+REFUSED: dict[str, Callable[[Any], object]] = {
     "pipeline parallelism": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
     "micro-batching": lambda c: setattr(c.parallel_config, "enable_dbo", True),
     "prefill context": lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2),
@@ -72,6 +73,12 @@ REFUSED: dict[str, Callable[[Any], None]] = {
     "sleep mode": lambda c: setattr(c.model_config, "enable_sleep_mode", True),
     "KV connector": lambda c: setattr(c, "kv_transfer_config", object()),
     "runner type": lambda c: setattr(c.model_config, "runner_type", "pooling"),
+    "encoder-decoder": lambda c: c.model_config.__dict__.update(is_encoder_decoder=True),
+    "elastic expert": lambda c: setattr(c.parallel_config, "enable_elastic_ep", True),
+    "float16 with DeepSeek": lambda c: (
+        setattr(c.model_config.hf_text_config, "model_type", "deepseek_v3"),
+        setattr(c.model_config, "dtype", torch.float16),
+    ),
 }
 
 
@@ -81,6 +88,13 @@ def test_modes_that_are_not_exact_are_refused(tiny_llama: str, what: str) -> Non
     check_supported(config)
     REFUSED[what](config)
     with pytest.raises(UnsupportedEngineError, match=what):
+        check_supported(config)
+
+
+def test_sequence_parallel_moe_is_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, **SETTINGS).create_engine_config()
+    monkeypatch.setattr(type(config.parallel_config), "use_sequence_parallel_moe", True)
+    with pytest.raises(UnsupportedEngineError, match="sequence-parallel MoE"):
         check_supported(config)
 
 

@@ -36,7 +36,7 @@ FORM = {
     "llama": "split", "mistral": "split", "qwen2": "split", "qwen3": "split", "gemma2": "split", "gemma3_text": "split",
     "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one", "falcon": "one",
     "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
-    "qwen3_moe": "split",
+    "qwen3_moe": "split", "granitemoehybrid": "hidden-only",
 }  # fmt: skip
 """Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
 
@@ -55,6 +55,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False},
     "mixtral": _MOE,
     "qwen3_moe": _MOE,
+    "granitemoehybrid": {
+        **_MOE,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
+    },
 }
 
 

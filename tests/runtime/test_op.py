@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from steer_engine.runtime import op
 
-from .test_engine_runtime import HIDDEN_SIZE, MAX_TOKENS, new_runtime, program, route, stream
+from .stepping import HIDDEN_SIZE, MAX_TOKENS, new_runtime, program, route, stream
 
 OP = torch.ops.steer_engine.edit_residual.default
 Model = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from random_specs import NUM_BLOCKS
 
 from steer_engine.program import Capture
 from steer_engine.runtime.engine_runtime import EngineRuntime
 from steer_engine.runtime.reader import Reader
 
-from .test_engine_runtime import HIDDEN_SIZE, NUM_BLOCKS, new_runtime, route
+from .stepping import HIDDEN_SIZE, new_runtime, route
 
 CAPTURE_BLOCKS = (1, 3)
 

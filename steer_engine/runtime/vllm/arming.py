@@ -15,13 +15,20 @@ from vllm.forward_context import get_forward_context
 from steer_engine.config import CONFIG_KEY, SteeringConfig
 from steer_engine.runtime import op
 from steer_engine.runtime.engine_runtime import EngineRuntime
-from steer_engine.runtime.stream import StreamForm
+from steer_engine.runtime.stream import ProbeRows, StreamForm
 from steer_engine.runtime.vllm.blocks import find_blocks, probe_forms
 from steer_engine.runtime.vllm.fused_norm import fuse, reason_against
+from steer_engine.runtime.vllm.patching import Symbol
 from steer_engine.runtime.vllm.supported import check_supported
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+SET_ADAPTERS = Symbol(
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
+    ("prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+)
+SYMBOLS = (SET_ADAPTERS,)
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,10 @@ def arm(runner: Any) -> None:
     num_blocks = vllm_config.model_config.get_total_num_hidden_layers()
     blocks = find_blocks(runner.model, num_blocks)
     armed = config.armed_blocks(num_blocks)
+    if vllm_config.lora_config is not None:
+        # No adapter on any row of the probe: what vLLM has there before its first step is uninitialised.
+        none = (0,) * ProbeRows(num_blocks=num_blocks).num_rows
+        runner._set_active_loras(none, none, set())
     forms, norms = probe_forms(runner.model, blocks, armed, vllm_config, runner.device)
     runtime = EngineRuntime(
         config=config,
@@ -49,7 +60,7 @@ def arm(runner: Any) -> None:
         dtype=vllm_config.model_config.dtype,
         device=runner.device,
         max_requests=vllm_config.scheduler_config.max_num_seqs,
-        max_tokens=_most_rows(vllm_config),
+        max_tokens=most_rows(vllm_config),
         use_triton=vllm_config.use_v2_model_runner or runner.device.type != "cpu",
     )
     fused = norms if _fuses(config, runtime, vllm_config) else {}
@@ -91,7 +102,7 @@ def _running() -> EngineRuntime:
 op.bind(_running)
 
 
-def _most_rows(vllm_config: VllmConfig) -> int:
+def most_rows(vllm_config: VllmConfig) -> int:
     """Token rows of the largest batch, padding included."""
     captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
     return int(max(vllm_config.scheduler_config.max_num_batched_tokens, *captured)) + 1

@@ -12,6 +12,7 @@ from steer_engine.config import Limits, SteeringConfig
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY, Capture
 from steer_engine.resolve import ResolvedSpec, resolve
+from steer_engine.runtime.door import Door
 from steer_engine.runtime.held import Held
 from steer_engine.runtime.vllm.supported import check_supported, longest_seeded_prompt, model_shape
 from steer_engine.spec import parse_spec
@@ -42,8 +43,8 @@ class Frontend:
         self.inline = InlineVectors(self.limits.max_inline_bytes)
         self.default_preset: str | None = None
         """Applied by the server to requests that say nothing of steering."""
-        self.draining = False
-        """Set when the engine client shuts down: the server takes nothing new."""
+        self.door = Door()
+        """Closed when the engine client shuts down: the server takes nothing new."""
         self.queue_length: Any = None
         """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
         self.held = Held()

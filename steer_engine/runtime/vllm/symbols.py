@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from steer_engine.runtime.vllm import (
+    arming,
     async_llm,
     block_hash,
     engine_core,
+    examining,
     fused_norm,
     input_processor,
     llm_engine,
@@ -25,4 +27,11 @@ MODULES = (
 
 
 def all_symbols() -> tuple[Symbol, ...]:
-    return tuple(symbol for module in (*MODULES, fused_norm, shipping) for symbol in module.SYMBOLS)
+    return tuple(symbol for module in (*MODULES, arming, examining, fused_norm, shipping) for symbol in module.SYMBOLS)
+
+
+def vllm_version() -> str:
+    """Of the vLLM that is installed."""
+    from vllm import __version__
+
+    return str(__version__)

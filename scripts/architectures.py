@@ -1,0 +1,44 @@
+"""The table of tested architectures in the documentation, from the tests.
+
+scripts/architectures.py            write it into docs/architecture.md
+scripts/architectures.py --check    end with 1 if it is not what the tests say
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- tested architectures: scripts/architectures.py -->", "<!-- end of tested architectures -->"
+
+
+def table(forms: dict[str, str]) -> str:
+    """Markdown rows: Hugging Face's model_type, and where the start-up probe finds its stream."""
+    rows = [f"| `{name}` | {form} |" for name, form in sorted(forms.items())]
+    return "\n".join([BEGIN, "", "| `model_type` | stream |", "|---|---|", *rows, "", END])
+
+
+def up_to_date(page: str, forms: dict[str, str]) -> str:
+    """The page with its table as it must be."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    assert after, f"{PAGE.name} has lost its markers"
+    return before + table(forms) + after
+
+
+def main() -> int:
+    sys.path.insert(0, str(ROOT / "tests" / "families"))
+    from families import FORM
+
+    page = PAGE.read_text()
+    wanted = up_to_date(page, FORM)
+    if "--check" in sys.argv[1:]:
+        return int(page != wanted)
+    PAGE.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""Events about the KV cache keep vLLM's format: what an indexer outside reads tells steered blocks from plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from driving import edit, generate, steering, tokens
+from traffic import Start, core_of
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockStored, EventPublisher, KVEventBatch
+
+from steer_engine import LLM
+
+BLOCK = 32
+PROMPT = tokens(3, 3 * BLOCK + 4)
+BATCHES = msgspec.msgpack.Decoder(KVEventBatch)
+
+
+class Keeper(EventPublisher):
+    """In place of a socket: each batch as the bytes that would be sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+
+    def publish(self, events: Any) -> None:
+        self.sent.append(msgspec.msgpack.encode(events))
+
+    def shutdown(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def llm(start: Start) -> LLM:
+    return start(kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"))
+
+
+def stored(llm: LLM, spec: Any) -> list[BlockStored]:
+    """The blocks that a request with `spec` stores in an empty cache, read by vLLM's own classes."""
+    llm.llm_engine.reset_prefix_cache()
+    scheduler = core_of(llm).scheduler
+    keeper, own = Keeper(), scheduler.kv_event_publisher
+    scheduler.kv_event_publisher = keeper
+    try:
+        generate(llm, [PROMPT], [spec], max_tokens=1)
+    finally:
+        scheduler.kv_event_publisher = own
+    batches = [BATCHES.decode(sent) for sent in keeper.sent]
+    return [event for batch in batches for event in batch.events if isinstance(event, BlockStored)]
+
+
+def blocks(events: list[BlockStored]) -> list[tuple[Any, Any]]:
+    """Hash and extra keys of each full block, in order."""
+    return [
+        (block, key)
+        for event in events
+        for block, key in zip(event.block_hashes, event.extra_keys or [None] * len(event.block_hashes), strict=True)
+    ]
+
+
+def test_events_name_what_was_applied(llm: LLM) -> None:
+    plain = blocks(stored(llm, None))
+    assert len(plain) == 3
+    assert [key for _, key in plain] == [None] * 3
+    everywhere = blocks(stored(llm, steering(edit("r0"))))
+    assert len(everywhere) == 3
+    for _, key in everywhere:
+        (((digest, first, last),),) = key
+        assert digest.startswith("sha256:")
+        assert (first, last) == (0, BLOCK - 1)
+    assert not {block for block, _ in everywhere} & {block for block, _ in plain}
+    other = blocks(stored(llm, steering(edit("r1"))))
+    assert not {block for block, _ in everywhere} & {block for block, _ in other}
+    assert blocks(stored(llm, steering(edit("r0")))) == everywhere
+
+
+def test_a_prompt_that_only_generation_is_steered_behind_is_plain(llm: LLM) -> None:
+    assert blocks(stored(llm, steering(edit("r0", scope="generation")))) == blocks(stored(llm, None))
+
+
+def test_blocks_before_the_first_edit_are_plain(llm: LLM) -> None:
+    plain = blocks(stored(llm, None))
+    later = blocks(stored(llm, steering(edit("r0", scope={"start": BLOCK + 5, "end": BLOCK + 7}))))
+    assert later[0] == plain[0]
+    (((_, first, last),),) = later[1][1]
+    assert (first, last) == (5, 6)
+    assert later[2][1] is None
+    assert later[2][0] != plain[2][0], "its parent is steered"

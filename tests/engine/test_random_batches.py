@@ -1,0 +1,133 @@
+"""Random batches of random steering: each request gets what it gets alone, whatever runs beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from driving import edit, steering
+from engines import RUNNER, SETTINGS, assert_meant, kept
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+from random_batches import Answer, Request, alone, at_fixed_places, random_batch, run_together, unsteered
+from random_specs import BY_DIGEST, HIDDEN_SIZE, NUM_BLOCKS, VECTORS, specs
+from tiny_models import tiny_llama_path
+
+from steer_engine import LLM
+from steer_engine.config import SteeringConfig
+
+LARGEST, LONGEST, SHORT_RUN, LONG_RUN = (64, 8, 3, 40) if RUNNER == "v1" else (4, 2, 1, 6)
+"""Requests in a batch, tokens of an answer, and batches of the short test and of the long one."""
+
+SURE = steering(edit("a", 1.5, scope="all"))
+"""A part of every batch: all the random specs of one may do nothing."""
+
+EPSILON = float(np.finfo(np.float32).eps)
+NEAR_A_GATE = 1e-4
+"""A cosine so near the bound of its gate that rounding may decide; such a request is compared with nothing."""
+
+Batch = tuple[list[dict[str, Any]], int]
+batches = st.tuples(st.lists(specs(max_edits=3), min_size=4, max_size=8), st.integers(0, 2**32 - 1))
+"""Specs, and the seed of everything else."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models_dir: Path) -> str:
+    """A random Llama of the shape that random specs are for."""
+    return str(tiny_llama_path(tiny_models_dir, num_blocks=NUM_BLOCKS, hidden_size=HIDDEN_SIZE, head_dim=32))
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> LLM:
+    """Prompts are split, requests wait for others, and the cache is small enough that blocks are thrown out."""
+    slots = {"max_num_seqs": 48, "max_num_batched_tokens": 160, "num_gpu_blocks_override": 96}
+    engine = LLM(
+        model,
+        vectors=VECTORS,
+        steering=SteeringConfig(rows=8),
+        enforce_eager=True,
+        dtype="float32",
+        **SETTINGS | slots,
+    )
+    assert_meant(engine, num_blocks=NUM_BLOCKS)
+    return kept(engine)
+
+
+@pytest.fixture(scope="module")
+def oracle(model: str) -> Oracle:
+    return Oracle(model, VECTORS | BY_DIGEST)
+
+
+def check(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
+    """One batch: steered, and with nobody steered, which says how far vLLM itself is from alone in these shapes."""
+    pool, seed = drawn
+    rng = np.random.default_rng(seed)
+    batch = random_batch(rng, [SURE, *pool], int(rng.integers(LARGEST // 2, LARGEST + 1)), LONGEST)
+    llm.llm_engine.reset_prefix_cache()
+    plain = run_together(llm, unsteered(batch))
+    llm.llm_engine.reset_prefix_cache()
+    steered = run_together(llm, batch)
+    own = max(far(answer, alone(llm, request, answer, None)) for request, answer in zip(batch, plain, strict=True))
+    largest = max(float(np.abs(answer.logprobs).max()) for answer in steered)
+    bound = 2 * max(own, 32 * EPSILON * largest)
+    assert bound < 2e-4, "plain vLLM itself depends on the batch"
+    for request, answer in zip(batch, steered, strict=True):
+        assert np.isfinite(answer.logprobs).all()
+        assert len(answer.ids) == request.max_tokens or request.abort is not None
+        if decided_by_rounding(oracle, request, answer):
+            continue
+        assert far(answer, alone(llm, request, answer, request.spec)) <= bound, request
+        COMPARED.append(len(answer.logprobs))
+        if request.spec is None:
+            continue
+        moved = far(answer, alone(llm, request, answer, None)) / bound
+        assert request.spec is not SURE or moved >= 100, "steering did nothing"
+        EFFECTS.append(moved)
+    CACHED.append(sum(answer.cached for answer in steered))
+
+
+def far(answer: Answer, logprobs: np.ndarray) -> float:
+    return float(np.abs(answer.logprobs - logprobs).max())
+
+
+def decided_by_rounding(oracle: Oracle, request: Request, answer: Answer) -> bool:
+    if request.spec is None or not any("gate" in each for each in request.spec["edits"]):
+        return False
+    oracle.closest_gate = np.inf
+    oracle.logprobs([*request.prompt, *answer.ids], at_fixed_places(request.spec, len(request.prompt)))
+    return oracle.closest_gate < NEAR_A_GATE
+
+
+COMPARED: list[int] = []
+EFFECTS: list[float] = []
+CACHED: list[int] = []
+
+REPEATABLE = settings(
+    derandomize=True,
+    phases=[Phase.generate],  # making a failure smaller would take minutes of engine time
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+@settings(REPEATABLE, max_examples=SHORT_RUN)
+@given(drawn=batches)
+def test_each_request_is_as_it_is_alone(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
+    check(llm, oracle, drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@settings(REPEATABLE, max_examples=LONG_RUN)
+@given(drawn=batches)
+def test_many_more_batches(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
+    check(llm, oracle, drawn)
+
+
+def test_the_batches_were_worth_it() -> None:
+    """Nearly all requests were compared, most of them visibly steered, some behind blocks that another one had made."""
+    assert len(COMPARED) >= 0.8 * SHORT_RUN * LARGEST // 2
+    assert np.median(EFFECTS) >= 1000
+    assert RUNNER == "v2" or min(CACHED) > 0
