@@ -14,9 +14,13 @@ from steer_bench.timing import Stopwatch, Timing
 def drive(
     engine: Any, load: Load, prompts: Sequence[list[int]], params: Sequence[Any], look: Callable[[], Any] | None = None
 ) -> Timing:
-    """Keep `load.concurrency` requests in flight until all are answered. `look` is called when one step has run."""
+    """Keep `load.concurrency` requests in flight until all are answered.
+
+    look: called once, after the first step by which all that are in flight have begun to be answered.
+    """
     waiting = list(range(len(prompts)))[::-1]
     in_flight: set[int] = set()
+    begun: set[int] = set()
     finished: dict[int, Any] = {}
     applied = {}
     watch = Stopwatch()
@@ -29,10 +33,11 @@ def drive(
         for output in engine.step():
             request = int(output.request_id.split("-")[0])
             watch.tokens(request, len(output.outputs[0].token_ids))
+            begun.add(request)
             if output.finished:
                 finished[request] = output
                 in_flight.discard(request)
-        if look is not None:
+        if look is not None and in_flight and in_flight <= begun:
             applied, look = look(), None
     return watch.stop(
         output_tokens=sum(len(output.outputs[0].token_ids) for output in finished.values()),
