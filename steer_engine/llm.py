@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,26 @@ register()
 import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM is imported)
 
 from steer_engine.runtime.vllm import shipping  # noqa: E402
-from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, STEERING_KEY, Frontend  # noqa: E402
+from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, SCORE_KEY, STEERING_KEY, Frontend  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
 Prompt = str | list[int]
 Position = str | list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """About one next-token distribution P, in float64.
+
+    answers: log-probabilities (nats) of the tokens that were asked for. kl: KL(P_0 || P) in nats, P_0 being the
+    baseline's. entropy: of P, in nats. top_changed: P and P_0 have different most probable tokens.
+    """
+
+    answers: list[float]
+    kl: float
+    entropy: float
+    top_changed: bool
 
 
 class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
@@ -67,6 +82,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 self.vectors.add(name, vector)
         elif vectors is not None:
             self._frontend.registry = Registry(Path(vectors))
+        self._frontend.scores = True
         self._status = shipping.check_status([shipping.call(self.llm_engine, "steer_status")])
 
     @property
@@ -133,6 +149,39 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
         self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
         return [self._take(key, position) for key in keys]
+
+    def score(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        steering: Sequence[Mapping[str, Any] | None],
+        baselines: Sequence[int],
+        answers: Sequence[Sequence[int]],
+    ) -> list[Numbers]:
+        """Numbers about the distribution of the token after each prompt, reduced by the worker that has the logits.
+
+        steering: of each prompt, as in a request. baselines: for each prompt, which of `prompts` is its P_0: itself, or
+        one that comes before it. answers: token ids whose log-probabilities are wanted.
+        """
+        if wrong := [number for number, baseline in enumerate(baselines) if not 0 <= baseline <= number]:
+            raise ValueError(
+                f"Prompt {wrong[0]} has the baseline {baselines[wrong[0]]}, which does not come before it."
+            )
+        call = uuid.uuid4().hex
+        keys = [f"{call}-{number}" for number in range(len(prompts))]
+        params = []
+        for key, spec, baseline, tokens in zip(keys, steering, baselines, answers, strict=True):
+            extra_args: dict[str, Any] = {
+                SCORE_KEY: {"key": key, "baseline": keys[baseline], "answers": [int(token) for token in tokens]}
+            }
+            if spec is not None:
+                extra_args[STEERING_KEY] = dict(spec)
+            params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
+        self.generate(cast(Any, [{"prompt_token_ids": prompt} for prompt in prompts]), params, use_tqdm=False)
+        reply = shipping.call(self.llm_engine, "steer_scores", keys)
+        if not reply["ok"] or None in reply["numbers"]:
+            raise RuntimeError(f"Scoring failed in the worker: {reply.get('reason', 'not every prompt was scored')}")
+        return [Numbers(**numbers) for numbers in reply["numbers"]]
 
     def _take(self, key: str, position: Position) -> np.ndarray:
         reply = shipping.call(self.llm_engine, "steer_take", key)

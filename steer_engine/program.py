@@ -74,6 +74,19 @@ class Capture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Score:
+    """The next-token distribution after a request's prompt is reduced to numbers, fetched by `key`.
+
+    baseline: key of the request that it is compared with, which comes before it; its own key for that one itself.
+    answers: token ids whose log-probabilities are wanted.
+    """
+
+    key: str
+    baseline: str
+    answers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """What one request carries to the workers.
 
@@ -85,6 +98,7 @@ class Program:
     identity: tuple[tuple[str, int, int], ...] = ()
     keep_norm: bool = False
     capture: Capture | None = None
+    score: Score | None = None
 
     @property
     def bank_rows(self) -> frozenset[Row]:
@@ -101,11 +115,13 @@ class Program:
         }
         if self.capture is not None:
             wire["capture"] = [self.capture.key, self.capture.start, self.capture.end]
+        if self.score is not None:
+            wire["score"] = [self.score.key, self.score.baseline, list(self.score.answers)]
         return wire
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Program:
-        capture = wire.get("capture")
+        capture, score = wire.get("capture"), wire.get("score")
         return cls(
             sites=tuple(
                 Sites(blocks=tuple(blocks), entries=tuple(_entry_from_wire(entry) for entry in entries))
@@ -115,6 +131,7 @@ class Program:
             identity=tuple((digest, start, end) for digest, start, end in wire["identity"]),
             keep_norm=wire["keep_norm"],
             capture=Capture(key=capture[0], start=capture[1], end=capture[2]) if capture else None,
+            score=Score(key=score[0], baseline=score[1], answers=tuple(score[2])) if score else None,
         )
 
 

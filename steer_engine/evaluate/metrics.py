@@ -1,11 +1,9 @@
-"""Numbers about one next-token distribution, in float64. Pure NumPy, no engine.
+"""Metrics of an answer, from what the engine says of its next-token distribution. Pure NumPy, no engine.
 
-Shape suffix: V vocabulary.
+Shape suffix: A answers.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +23,8 @@ EXACT_METRICS = ("accuracy", "distinct", "length")
 """Numbers of generated text."""
 
 
-def normalised(logprob_V: npt.ArrayLike) -> Array:
-    """Log-probabilities that sum to one in float64, from ones (or logits) in any dtype. `[V]`"""
-    values_V = np.asarray(logprob_V, dtype=np.float64)
-    shifted_V = values_V - values_V.max()
-    result_V: Array = shifted_V - np.log(np.exp(shifted_V).sum())
-    return result_V
-
-
-def choice_metrics(logprob_V: Array, answer_ids: Sequence[int], correct: int) -> dict[str, float]:
-    """What a distribution says about answers, given the token that decides for each.
+def choice_metrics(answer_A: npt.ArrayLike, correct: int) -> dict[str, float]:
+    """What a distribution says about answers, from the log-probability (nats) of the token that decides for each.
 
     accuracy: 1 if the right answer is strictly more probable than each other one, else 0.
     logp_correct, logp_incorrect: log-probability (nats, whole vocabulary) of the right answer, and of all others
@@ -42,7 +32,7 @@ def choice_metrics(logprob_V: Array, answer_ids: Sequence[int], correct: int) ->
     margin: log-probability of the right answer minus that of the best other one, a difference of logits.
     share_correct, share_incorrect: the same with the softmax restricted to the answers; they sum to 1.
     """
-    answer_A = logprob_V[list(answer_ids)]
+    answer_A = np.asarray(answer_A, dtype=np.float64)
     right = answer_A[correct]
     wrong_A = np.delete(answer_A, correct)
     wrong = _log_sum_exp(wrong_A)
@@ -59,30 +49,13 @@ def choice_metrics(logprob_V: Array, answer_ids: Sequence[int], correct: int) ->
     }
 
 
-def shift_metrics(logprob_V: Array, baseline_V: Array) -> dict[str, float]:
+def shift_metrics(kl: float, entropy: float, top_changed: bool) -> dict[str, float]:
     """How a distribution differs from the unsteered one.
 
-    kl: KL(P_0 || P_alpha) in nats over the whole vocabulary. entropy: of P_alpha, in bits.
+    kl: KL(P_0 || P_alpha) in nats over the whole vocabulary. entropy: of P_alpha, in nats; becomes bits.
     top_changed: 1 if the most probable token is another one, else 0.
     """
-    return {
-        "kl": kl_divergence(baseline_V, logprob_V),
-        "entropy": entropy_bits(logprob_V),
-        "top_changed": float(int(logprob_V.argmax()) != int(baseline_V.argmax())),
-    }
-
-
-def kl_divergence(baseline_V: Array, logprob_V: Array) -> float:
-    """KL(P_0 || P) in nats; a token that P_0 never says adds nothing."""
-    said = baseline_V > -np.inf
-    terms = np.exp(baseline_V[said]) * (baseline_V[said] - logprob_V[said])
-    return max(0.0, float(terms.sum()))  # rounding alone can push a zero below zero
-
-
-def entropy_bits(logprob_V: Array) -> float:
-    """Shannon entropy in bits."""
-    said_V = logprob_V[logprob_V > -np.inf]
-    return max(0.0, float(-(np.exp(said_V) * said_V).sum() / np.log(2.0)))
+    return {"kl": kl, "entropy": entropy / float(np.log(2.0)), "top_changed": float(top_changed)}
 
 
 def exact_metrics(text: str, target: str, num_tokens: int) -> dict[str, float]:

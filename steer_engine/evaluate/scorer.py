@@ -1,15 +1,13 @@
 """The engine's side of an evaluation: questions and conditions in, numbers out.
 
-Full-vocabulary numbers come from vLLM's own `logprobs=-1` in its flat form, without detokenising: exact, and on every
-runner. It costs one Python list of the vocabulary per request, about 12 ms and, until it is reduced, 70 bytes per
-entry for 49,152 tokens; requests therefore run in batches that fit `MAX_BATCH_BYTES`.
+Distributions are reduced where the logits are (`LLM.score`); only numbers come back.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,16 +15,13 @@ import numpy as np
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.condition import BASELINE, Condition
 from steer_engine.evaluate.encode import Question
-from steer_engine.evaluate.metrics import Array, choice_metrics, exact_metrics, normalised, shift_metrics
+from steer_engine.evaluate.metrics import choice_metrics, exact_metrics, shift_metrics
 
 if TYPE_CHECKING:
-    from steer_engine.llm import LLM
+    from steer_engine.llm import LLM, Numbers
 
-BYTES_PER_ENTRY = 70
-"""Of vLLM's flat lists: token id, float, rank and their places in four lists."""
-
-MAX_BATCH_BYTES = 1 << 30
-"""Of full distributions that wait to be reduced."""
+BATCH = 512
+"""Requests that are given to the engine in one go; a question's conditions go together, as the cache likes it."""
 
 Job = tuple[Question, Condition]
 Score = dict[str, float]
@@ -38,13 +33,13 @@ def open_engine(model: str, *, dtype: str = "auto", max_model_len: int | None = 
     Eager by default: a run of minutes does not earn back the compilation. On processors KV blocks hold 32 tokens, the
     fewest that attention takes there, so that short prompts share them.
     """
-    # Read when vLLM is imported. Distributions need not cross a process border then.
+    # Read when vLLM is imported. What is read for a vector need not cross a process border then.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import torch
 
     from steer_engine.llm import LLM
 
-    defaults: dict[str, Any] = {"enforce_eager": True, "max_logprobs": -1, "max_num_seqs": 256}
+    defaults: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 256}
     if not torch.cuda.is_available():
         defaults |= {"block_size": 32, "max_num_seqs": 64}
     if max_model_len is not None:
@@ -55,87 +50,95 @@ def open_engine(model: str, *, dtype: str = "auto", max_model_len: int | None = 
 class Scorer:
     """Scores (question, condition) pairs on one engine, many in a batch.
 
-    generate: tokens that an exact match may take.
+    generate: tokens that an exact match may take. batch: requests that are given to the engine in one go.
     """
 
-    def __init__(self, llm: LLM, *, generate: int = 32) -> None:
+    def __init__(self, llm: LLM, *, generate: int = 32, batch: int = BATCH) -> None:
         self._llm = llm
         self._generate = generate
-        self._vocabulary = int(llm.model_config.get_vocab_size())
-
-    @property
-    def batch(self) -> int:
-        """Requests at once."""
-        return max(2, MAX_BATCH_BYTES // (BYTES_PER_ENTRY * self._vocabulary))
+        self._batch = batch
 
     def scores(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Score]]:
         """The numbers of every job, the unsteered one of each question first.
 
         Jobs of one question stand together. Where the unsteered one is not among them it runs as well: KL needs it.
         """
-        queue = iter(_with_baselines(jobs))
-        baseline_V: Array | None = None
-        while batch := list(islice(queue, self.batch)):
-            for (job, is_asked), output in zip(batch, self._run([job for job, _ in batch]), strict=True):
-                (question, condition), completion = job, output.outputs[0]
-                if question.target is not None:
-                    score = exact_metrics(completion.text, question.target, len(completion.token_ids))
-                else:
-                    logprob_V = self._distribution(completion.logprobs)
-                    if condition.is_baseline:
-                        baseline_V = logprob_V
-                    assert baseline_V is not None
-                    score = shift_metrics(logprob_V, baseline_V)
-                    if question.answer_ids:
-                        score |= choice_metrics(logprob_V, question.answer_ids, question.correct)
-                if is_asked:
-                    yield job, score
+        for is_exact, alike in groupby(jobs, key=lambda job: job[0].is_exact):
+            score = self._exact if is_exact else self._shifts
+            for batch in _batches(alike, self._batch):
+                yield from zip(batch, score(batch), strict=True)
+
+    def _exact(self, jobs: Sequence[Job]) -> list[Score]:
+        outputs = self._generate_all(jobs, self._generate)
+        scores = []
+        for (question, _), output in zip(jobs, outputs, strict=True):
+            completion = output.outputs[0]
+            scores.append(exact_metrics(completion.text, str(question.target), len(completion.token_ids)))
+        return scores
+
+    def _shifts(self, jobs: Sequence[Job]) -> list[Score]:
+        asked: list[Job] = []
+        baselines: list[int] = []
+        place: dict[str, int] = {}
+        """Where each question's unsteered job stands."""
+        for question, condition in jobs:
+            if question.id not in place:
+                place[question.id] = len(asked)
+                if not condition.is_baseline:
+                    asked.append((question, BASELINE))
+                    baselines.append(place[question.id])
+            asked.append((question, condition))
+            baselines.append(place[question.id])
+        found = self._llm.score(
+            [list(question.prompt_ids) for question, _ in asked],
+            steering=[condition.steering for _, condition in asked],
+            baselines=baselines,
+            answers=[question.answer_ids for question, _ in asked],
+        )
+        wanted = iter(zip(asked, found, strict=True))
+        # Both in the same order; what was not asked for is passed over.
+        return [next(_metrics(job, numbers) for job, numbers in wanted if job == one) for one in jobs]
 
     def continuations(self, questions: Sequence[Question], condition: Condition, num_tokens: int) -> list[str]:
         """What the model goes on to write, greedily."""
-        outputs = self._generate_all([(question, condition) for question in questions], {"max_tokens": num_tokens})
+        outputs = self._generate_all([(question, condition) for question in questions], num_tokens)
         return [str(output.outputs[0].text) for output in outputs]
 
-    def _run(self, jobs: Sequence[Job]) -> list[Any]:
-        exact = {"max_tokens": self._generate}
-        # The greedy token after the prompt, and everything about it.
-        full = {"max_tokens": 1, "logprobs": -1, "flat_logprobs": True, "detokenize": False}
-        return self._generate_all(jobs, *(exact if question.is_exact else full for question, _ in jobs))
-
-    def _generate_all(self, jobs: Sequence[Job], *settings: dict[str, Any]) -> list[Any]:
-        """Outputs in order; one set of settings for all jobs, or one for each."""
+    def _generate_all(self, jobs: Sequence[Job], num_tokens: int) -> list[Any]:
+        """Greedy outputs in order."""
         from steer_engine.llm import SamplingParams
 
         params = [
             SamplingParams(
                 temperature=0.0,
+                max_tokens=num_tokens,
                 extra_args=None if condition.steering is None else {"steering": condition.steering},
-                **setting,
             )
-            for (_, condition), setting in zip(
-                jobs, settings if len(settings) > 1 else settings * len(jobs), strict=True
-            )
+            for _, condition in jobs
         ]
         prompts: Any = [{"prompt_token_ids": list(question.prompt_ids)} for question, _ in jobs]
         outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False)
         return outputs
 
-    def _distribution(self, flat: Any) -> Array:
-        """vLLM's flat list as log-probabilities by token id."""
-        logprob_V = np.full(self._vocabulary, -np.inf)
-        logprob_V[np.asarray(flat.token_ids)] = flat.logprobs
-        if not np.isfinite(logprob_V.max()) or np.isnan(logprob_V).any():
-            raise EvaluationError(
-                "The model's next-token distribution is not finite under this steering; try smaller strengths."
-            )
-        return normalised(logprob_V)
+
+def _metrics(job: Job, numbers: Numbers) -> Score:
+    if not np.isfinite([numbers.kl, numbers.entropy]).all():
+        raise EvaluationError(
+            "The model's next-token distribution is not finite under this steering; try smaller strengths."
+        )
+    question, _ = job
+    score = shift_metrics(numbers.kl, numbers.entropy, numbers.top_changed)
+    return score | (choice_metrics(numbers.answers, question.correct) if question.answer_ids else {})
 
 
-def _with_baselines(jobs: Sequence[Job]) -> Iterator[tuple[Job, bool]]:
-    """Jobs, and before those of a question that lack it the unsteered one, marked as not asked for."""
+def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """All jobs of a question in one batch, its unsteered one first; as many questions as fit, at least one."""
+    batch: list[Job] = []
     for _, group in groupby(jobs, key=lambda job: job[0].id):
         own = sorted(group, key=lambda job: not job[1].is_baseline)
-        question = own[0][0]
-        if not own[0][1].is_baseline and not question.is_exact:
-            yield (question, BASELINE), False
-        yield from ((job, True) for job in own)
+        if batch and len(batch) + len(own) > size:
+            yield batch
+            batch = []
+        batch += own
+    if batch:
+        yield batch

@@ -13,7 +13,7 @@ import pytest
 from scipy import special, stats
 
 from steer_engine import LLM, ControlVector
-from steer_engine.errors import EvaluationError
+from steer_engine.errors import EvaluationError, SteeringRequestError
 from steer_engine.evaluate.condition import BASELINE, Condition
 from steer_engine.evaluate.encode import Encoder, Question
 from steer_engine.evaluate.journal import Journal
@@ -22,6 +22,7 @@ from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import mcnemar
 from steer_engine.evaluate.sweep import sweep
 from steer_engine.evaluate.tasks import Sizes, load_task
+from steer_engine.llm import Numbers
 
 RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
 RUNNER_CLASS = {
@@ -123,13 +124,15 @@ def test_every_number_against_float64(
 
 
 def test_unsteered_numbers_are_measured_where_they_were_not_asked(
-    tiny_engine: LLM, questions: list[Question], conditions: list[Condition], monkeypatch: pytest.MonkeyPatch
+    tiny_engine: LLM, questions: list[Question], conditions: list[Condition]
 ) -> None:
     asked = [(question, conditions[1]) for question in questions[:6]]
     alone = list(Scorer(tiny_engine).scores(asked))
     assert [job for job, _ in alone] == asked
-    monkeypatch.setattr(Scorer, "batch", 2)  # a question's jobs in several batches
-    split = list(Scorer(tiny_engine).scores([(q, c) for q in questions[:6] for c in (conditions[2], conditions[1])]))
+    # A question a batch.
+    split = list(
+        Scorer(tiny_engine, batch=2).scores([(q, c) for q in questions[:6] for c in (conditions[2], conditions[1])])
+    )
     for (_, score), (_, again) in zip(alone, split[1::2], strict=True):
         assert again == pytest.approx(score, abs=1e-3)
         assert score["kl"] > 0.01
@@ -183,12 +186,50 @@ def test_exact_matches_count_what_the_model_writes(tiny_engine: LLM) -> None:
     assert scores[2]["kl"] == 0.0
 
 
-def test_a_distribution_that_is_not_finite_is_an_error(tiny_engine: LLM) -> None:
-    from types import SimpleNamespace
+def test_a_distribution_that_is_not_finite_is_an_error() -> None:
+    class Broken:
+        """Says what an engine says whose stream overflowed."""
 
-    flat = SimpleNamespace(token_ids=[0, 1], logprobs=[float("nan"), -1.0])
+        def score(self, prompts: list[list[int]], **_: object) -> list[Numbers]:
+            return [Numbers(answers=[], kl=float("nan"), entropy=float("nan"), top_changed=True) for _ in prompts]
+
     with pytest.raises(EvaluationError, match="not finite"):
-        Scorer(tiny_engine)._distribution(flat)
+        list(Scorer(Broken()).scores([(Question(id="a", prompt_ids=(1, 2)), BASELINE)]))  # type: ignore[arg-type]
+
+
+def test_a_baseline_that_does_not_come_before_is_refused(tiny_engine: LLM) -> None:
+    with pytest.raises(ValueError, match="Prompt 0 has the baseline 1, which does not come before it"):
+        tiny_engine.score([[1, 2], [1, 2]], steering=[None, None], baselines=[1, 1], answers=[(), ()])
+
+
+def test_scores_hold_in_prompts_that_are_read_in_pieces(tiny_engine: LLM) -> None:
+    """Prompts longer than a step takes, beside short ones: a piece's logits are nobody's answer."""
+    vector = random_vector(0, norm=4.0)
+    tiny_engine.vectors.add("v0", vector)
+    spec = {"edits": [{"vector": "v0", "scale": 1.0}]}
+    random = np.random.default_rng(3)
+    prompts = [random.integers(10, 200, length).tolist() for length in (700, 30, 300, 650)]
+    together = tiny_engine.score(
+        [prompt for prompt in prompts for _ in range(2)],
+        steering=[None, spec] * 4, baselines=[0, 0, 2, 2, 4, 4, 6, 6], answers=[(5, 6)] * 8,
+    )  # fmt: skip
+    for number, prompt in enumerate(prompts):
+        alone = tiny_engine.score([prompt] * 2, steering=[None, spec], baselines=[0, 0], answers=[(5, 6)] * 2)
+        for mine, its in zip(together[2 * number : 2 * number + 2], alone, strict=True):
+            assert mine.answers == pytest.approx(its.answers, abs=1e-3)
+            assert mine.kl == pytest.approx(its.kl, abs=1e-3)
+        assert alone[1].kl > 0.01
+
+
+def test_a_server_does_not_score(tiny_engine: LLM) -> None:
+    """What a client writes into `vllm_xargs` arrives like this, and nobody would take the numbers."""
+    frontend = tiny_engine._frontend
+    frontend.scores = False
+    try:
+        with pytest.raises(SteeringRequestError, match="Only the offline engine scores"):
+            frontend.compile({"steering_score": {"key": "a", "baseline": "a", "answers": []}}, 8)
+    finally:
+        frontend.scores = True
 
 
 def test_neutral_texts_are_many_and_short() -> None:

@@ -28,7 +28,10 @@ _RESIDENT = "_steer_resident"
 def hook() -> None:
     wrap(PREPROCESS, _preprocess_add_request)
     owner, _ = PREPROCESS.owner()
-    for method in (steer_put, steer_hold, steer_drop, steer_in_flight, steer_waiting, steer_status, steer_take):
+    methods = (
+        steer_put, steer_hold, steer_drop, steer_in_flight, steer_waiting, steer_status, steer_take, steer_scores,
+    )  # fmt: skip
+    for method in methods:
         setattr(owner, method.__name__, method)
 
 
@@ -98,6 +101,15 @@ def steer_take(self: Any, key: str) -> Reply:
     """What was read under a capture key. All ranks read the same stream; the first one answers."""
     reply: Reply = self.collective_rpc("steer_take", args=(key,))[0]
     return reply
+
+
+def steer_scores(self: Any, keys: list[str]) -> Reply:
+    """The numbers of scored requests. The ranks that have logits answer."""
+    replies: list[Reply] = self.collective_rpc("steer_scores", args=(keys,))
+    if failed := [reply for reply in replies if not reply["ok"]]:
+        return failed[0]
+    by_key = zip(*(reply["numbers"] for reply in replies), strict=True)
+    return {"ok": True, "numbers": [next((one for one in found if one is not None), None) for found in by_key]}
 
 
 def _resident(engine_core: Any) -> Resident:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer_engine.config import Limits, SteeringConfig
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
-from steer_engine.program import PROGRAM_KEY, Capture
+from steer_engine.program import PROGRAM_KEY, Capture, Score
 from steer_engine.resolve import ResolvedSpec, resolve
 from steer_engine.runtime.door import Door
 from steer_engine.runtime.held import Held
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 STEERING_KEY = "steering"
 CAPTURE_KEY = "steering_capture"
 """`SamplingParams.extra_args[CAPTURE_KEY] = {"key": str, "start": int, "end": int | None}`; offline only."""
+
+SCORE_KEY = "steering_score"
+"""`SamplingParams.extra_args[SCORE_KEY] = {"key": str, "baseline": str, "answers": [int, ...]}`; offline only."""
 
 _RESERVED_PREFIX = "_steer"
 _SPEC_CACHE = 1024
@@ -47,6 +50,8 @@ class Frontend:
         """Closed when the engine client shuts down: the server takes nothing new."""
         self.queue_length: Any = None
         """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
+        self.scores = False
+        """Set by the offline engine: requests may ask for numbers about their next-token distribution."""
         self.held = Held()
         """What this process believes the engines hold."""
         self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()
@@ -109,16 +114,19 @@ class Frontend:
             SteeringRequestError: as `resolve`; or the client wrote a key of ours.
         """
         check_reserved_keys(extra_args)
-        rest = {key: value for key, value in extra_args.items() if key not in (STEERING_KEY, CAPTURE_KEY)}
+        rest = {key: value for key, value in extra_args.items() if key not in (STEERING_KEY, CAPTURE_KEY, SCORE_KEY)}
         resolved = self._resolve_cached(extra_args.get(STEERING_KEY))
         capture = self._capture(extra_args.get(CAPTURE_KEY), prompt_len)
-        if resolved is None and capture is None:
+        score = self._score(extra_args.get(SCORE_KEY))
+        if resolved is None and capture is None and score is None:
             return rest
         program: dict[str, Any] = {"sites": [], "vectors": [], "identity": [], "keep_norm": False}
         if resolved is not None:
             program = resolved.template.at(prompt_len).to_wire()
         if capture is not None:
             program["capture"] = [capture.key, capture.start, capture.end]
+        if score is not None:
+            program["score"] = [score.key, score.baseline, list(score.answers)]
         return rest | {PROGRAM_KEY: program}
 
     def _resolve_cached(self, raw: Any) -> ResolvedSpec | None:
@@ -145,6 +153,13 @@ class Frontend:
         start = max(0, start + prompt_len) if start < 0 else start
         end = prompt_len if end is None else end
         return Capture(key=str(raw["key"]), start=start, end=end)
+
+    def _score(self, raw: Any) -> Score | None:
+        if raw is None:
+            return None
+        if not self.scores:
+            raise SteeringRequestError("Only the offline engine scores distributions: steer_engine.LLM.score.")
+        return Score(key=str(raw["key"]), baseline=str(raw["baseline"]), answers=tuple(raw["answers"]))
 
 
 def check_reserved_keys(extra_args: dict[str, Any]) -> None:

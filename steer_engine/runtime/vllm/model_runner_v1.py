@@ -1,6 +1,7 @@
 """V1 model runner: slots while a request is in the input batch, routing after `_prepare_inputs`.
 
-Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, execute_model, load_model}` and
+Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, execute_model,
+_sample, load_model}` and
 `CPUModelRunner.load_model` (which overrides the base class's without calling it). Known for vLLM 0.32 and 0.33.
 """
 
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from steer_engine.program import PROGRAM_KEY, Capture, Program
+from steer_engine.program import PROGRAM_KEY, Capture, Program, Score
 from steer_engine.runtime.engine_runtime import EngineRuntime
 from steer_engine.runtime.reader import Reader
+from steer_engine.runtime.scores import Scores
 from steer_engine.runtime.vllm.arming import arm, runtime_of
 from steer_engine.runtime.vllm.patching import Symbol, wrap
 
@@ -25,7 +27,8 @@ UPDATE_STATES = Symbol(f"{_RUNNER}._update_states", ("scheduler_output",))
 PREPARE_INPUTS = Symbol(f"{_RUNNER}._prepare_inputs", ("scheduler_output", "num_scheduled_tokens"))
 DUMMY_RUN = Symbol(f"{_RUNNER}._dummy_run", ("num_tokens",))
 EXECUTE_MODEL = Symbol(f"{_RUNNER}.execute_model", ("scheduler_output",))
-SYMBOLS = (LOAD_MODEL, CPU_LOAD_MODEL, UPDATE_STATES, PREPARE_INPUTS, DUMMY_RUN, EXECUTE_MODEL)
+SAMPLE = Symbol(f"{_RUNNER}._sample", ("logits", "spec_decode_metadata"))
+SYMBOLS = (LOAD_MODEL, CPU_LOAD_MODEL, UPDATE_STATES, PREPARE_INPUTS, DUMMY_RUN, EXECUTE_MODEL, SAMPLE)
 
 _ADAPTER = "_steer_adapter"
 
@@ -36,10 +39,12 @@ class V1Adapter:
     def __init__(self, runner: Any, runtime: EngineRuntime) -> None:
         self.runtime = runtime
         self.reader = Reader(runtime)
+        self.scores = Scores()
         self._runner = runner
         self._slot_of: dict[str, int] = {}
         """All requests of the batch; slot 0 for those that are not steered."""
         self._captures: dict[str, Capture] = {}
+        self._scored: dict[str, Score] = {}
         self._free_slots = list(range(runtime.max_requests, 0, -1))
         # Written inside `synchronize_input_prep`: the copy of the step before has run by then.
         self._idx_mapping_B = runner._make_buffer(runtime.max_requests, dtype=torch.int32)
@@ -50,6 +55,7 @@ class V1Adapter:
         # A request id that finished and came back in one step is another request.
         for request_id in [known for known in self._slot_of if known not in batch or known in finished]:
             slot = self._slot_of.pop(request_id)
+            self._scored.pop(request_id, None)
             if slot:
                 self.runtime.release(slot)
                 self._free_slots.append(slot)
@@ -64,8 +70,12 @@ class V1Adapter:
             program = _program_of(self._runner.requests[request_id])
             if program is None:
                 continue
+            if program.score is not None:
+                self._scored[request_id] = program.score
             if program.capture is not None:
                 self._captures[request_id] = program.capture
+            elif not program.sites:
+                continue
             slot = self._free_slots.pop()
             self._slot_of[request_id] = slot
             self.runtime.admit(slot, program)
@@ -91,6 +101,17 @@ class V1Adapter:
             )
         elif self.runtime.capture_blocks:
             self.reader.plan((), (), ())
+        self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
+
+    def _scored_rows(self, num_scheduled_tokens: np.ndarray) -> dict[int, Score]:
+        """Rows of the step's logits, one a request, that follow the whole prompt of a request that is scored."""
+        batch = self._runner.input_batch
+        num_requests = len(batch.req_ids)
+        done_B = batch.num_computed_tokens_cpu[:num_requests] + num_scheduled_tokens
+        whole_B = done_B == batch.num_prompt_tokens[:num_requests]
+        return {
+            row: self._scored[name] for row, name in enumerate(batch.req_ids) if whole_B[row] and name in self._scored
+        }
 
 
 def adapter_of(runner: Any) -> V1Adapter | None:
@@ -109,6 +130,7 @@ def hook() -> None:
     wrap(PREPARE_INPUTS, _prepare_inputs)
     wrap(DUMMY_RUN, _dummy_run)
     wrap(EXECUTE_MODEL, _execute_model)
+    wrap(SAMPLE, _sample)
 
 
 def _program_of(request: Any) -> Program | None:
@@ -167,3 +189,14 @@ def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return execute_model
+
+
+def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _sample(self: Any, logits: torch.Tensor | None, spec_decode_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        adapter: V1Adapter | None = getattr(self, _ADAPTER, None)
+        # With drafts a request has several rows; only ranks that sample have logits.
+        if adapter is not None and adapter.scores.rows and logits is not None and spec_decode_metadata is None:
+            adapter.scores.reduce(logits[adapter.scores.rows])
+        return original(self, logits, spec_decode_metadata, *args, **kwargs)
+
+    return _sample

@@ -1,7 +1,8 @@
 """V2 model runner: slot = request-state index + 1, routing on the device after `prepare_inputs`.
 
 Wraps `GPUModelRunner.{load_model, add_requests, _remove_request, prepare_inputs, _dummy_run, capture_model,
-execute_model}` of `vllm.v1.worker.gpu.model_runner`; the CPU class inherits them all. Known for vLLM 0.32 and 0.33.
+execute_model, sample}` of `vllm.v1.worker.gpu.model_runner`; the CPU class inherits them all. Known for vLLM 0.32 and
+0.33.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 
-from steer_engine.program import PROGRAM_KEY, Capture, Program
+from steer_engine.program import PROGRAM_KEY, Capture, Program, Score
 from steer_engine.runtime.engine_runtime import EngineRuntime
 from steer_engine.runtime.reader import Reader
+from steer_engine.runtime.scores import Scores
 from steer_engine.runtime.vllm.arming import arm, runtime_of
 from steer_engine.runtime.vllm.patching import Symbol, wrap
 
@@ -25,7 +27,8 @@ PREPARE_INPUTS = Symbol(f"{_RUNNER}.prepare_inputs", ("scheduler_output", "batch
 DUMMY_RUN = Symbol(f"{_RUNNER}._dummy_run", ("num_tokens",))
 CAPTURE_MODEL = Symbol(f"{_RUNNER}.capture_model")
 EXECUTE_MODEL = Symbol(f"{_RUNNER}.execute_model", ("scheduler_output", "dummy_run"))
-SYMBOLS = (LOAD_MODEL, ADD_REQUESTS, REMOVE_REQUEST, PREPARE_INPUTS, DUMMY_RUN, CAPTURE_MODEL, EXECUTE_MODEL)
+SAMPLE = Symbol(f"{_RUNNER}.sample", ("hidden_states", "input_batch"))
+SYMBOLS = (LOAD_MODEL, ADD_REQUESTS, REMOVE_REQUEST, PREPARE_INPUTS, DUMMY_RUN, CAPTURE_MODEL, EXECUTE_MODEL, SAMPLE)
 
 _ADAPTER = "_steer_adapter"
 
@@ -36,8 +39,11 @@ class V2Adapter:
     def __init__(self, runner: Any, runtime: EngineRuntime) -> None:
         self.runtime = runtime
         self.reader = Reader(runtime)
+        self.scores = Scores()
         self._runner = runner
         self._captures: dict[str, Capture] = {}
+        self._scored: dict[str, tuple[Score, int]] = {}
+        """With the length of the prompt."""
 
     def admit(self, request: Any) -> None:
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
@@ -45,12 +51,15 @@ class V2Adapter:
         if wire is None:
             return
         program = Program.from_wire(wire)
+        if program.score is not None:
+            self._scored[request.req_id] = (program.score, len(request.prompt_token_ids or ()))
         if program.capture is not None:
             self._captures[request.req_id] = program.capture
         self.runtime.admit(self._runner.req_states.req_id_to_index[request.req_id] + 1, program)
 
     def release(self, request_id: str) -> None:
         self._captures.pop(request_id, None)
+        self._scored.pop(request_id, None)
         index = self._runner.req_states.req_id_to_index.get(request_id)
         if index is not None:
             self.runtime.release(index + 1)
@@ -63,6 +72,7 @@ class V2Adapter:
             batch.positions[: batch.num_tokens],
             batch.num_tokens,
         )
+        self.scores.plan(self._scored_rows(batch) if self._scored else {})
         if not self.runtime.capture_blocks:
             return
         if not self._captures:
@@ -73,6 +83,16 @@ class V2Adapter:
             batch.num_computed_tokens_np.tolist(),
             batch.num_scheduled_tokens.tolist(),
         )
+
+    def _scored_rows(self, batch: Any) -> dict[int, Score]:
+        """Token rows of the step at which the prompt of a request that is scored ends."""
+        rows = {}
+        done_B = batch.num_computed_tokens_np + batch.num_scheduled_tokens
+        for place, name in enumerate(batch.req_ids):
+            score, prompt_len = self._scored.get(name, (None, 0))
+            if score is not None and done_B[place] == prompt_len:
+                rows[int(batch.query_start_loc_np[place + 1]) - 1] = score
+        return rows
 
 
 def adapter_of(runner: Any) -> V2Adapter | None:
@@ -92,6 +112,7 @@ def hook() -> None:
     for symbol in (DUMMY_RUN, CAPTURE_MODEL):
         wrap(symbol, _dummy)
     wrap(EXECUTE_MODEL, _execute_model)
+    wrap(SAMPLE, _sample)
 
 
 def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,3 +171,16 @@ def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return execute_model
+
+
+def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        adapter: V2Adapter | None = getattr(self, _ADAPTER, None)
+        if adapter is not None and (rows := adapter.scores.rows):
+            # The sampler keeps its logits to itself: those of the rows that are scored are computed once more.
+            logits_RV = self.model.compute_logits(hidden_states[rows])
+            if logits_RV is not None:
+                adapter.scores.reduce(logits_RV)
+        return original(self, hidden_states, *args, **kwargs)
+
+    return sample

@@ -27,7 +27,7 @@ Reply = dict[str, Any]
 
 def hook() -> None:
     owner, _ = WORKER_BASE.owner()
-    for method in (steer_put, steer_drop, steer_status, steer_take):
+    for method in (steer_put, steer_drop, steer_status, steer_take, steer_scores):
         setattr(owner, method.__name__, method)
 
 
@@ -105,6 +105,15 @@ def steer_take(self: Any, key: str) -> Reply:
         return {"ok": False, "reason": "this worker is not armed"}
     positions, rows_LPD = adapter.reader.take(key)
     return {"ok": True, "positions": positions, "shape": list(rows_LPD.shape), "rows": rows_LPD.tobytes()}
+
+
+@_total
+def steer_scores(self: Any, keys: list[str]) -> Reply:
+    """The numbers of scored requests, in the order of their keys; None for what was not scored."""
+    adapter = _adapter(self)
+    if adapter is None:
+        return {"ok": False, "reason": "this worker is not armed"}
+    return {"ok": True, "numbers": adapter.scores.take(keys)}
 
 
 def _adapter(worker: Any) -> model_runner_v1.V1Adapter | model_runner_v2.V2Adapter | None:
