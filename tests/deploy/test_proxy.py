@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from steer_engine.serving.middleware import CARRYING_PATHS, INVOCATIONS
 pytestmark = pytest.mark.skipif(MISSING, reason=WHY_MISSING)
 
 
+LONG_ANSWER_SECONDS = 17.0
+"""The proxy once gave up asking again 15 s after a request had come in."""
+
+
 class Echo:
     """An ASGI app on a port of its own, in a thread."""
 
@@ -38,6 +44,39 @@ class Echo:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
+
+
+class Mute:
+    """A port that never says anything: it takes connections until it hangs up, or does not even take them."""
+
+    def __init__(self, *, answers_to_connections: bool) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64 if answers_to_connections else 0)
+        self.port = self._listener.getsockname()[1]
+        # A queue that is full drops what knocks, as a machine does that is gone.
+        knocks = 0 if answers_to_connections else 4
+        self._knocking = [self._knock() for _ in range(knocks)]
+
+    def _knock(self) -> socket.socket:
+        knocking = socket.socket()
+        knocking.setblocking(False)
+        knocking.connect_ex(("127.0.0.1", self.port))
+        return knocking
+
+    def hang_up(self) -> None:
+        """As a process that is killed: its connections are reset."""
+        self._listener.settimeout(0)
+        try:
+            while True:
+                self._listener.accept()[0].close()  # what was sent is unread: a reset
+        except BlockingIOError:
+            self._listener.close()
+
+    def __enter__(self) -> Mute:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (*self._knocking, self._listener):
+            each.close()
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +238,38 @@ def test_a_replica_that_drains_or_is_gone_costs_no_request(tmp_path: Path, engin
     finally:
         proxy.stop()
         draining.stop()
+
+
+@pytest.mark.slow
+def test_a_replica_that_dies_late_in_an_answer_costs_no_request(
+    tmp_path: Path, engine: Echo, certificates: Path
+) -> None:
+    """An answer may take longer than the proxy would wait for a connection, and is asked for again all the same."""
+    with Mute(answers_to_connections=True) as dying:
+        proxy = Proxy(tmp_path, [dying.port, engine.port], certificates, NO_RATE)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                # The second goes to the other replica: the first one has a request under way.
+                asked = [pool.submit(proxy.client.post, "/v1/completions", content=b"{}") for _ in range(2)]
+                time.sleep(LONG_ANSWER_SECONDS)
+                assert sum(answer.done() for answer in asked) == 1
+                dying.hang_up()
+                assert [answer.result().json()["server"] for answer in asked] == ["one", "one"]
+        finally:
+            proxy.stop()
+
+
+def test_a_machine_that_is_silent_costs_no_request(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+    """One that lost its power refuses no connection, it just does not answer."""
+    quick = {"proxy_connect_timeout 5s;": "proxy_connect_timeout 1s;"}
+    with Mute(answers_to_connections=False) as silent:
+        proxy = Proxy(tmp_path, [silent.port, engine.port], certificates, NO_RATE | quick)
+        try:
+            for _ in range(4):
+                assert proxy.client.post("/v1/completions", content=b"{}").json()["server"] == "one"
+            assert f"127.0.0.1:{silent.port}" in proxy.log.read_text(), "nobody asked the silent one"
+        finally:
+            proxy.stop()
 
 
 def test_idle_connections_are_given_up_before_the_server_does_it(proxy: Proxy) -> None:
