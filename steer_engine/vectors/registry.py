@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,13 @@ from steer_engine.errors import (
 )
 from steer_engine.vectors.adopted import MAX_NAME, MAX_SUPERSEDED, NAME, NAME_RULE, Adopted
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.loaded import Loaded
 from steer_engine.vectors.preset_files import PresetFiles, check_preset
 from steer_engine.vectors.shelf import Shelf, ShelfLimits
 
 __all__ = ["MAX_NAME", "MAX_SUPERSEDED", "NAME_RULE", "Registry"]
 
 logger = logging.getLogger(__name__)
-
-MAX_LOADED_BYTES = 1 << 30
-"""Host memory for contents read from the shelf; what is read less recently goes first and is read again when needed."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -47,8 +43,7 @@ class Registry:
         self, directory: Path | str | None = None, *, strict: bool = False, limits: ShelfLimits | None = None
     ) -> None:
         self._adopted = Adopted(directory)
-        self._lock = threading.Lock()
-        self._loaded: OrderedDict[str, ControlVector] = OrderedDict()
+        self._loaded: Loaded[ControlVector] = Loaded()
         self._shelf: Shelf | None = None
         self._preset_files: PresetFiles | None = None
         faults = list(self._adopted.faults)
@@ -202,10 +197,8 @@ class Registry:
         return None if entry is None else entry.digest
 
     def _by_digest(self, digest: str) -> ControlVector | None:
-        with self._lock:
-            if (loaded := self._loaded.get(digest)) is not None:
-                self._loaded.move_to_end(digest)
-                return loaded
+        if (loaded := self._loaded.get(digest)) is not None:
+            return loaded
         if self._shelf is not None and digest in {entry.digest for entry in self._shelf.manifest().vectors.values()}:
             try:
                 vector = self._shelf.load(digest)
@@ -219,12 +212,7 @@ class Registry:
         return self._adopted.find_digest(digest)
 
     def _remember(self, vector: ControlVector) -> None:
-        with self._lock:
-            self._loaded[vector.digest] = vector
-            self._loaded.move_to_end(vector.digest)
-            total = sum(_num_bytes(loaded) for loaded in self._loaded.values())
-            while total > MAX_LOADED_BYTES and len(self._loaded) > 1:
-                total -= _num_bytes(self._loaded.popitem(last=False)[1])
+        self._loaded.put(vector.digest, vector, len(vector.blocks) * vector.hidden_size * 4)
 
     def _writable(self, name: str) -> Shelf:
         if NAME.fullmatch(name) is None:
@@ -244,7 +232,3 @@ class Registry:
             return "none is registered"
         shown = ", ".join(names[:8])
         return f"registered are {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _num_bytes(vector: ControlVector) -> int:
-    return len(vector.blocks) * vector.hidden_size * 4

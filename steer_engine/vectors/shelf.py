@@ -195,11 +195,11 @@ class Shelf:
         try:
             with self._changing() as manifest:
                 self._remove_leftovers(manifest)
-                return self._faults(manifest)
-        except RegistryError as error:
-            # A mirror is mounted read-only: it is read all the same.
+        except (RegistryError, CapacityError) as error:
+            # A mirror is mounted read-only, and of many servers that start together one tidies: all read.
             logger.warning("The registry is read and not tidied: %s", error.message)
-            return self._faults(self.manifest())
+        # Not under the lock: reading thousands of vectors takes longer than another server waits for it.
+        return self._faults(self.manifest())
 
     def _faults(self, manifest: Manifest) -> dict[str, str]:
         faults: dict[str, str] = {}
@@ -207,7 +207,8 @@ class Shelf:
             try:
                 self.load(entry.digest)
             except (VectorFileError, UnknownVectorError, OSError) as error:
-                faults[name] = f"Control vector {name} ({entry.digest}): {error}"
+                if self.manifest().vectors.get(name) == entry:  # or it was deleted or replaced meanwhile
+                    faults[name] = f"Control vector {name} ({entry.digest}): {error}"
         return faults
 
     def _remove_leftovers(self, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors import registry as registry_module
+from steer_engine.vectors.loaded import BUDGET_VARIABLE
 from steer_engine.vectors.shelf import FOLDER
 
 CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
@@ -120,13 +120,13 @@ def test_damaged_content_is_named_in_the_log_and_answers_404(tmp_path: Path, cap
 def test_memory_for_contents_is_bounded_and_what_was_let_go_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "MAX_LOADED_BYTES", 3 * 4 * 4)
+    monkeypatch.setenv(BUDGET_VARIABLE, str(3 * 4 * 4))
     registry = Registry(tmp_path)
     for i in range(10):
         registry.put(f"v{i}", one(i))
-    assert len(registry._loaded) == 3
+    assert len(registry._loaded.digests()) == 3
     for i in range(10):
         assert registry.get(f"v{i}") == one(i)
-        assert len(registry._loaded) <= 3
+        assert len(registry._loaded.digests()) <= 3
     registry.put("large", one(1, width=1000))
-    assert list(registry._loaded) == [one(1, width=1000).digest]
+    assert registry._loaded.digests() == [one(1, width=1000).digest]

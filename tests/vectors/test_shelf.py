@@ -198,6 +198,26 @@ def test_a_lock_that_is_held_is_waited_for_and_then_given_up(tmp_path: Path, mon
     Shelf(tmp_path).put("b", one(2))
 
 
+def test_many_start_while_others_change_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all objects at the start takes minutes where there are thousands: no other server waits for it."""
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    shelf.put("b", one(2))
+    monkeypatch.setattr(shelf_module, "LOCK_SECONDS", 0.05)
+    with shelf._changing():
+        assert Shelf(tmp_path).verify() == {}, "a server starts while another tidies"
+    load, changed = Shelf.load, []
+
+    def load_slowly(self: Shelf, digest: str) -> ControlVector:
+        if not changed:
+            changed.append(shelf.delete("b"))  # refused while the lock is held
+        return load(self, digest)
+
+    monkeypatch.setattr(Shelf, "load", load_slowly)
+    assert Shelf(tmp_path).verify() == {}, "what was deleted meanwhile is not damaged"
+    assert changed == [one(2).digest]
+
+
 def test_threads_lose_no_change(tmp_path: Path) -> None:
     shelves = [Shelf(tmp_path) for _ in range(2)]
 
