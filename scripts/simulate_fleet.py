@@ -1,0 +1,411 @@
+"""What a large fleet asks of its registry and its caches, before there is one.
+
+Requests name vectors by a Zipf law and are sent to the replicas as a load balancer would. What a replica holds is
+decided by the product's own classes: `Loaded` (contents that an API process has read), `Held` and `Resident` (what the
+engine has in host memory), `Bank` (rows on the device). Vectors are numbers here, and time is counted, not spent. What
+the registry's volume is asked is measured on a real registry with that many names.
+
+python -P scripts/simulate_fleet.py [--replicas 100] [--vectors 10000] [--rate 1000] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import numpy as np
+import torch
+import typer
+
+from steer_engine.program import Row, RowKey
+from steer_engine.runtime.bank import Bank
+from steer_engine.runtime.held import Held
+from steer_engine.runtime.resident import DEFAULT_BUDGET as STORE_BYTES
+from steer_engine.runtime.resident import Resident
+from steer_engine.serving.poll import PERIOD_S
+from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vectors.loaded import DEFAULT_BUDGET as LOADED_BYTES
+from steer_engine.vectors.loaded import Loaded
+from steer_engine.vectors.manifest import Manifest, VectorEntry, read_manifest, write_manifest
+from steer_engine.vectors.shelf import FOLDER, Shelf, ShelfLimits
+
+MODELS = {"8B": 32 * 4096, "70B": 80 * 8192}
+"""Numbers of a vector with all blocks."""
+
+BUCKET_S = 300.0
+"""The first so many seconds after a start are told apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """rate: steered requests a second of all replicas. answer_s: mean time that a request runs (exponential).
+
+    by_vector: a vector's requests all go to one replica; else any request goes to any.
+    """
+
+    replicas: int = 100
+    vectors: int = 10_000
+    rate: float = 1000.0
+    zipf: float = 1.0
+    model: str = "8B"
+    by_vector: bool = False
+    answer_s: float = 10.0
+    slots: int = 256
+    rows: int = 4
+    store_bytes: int = STORE_BYTES
+    loaded_bytes: int = LOADED_BYTES
+    hours: float = 2.0
+    sampled: int = 2
+    seed: int = 0
+
+    @property
+    def vector_bytes(self) -> int:
+        return MODELS[self.model] * 4
+
+    @property
+    def popularity_V(self) -> np.ndarray:
+        """Share of each vector in the requests, the most popular one first."""
+        weights_V = np.arange(1, self.vectors + 1, dtype=np.float64) ** -self.zipf
+        return np.asarray(weights_V / weights_V.sum())
+
+
+@dataclass
+class Counts:
+    """What happened at one replica in a span of `seconds`."""
+
+    seconds: float = 0.0
+    requests: int = 0
+    read: int = 0
+    """Vectors read from the registry's volume."""
+    asked: int = 0
+    """Calls to the engine before a request: is it held, or take it."""
+    shipped: int = 0
+    """Vectors sent to the engine."""
+    copied: int = 0
+    """Vectors written into the bank."""
+    refused: int = 0
+    """503: the vectors in use fill the store."""
+    waited: int = 0
+    """Requests that found all slots taken."""
+    running: float = 0.0
+    """Requests under way, summed over arrivals."""
+
+    def hits(self, misses: int) -> float:
+        return 1 - misses / self.requests
+
+
+@dataclass
+class Replica:
+    """One server with one engine. `serve` is the way of a request through all that holds vectors."""
+
+    fleet: Fleet
+    now: float = 0.0
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self.loaded: Loaded[bool] = Loaded(budget=self.fleet.loaded_bytes)
+        self.held = Held(clock=lambda: self.now)
+        self.resident = Resident(budget=self.fleet.store_bytes)
+        # All blocks of a vector come and go together: one row stands for all of them.
+        self.bank = Bank(torch.zeros(self.fleet.slots * self.fleet.rows, 1), self._row)
+        self._running: list[tuple[float, str]] = []
+        self._in_use: Counter[str] = Counter()
+
+    def serve(self, now: float, digest: str, answer_s: float) -> None:
+        self.now = now
+        self.counts.requests += 1
+        while self._running and self._running[0][0] <= now:
+            self._end_one()
+        begins = now
+        if len(self._running) == self.fleet.slots:
+            self.counts.waited += 1
+            begins = self._end_one()
+        self.counts.running += len(self._running)
+        if self.loaded.get(digest) is None:
+            self.counts.read += 1
+            self.loaded.put(digest, True, self.fleet.vector_bytes)
+        if not self._ship(digest):
+            self.counts.refused += 1
+            return
+        self.resident.touch([digest], now)
+        self.bank.pin([_row_of(digest)])
+        self._in_use[digest] += 1
+        heapq.heappush(self._running, (begins + answer_s, digest))
+
+    def _ship(self, digest: str) -> bool:
+        """As `shipping.ship` and `engine_core.steer_put` do."""
+        if self.held.is_fresh(digest):
+            return True
+        self.counts.asked += 1
+        if not self.resident.hold(digest, self.now):
+            victims = self.resident.make_room(self.fleet.vector_bytes, self._in_use, self.now)
+            if victims is None:
+                return False
+            for victim in victims:
+                self.resident.drop(victim)
+                self.bank.forget(victim)
+            self.held.forget(victims)
+            self.resident.put(digest, self.fleet.vector_bytes, self.now)
+            self.counts.shipped += 1
+        self.held.confirm(digest, self.now)
+        return True
+
+    def _end_one(self) -> float:
+        ended, digest = heapq.heappop(self._running)
+        self.bank.unpin([_row_of(digest)])
+        self._in_use[digest] -= 1
+        if not self._in_use[digest]:
+            del self._in_use[digest]
+        return ended
+
+    def _row(self, key: RowKey, block: int) -> np.ndarray:
+        self.counts.copied += 1
+        return np.zeros(1, np.float32)
+
+
+def _row_of(digest: str) -> Row:
+    return RowKey(terms=((digest, 1.0),)), 0
+
+
+def shares_R(fleet: Fleet, spread: int = 0) -> np.ndarray:
+    """Share of the requests that each replica gets where vectors have a replica of their own.
+
+    spread: so many of the most popular vectors go to any replica all the same.
+    """
+    popularity_V = fleet.popularity_V
+    home_V = np.random.default_rng(fleet.seed).integers(fleet.replicas, size=fleet.vectors)
+    of_their_own_R = np.bincount(home_V[spread:], popularity_V[spread:], minlength=fleet.replicas)
+    return np.asarray(of_their_own_R + popularity_V[:spread].sum() / fleet.replicas)
+
+
+def simulate(fleet: Fleet) -> tuple[Counts, Counts]:
+    """What happened in the first minutes after a start with empty caches, and in the second half of the time.
+
+    Sums over the `sampled` replicas: what the others do is alike.
+    """
+    rng = np.random.default_rng(fleet.seed)
+    cold, warm = Counts(), Counts()
+    home_V = np.random.default_rng(fleet.seed).integers(fleet.replicas, size=fleet.vectors)
+    for number in range(fleet.sampled):
+        popularity_V = fleet.popularity_V * (home_V == number if fleet.by_vector else 1)
+        share = popularity_V.sum() if fleet.by_vector else 1 / fleet.replicas
+        _run(Replica(fleet), popularity_V / popularity_V.sum(), fleet.rate * share, rng, cold, warm)
+    return cold, warm
+
+
+def _run(
+    replica: Replica, popularity_V: np.ndarray, rate: float, rng: np.random.Generator, cold: Counts, warm: Counts
+) -> None:
+    end = replica.fleet.hours * 3600
+    num = rng.poisson(rate * end)
+    arrivals_N = np.sort(rng.uniform(0, end, num))
+    vectors_N = rng.choice(len(popularity_V), num, p=popularity_V)
+    answers_N = rng.exponential(replica.fleet.answer_s, num)
+    for begin, stop, total in ((0.0, min(BUCKET_S, end / 2), cold), (BUCKET_S, end / 2, None), (end / 2, end, warm)):
+        replica.counts = Counts(seconds=stop - begin)
+        for i in range(*np.searchsorted(arrivals_N, [begin, stop])):
+            replica.serve(float(arrivals_N[i]), str(vectors_N[i]), float(answers_N[i]))
+        if total is not None:
+            for name, value in asdict(replica.counts).items():
+                setattr(total, name, getattr(total, name) + value)
+
+
+def che_hits(popularity_V: np.ndarray, places: int) -> float:
+    """Hit rate of a cache of `places` equal contents that drops the least recently used one (Che's approximation).
+
+    The time t after which a content is gone solves sum(1 - exp(-p t)) = places; a request hits with 1 - exp(-p t).
+    """
+    if places >= len(popularity_V):
+        return 1.0
+    low, high = 0.0, 1.0
+    while (1 - np.exp(-popularity_V * high)).sum() < places:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (1 - np.exp(-popularity_V * middle)).sum() < places else (low, middle)
+    return float((popularity_V * (1 - np.exp(-popularity_V * high))).sum())
+
+
+@contextmanager
+def counted_stats() -> Iterator[Counter[str]]:
+    """Counts the files that are looked at (`stat`) meanwhile."""
+    looked: Counter[str] = Counter()
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        looked[str(path)] += 1
+        return real(path, *args, **kwargs)
+
+    with mock.patch("os.stat", stat):
+        yield looked
+
+
+def registry_costs(vectors: int) -> dict[str, float]:
+    """What one change, one look and one request cost on a real registry of so many names."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FOLDER / "manifest.json"
+        path.parent.mkdir()
+        known = ControlVector(directions={0: np.ones(8, np.float32)})
+        entries = {f"vector-{i:05}": VectorEntry(digest=f"sha256:{i:064x}", num_bytes=2**20) for i in range(vectors)}
+        write_manifest(path, Manifest(vectors=entries))
+        reads = [_seconds(lambda: read_manifest(path)) for _ in range(5)]
+        limits = ShelfLimits(max_vectors=2 * vectors, max_registry_bytes=2**62)
+        shelf = Shelf(Path(folder), limits)
+        changes = [_seconds(lambda name=name: shelf.put(name, known)) for name in "abcde"]
+        num_bytes = path.stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        registry = Registry(folder)
+        registry.put("known", known)
+        registry.get("known")
+        with counted_stats() as of_request:
+            registry.get("known")
+        with counted_stats() as of_poll:
+            _ = registry.names(), registry.generation, registry.fault
+    with tempfile.TemporaryDirectory() as folder:
+        from steer_engine.vectors import save
+
+        files = 20
+        for i in range(files):
+            save(ControlVector(directions={0: np.full(8, i + 1, np.float32)}), Path(folder) / f"file-{i}.safetensors")
+        registry = Registry(folder)
+        with counted_stats() as of_files:
+            registry.names()
+    return {
+        "manifest_bytes": num_bytes,
+        "manifest_read_s": statistics.median(reads),
+        "change_s": statistics.median(changes),
+        "stats_per_edit": of_request.total(),
+        "stats_per_poll": of_poll.total(),
+        "stats_per_poll_and_file": sum(n for name, n in of_files.items() if "file-" in name) / files,
+    }
+
+
+def _seconds(call: Any) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def summary(fleet: Fleet, cold: Counts, warm: Counts) -> dict[str, Any]:
+    """Rates of the whole fleet: the sampled replicas stand for all."""
+    scale = fleet.replicas / warm.seconds if warm.seconds else 0.0
+    mib = fleet.vector_bytes / 2**20
+    return {
+        "fleet": asdict(fleet),
+        "loaded_hits": warm.hits(warm.read),
+        "loaded_hits_cold": cold.hits(cold.read),
+        "store_hits": warm.hits(warm.shipped),
+        "bank_hits": warm.hits(warm.copied),
+        "read_mib_s": warm.read * scale * mib,
+        "read_mib_s_cold": cold.read * fleet.replicas / cold.seconds * mib,
+        "shipped_mib_s": warm.shipped * scale * mib,
+        "asked_s": warm.asked * scale,
+        "copied_s": warm.copied * scale,
+        "refused": warm.refused / warm.requests,
+        "waited": warm.waited / warm.requests,
+        "running": warm.running / warm.requests,
+    }
+
+
+COLUMNS = {
+    "loaded_hits_cold": ("read before, first 5 min", "{:.0%}"),
+    "loaded_hits": ("read before", "{:.0%}"),
+    "read_mib_s_cold": ("MiB/s of the volume, first 5 min", "{:,.0f}"),
+    "read_mib_s": ("MiB/s of the volume", "{:,.0f}"),
+    "store_hits": ("in the store", "{:.1%}"),
+    "shipped_mib_s": ("MiB/s shipped", "{:,.0f}"),
+    "asked_s": ("engine calls/s", "{:,.0f}"),
+    "bank_hits": ("in the bank", "{:.0%}"),
+    "waited": ("waited", "{:.0%}"),
+}
+
+
+def caches_table(rows: list[dict[str, Any]]) -> str:
+    heads = ["model", "Zipf", "a request goes to", "memory to read into", *(head for head, _ in COLUMNS.values())]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        fleet = row["fleet"]
+        to = "its vector's replica" if fleet["by_vector"] else "any replica"
+        own = [fleet["model"], f"{fleet['zipf']:g}", to, f"{fleet['loaded_bytes'] / 2**30:g} GiB"]
+        cells = [pattern.format(row[key]) for key, (_, pattern) in COLUMNS.items()]
+        lines.append("| " + " | ".join([*own, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def pinning(fleet: Fleet) -> list[dict[str, float]]:
+    """What a cache of C vectors gives that drops the least recently used, and one that keeps the C most popular."""
+    popularity_V = fleet.popularity_V
+    places = sorted({fleet.slots * fleet.rows, *(2**30 * n // fleet.vector_bytes for n in (1, 4))})
+    return [
+        {"places": n, "lru": che_hits(popularity_V, n), "most_popular": float(popularity_V[:n].sum())} for n in places
+    ]
+
+
+def main(
+    replicas: Annotated[int, typer.Option(min=1)] = 100,
+    vectors: Annotated[int, typer.Option(min=1)] = 10_000,
+    rate: Annotated[float, typer.Option(min=0.1, help="Steered requests a second, of all replicas.")] = 1000.0,
+    hours: Annotated[float, typer.Option(min=0.01, help="Simulated time since all caches were empty.")] = 2.0,
+    sampled: Annotated[int, typer.Option(min=1, help="Replicas that are simulated; the others are alike.")] = 2,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Write all numbers here, as JSON.")] = None,
+) -> None:
+    """Print what a fleet's registry and caches do."""
+    base = Fleet(replicas=replicas, vectors=vectors, rate=rate, hours=hours, sampled=min(sampled, replicas), seed=seed)
+    variants = [replace(base, model=model, zipf=zipf) for model in MODELS for zipf in (0.0, 0.8, 1.0, 1.2)]
+    variants += [replace(base, model=model, by_vector=True) for model in MODELS]
+    variants += [replace(base, model=model, loaded_bytes=vectors * base.vector_bytes * 5) for model in ("70B",)]
+    began = time.perf_counter()
+    rows = [summary(fleet, *simulate(fleet)) for fleet in variants]
+    costs = registry_costs(vectors)
+    load = {spread: float(shares_R(base, spread).max() * replicas) for spread in (0, 10, 100, 1000)}
+    pins = {model: pinning(replace(base, model=model)) for model in MODELS}
+    typer.echo(f"{replicas} replicas, {vectors:,} vectors, {rate:g} steered requests/s, {hours:g} h, seed {seed}\n")
+    typer.echo(caches_table(rows) + "\n")
+    typer.echo(registry_table(base, costs) + "\n")
+    typer.echo("| places | least recently used goes | the most popular stay |\n|---|---|---|")
+    for model, found in pins.items():
+        for row in found:
+            lru, best = row["lru"], row["most_popular"]
+            typer.echo(f"| {row['places']:,} ({model}) | {lru:.1%} | {best:.1%} |")
+    typer.echo(
+        "\n| vectors that any replica serves | load of the busiest replica, in shares of an even one |\n|---|---|"
+    )
+    for spread, factor in load.items():
+        typer.echo(f"| {spread} | {factor:.1f} |")
+    typer.echo(f"\n{time.perf_counter() - began:.0f} s")
+    if out is not None:
+        out.write_text(json.dumps({"caches": rows, "registry": costs, "load": load, "pinning": pins}, indent=1) + "\n")
+
+
+def registry_table(fleet: Fleet, costs: dict[str, float]) -> str:
+    replicas, mib = fleet.replicas, costs["manifest_bytes"] / 2**20
+    polls = replicas / PERIOD_S
+    start_gib = {model: fleet.vectors * numbers * 4 / 2**30 for model, numbers in MODELS.items()}
+    rows = [
+        ("looks at the manifest (`stat`), by requests", f"{fleet.rate * costs['stats_per_edit']:,.0f} /s"),
+        ("looks, by the servers' own polls", f"{polls * costs['stats_per_poll']:,.0f} /s"),
+        ("looks, by polls, were the vectors files of the folder",
+         f"{polls * costs['stats_per_poll_and_file'] * fleet.vectors:,.0f} /s"),
+        ("size of the manifest", f"{mib:.2f} MiB"),
+        ("bytes read after a change, by all replicas", f"{mib * replicas:,.0f} MiB"),
+        ("time of a replica for that", f"{costs['manifest_read_s'] * 1000:.0f} ms"),
+        ("time of one change, under the lock", f"{costs['change_s'] * 1000:.0f} ms"),
+        *((f"read when a replica starts, {model}", f"{gib:.1f} GiB") for model, gib in start_gib.items()),
+    ]  # fmt: skip
+    return "\n".join(["| the registry's volume | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+
+
+if __name__ == "__main__":
+    typer.run(main)
