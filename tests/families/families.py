@@ -2,8 +2,10 @@
 
     python families.py FOLDER NAME...
 
-writes FOLDER/NAME (a checkpoint) and FOLDER/NAME.npz: plain [T-1] and steered [blocks, T-1] logprobs of PROMPT. It runs
-in a process of its own: an engine on vLLM's Transformers backend patches Hugging Face's attention in its process.
+writes FOLDER/NAME (a checkpoint) and FOLDER/NAME.npz: `ids` [1 + blocks, ANSWER], the greedy answers to PROMPT without
+steering and steered at each block, and `logprobs` [1 + blocks, T - 1 + ANSWER], of the prompt's tokens but the first and
+of the answer's. It runs in a process of its own: an engine on vLLM's Transformers backend patches Hugging Face's
+attention in its process.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(3, 250, 24)]
-HIDDEN, VOCAB, SCALE = 64, 256, 1.5
+HIDDEN, VOCAB, SCALE, ANSWER = 64, 256, 1.5, 4
 _COMMON: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "vocab_size": VOCAB,
@@ -36,9 +38,37 @@ FORM = {
     "llama": "split", "mistral": "split", "qwen2": "split", "qwen3": "split", "gemma2": "split", "gemma3_text": "split",
     "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one", "falcon": "one",
     "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
-    "qwen3_moe": "split", "granitemoehybrid": "hidden-only",
+    "qwen3_moe": "split", "granitemoehybrid": "hidden-only", "phimoe": "hidden-only", "deepseek_v2": "split",
+    "deepseek_v3": "split", "lfm2": "split",
 }  # fmt: skip
 """Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
+
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,  # with 64 for the rotary part, the only size of vLLM's MLA kernel for CPUs
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    # As published checkpoints have it. Without scaling, the kernel of vLLM 0.32 for CPUs rotates these queries wrongly.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": True, "logit_scale": 1.0, "use_qk_norm": False},
@@ -65,14 +95,24 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 1,
         "mamba_chunk_size": 16,
     },
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    "deepseek_v2": {**_MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_MLA, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_mtp_layers": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, **dict.fromkeys(("conv_dim", "block_dim"), HIDDEN)},
 }
 
 
 _WITHOUT = {
+    "deepseek_v2": ("head_dim",),
+    "deepseek_v3": ("head_dim",),
     "falcon": ("head_dim",),
     "gpt_neox": ("head_dim", "num_key_value_heads"),
 }
 """Fields of the common settings that mislead an architecture that does not have them."""
+
+
+_CLASS = {"phimoe": "PhiMoEForCausalLM"}
+"""What published checkpoints say where Hugging Face's class is called otherwise: vLLM has its own model for that name."""
 
 
 def directions(num_blocks: int = 3) -> np.ndarray:
@@ -93,16 +133,18 @@ def make(name: str, folder: Path) -> None:
     config = AutoConfig.for_model(name, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     model.save_pretrained(folder / name)
+    config.architectures = [_CLASS.get(name, type(model).__name__)]
+    config.save_pretrained(folder / name)
     blocks = next(
         module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3
     )
-    steered = []
-    plain = _logprobs(model)
+    answers = [_answer(model)]
     for block, direction in zip(blocks, directions(), strict=True):
         handle = block.register_forward_hook(_adding(torch.tensor(direction) * SCALE))
-        steered.append(_logprobs(model))
+        answers.append(_answer(model))
         handle.remove()
-    np.savez(folder / f"{name}.npz", plain=plain, steered=np.stack(steered))
+    ids, logprobs = zip(*answers, strict=True)
+    np.savez(folder / f"{name}.npz", ids=np.array(ids), logprobs=np.array(logprobs))
 
 
 def _adding(edit_D: Any) -> Any:
@@ -112,13 +154,17 @@ def _adding(edit_D: Any) -> Any:
     return hook
 
 
-def _logprobs(model: Any) -> np.ndarray:
+def _answer(model: Any) -> tuple[list[int], list[float]]:
+    """The most likely tokens after PROMPT, and the logprobs of all tokens but the first; no cache of any kind."""
     import torch
 
+    ids = list(PROMPT)
     with torch.inference_mode():
-        logits_TV = model(torch.tensor([PROMPT]), use_cache=False).logits[0].double()
+        for _ in range(ANSWER):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        logits_TV = model(torch.tensor([ids]), use_cache=False).logits[0].double()
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
-    return np.array([float(logprobs_TV[t, token]) for t, token in enumerate(PROMPT[1:])])
+    return ids[len(PROMPT) :], [float(logprobs_TV[t, token]) for t, token in enumerate(ids[1:])]
 
 
 def main() -> None:

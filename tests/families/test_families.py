@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import edit, score, steering
+from driving import edit, generate, prompt_logprobs, sampled, steering
 from engines import SETTINGS
-from families import FORM, PROMPT, SCALE, directions
+from families import ANSWER, FORM, PROMPT, SCALE, directions
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from steer_engine import LLM
@@ -21,12 +21,16 @@ from steer_engine.vectors import ControlVector, VectorMetadata
 QUICK = ("stablelm", "gpt_neox")
 """One of each form that Llama does not have; the others run with ALL=1."""
 
+_MLA = {"attention_backend": "CPU_MLA", "block_size": 16}
+"""What vLLM takes by itself where the processor has AMX computes in bfloat16 only."""
+ENGINE = {"deepseek_v2": _MLA, "deepseek_v3": _MLA}
+
 Answers = Callable[[str], tuple[str, np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Answers:
-    """Checkpoint, plain and steered logprobs of an architecture; all of this run are made in one process."""
+    """Checkpoint, ids and logprobs of an architecture, see families.py; all of this run are made in one process."""
     folder = tmp_path_factory.mktemp("families")
     wanted = sorted({item.callspec.params["name"] for item in request.session.items if item.module is request.module})
     script = Path(__file__).with_name("families.py")
@@ -35,14 +39,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
     def load(name: str) -> tuple[str, np.ndarray, np.ndarray]:
         saved = np.load(folder / f"{name}.npz")
-        return str(folder / name), saved["plain"], saved["steered"]
+        return str(folder / name), saved["ids"], saved["logprobs"]
 
     return load
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FORM])
 def test_parity_at_every_block(answers: Answers, name: str) -> None:
-    path, expected_plain, expected = answers(name)
+    path, ids, logprobs = answers(name)
     vector = ControlVector(directions=dict(enumerate(directions())), metadata=VectorMetadata())
     llm = LLM(
         path,
@@ -52,24 +56,32 @@ def test_parity_at_every_block(answers: Answers, name: str) -> None:
         skip_tokenizer_init=True,
         num_gpu_blocks_override=64,
         enable_prefix_caching=False,
-        **SETTINGS,
+        **SETTINGS | ENGINE.get(name, {}),
     )
     try:
-        assert_parity(llm, name, expected_plain, expected)
+        assert_parity(llm, name, ids, logprobs)
     finally:
         del llm
         cleanup_dist_env_and_memory()
 
 
-def assert_parity(llm: LLM, name: str, expected_plain: np.ndarray, expected: np.ndarray) -> None:
-    """The probe's verdict, and the logprobs of one run steered at each block."""
+def assert_parity(llm: LLM, name: str, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    """The probe's verdict, and prompt and answer of a plain run and of one steered at each block."""
     worker = llm.steering_status()["workers"][0]
     assert worker["armed_blocks"] == [0, 1, 2]
     assert set(worker["forms"].values()) == {FORM[name]}
     specs = [None, *(steering(edit("v", SCALE, blocks=block)) for block in range(3))]
-    plain, *steered = score(llm, [PROMPT] * len(specs), specs)
-    rounding = max(float(np.abs(plain - expected_plain).max()), 5e-6)
+    outputs = generate(llm, [PROMPT] * len(specs), specs, prompt_logprobs=0, max_tokens=ANSWER)
+    answered = [sampled(output) for output in outputs]
+    assert [answer for answer, _ in answered] == ids.tolist()
+    errors = [
+        float(np.abs([*prompt_logprobs(output), *of_answer] - expected).max())
+        for output, (_, of_answer), expected in zip(outputs, answered, logprobs, strict=True)
+    ]
+    rounding = max(errors[0], 5e-6)
     assert rounding < 1e-3, "plain vLLM itself differs from Hugging Face"
-    for block in range(3):
-        assert np.abs(steered[block] - expected[block]).max() <= 8 * rounding, f"block {block}"
-        assert np.abs(expected[block] - expected_plain).max() >= 100 * 8 * rounding, f"block {block} has no effect"
+    of_prompt = slice(len(PROMPT) - 1)  # whose tokens all have in common
+    for block, error in enumerate(errors[1:]):
+        assert error <= 8 * rounding, f"block {block}"
+        effect = np.abs(logprobs[1 + block, of_prompt] - logprobs[0, of_prompt]).max()
+        assert effect >= 100 * 8 * rounding, f"block {block} has no effect"
