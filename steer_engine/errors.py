@@ -80,6 +80,7 @@ class RegistryError(SteerError):
     """The registry of vectors and presets cannot do what is asked."""
 
     status = 503
+    retry_after = 5.0
 
 
 class RegistryConflictError(RegistryError):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
@@ -13,6 +14,7 @@ from starlette.responses import Response
 
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 from steer_engine.serving.envelope import envelope_of, status_of
+from steer_engine.spec_errors import shown
 
 
 class Refused(SteeringRequestError):
@@ -26,15 +28,15 @@ class Refused(SteeringRequestError):
 def failed(error: SteerError) -> JSONResponse:
     """An error as an answer."""
     headers = {}
-    if isinstance(error, CapacityError):
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if status_of(error) == 503:
+        headers["Retry-After"] = str(max(1, round(getattr(error, "retry_after", 1.0))))
     if status_of(error) == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(envelope_of(error), status_code=status_of(error), headers=headers)
 
 
 class SteeringRoute(APIRoute):
-    """A route whose handler may raise a SteerError."""
+    """A route whose handler may raise a SteerError. What FastAPI refuses itself is told alike, without the whole value."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()
@@ -42,6 +44,8 @@ class SteeringRoute(APIRoute):
         async def handler(request: Request) -> Response:
             try:
                 response: Response = await handle(request)
+            except RequestValidationError as invalid:
+                response = failed(_wrong_parameter(invalid))
             except SteerError as error:
                 response = failed(error)
             except ClientDisconnect:
@@ -50,6 +54,12 @@ class SteeringRoute(APIRoute):
             return response
 
         return handler
+
+
+def _wrong_parameter(invalid: RequestValidationError) -> SteeringRequestError:
+    first = invalid.errors()[0]
+    name = str(first["loc"][-1])
+    return SteeringRequestError(f"{name}: {first['msg']}, not {shown(first.get('input'))}.", name)
 
 
 def frontend_of(request: Request) -> Any:

@@ -186,6 +186,9 @@ async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes,
 
 
 def _asks(body: bytes) -> bool:
+    if b"\0" in body[:4] and (encoding := json.detect_encoding(body)) != "utf-8":
+        # JSON may be UTF-16 or UTF-32, which readers tell by its first bytes, as this does.
+        body = body.decode(encoding, "replace").encode("utf-8", "replace")
     # A key may be spelled with \u escapes, and only JSON knows.
     lower = body.lower()
     if not any(word in lower for word in WORDS):

@@ -13,7 +13,7 @@ from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.serving.answers import Refused, SteeringRoute, etag, frontend_of, if_match, require_admin
 from steer_engine.serving.vector_routes import MAX_PAGE, Name
 from steer_engine.vectors.preset_files import check_preset
-from steer_engine.vectors.shelf import preset_digest
+from steer_engine.vectors.shelf import preset_digest, vectors_of
 
 router = APIRouter(prefix="/v1/steering/presets", tags=["steering"], route_class=SteeringRoute)
 
@@ -52,7 +52,7 @@ async def put_preset(request: Request, name: Name) -> JSONResponse:
     spec = await read_json(request, frontend.registry.limits.max_preset_bytes)
     checked = check_preset(spec)
     try:
-        await asyncio.to_thread(frontend.resolve, checked)
+        await asyncio.to_thread(_check_kept, checked, frontend)
     except SteeringRequestError as error:
         # The preset is well formed, but not for what this server has.
         raise Refused(error.message, 422, error.param) from None
@@ -72,9 +72,16 @@ async def delete_preset(request: Request, name: Name) -> JSONResponse:
     return JSONResponse({"name": name, "digest": preset_digest(spec)})
 
 
+def _check_kept(spec: dict[str, Any], frontend: Any) -> None:
+    """It resolves, and by vectors that are kept: not by one that came in a request and is soon forgotten."""
+    frontend.resolve(spec)
+    for name in sorted(vectors_of(spec)):
+        frontend.registry.get(name)
+
+
 async def read_json(request: Request, max_bytes: int) -> Any:
     """A JSON body of bounded size. Raises SteeringRequestError, PayloadTooLargeError."""
-    raw = b""
+    raw = bytearray()
     async for piece in request.stream():
         raw += piece
         if len(raw) > max_bytes:

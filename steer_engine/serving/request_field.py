@@ -40,8 +40,9 @@ def steering_of(body: Mapping[str, Any]) -> Any:
                 "top-level field 'steering'.",
                 f"{XARGS}.{FIELD}",
             )
+        in_xargs = _read(in_xargs)
         foreign = [(form, xargs[form]) for form in foreign_forms.XARGS_FORMS if xargs.get(form) is not None]
-    top = body.get(FIELD)
+    top = _read(body.get(FIELD))
     ways = [
         *([FIELD] if top is not None else ()),
         *([f"{XARGS}.{FIELD}"] if in_xargs is not None else ()),
@@ -67,13 +68,20 @@ def mentions_steering(body: Any) -> bool:
         return any(mentions_steering(item) for item in body if isinstance(item, dict))
     if not isinstance(body, Mapping):
         return False
-    if body.get(FIELD) not in (None, False) or any(body.get(form) is not None for form in foreign_forms.XARGS_FORMS):
+    if _read(body.get(FIELD)) not in (None, False) or any(
+        body.get(form) is not None for form in foreign_forms.XARGS_FORMS
+    ):
         return True
     return any(
         mentions_steering(inner) or any(isinstance(key, str) and key.startswith(RESERVED_PREFIX) for key in inner)
         for inner in (body.get(place) for place in (XARGS, *MISPLACED))
         if isinstance(inner, Mapping)
     )
+
+
+def _read(said: Any) -> Any:
+    """What JSON text says, where it says that nothing is asked; everything else as it is."""
+    return {"null": None, "false": False}.get(said.strip(), said) if isinstance(said, str) else said
 
 
 def _refuse_reserved_keys(xargs: Mapping[Any, Any]) -> None:

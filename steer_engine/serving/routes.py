@@ -14,6 +14,7 @@ from steer_engine.resolve import ResolvedSpec
 from steer_engine.serving import metrics
 from steer_engine.serving.answers import SteeringRoute, failed, frontend_of
 from steer_engine.serving.preset_routes import SPEC_BODY, read_json
+from steer_engine.serving.request_field import FIELD, steering_of
 from steer_engine.spec import Op
 
 router = APIRouter(tags=["steering"], route_class=SteeringRoute)
@@ -61,6 +62,7 @@ async def validate(request: Request) -> JSONResponse:
     frontend = frontend_of(request)
     limits = frontend.limits
     asked = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
+    asked = steering_of({FIELD: asked})
     resolved = await asyncio.to_thread(frontend.resolve, asked)
     if resolved is None:
         raise SteeringRequestError("The body asks for no steering.", "steering")
@@ -88,7 +90,7 @@ def _dose(resolved: ResolvedSpec, frontend: Any) -> float | None:
     """The largest |edit| at a block in mean residual norms, of the edits whose vectors know them; None if none does."""
     doses = []
     for edit in (each.edit for each in resolved.edits):
-        vector = frontend.registry.get(edit.vector)
+        vector = frontend.vector(edit.vector)
         norms = vector.metadata.residual_norms
         for block, scale in zip(edit.blocks, edit.scales, strict=True):
             if edit.op is Op.ADD and norms.get(block):

@@ -81,11 +81,10 @@ class Registry:
 
     def get(self, name_or_digest: str) -> ControlVector:
         """The vector of that name or digest, as of now. Raises UnknownVectorError."""
-        if _DIGEST.fullmatch(name_or_digest):
-            found = self._by_digest(name_or_digest)
-        else:
-            digest = self._shelved(name_or_digest)
-            found = self._adopted.find(name_or_digest) if digest is None else self._by_digest(digest)
+        found = self._find(name_or_digest)
+        if found is None and self._shelf is not None:
+            self._shelf.manifest(reopen=True)
+            found = self._find(name_or_digest)
         if found is None:
             raise UnknownVectorError(
                 f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._what_there_is()}.", param="vector"
@@ -120,7 +119,7 @@ class Registry:
         shelf = self._writable(name)
         if (source := self._adopted.source_of(name)) is not None and self._shelved(name) is None:
             raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
-        is_new = shelf.put(name, vector, if_match=if_match)
+        is_new = shelf.put(name, vector, if_match=if_match, file_presets=self._file_presets())
         self._remember(vector)
         return is_new
 
@@ -129,7 +128,7 @@ class Registry:
         shelf = self._writable(name)
         if self._shelved(name) is None and (source := self._adopted.source_of(name)) is not None:
             raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; remove the file.")
-        return shelf.delete(name, if_match=if_match)
+        return shelf.delete(name, if_match=if_match, file_presets=self._file_presets())
 
     def preset(self, name: str) -> dict[str, Any]:
         """A preset's spec as it was written. Raises UnknownVectorError."""
@@ -139,6 +138,8 @@ class Registry:
                 found = self._shelf.manifest().presets.get(name)
             if found is None and self._preset_files is not None:
                 found = self._preset_files.get(name)
+            if found is None and self._shelf is not None:
+                found = self._shelf.manifest(reopen=True).presets.get(name)
         if found is None:
             there = ", ".join(list(self.presets())[:8]) or "none"
             raise UnknownVectorError(f"There is no preset {name[:MAX_NAME]!r}; there are: {there}.", param="preset")
@@ -146,9 +147,7 @@ class Registry:
 
     def presets(self) -> dict[str, dict[str, Any]]:
         """Name -> spec of every preset, by name."""
-        found: dict[str, dict[str, Any]] = {}
-        if self._preset_files is not None:
-            found |= {name: spec for name, spec in self._preset_files.all().items() if NAME.fullmatch(name)}
+        found = self._file_presets()
         if self._shelf is not None:
             found |= self._shelf.manifest().presets
         return dict(sorted(found.items()))
@@ -190,6 +189,16 @@ class Registry:
         if strict and misfits:
             raise ModelMismatchError(" ".join(f"{name}: {reason}" for name, reason in misfits.items()))
         return misfits
+
+    def _file_presets(self) -> dict[str, dict[str, Any]]:
+        files = {} if self._preset_files is None else self._preset_files.all()
+        return {name: spec for name, spec in files.items() if NAME.fullmatch(name)}
+
+    def _find(self, name_or_digest: str) -> ControlVector | None:
+        if _DIGEST.fullmatch(name_or_digest):
+            return self._by_digest(name_or_digest)
+        digest = self._shelved(name_or_digest)
+        return self._adopted.find(name_or_digest) if digest is None else self._by_digest(digest)
 
     def _shelved(self, name: str) -> str | None:
         """The digest that the shelf has for a name now."""

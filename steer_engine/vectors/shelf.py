@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,33 +80,37 @@ class Shelf:
         self._objects = self._root / "objects"
         self._state = read_manifest(self._manifest_path)
         self.fault: str | None = None
-        """Why the disk could not be read at the last look, if so; what was read before it serves on."""
+        """Why the disk could not be read at the last look, if so; what was read before it serves on. Clients are told."""
 
     @property
     def exists(self) -> bool:
         return self._root.is_dir()
 
-    def manifest(self) -> Manifest:
+    def manifest(self, *, reopen: bool = False) -> Manifest:
         """The manifest as it is on the disk now: one `stat`, and a read only if it was replaced.
 
         While the disk cannot be read, the one read last; `fault` says so.
+
+        reopen: read it whatever `stat` says. A network file system answers `stat` from a cache, but opens what is there.
         """
         try:
-            if signature_of(self._manifest_path) != self._state[1]:
+            if reopen or signature_of(self._manifest_path) != self._state[1]:
                 found = read_manifest(self._manifest_path)
                 # It is only ever replaced: one that is gone was not emptied, its volume is away.
                 if found[1] is None and self._state[1] is not None:
                     raise FileNotFoundError(errno.ENOENT, "the manifest is gone")
                 self._state = found
         except OSError as error:
-            self._note(f"{self._root} cannot be read ({error.strerror}); what was read before serves on.")
+            self._note(f"The registry's folder cannot be read ({error.strerror}); what was read before serves on.")
+        except RegistryError:
+            self._note("The registry's manifest is damaged and cannot be read; what was read before serves on.")
         else:
             self._note(None)
         return self._state[0]
 
     def _note(self, fault: str | None) -> None:
         if fault != self.fault:
-            logger.error("%s", fault) if fault else logger.info("%s can be read again.", self._root)
+            logger.error("%s: %s", self._root, fault) if fault else logger.info("%s can be read again.", self._root)
         self.fault = fault
 
     def load(self, digest: str) -> ControlVector:
@@ -120,11 +124,21 @@ class Shelf:
             raise VectorFileError(f"{path.name} holds other content than its name says.")
         return vector
 
-    def put(self, name: str, vector: ControlVector, *, if_match: str | None = None) -> bool:
+    def put(
+        self,
+        name: str,
+        vector: ControlVector,
+        *,
+        if_match: str | None = None,
+        file_presets: Mapping[str, dict[str, Any]] | None = None,
+    ) -> bool:
         """Make `name` stand for `vector`; on the disk when this returns. True if the name is new.
 
+        file_presets: presets that the shelf does not know.
+
         Raises:
-            RegistryConflictError: the name stands for another digest, and `if_match` does not say which.
+            RegistryConflictError: the name stands for another digest, and `if_match` does not say which; or a preset
+                names by digest the content that would go.
             PreconditionError: `if_match` is not the digest that the name stands for.
             RegistryFullError: a limit.
         """
@@ -139,17 +153,24 @@ class Shelf:
                 vectors=manifest.vectors | {name: VectorEntry(digest=vector.digest, num_bytes=len(data))}
             )
             self._check_room(after)
+            if before is not None:
+                _check_unused({before.digest} - _digests(after), name, manifest, file_presets)
             self._write_object(vector.digest, data)
             self._replace(after)
             if before is not None:
                 self._remove_unnamed(before.digest, after)
             return before is None
 
-    def delete(self, name: str, *, if_match: str | None = None) -> str:
+    def delete(
+        self, name: str, *, if_match: str | None = None, file_presets: Mapping[str, dict[str, Any]] | None = None
+    ) -> str:
         """Forget a name; returns the digest that it stood for.
 
+        file_presets: presets that the shelf does not know.
+
         Raises:
-            UnknownVectorError, PreconditionError; RegistryConflictError if a preset names it.
+            UnknownVectorError, PreconditionError; RegistryConflictError if a preset names it, or by digest what would
+                go with it.
         """
         with self._changing() as manifest:
             entry = manifest.vectors.get(name)
@@ -157,11 +178,9 @@ class Shelf:
                 raise UnknownVectorError(f"There is no control vector {name!r} to delete.", param="name")
             if if_match not in (None, ANY, entry.digest):
                 raise PreconditionError(f"{name!r} stands for {entry.digest}, not for {if_match}.")
-            users = sorted(preset for preset, spec in manifest.presets.items() if name in vectors_of(spec))
-            if users:
-                raise RegistryConflictError(f"{name!r} is used by the presets {', '.join(users[:8])}.")
             vectors = {other: kept for other, kept in manifest.vectors.items() if other != name}
             after = manifest.changed(vectors=vectors)
+            _check_unused({name, entry.digest} - _digests(after), name, manifest, file_presets)
             self._replace(after)
             self._remove_unnamed(entry.digest, after)
             return entry.digest
@@ -250,19 +269,21 @@ class Shelf:
                 message = "Another change of the registry takes too long; try again."
                 raise CapacityError(message, retry_after=5) from None
             try:
-                yield self._check_here()
+                # Read whatever `stat` says: what another server has just acknowledged must not be lost.
+                yield self._check_here(reopen=True)
             finally:
                 lock.release()
 
-    def _check_here(self) -> Manifest:
+    def _check_here(self, *, reopen: bool = False) -> Manifest:
         """The manifest; raises RegistryError while the disk cannot be read: a change would go to something else."""
-        manifest = self.manifest()
+        manifest = self.manifest(reopen=reopen)
         if self.fault is not None:
             raise RegistryError(f"The registry cannot be changed now: {self.fault}")
         return manifest
 
     def _replace(self, manifest: Manifest) -> None:
         write_manifest(self._manifest_path, manifest)
+        self._state = manifest, signature_of(self._manifest_path)
 
     def _check_room(self, manifest: Manifest) -> None:
         limits = self.limits
@@ -280,7 +301,7 @@ class Shelf:
         return [path for path in (self._root / "incoming").glob("*") if path.stat().st_mtime < oldest]
 
     def _remove_unnamed(self, digest: str, manifest: Manifest) -> None:
-        if digest not in {entry.digest for entry in manifest.vectors.values()}:
+        if digest not in _digests(manifest):
             self._object(digest).unlink(missing_ok=True)
 
 
@@ -296,6 +317,20 @@ def preset_digest(spec: dict[str, Any]) -> str:
     """The version of a preset: over its JSON, for `ETag` and `If-Match`."""
     text = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _digests(manifest: Manifest) -> set[str]:
+    return {entry.digest for entry in manifest.vectors.values()}
+
+
+def _check_unused(
+    gone: set[str], name: str, manifest: Manifest, file_presets: Mapping[str, dict[str, Any]] | None
+) -> None:
+    """No preset names what would be gone: a name, a digest."""
+    presets = {**(file_presets or {}), **manifest.presets}
+    users = sorted(preset for preset, spec in presets.items() if gone & vectors_of(spec))
+    if users:
+        raise RegistryConflictError(f"{name!r} is used by the presets {', '.join(users[:8])}.")
 
 
 def _check_version(name: str, found: str | None, wanted: str, if_match: str | None) -> None:

@@ -93,6 +93,10 @@ async def test_retry_after_belongs_to_503() -> None:
         b'[{"steering": {}}, {"steering": {"edits": []}}]',
         b'--x\r\ncontent-disposition: form-data; name="steering"\r\n\r\n{}\r\n--x--',
         b"model=m&steering=%7B%7D",
+        json.dumps({"steering": SPEC}).encode("utf-16"),
+        json.dumps({"steering": SPEC}).encode("utf-16-be"),
+        json.dumps({"steering": SPEC}).encode("utf-32-le"),
+        json.dumps({"steering": SPEC}).encode("utf-8-sig"),
     ],
 )
 async def test_a_path_that_cannot_carry_steering_refuses_it_before_its_handler(content: bytes) -> None:
@@ -107,7 +111,16 @@ async def test_a_path_that_cannot_carry_steering_refuses_it_before_its_handler(c
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not json: steering", body(steering=None), body(input="steering"), b"\xff\\u steering", b"[" * 9999],
+    [
+        b"",
+        b"not json: steering",
+        body(steering=None),
+        body(input="steering"),
+        b"\xff\\u steering",
+        b"[" * 9999,
+        '{"input": "steering"}'.encode("utf-16"),
+        b"\xff\xfe{\0s\0\x01",
+    ],
 )
 async def test_other_bodies_pass_untouched(content: bytes) -> None:
     app = App()
@@ -125,6 +138,7 @@ async def test_other_bodies_pass_untouched(content: bytes) -> None:
         body(**{"STEERING ": SPEC}),
         b'{"vllm_xargs": {"steering": "{}", "steering": null}}',
         b'[{"prompt": "x"}, {"Steering": {}}]',
+        json.dumps({"Steering": SPEC}).encode("utf-16"),
     ],
 )
 async def test_a_field_that_would_be_lost_without_a_word_is_refused(content: bytes) -> None:

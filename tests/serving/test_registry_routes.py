@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import struct
 from collections.abc import AsyncIterator
@@ -26,6 +27,7 @@ from steer_engine.serving.middleware import SteeringMiddleware
 from steer_engine.serving.upload import Uploads
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
+from steer_engine.vectors.inline import InlineVectors
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
 from steer_engine.vectors.shelf import ShelfLimits
 
@@ -42,10 +44,14 @@ class Frontend:
     armed: bool = True
     default_preset: str | None = None
     door: Door = field(default_factory=Door)
+    inline: InlineVectors = field(default_factory=lambda: InlineVectors(3000))
+
+    def vector(self, name: str) -> ControlVector:
+        return self.inline.find(name) or self.registry.get(name)
 
     def resolve(self, raw: Any) -> ResolvedSpec | None:
         spec = parse_spec(raw)
-        return None if spec is None else resolve(spec, self.registry.get, self.model, self.limits)
+        return None if spec is None else resolve(self.inline.take(spec), self.vector, self.model, self.limits)
 
 
 def one(value: float, *, width: int = 8, block: int = 1) -> ControlVector:
@@ -296,6 +302,11 @@ async def test_presets(client: httpx.AsyncClient) -> None:
     for body in ({"preset": "soft"}, {"edits": []}, {}, [], None, b"", b"{", b"[" * 900):
         assert error(await put_preset("bad", body))[0] == 400, body
     assert error(await put_preset("bad", b" " * 1001))[0] == 413
+    inline = {"vector": {"data": base64.b64encode(to_bytes(one(8))).decode()}}
+    assert (await client.post("/v1/steering/validate", json={"edits": [inline]})).status_code == 200
+    passing = {"edits": [{"vector": one(8).digest}]}  # known from a request, and not for long
+    assert (await client.post("/v1/steering/validate", json=passing)).status_code == 200
+    assert error(await put_preset("bad", passing))[0] == 422
     assert error(await client.delete("/v1/steering/vectors/calm", headers=ADMIN))[0] == 409
     await put_preset("second", spec)
     assert error(await put_preset("third", spec))[0] == 507
@@ -318,6 +329,45 @@ async def test_validate(client: httpx.AsyncClient) -> None:
     for body in (b"", b"null", b"[]", b"{" * 50_000):
         assert error(await client.post("/v1/steering/validate", content=body))[0] == 400
     assert error(await client.post("/v1/steering/validate", content=b" " * 70_000))[0] == 413
+
+
+async def test_validate_reads_what_a_request_may_say(client: httpx.AsyncClient) -> None:
+    """The form of another server, too: the answer is the one to a request with it."""
+    await put(client, "calm", to_bytes(one(1)))
+    ours = await client.post("/v1/steering/validate", json={"edits": [{"vector": "calm", "scale": 2.0}]})
+    vector = {"source": "calm", "scale": 2.0, "apply": {"phases": ["prompt", "generation"]}}
+    theirs = await client.post("/v1/steering/validate", json={"vectors": [vector]})
+    assert theirs.status_code == 200
+    assert theirs.json() == ours.json()
+    path = await client.post("/v1/steering/validate", json={"vectors": [vector | {"source": "/etc/calm.gguf"}]})
+    assert error(path) == (400, "steering.vectors[0].source")
+    for nothing in ("null", "false"):
+        assert error(await client.post("/v1/steering/validate", content=nothing)) == (400, "steering")
+
+
+@pytest.mark.parametrize("path", ["vectors", "presets"])
+@pytest.mark.parametrize("limit", ["0", "1001", "x" * 5000, "1e3", ""])
+async def test_a_wrong_parameter_is_told_as_every_error_is(client: httpx.AsyncClient, path: str, limit: str) -> None:
+    answer = await client.get(f"/v1/steering/{path}", params={"limit": limit})
+    assert error(answer) == (400, "limit")
+    assert len(answer.text) < 300
+
+
+async def test_a_volume_that_is_away_is_told_without_its_path(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    await put(client, "calm", to_bytes(one(1)))
+    folder = tmp_path / "vectors"
+    folder.rename(tmp_path / "away")
+    folder.mkdir()
+    answers = [await put(client, "new", to_bytes(one(2)))]
+    answers += [await client.delete("/v1/steering/vectors/calm", headers=ADMIN)]
+    for answer in answers:
+        assert error(answer)[0] == 503
+        assert int(answer.headers["Retry-After"]) >= 1
+    stats = await client.get("/v1/steering/stats")
+    assert "cannot be read" in stats.json()["registry"]["fault"]
+    for answer in (*answers, stats):
+        assert str(tmp_path) not in answer.text
+    assert (await client.get("/v1/steering/vectors/calm")).status_code == 200
 
 
 async def test_draining(client: httpx.AsyncClient, app: FastAPI) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,12 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path: Path, monkey
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1])
     write_atomically(tmp_path / "f", b"data")
     assert order == ["fsync", "replace", "fsync"]
+
+
+def test_versions_in_a_row_have_times_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the kernel's, which on many systems are those of a tick of 4 ms."""
+    ticks = iter(range(10**18, 10**18 + 5))
+    monkeypatch.setattr(time, "time_ns", lambda: next(ticks))
+    for number in range(5):
+        write_atomically(tmp_path / "f", b"%d" % number)
+        assert (tmp_path / "f").stat().st_mtime_ns == 10**18 + number

@@ -97,6 +97,7 @@ def test_away(folder: Path, change: str) -> None:
     with pytest.raises(RegistryError, match="cannot be changed now") as caught:
         CHANGES[change](registry)
     assert caught.value.status == 503
+    assert str(folder) not in caught.value.message
     assert list(folder.iterdir()) == []
     folder.rmdir()
     away.rename(folder)
@@ -153,3 +154,22 @@ def test_what_the_disk_says_is_told(code: int, status: int) -> None:
     with pytest.raises(RegistryError, match=os.strerror(code)) as caught, writing():
         raise OSError(code, os.strerror(code))
     assert caught.value.status == status
+
+
+def test_a_manifest_that_is_damaged_while_it_serves(folder: Path) -> None:
+    """What was read before serves on; nothing is changed until it is mended; clients hear no path."""
+    registry, path = Registry(folder), folder / FOLDER / "manifest.json"
+    assert_whole(registry)
+    good = path.read_bytes()
+    path.write_bytes(good[:-3])
+    assert_whole(registry)
+    assert "damaged" in str(registry.fault)
+    for change in CHANGES.values():
+        with pytest.raises(RegistryError, match="cannot be changed now") as caught:
+            change(registry)
+        assert caught.value.status == 503
+        assert str(folder) not in caught.value.message
+    assert path.read_bytes() == good[:-3]
+    path.write_bytes(good)
+    assert registry.fault is None
+    CHANGES["put"](registry)

@@ -16,6 +16,7 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.vectors import ControlVector, Registry, save
+from steer_engine.vectors import shelf as shelf_module
 from steer_engine.vectors.loaded import BUDGET_VARIABLE
 from steer_engine.vectors.shelf import FOLDER
 
@@ -130,3 +131,58 @@ def test_memory_for_contents_is_bounded_and_what_was_let_go_is_read_again(
         assert len(registry._loaded.digests()) <= 3
     registry.put("large", one(1, width=1000))
     assert registry._loaded.digests() == [one(1, width=1000).digest]
+
+
+def test_a_vector_that_a_preset_file_uses_is_not_deleted(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.put("put", one(1))
+    (tmp_path / "calm.preset.json").write_text(json.dumps(CALM))
+    with pytest.raises(RegistryConflictError, match="calm"):
+        registry.delete("put")
+    assert registry.get("put") == one(1)
+    registry.put("put", one(2), if_match="*")  # by name: the preset follows
+    (tmp_path / "calm.preset.json").unlink()
+    registry.delete("put")
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_content_that_a_preset_names_by_digest_stays(tmp_path: Path, in_file: bool) -> None:
+    registry = Registry(tmp_path)
+    registry.put("put", one(1))
+    pinned = {"edits": [{"vector": "other", "gate": {"vector": one(1).digest, "min_cos": 0.0}}]}
+    if in_file:
+        (tmp_path / "pinned.preset.json").write_text(json.dumps(pinned))
+    else:
+        registry.put_preset("pinned", pinned)
+    with pytest.raises(RegistryConflictError, match="pinned"):
+        registry.delete("put")
+    with pytest.raises(RegistryConflictError, match="pinned"):
+        registry.put("put", one(2), if_match="*")
+    assert Registry(tmp_path).get(one(1).digest) == one(1)
+    registry.put("copy", one(1))
+    registry.put("put", one(2), if_match="*")
+    with pytest.raises(RegistryConflictError, match="pinned"):
+        registry.delete("copy")
+    registry.put("put", one(1), if_match="*")
+    registry.delete("copy")
+    assert Registry(tmp_path).get(one(1).digest) == one(1)
+
+
+def test_a_name_that_stat_does_not_show_yet_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may answer `stat` from its cache for seconds; the file that it opens is the new one. And who
+    changes something does not undo a change that `stat` does not show."""
+    registry, other = Registry(tmp_path), Registry(tmp_path)
+    registry.put("first", one(1))
+    manifest = tmp_path / FOLDER / "manifest.json"
+    assert other.get("first") == one(1)
+    stale = shelf_module.signature_of(manifest)
+    real = shelf_module.signature_of
+    monkeypatch.setattr(shelf_module, "signature_of", lambda path: stale if path == manifest else real(path))
+    registry.put("second", one(2))
+    registry.put_preset("calm", CALM)
+    assert other.get("second") == one(2)
+    assert other.get(one(2).digest) == one(2)
+    registry.put_preset("loud", CALM)
+    assert other.preset("loud") == CALM
+    with pytest.raises(UnknownVectorError):
+        other.get("third")

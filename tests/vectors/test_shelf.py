@@ -143,7 +143,7 @@ def test_an_unchanged_manifest_is_not_read_again(tmp_path: Path, monkeypatch: py
     assert reads == []
     Shelf(tmp_path).put("b", one(2))
     shelf.manifest()
-    assert len(reads) == 1 + 1  # one at the start of the other, and one here
+    assert len(reads) == 2 + 1  # at the start of the other and under its lock, and one here
 
 
 def test_a_damaged_manifest_is_an_error_and_never_an_empty_registry(tmp_path: Path) -> None:
