@@ -97,6 +97,8 @@ class Limits(NamedLimits):
     """What one request may ask; `GET /v1/steering` publishes these numbers."""
 
     max_edits: int = 8
+    max_request_vectors: int = Field(default=16, ge=1)
+    """Different vectors that one request may name, those of gates included."""
     max_abs_scale: float = 1000.0
     max_dose: float = 100.0
     """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
@@ -104,6 +106,13 @@ class Limits(NamedLimits):
     """Of a spec as JSON text; `parse_spec` holds to it."""
     max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
     """Decoded bytes of all vectors that come in one request itself; 0 switches them off."""
+
+
+class EngineLimits(NamedLimits):
+    """Of one engine; its processes read it from the environment, as the API does that publishes it."""
+
+    store_bytes: int = Field(default=4 * 2**30, ge=0)
+    """Host memory of each worker for vectors; what no request names makes room."""
 
 
 def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:

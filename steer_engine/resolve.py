@@ -132,6 +132,12 @@ def resolve(
     )
     canonical = canonical_order([edit.edit for edit in edits])
     template = ProgramTemplate.compile(canonical, keep_norm=spec.preserve_norm)
+    if len(template.vectors) > limits.max_request_vectors:
+        raise SteeringRequestError(
+            f"The edits name {len(template.vectors)} different vectors; one request may name at most "
+            f"{limits.max_request_vectors}.",
+            "steering.edits",
+        )
     if template.rows > model.rows:
         raise SteeringRequestError(
             f"The edits need {template.rows} rows at one block; this server has room for {model.rows} "

@@ -178,6 +178,19 @@ def test_more_edits_than_the_limit() -> None:
     assert refused({}, {}, limits=Limits(max_edits=1)).param == "steering.edits"
 
 
+def test_more_vectors_than_the_limit() -> None:
+    """Counted by content, those of gates included."""
+    spec = parse_spec(
+        {"edits": [{"vector": name, "gate": {"vector": "c", "min_cos": 0.0}} for name in ("a", "b", "a")]}
+    )
+    assert spec is not None
+    vectors = {name: vector_of(size) for name, size in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    assert len(resolve(spec, vectors.__getitem__, MODEL, Limits(max_request_vectors=3)).vectors) == 3
+    with pytest.raises(SteeringRequestError, match="3 different vectors; one request may name at most 2") as caught:
+        resolve(spec, vectors.__getitem__, MODEL, Limits(max_request_vectors=2))
+    assert (caught.value.param, caught.value.status) == ("steering.edits", 400)
+
+
 def test_unarmed_operations() -> None:
     model = shape(ops=(Op.ADD, Op.SET))
     assert refused({"op": "ablate"}, model=model).param == "steering.edits[0].op"

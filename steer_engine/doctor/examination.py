@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from steer_engine.config import EngineLimits
 from steer_engine.doctor.diagnosis import Diagnosis
 from steer_engine.doctor.shrinking import shrunken
 from steer_engine.errors import SteerError
-from steer_engine.runtime.resident import BUDGET_VARIABLE, DEFAULT_BUDGET
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def _configure(diagnosis: Diagnosis, asked: Any) -> Any:
         "routing": device.routing,
         "device": device.total,
         "host_vector": 4 * shape.hidden_size * shape.num_blocks,
-        "host_store": int(os.environ.get(BUDGET_VARIABLE, DEFAULT_BUDGET)),
+        "host_store": EngineLimits.from_environment().store_bytes,
     }
     return vllm_config
 

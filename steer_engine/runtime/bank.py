@@ -35,6 +35,11 @@ class Bank:
     def num_pinned(self) -> int:
         return len(self._users)
 
+    @property
+    def num_used(self) -> int:
+        """Rows that hold a vector, whether or not a request uses it now."""
+        return len(self._row_of)
+
     def can_pin(self, rows: Sequence[Row]) -> bool:
         """Whether `pin` would find room."""
         wanted = set(rows)

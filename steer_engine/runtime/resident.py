@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-BUDGET_VARIABLE = "STEER_ENGINE_STORE_BYTES"
-DEFAULT_BUDGET = 4 * 2**30
+from steer_engine.config import EngineLimits
 
 PIN_SECONDS = 60.0
 """How long a vector stays after it was shipped or named: the scheduler may not know its request yet."""
@@ -28,7 +26,7 @@ class Resident:
     budget: bytes of vectors in host memory of each worker; more is taken only while everything else is in use.
     """
 
-    budget: int = field(default_factory=lambda: int(os.environ.get(BUDGET_VARIABLE, DEFAULT_BUDGET)))
+    budget: int = field(default_factory=lambda: EngineLimits.from_environment().store_bytes)
     _held: dict[str, _Held] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 

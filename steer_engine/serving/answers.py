@@ -36,7 +36,7 @@ def failed(error: SteerError) -> JSONResponse:
 
 
 class SteeringRoute(APIRoute):
-    """A route whose handler may raise a SteerError. What FastAPI refuses itself is told alike, without the whole value."""
+    """A route whose handler may raise a SteerError. What FastAPI refuses itself is told alike, its value cut short."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()

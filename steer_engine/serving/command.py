@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from steer_engine.config import CONFIG_KEY, Limits, SteeringConfig
+from steer_engine.config import CONFIG_KEY, EngineLimits, Limits, SteeringConfig
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.serving import mirroring
 from steer_engine.serving.api_limits import ApiLimits
@@ -159,7 +159,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_limits(given: Sequence[str]) -> None:
     """By the environment, which every API process inherits."""
-    groups = (Limits, ShelfLimits, ApiLimits)
+    groups = (Limits, ShelfLimits, ApiLimits, EngineLimits)
     for each in given:
         name, _, value = each.partition("=")
         group = next((group for group in groups if name in group.model_fields), None)

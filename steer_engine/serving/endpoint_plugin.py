@@ -22,6 +22,7 @@ class SteerEndpointPlugin:
 
     def attach_router(self, app: Any) -> None:
         """Add our routes and the middleware; called once while vLLM builds its app, after all its own routes."""
+        from steer_engine.config import EngineLimits
         from steer_engine.runtime.door import Door
         from steer_engine.serving import playground, preset_routes, routes, vector_routes
         from steer_engine.serving.admin_keys import AdminKeys
@@ -32,6 +33,7 @@ class SteerEndpointPlugin:
         for module in (routes, vector_routes, preset_routes, playground):
             app.include_router(module.router)
         app.state.steering_api_limits = ApiLimits.from_environment()
+        app.state.steering_engine_limits = EngineLimits.from_environment()
         app.state.steering_admin_keys = keys = AdminKeys.from_environment()
         app.state.steering_door = door = Door()
         app.add_middleware(SteeringMiddleware, max_body_bytes=app.state.steering_api_limits.max_body_bytes, door=door)
@@ -61,6 +63,7 @@ class SteerEndpointPlugin:
             )
         limits = state.steering_api_limits
         state.steering_frontend = frontend
+        frontend.log_requests = bool(args.enable_log_requests)
         frontend.door = state.steering_door
         state.steering_readiness = Readiness(partial(handshake, engine_client))
         state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)

@@ -15,6 +15,9 @@ from steer_engine.resolve import ResolvedSpec
 MAX_VECTOR_LABELS = 100
 """Names that have a time series of their own; whatever is used after them counts as `other`."""
 
+MAX_DIGEST_LABELS = 20
+"""The same for digests, which clients make up with vectors of their own: they leave the names their places."""
+
 OTHER = "other"
 
 requests = Counter(
@@ -48,7 +51,10 @@ registry_generation = Gauge(
     "steer_engine_registry_generation", "Changes of the registry over the API.", multiprocess_mode="mostrecent"
 )
 bank_rows = Gauge(
-    "steer_engine_bank_rows", "Rows of the bank, of the fullest worker.", ("state",), multiprocess_mode="mostrecent"
+    "steer_engine_bank_rows",
+    "Rows of the bank, of the fullest worker; idle ones hold a vector that no request uses.",
+    ("state",),
+    multiprocess_mode="mostrecent",
 )
 bank_waiting = Gauge(
     "steer_engine_waiting_requests", "Steered requests that wait in the engine.", multiprocess_mode="mostrecent"
@@ -60,7 +66,8 @@ store_bytes = Gauge(
     "steer_engine_store_bytes", "Host memory of a worker that vectors take.", multiprocess_mode="mostrecent"
 )
 
-_labels: set[str] = set()
+_labels: dict[int, set[str]] = {MAX_VECTOR_LABELS: set(), MAX_DIGEST_LABELS: set()}
+"""By how many there may be."""
 
 
 def request_steered(resolved: ResolvedSpec, seconds: float) -> None:
@@ -90,8 +97,10 @@ def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
     if not statuses:
         return
     fullest = max(statuses, key=lambda worker: worker["bank_rows_pinned"])
+    # They add up to all rows, as dashboards and alerts take them.
     bank_rows.labels("pinned").set(fullest["bank_rows_pinned"])
-    bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_pinned"])
+    bank_rows.labels("idle").set(fullest["bank_rows_used"] - fullest["bank_rows_pinned"])
+    bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_used"])
     # Each rank of an engine runs all of its requests; the engines share them.
     slots = {worker["engine"]: worker["steered_slots"] for worker in statuses}
     steered_requests.set(sum(slots.values()))
@@ -117,8 +126,10 @@ def snapshot() -> dict[str, float]:
 
 
 def _label_of(asked: Any, digest: str) -> str:
-    label = asked if isinstance(asked, str) and not asked.startswith("sha256:") else digest[: len("sha256:") + 12]
-    if label not in _labels and len(_labels) >= MAX_VECTOR_LABELS:
-        return OTHER
-    _labels.add(label)
-    return label
+    named = isinstance(asked, str) and not asked.startswith("sha256:")
+    label, most = (asked, MAX_VECTOR_LABELS) if named else (digest[: len("sha256:") + 12], MAX_DIGEST_LABELS)
+    if label not in _labels[most]:
+        if len(_labels[most]) >= most:
+            return OTHER
+        _labels[most].add(label)
+    return str(label)

@@ -37,7 +37,9 @@ async def describe(request: Request) -> JSONResponse:
     """What this server can do: model, blocks, operations, scopes and the limits on what one request may ask."""
     frontend = frontend_of(request)
     model = frontend.model
-    limits = frontend.limits.model_dump() | request.app.state.steering_api_limits.model_dump()
+    state = request.app.state
+    limits = frontend.limits.model_dump() | state.steering_api_limits.model_dump()
+    limits |= state.steering_engine_limits.model_dump()
     return JSONResponse(
         {
             "version": steer_engine.__version__,

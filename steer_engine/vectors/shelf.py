@@ -80,7 +80,7 @@ class Shelf:
         self._objects = self._root / "objects"
         self._state = read_manifest(self._manifest_path)
         self.fault: str | None = None
-        """Why the disk could not be read at the last look, if so; what was read before it serves on. Clients are told."""
+        """Why the disk could not be read at the last look, if so; what was read before it serves on. Clients see it."""
 
     @property
     def exists(self) -> bool:
@@ -91,7 +91,7 @@ class Shelf:
 
         While the disk cannot be read, the one read last; `fault` says so.
 
-        reopen: read it whatever `stat` says. A network file system answers `stat` from a cache, but opens what is there.
+        reopen: read it whatever `stat` says. A network file system answers `stat` from a cache, but opens anew.
         """
         try:
             if reopen or signature_of(self._manifest_path) != self._state[1]:

@@ -13,9 +13,8 @@ import pytest
 import torch
 import yaml
 
-from steer_engine.config import SteeringConfig
+from steer_engine.config import EngineLimits, SteeringConfig
 from steer_engine.runtime.engine_runtime import EngineRuntime
-from steer_engine.runtime.resident import DEFAULT_BUDGET
 from steer_engine.runtime.stream import StreamForm
 from steer_engine.serving.command import add_flags
 
@@ -49,7 +48,7 @@ def test_sizes_are_what_an_engine_allocates(row: list[str]) -> None:
     assert memory == f"{runtime.num_bytes / 2**30:.2f} GiB"
     vector = num_blocks * hidden_size * 4
     assert in_host == f"{vector / 2**20:.1f} MiB"
-    assert int(in_store) == DEFAULT_BUDGET // vector
+    assert int(in_store) == EngineLimits().store_bytes // vector
 
 
 def test_the_table_has_both_sizes_of_model() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from steer_engine.runtime.resident import BUDGET_VARIABLE, PIN_SECONDS, Resident
+from steer_engine.config import EngineLimits
+from steer_engine.runtime.resident import PIN_SECONDS, Resident
 
 LATER = PIN_SECONDS + 1
 
@@ -52,7 +53,7 @@ def test_putting_twice_counts_once() -> None:
 
 
 def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BUDGET_VARIABLE, "123")
+    monkeypatch.setenv(EngineLimits.variable("store_bytes"), "123")
     assert Resident().budget == 123
 
 

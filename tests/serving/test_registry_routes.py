@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from steer_engine.config import ALL_OPS, Limits
+from steer_engine.config import ALL_OPS, EngineLimits, Limits
+from steer_engine.limits import NamedLimits
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
 from steer_engine.runtime.door import Door
 from steer_engine.serving import preset_routes, routes, vector_routes
@@ -75,6 +76,7 @@ def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
     app.state.steering_frontend = frontend
     app.state.steering_admin_keys = keys
     app.state.steering_api_limits = limits
+    app.state.steering_engine_limits = EngineLimits()
     app.state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
     app.state.steering_in_flight = in_flight
     app.state.steering_readiness = SimpleNamespace(check=check)
@@ -383,7 +385,9 @@ async def test_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
 
 async def test_limits_are_published(client: httpx.AsyncClient) -> None:
     limits = (await client.get("/v1/steering")).json()["limits"]
-    names = {*Limits.model_fields, *ApiLimits.model_fields, *ShelfLimits.model_fields, "rows", "bank_rows"}
+    groups = (Limits, ApiLimits, ShelfLimits, EngineLimits)
+    assert {group.__name__ for group in groups} == {group.__name__ for group in NamedLimits.__subclasses__()}
+    names = {name for group in groups for name in group.model_fields} | {"rows", "bank_rows"}
     assert set(limits) == names
     assert limits["max_upload_bytes"] == 10_000
     assert limits["max_vectors"] == 3

@@ -169,8 +169,10 @@ def test_content_that_a_preset_names_by_digest_stays(tmp_path: Path, in_file: bo
 
 
 def test_a_name_that_stat_does_not_show_yet_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network file system may answer `stat` from its cache for seconds; the file that it opens is the new one. And who
-    changes something does not undo a change that `stat` does not show."""
+    """A network file system may answer `stat` from its cache for seconds; the file that it opens is the new one.
+
+    And who changes something does not undo a change that `stat` does not show.
+    """
     registry, other = Registry(tmp_path), Registry(tmp_path)
     registry.put("first", one(1))
     manifest = tmp_path / FOLDER / "manifest.json"

@@ -52,6 +52,8 @@ class Frontend:
         """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
         self.scores = False
         """Set by the offline engine: requests may ask for numbers about their next-token distribution."""
+        self.log_requests = False
+        """Set by `--enable-log-requests`: a line for each steered request at level INFO instead of DEBUG."""
         self.held = Held()
         """What this process believes the engines hold."""
         self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()

@@ -72,7 +72,8 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         raise VLLMNotFoundError(error.message) from error
     except SteeringRequestError as error:
         raise VLLMValidationError(error.message, parameter=error.param) from error
-    _log(request.request_id, extra_args.get(PROGRAM_KEY))
+    level = logging.INFO if frontend.log_requests else logging.DEBUG
+    _log(level, request.request_id, extra_args.get(PROGRAM_KEY))
     if CAPTURE_KEY in sampling.extra_args:
         # A cached position is never computed, so it could not be read.
         sampling.skip_reading_prefix_cache = True
@@ -89,8 +90,8 @@ def _check_seeded(frontend: Frontend, prompt_len: int) -> None:
         )
 
 
-def _log(request_id: str, program: dict[str, Any] | None) -> None:
+def _log(level: int, request_id: str, program: dict[str, Any] | None) -> None:
     """One line of JSON for each steered request: what is applied where, by digest."""
-    if program is not None and logger.isEnabledFor(logging.DEBUG):
+    if program is not None and logger.isEnabledFor(level):
         line = {"request_id": request_id, "vectors": program["vectors"], "edits": program["identity"]}
-        logger.debug("steered %s", json.dumps(line, separators=(",", ":")))
+        logger.log(level, "steered %s", json.dumps(line, separators=(",", ":")))

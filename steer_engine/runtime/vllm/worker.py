@@ -89,6 +89,7 @@ def steer_status(self: Any) -> Reply:
         "fused_calls": runtime.fused_calls,
         "rows": runtime.config.rows,
         "bank_rows": runtime.bank.num_rows,
+        "bank_rows_used": runtime.bank.num_used,
         "bank_rows_pinned": runtime.bank.num_pinned,
         "steered_slots": len(runtime.programs.steered_slots),
         "table_bytes": runtime.num_bytes,

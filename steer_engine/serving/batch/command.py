@@ -44,6 +44,13 @@ def batch(argv: Sequence[str]) -> int:
     return 1 if tally.failed and not tally.answered and not tally.skipped else 0
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} requests at once would answer nothing; at least 1")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="steer-engine batch",
@@ -55,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="OUT", help="answers, one a line, in the order in which they come")
     parser.add_argument("--model", required=True, help="as for `steer-engine serve`")
     parser.add_argument(
-        "--at-once", type=int, default=AT_ONCE, metavar="N", help=f"requests at once (default {AT_ONCE})"
+        "--at-once", type=_at_least_one, default=AT_ONCE, metavar="N", help=f"requests at once (default {AT_ONCE})"
     )
     parser.add_argument("--retry-errors", action="store_true", help="ask lines again that failed in an earlier run")
     return parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,8 +70,14 @@ async def _work(
             output.write(fault_line(line))
             tally.failed += 1
         else:
-            status, body = await _patiently(ask, line)
-            output.write(answer_line(line, status, body))
+            try:
+                status, body = await _patiently(ask, line)
+            except RecursionError:
+                fault = replace(line, fault="The body is nested too deeply.")
+                output.write(fault_line(fault))
+                status = 400
+            else:
+                output.write(answer_line(line, status, body))
             tally.answered += status < 400
             tally.failed += status >= 400
         output.flush()

@@ -6,6 +6,7 @@ the server, errors included, and every hook of ours is in place.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,17 @@ from typing import Any
 import httpx
 
 from steer_engine.serving.batch.runner import Ask
+from steer_engine.serving.envelope import envelope
+
+MAX_ECHO_CHARS = 200
+
+
+def _body_of(answer: httpx.Response) -> Any:
+    """What it says; an answer that is no JSON (of a server that fails) becomes an error as all are."""
+    try:
+        return answer.json()
+    except ValueError:
+        return envelope(answer.text[:MAX_ECHO_CHARS], answer.status_code)
 
 
 @asynccontextmanager
@@ -38,9 +50,11 @@ async def serving_app(args: Any) -> AsyncIterator[Ask]:
         ) as client:
 
             async def ask(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-                answer = await client.post(path, json=body)
+                # Not httpx's own way to write JSON: half a surrogate or a NaN of one line would end the whole batch.
+                content = json.dumps(body).encode()
+                answer = await client.post(path, content=content, headers={"Content-Type": "application/json"})
                 if answer.status_code >= 500 and engine_client.errored:
                     raise RuntimeError("The engine has died; start again to go on where it stopped.")
-                return answer.status_code, answer.json()
+                return answer.status_code, _body_of(answer)
 
             yield ask

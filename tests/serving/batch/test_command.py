@@ -30,6 +30,9 @@ LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "unknown vector": ("/v1/completions", TEXT | {"steering": {"edits": [{"vector": "nobody"}]}}),
     "unknown url": ("/v1/embeddings", {"input": "x"}),
     "streamed": ("/v1/completions", TEXT | {"stream": True}),
+    "half a surrogate": ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "\ud800"}]}),
+    "half a surrogate in a name": ("/v1/completions", TEXT | {"steering": {"edits": [{"vector": "\udfff"}]}}),
+    "not a number": ("/v1/completions", TEXT | {"steering": {"edits": [{"vector": "east", "scale": float("nan")}]}}),
 }
 
 
@@ -54,7 +57,7 @@ def test_a_mixed_file(command: list[str], tmp_path: Path) -> None:
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert first.returncode == 0, first.stderr[-4000:]
-    assert "5 answered, 4 failed" in first.stderr
+    assert "5 answered, 7 failed" in first.stderr
     found = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert set(found) == {*LINES, None}
 
@@ -72,19 +75,23 @@ def test_a_mixed_file(command: list[str], tmp_path: Path) -> None:
     assert answer("response steered")["steering"]["digest"] == answer("text steered")["steering"]["digest"]
     unknown = found["unknown vector"]["response"]
     assert (unknown["status_code"], unknown["body"]["error"]["param"]) == (404, "steering.edits[0].vector")
+    for custom_id in ("half a surrogate", "half a surrogate in a name", "not a number"):
+        assert found[custom_id]["response"]["status_code"] >= 400
+        assert found[custom_id]["response"]["body"]["error"]["message"]
     for custom_id in ("unknown url", "streamed", None):
         assert found[custom_id]["response"] is None
         assert found[custom_id]["error"]["message"]
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
-    assert (again.returncode, again.stderr.strip()) == (0, "0 answered, 0 failed, 9 were there")
+    assert (again.returncode, again.stderr.strip()) == (0, "0 answered, 0 failed, 12 were there")
 
 
 def test_mistakes_are_one_line(command: list[str], tmp_path: Path) -> None:
     missing = [*command[:2], str(tmp_path / "no.jsonl"), *command[3:]]
     same = [*command[:3], command[2], *command[4:]]
-    for wrong, says in ((missing, "There is no file"), (same, "the same file")):
+    nobody = [*command, "--at-once", "0"]
+    for wrong, says in ((missing, "There is no file"), (same, "the same file"), (nobody, "at least 1")):
         done = subprocess.run(wrong, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1
+        assert done.returncode in (1, 2)
         assert says in done.stderr
         assert "Traceback" not in done.stderr

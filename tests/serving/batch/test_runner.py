@@ -98,6 +98,22 @@ async def test_503_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tries == {"0": 3, "1": 3}
 
 
+async def test_a_body_that_is_nested_too_deeply_to_be_sent_is_one_error_line(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    write(source, 3)
+
+    async def ask(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["prompt"] == "1":
+            nested: list[Any] = []
+            for _ in range(100_000):
+                nested = [nested]
+            json.dumps(nested)
+        return await echo(url, body)
+
+    assert await run(source, target, ask, finished=resume(target), at_once=2) == Tally(answered=2, failed=1)
+    assert "nested" in answers(target)["id 1"]["error"]["message"]
+
+
 async def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     write(source, 20_000)
