@@ -66,11 +66,46 @@ class Sites:
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """Positions start <= p < end of a request are read; what was read is fetched by `key`."""
+    """Positions start <= p < end of a request are read; what was read is fetched by `key`.
+
+    only: of those positions, ascending (None: all). blocks: where (None: all that can be read).
+    after: the stream as the edit of the block leaves it, not as it finds it.
+    """
 
     key: str
     start: int
     end: int
+    only: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    after: bool = False
+
+    def within(self, first: int, count: int) -> Sequence[int]:
+        """The positions that are read, of `count` from `first` on."""
+        span = range(max(first, self.start), min(first + count, self.end))
+        return span if self.only is None else [position for position in self.only if position in span]
+
+    def to_wire(self) -> list[Any]:
+        only, blocks = self.only, self.blocks
+        return [
+            self.key,
+            self.start,
+            self.end,
+            None if only is None else list(only),
+            None if blocks is None else list(blocks),
+            self.after,
+        ]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> Capture:
+        key, start, end, only, blocks, after = wire
+        return cls(
+            key=key,
+            start=start,
+            end=end,
+            only=None if only is None else tuple(only),
+            blocks=None if blocks is None else tuple(blocks),
+            after=after,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +149,7 @@ class Program:
             "keep_norm": self.keep_norm,
         }
         if self.capture is not None:
-            wire["capture"] = [self.capture.key, self.capture.start, self.capture.end]
+            wire["capture"] = self.capture.to_wire()
         if self.score is not None:
             wire["score"] = [self.score.key, self.score.baseline, list(self.score.answers)]
         return wire
@@ -130,7 +165,7 @@ class Program:
             vectors=tuple(wire["vectors"]),
             identity=tuple((digest, start, end) for digest, start, end in wire["identity"]),
             keep_norm=wire["keep_norm"],
-            capture=Capture(key=capture[0], start=capture[1], end=capture[2]) if capture else None,
+            capture=Capture.from_wire(capture) if capture else None,
             score=Score(key=score[0], baseline=score[1], answers=tuple(score[2])) if score else None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
@@ -103,14 +103,16 @@ class EngineRuntime:
         self._rows_N = self._plan = None
         self._stop_reading()
 
-    def read(self, rows: list[int]) -> None:
-        """Read these token rows of the coming step at every capture block (see `captured`)."""
+    def read(self, rows: list[int], after: Sequence[bool]) -> None:
+        """Read these token rows of the coming step at every capture block (see `captured`), each before or `after`
+        the block's edit.
+        """
         assert self.tables.capture_T is not None
         self._stop_reading()
         if rows:
             index_C = torch.tensor(rows, dtype=torch.int64, device=self.tables.capture_T.device)
-            places_C = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=index_C.device)
-            self.tables.capture_T[index_C] = places_C
+            places = [-place if late else place for place, late in enumerate(after, start=1)]
+            self.tables.capture_T[index_C] = torch.tensor(places, dtype=torch.int32, device=index_C.device)
             self._reading = True
             if self._rows_N is None and not self.use_triton:
                 self._rows_N = index_C[:0]

@@ -1,4 +1,8 @@
-"""What the workers have read for requests that asked for it, until somebody takes it."""
+"""What the workers have read for requests that asked for it, until somebody takes it.
+
+Nothing here bounds it: offline, the caller reads in chunks; a server lets only so many requests read at once, and takes
+what was read even of those that are aborted.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from steer_engine.runtime.engine_runtime import EngineRuntime
 
 @dataclass(frozen=True)
 class _Planned:
-    key: str
+    capture: Capture
     position: int
 
 
@@ -31,15 +35,17 @@ class Reader:
     def plan(self, captures: Sequence[Capture | None], first_positions: Sequence[int], counts: Sequence[int]) -> None:
         """Before a step. Per request of the batch, in row order: what it reads, its first position, its rows."""
         rows: list[int] = []
+        after: list[bool] = []
         self._planned = []
         start_row = 0
         for capture, first, count in zip(captures, first_positions, counts, strict=True):
             if capture is not None:
-                for position in range(max(first, capture.start), min(first + count, capture.end)):
+                for position in capture.within(first, count):
                     rows.append(start_row + position - first)
-                    self._planned.append(_Planned(capture.key, position))
+                    after.append(capture.after)
+                    self._planned.append(_Planned(capture, position))
             start_row += count
-        self._runtime.read(rows)
+        self._runtime.read(rows, after)
 
     def collect(self) -> None:
         """After a step: fetch what it read. A position that is computed again (preemption) is overwritten."""
@@ -47,14 +53,26 @@ class Reader:
             return
         rows_LCD = self._runtime.captured(len(self._planned)).numpy()
         for c, planned in enumerate(self._planned):
-            self._read.setdefault(planned.key, {})[planned.position] = rows_LCD[:, c].copy()
+            rows_LD = rows_LCD[self._places(planned.capture), c]
+            self._read.setdefault(planned.capture.key, {})[planned.position] = rows_LD.copy()
         self._planned = []
 
     def take(self, key: str) -> tuple[list[int], np.ndarray]:
-        """Positions in order, and float32 [L, P, D]; gone from here afterwards."""
+        """Positions in order, and float32 [L, P, D] with L the blocks that were asked; gone from here afterwards."""
         rows = self._read.pop(key, {})
         positions = sorted(rows)
         num_blocks, hidden_size = len(self._runtime.capture_blocks), self._runtime.hidden_size
         if not positions:
             return [], np.zeros((num_blocks, 0, hidden_size), dtype=np.float32)
         return positions, np.stack([rows[position] for position in positions], axis=1)
+
+    @property
+    def num_bytes(self) -> int:
+        """What is held of requests whose rows nobody has taken yet."""
+        return sum(rows_LD.nbytes for rows in list(self._read.values()) for rows_LD in list(rows.values()))
+
+    def _places(self, capture: Capture) -> slice | list[int]:
+        """Where the blocks of a capture are among those that can be read."""
+        if capture.blocks is None:
+            return slice(None)
+        return [self._runtime.capture_blocks.index(block) for block in capture.blocks]

@@ -126,7 +126,9 @@ def build(
     tables.pos_T[:num_tokens] = torch.where(tables.slot_T[:num_tokens] > 0, (rows * 7) % MAX_POS, 0)
     tables.slot_T[num_tokens:] = 1
     if tables.capture_T is not None:
-        tables.capture_T[:num_tokens] = torch.where(rows % 3 == 1, num_tokens - rows, 0)
+        places = torch.where(rows % 3 == 1, num_tokens - rows, 0)
+        # Every other one of them as the edit leaves it.
+        tables.capture_T[:num_tokens] = torch.where(rows // 3 % 2 == 1, -places, places)
 
     # A row's largest component, 6 to 8 standard deviations of the noise, is along the first vector of its own program:
     # removing or holding it is a change as large as the row.

@@ -36,21 +36,28 @@ def assert_matches(case: Case, edited: torch.Tensor, expected: Expected, *, ulps
     silent_T = torch.from_numpy(expected.decided_T & ~expected.touched_T)
     assert torch.equal(before_TD[silent_T], edited_TD[silent_T]), "a row without an edit has changed"
     if case.capture:
-        assert_captured(case, expected, ulps=ulps)
+        after_TD = edited_TD.float() if case.hidden is None else rows_view(case.hidden).float() + edited_TD.float()
+        assert_captured(case, expected, after_TD, ulps=ulps)
     shown_T = expected.decided_T & expected.touched_T
     return np.abs(expected.delta_TD[shown_T]).max(1) / bound_TD[shown_T].max(1)
 
 
-def assert_captured(case: Case, expected: Expected, *, ulps: float) -> None:
-    """The rows that were asked for hold x before the edit, the other capture rows and sites hold nothing."""
+def assert_captured(case: Case, expected: Expected, after_TD: torch.Tensor, *, ulps: float) -> None:
+    """The rows that were asked for hold x before the edit, or to the bit what it left; nothing else was written.
+
+    after_TD: float32, the stream that the side under test left behind.
+    """
     captured_LCD, capture_T = case.tables.captured_LCD, case.tables.capture_T
     assert captured_LCD is not None
     assert capture_T is not None
-    rows_N = capture_T[: len(expected.x_TD)].nonzero().squeeze(1)
+    asked_T = capture_T[: len(expected.x_TD)]
+    late_N = (asked_T < 0).nonzero().squeeze(1)
+    assert torch.equal(captured_LCD[SITE, -asked_T[late_N].long() - 1], after_TD[late_N])
+    rows_N = (asked_T > 0).nonzero().squeeze(1)
     assert len(rows_N) > 0
-    places_N = capture_T[rows_N].long() - 1
+    places_N = asked_T[rows_N].long() - 1
     bound_ND = store_error(expected.x_TD, expected.x_error_TD, captured_LCD.dtype, ulps=ulps)[rows_N]
     assert (np.abs(to_float64(captured_LCD[SITE, places_N]) - expected.x_TD[rows_N]) <= bound_ND).all()
     rest_LCD = captured_LCD.clone()
-    rest_LCD[SITE, places_N] = 0
+    rest_LCD[SITE, asked_T[asked_T != 0].abs().long() - 1] = 0
     assert not rest_LCD.any()

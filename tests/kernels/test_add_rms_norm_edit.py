@@ -49,7 +49,7 @@ def check(case: Case, kernel: Kernel, *, ulps: float) -> None:
         wrong_TD = np.abs(to_float64(rows_view(tensor)) - value_TD) > allowed_TD
         assert not wrong_TD[decided_T].any(), f"rows {np.flatnonzero(wrong_TD.any(1))} of the {name} are wrong"
     if case.capture:
-        assert_captured(case, expected, ulps=ulps)
+        assert_captured(case, expected, rows_view(residual).float(), ulps=ulps)
     shown_T = expected.touched_T & decided_T
     if shown_T.any() and case.carried.shape[-1] > 1:
         effect_T = np.abs(normed_TD - plain_TD)[shown_T].max(1)

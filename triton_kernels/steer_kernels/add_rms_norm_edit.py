@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from steer_kernels.edit_residual import apply_adds, apply_edits, read_row, row_stride
+from steer_kernels.edit_residual import apply_adds, apply_edits, captured_row, read_row, row_stride
 from steer_kernels.launch_table import BACKEND, launch_for
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import Tables
@@ -66,8 +66,9 @@ def add_rms_norm_edit_kernel(
     slot = tl.load(slot_T + row).to(tl.int64)
     hidden = hidden_TD + row * HIDDEN_STRIDE
     residual = residual_TD + row * RESIDUAL_STRIDE
+    reader = 0
     if CAPTURE:
-        read_row(capture_T + row, captured_LCD, hidden, residual, site, D, TILE, NUM_CAPTURE_ROWS, True)
+        reader = read_row(capture_T + row, captured_LCD, hidden, residual, site, D, TILE, NUM_CAPTURE_ROWS, True)
     delta = zero_row(D, TILE)
     if slot != 0:
         place = slot * NUM_SITES + site
@@ -89,6 +90,10 @@ def add_rms_norm_edit_kernel(
         tile = x[i] if HOLD else load_stream_tile(hidden, residual, i, D, TILE, True) + delta[i]
         weight = load_tile(weight_D, i, D, TILE).to(tl.float32)
         store_tile(residual, i, tile, D, TILE)
+        if CAPTURE:
+            if reader < 0:
+                target = captured_row(captured_LCD, site, reader, D, NUM_CAPTURE_ROWS)
+                store_tile(target, i, tile.to(residual_TD.dtype.element_ty), D, TILE)
         store_tile(hidden, i, tile * scale * weight, D, TILE)
 
 

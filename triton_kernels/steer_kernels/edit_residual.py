@@ -180,12 +180,22 @@ def read_row(
     NUM_CAPTURE_ROWS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
 ):
-    """Stores x to the capture row, counted from 1, that is written at `reader`; 0 = the row isn't read."""
+    """Stores x to the capture row, counted from 1, that is written at `reader`; 0 = the row isn't read.
+
+    Returns that number, which is negative where x is wanted as the edit leaves it: then this is the x of a row that
+    nothing edits, and an edit stores its own over it.
+    """
     place = tl.load(reader).to(tl.int64)
-    if place > 0:
-        target = captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + place - 1) * D
+    if place != 0:
+        target = captured_row(captured_LCD, site, place, D, NUM_CAPTURE_ROWS)
         for i in tl.static_range(triton.cdiv(D, TILE)):
             store_tile(target, i, load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN), D, TILE)
+    return place
+
+
+@triton.jit
+def captured_row(captured_LCD, site, place, D: tl.constexpr, NUM_CAPTURE_ROWS: tl.constexpr):
+    return captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + tl.abs(place) - 1) * D
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -216,6 +226,7 @@ def edit_residual_kernel(
     """Semantics: for row t with s = slot_T[t], p = pos_T[t], x = float32(hidden[t]) + float32(carried[t]):
 
         capture_T[t] = k > 0:   captured[site, k - 1] = round(x)
+        capture_T[t] = -k < 0:  captured[site, k - 1] = round(hidden[t] + carried[t] as they are in the end)
         for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end and the gate holds:
             x += (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
         if keep_norm[s] and any applied:  x *= |x before| / |x|
@@ -229,8 +240,9 @@ def edit_residual_kernel(
     slot = tl.load(slot_T + row).to(tl.int64)
     hidden = hidden_TD + row * HIDDEN_STRIDE
     carried = carried_TD + row * CARRIED_STRIDE
+    reader = 0
     if CAPTURE:
-        read_row(capture_T + row, captured_LCD, hidden, carried, site, D, TILE, NUM_CAPTURE_ROWS, HAS_HIDDEN)
+        reader = read_row(capture_T + row, captured_LCD, hidden, carried, site, D, TILE, NUM_CAPTURE_ROWS, HAS_HIDDEN)
     if slot == 0:
         return
     place = slot * NUM_SITES + site
@@ -250,7 +262,15 @@ def edit_residual_kernel(
     if applied > 0:
         for i in tl.static_range(len(delta)):
             tile = before[i] if ADDS_ONLY and HOLD else load_tile(carried, i, D, TILE)
-            store_tile(carried, i, tile.to(tl.float32) + delta[i], D, TILE)
+            edited = tile.to(tl.float32) + delta[i]
+            store_tile(carried, i, edited, D, TILE)
+            if CAPTURE:
+                if reader < 0:
+                    x = edited.to(tile.dtype).to(tl.float32)
+                    if HAS_HIDDEN:
+                        x = load_tile(hidden, i, D, TILE).to(tl.float32) + x
+                    target = captured_row(captured_LCD, site, reader, D, NUM_CAPTURE_ROWS)
+                    store_tile(target, i, x, D, TILE)
 
 
 def edit_residual(

@@ -37,7 +37,7 @@ def edit_residual_reference(
     hidden_TD = None if hidden is None else rows_view(hidden)
     num_tokens = carried_TD.shape[0]
     if capture:
-        _read(hidden_TD, carried_TD, tables, site)
+        _read(hidden_TD, carried_TD, tables, site, late=False)
     if rows_N is None:
         rows_N = tables.slot_T[:num_tokens].nonzero().squeeze(1)
     if rows_N.numel() == 0:
@@ -66,6 +66,8 @@ def edit_residual_reference(
         chosen_N = touched_N.nonzero().squeeze(1)
         rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
     carried_TD[rows_N] = (carried_TD[rows_N].float() + delta_ND).to(carried_TD.dtype)
+    if capture:
+        _read(hidden_TD, carried_TD, tables, site, late=True)
 
 
 def _stream(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
@@ -73,14 +75,17 @@ def _stream(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N: to
     return x_ND if hidden_TD is None else hidden_TD[rows_N].float() + x_ND
 
 
-def _read(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int) -> None:
+def _read(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int, *, late: bool) -> None:
+    """Before the edit: every row that is asked for. `late`, after it: once more those that are asked for as it leaves
+    them.
+    """
     assert tables.capture_T is not None, "these tables have no capture buffers"
     assert tables.captured_LCD is not None
     reader_T = tables.capture_T[: carried_TD.shape[0]]
-    rows_N = reader_T.nonzero().squeeze(1)
+    rows_N = (reader_T < 0 if late else reader_T).nonzero().squeeze(1)
     if rows_N.numel():
         x_ND = _stream(hidden_TD, carried_TD, rows_N)
-        tables.captured_LCD[site, reader_T[rows_N].long() - 1] = x_ND.to(tables.captured_LCD.dtype)
+        tables.captured_LCD[site, reader_T[rows_N].abs().long() - 1] = x_ND.to(tables.captured_LCD.dtype)
 
 
 def _add(words_NEW: torch.Tensor, applies_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
@@ -155,6 +160,8 @@ def add_rms_norm_edit_reference(
     edit_residual_reference(None, x_TD, tables, site, adds_only=adds_only, capture=capture, rows_N=rows_N)
     scale_T1 = 1 / (x_TD.square().sum(1, keepdim=True) / x_TD.shape[1] + epsilon).sqrt()
     residual_TD.copy_(x_TD)
+    if capture:
+        _read(None, residual_TD, tables, site, late=True)
     hidden_TD.copy_(x_TD * scale_T1 * weight_D.float())
 
 

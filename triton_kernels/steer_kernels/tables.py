@@ -83,7 +83,8 @@ class Tables:
     pos_T: torch.Tensor
     """int32 [max tokens]: absolute position of the row's token; 0 on unsteered rows."""
     capture_T: torch.Tensor | None = None
-    """int32 [max tokens]: 0 = row isn't read; k = x before the edit goes to captured_LCD[site, k - 1]."""
+    """int32 [max tokens]: 0 = row isn't read; k = x before the edit goes to captured_LCD[site, k - 1]; -k = x as the
+    edit leaves it goes there."""
     captured_LCD: torch.Tensor | None = None
     """[L, C, D] what was read, in float32 or the model's dtype, contiguous, 16-byte aligned."""
 
