@@ -106,6 +106,10 @@ class Limits(NamedLimits):
     """Of a spec as JSON text; `parse_spec` holds to it."""
     max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
     """Decoded bytes of all vectors that come in one request itself; 0 switches them off."""
+    max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
+    """Of the rows that one request reads: float32, blocks x positions x hidden size. With --steering-capture only."""
+    max_captures: int = Field(default=4, ge=1)
+    """Requests of one API process that read at once; others wait. Bounds what the workers hold of them."""
 
 
 class EngineLimits(NamedLimits):

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from steer_engine.capture import CAPTURE_KEY, WORDS, CaptureRequest
 from steer_engine.config import SteeringConfig
 from steer_engine.errors import SteeringRequestError
 from steer_engine.models import resolve_model
+from steer_engine.program import SCORE_KEY, Score
 from steer_engine.runtime.vllm.register import register
 from steer_engine.vectors import ControlVector, Registry
 
@@ -21,7 +23,7 @@ register()
 import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM is imported)
 
 from steer_engine.runtime.vllm import shipping  # noqa: E402
-from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, SCORE_KEY, STEERING_KEY, Frontend  # noqa: E402
+from steer_engine.runtime.vllm.frontend import STEERING_KEY, Frontend  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
@@ -82,7 +84,6 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 self.vectors.add(name, vector)
         elif vectors is not None:
             self._frontend.registry = Registry(Path(vectors))
-        self._frontend.scores = True
         self._status = shipping.check_status([shipping.call(self.llm_engine, "steer_status")])
 
     @property
@@ -127,28 +128,29 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         position: Position = "last",
         *,
         steering: Mapping[str, Any] | None = None,
+        after: bool = False,
         use_tqdm: bool = False,
     ) -> list[np.ndarray]:
         """Read the residual stream of prompts at `capture_blocks`, before any edit of the same block.
 
         position: "last" token, "mean" over the prompt, "all" tokens, or a list of positions (negative: from the end).
-        steering: steer the prompts while they are read.
+        steering: steer the prompts while they are read. after: read the stream as the block's edit leaves it.
 
         Returns one float32 array per prompt: [blocks, positions, D]; one position for "last" and "mean".
         """
-        if isinstance(position, str) and position not in ("last", "mean", "all"):
+        if isinstance(position, str) and position not in WORDS:
             raise SteeringRequestError(f"position {position!r} is none of 'last', 'mean', 'all', or a list of numbers.")
-        keys = [uuid.uuid4().hex for _ in prompts]
-        start = -1 if position == "last" else 0
+        positions = position if isinstance(position, str) else tuple(position)
+        captures = [CaptureRequest(key=uuid.uuid4().hex, positions=positions, after=after) for _ in prompts]
         params = []
-        for key in keys:
-            extra_args: dict[str, Any] = {CAPTURE_KEY: {"key": key, "start": start, "end": None}}
+        for capture in captures:
+            extra_args: dict[str, Any] = {CAPTURE_KEY: capture}
             if steering is not None:
                 extra_args[STEERING_KEY] = dict(steering)
             params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
         inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
-        self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
-        return [self._take(key, position) for key in keys]
+        outputs = self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
+        return [self._take(capture, output) for capture, output in zip(captures, outputs, strict=True)]
 
     def score(
         self,
@@ -171,9 +173,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         keys = [f"{call}-{number}" for number in range(len(prompts))]
         params = []
         for key, spec, baseline, tokens in zip(keys, steering, baselines, answers, strict=True):
-            extra_args: dict[str, Any] = {
-                SCORE_KEY: {"key": key, "baseline": keys[baseline], "answers": [int(token) for token in tokens]}
-            }
+            score = Score(key=key, baseline=keys[baseline], answers=tuple(int(token) for token in tokens))
+            extra_args: dict[str, Any] = {SCORE_KEY: score}
             if spec is not None:
                 extra_args[STEERING_KEY] = dict(spec)
             params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
@@ -183,13 +184,6 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
             raise RuntimeError(f"Scoring failed in the worker: {reply.get('reason', 'not every prompt was scored')}")
         return [Numbers(**numbers) for numbers in reply["numbers"]]
 
-    def _take(self, key: str, position: Position) -> np.ndarray:
-        reply = shipping.call(self.llm_engine, "steer_take", key)
-        if not reply["ok"]:
-            raise RuntimeError(f"Reading failed in the worker: {reply['reason']}")
-        rows_LPD = np.frombuffer(reply["rows"], dtype=np.float32).reshape(reply["shape"])
-        if position == "mean":
-            return cast(np.ndarray, rows_LPD.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32))
-        if isinstance(position, list):
-            return rows_LPD[:, position]
-        return rows_LPD
+    def _take(self, capture: CaptureRequest, output: Any) -> np.ndarray:
+        reply = shipping.call(self.llm_engine, "steer_take", capture.key)
+        return capture.arranged(shipping.rows_of(reply), len(output.prompt_token_ids))[1]

@@ -17,6 +17,9 @@ from steer_engine.spec import Op
 PROGRAM_KEY = "_steer_program"
 """Reserved key of `SamplingParams.extra_args`; refused when a client writes it."""
 
+SCORE_KEY = "_steer_score"
+"""Reserved key of `SamplingParams.extra_args`: a `Score`, put there by the offline engine."""
+
 Row = tuple["RowKey", int]
 """What a bank row holds, and the block it is for."""
 
@@ -120,6 +123,14 @@ class Score:
     baseline: str
     answers: tuple[int, ...]
 
+    def to_wire(self) -> list[Any]:
+        return [self.key, self.baseline, list(self.answers)]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> Score:
+        key, baseline, answers = wire
+        return cls(key=key, baseline=baseline, answers=tuple(answers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
@@ -151,7 +162,7 @@ class Program:
         if self.capture is not None:
             wire["capture"] = self.capture.to_wire()
         if self.score is not None:
-            wire["score"] = [self.score.key, self.score.baseline, list(self.score.answers)]
+            wire["score"] = self.score.to_wire()
         return wire
 
     @classmethod
@@ -166,7 +177,7 @@ class Program:
             identity=tuple((digest, start, end) for digest, start, end in wire["identity"]),
             keep_norm=wire["keep_norm"],
             capture=Capture.from_wire(capture) if capture else None,
-            score=Score(key=score[0], baseline=score[1], answers=tuple(score[2])) if score else None,
+            score=Score.from_wire(score) if score else None,
         )
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from steer_engine.capture import PARAM, Positions
 from steer_engine.config import Limits
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.magnitudes import check_dose, check_held
 from steer_engine.program import ProgramTemplate
-from steer_engine.spec import EditSpec, Op, Span, SteeringSpec, parse_blocks
+from steer_engine.spec import CaptureSpec, EditSpec, Op, Span, SteeringSpec, parse_blocks
 from steer_engine.spec_errors import shown
 from steer_engine.vectors import ControlVector
 
@@ -38,6 +39,8 @@ class ModelShape:
     """The stream's dtype: "float32", "float16" or "bfloat16"."""
     bank_rows: int | None = None
     """Rows of a bank that can be full; None where every request finds room."""
+    capture_blocks: tuple[int, ...] = ()
+    """Where the stream can be read; empty where reading is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +79,26 @@ class ResolvedEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolvedCapture:
+    """What is to be read, its blocks checked."""
+
+    blocks: tuple[int, ...]
+    positions: Positions
+    after: bool
+
+    def report(self) -> dict[str, Any]:
+        positions = self.positions if isinstance(self.positions, str) else list(self.positions)
+        return {"blocks": list(self.blocks), "positions": positions, "after": self.after}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResolvedSpec:
     """A whole spec, resolved. Specs that steer alike have one digest, whatever their vectors are called."""
 
     edits: tuple[ResolvedEdit, ...]
     preserve_norm: bool = False
     preset: str | None = None
+    capture: ResolvedCapture | None = None
     template: ProgramTemplate = field(repr=False)
 
     @property
@@ -95,7 +112,7 @@ class ResolvedSpec:
         return sha256_of([placed, self.preserve_norm and bool(placed)])
 
     def to_wire(self) -> str:
-        """The spec by digests only, as compact JSON: what travels to the compile step, which reads it as a spec."""
+        """The edits by digests only, as compact JSON: what travels to the compile step, which reads it as a spec."""
         spec = SteeringSpec(edits=[edit.by_digest() for edit in self.edits], preserve_norm=self.preserve_norm)
         return spec.model_dump_json(exclude_defaults=True)
 
@@ -104,7 +121,8 @@ class ResolvedSpec:
         body: dict[str, Any] = {"digest": self.digest}
         if self.preset is not None:
             body["preset"] = self.preset
-        return body | {"edits": [edit.report() for edit in self.edits if not edit.edit.does_nothing]}
+        body["edits"] = [edit.report() for edit in self.edits if not edit.edit.does_nothing]
+        return body if self.capture is None else body | {"capture": self.capture.report()}
 
 
 def resolve(
@@ -116,11 +134,12 @@ def resolve(
         UnknownVectorError: a vector or the preset is not registered.
         SteeringRequestError: anything else that the request asks wrongly; `param` says where.
     """
-    if spec.edits is None:
+    if spec.preset is not None:
         raise UnknownVectorError(f"There is no preset named {shown(spec.preset)}.", "steering.preset")
-    if len(spec.edits) > limits.max_edits:
+    asked = spec.edits or []
+    if len(asked) > limits.max_edits:
         raise SteeringRequestError(
-            f"{len(spec.edits)} edits asked, at most {limits.max_edits} are allowed in one request.", "steering.edits"
+            f"{len(asked)} edits asked, at most {limits.max_edits} are allowed in one request.", "steering.edits"
         )
     if spec.preserve_norm and model.ops == (Op.ADD,):
         raise SteeringRequestError(
@@ -128,7 +147,7 @@ def resolve(
         )
     edits = tuple(
         ResolvedEdit(asked=edit, edit=_resolve_edit(edit, f"steering.edits[{i}]", vectors, model, limits))
-        for i, edit in enumerate(spec.edits)
+        for i, edit in enumerate(asked)
     )
     canonical = canonical_order([edit.edit for edit in edits])
     template = ProgramTemplate.compile(canonical, keep_norm=spec.preserve_norm)
@@ -150,7 +169,37 @@ def resolve(
             "(--steering-bank-rows). Steer at fewer blocks, or by fewer vectors.",
             "steering.edits",
         )
-    return ResolvedSpec(edits=edits, preserve_norm=spec.preserve_norm, preset=preset, template=template)
+    return ResolvedSpec(
+        edits=edits,
+        preserve_norm=spec.preserve_norm,
+        preset=preset,
+        capture=resolve_capture(spec.capture, model),
+        template=template,
+    )
+
+
+def resolve_capture(asked: CaptureSpec | None, model: ModelShape) -> ResolvedCapture | None:
+    """Check what is to be read against what this engine reads.
+
+    Raises:
+        SteeringRequestError: reading is off, or off at these blocks.
+    """
+    if asked is None:
+        return None
+    if not model.capture_blocks:
+        raise SteeringRequestError(
+            "Reading the residual stream is switched off on this server (--steering-capture).", PARAM
+        )
+    blocks = parse_blocks(asked.blocks) or model.capture_blocks
+    unread = tuple(sorted(set(blocks) - set(model.capture_blocks)))
+    if unread:
+        raise SteeringRequestError(
+            f"Blocks {describe_blocks(unread)} cannot be read here; these can: "
+            f"{describe_blocks(model.capture_blocks)} (--steering-capture).",
+            f"{PARAM}.blocks",
+        )
+    positions = asked.positions if isinstance(asked.positions, str) else tuple(asked.positions)
+    return ResolvedCapture(blocks=blocks, positions=positions, after=asked.after)
 
 
 def _resolve_edit(asked: EditSpec, param: str, vectors: VectorSource, model: ModelShape, limits: Limits) -> Edit:

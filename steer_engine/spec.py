@@ -19,6 +19,8 @@ MAX_EDITS = 1024
 """What the schema reads; `Limits.max_edits` says how many a server takes."""
 MAX_SPEC_CHARS = 65_536
 """Of a spec as JSON text; eight edits that spell out all blocks fit."""
+MAX_POSITIONS = 1024
+"""Token numbers that a capture may list."""
 MAX_FIELDS = 32
 """Of one object. More than any has, and few enough that naming the unknown ones costs nothing."""
 
@@ -98,6 +100,10 @@ def _tag_of_scope(scope: Any) -> str | None:
     return "<word>" if isinstance(scope, str) else "<span>" if isinstance(scope, dict | Span) else None
 
 
+def _tag_of_positions(positions: Any) -> str | None:
+    return "<word>" if isinstance(positions, str) else "<list>" if isinstance(positions, list) else None
+
+
 VectorField = Annotated[
     Annotated[Name, Tag("<name>")] | Annotated[InlineVector, Tag("<inline>")],
     told_apart(_tag_of_vector, "a vector's name, its digest 'sha256:...', or {'data': base64 of a safetensors file}"),
@@ -107,6 +113,11 @@ BlocksField = Annotated[
     | Annotated[int, Tag("<number>")]
     | Annotated[list[int], Field(max_length=MAX_BLOCK_NUMBER + 1, fail_fast=True), Tag("<list>")],
     told_apart(_tag_of_blocks, "'all', a range such as '8-22', a block's number, or a list of numbers"),
+]
+PositionsField = Annotated[
+    Annotated[Literal["last", "mean", "all"], Tag("<word>")]
+    | Annotated[list[Position], Field(min_length=1, max_length=MAX_POSITIONS, fail_fast=True), Tag("<list>")],
+    told_apart(_tag_of_positions, "'last', 'mean', 'all', or a list of token numbers (negative: from the end)"),
 ]
 ScopeField = Annotated[
     Annotated[Literal["all", "prompt", "generation"], Tag("<word>")] | Annotated[Span, Tag("<span>")],
@@ -159,17 +170,41 @@ class EditSpec(_Strict):
         return self
 
 
+class CaptureSpec(_Strict):
+    """Return the residual stream of the prompt's tokens, where the operator allows it.
+
+    blocks: "all" = all that the server reads. positions: tokens of the prompt; "mean" is one row, the mean of all.
+    after: the stream as the block's edit leaves it, not as it finds it.
+    """
+
+    blocks: BlocksField = "all"
+    positions: PositionsField = "last"
+    after: bool = False
+
+    @field_validator("blocks")
+    @classmethod
+    def _readable_blocks(cls, blocks: str | int | list[int]) -> str | int | list[int]:
+        parse_blocks(blocks)
+        return blocks
+
+
 class SteeringSpec(_Strict):
-    """The `steering` field of a request: edits in order, or the name of a preset."""
+    """The `steering` field of a request: edits in order, or the name of a preset; and what is read, which may be all
+    that is asked.
+    """
 
     edits: Annotated[list[EditSpec], Field(min_length=1, max_length=MAX_EDITS, fail_fast=True)] | None = None
     preserve_norm: bool = False
     preset: Name | None = None
+    capture: CaptureSpec | None = None
 
     @model_validator(mode="after")
     def _edits_or_preset(self) -> SteeringSpec:
-        if (self.edits is None) == (self.preset is None):
+        both = self.edits is not None and self.preset is not None
+        if both or (self.edits is None and self.preset is None and self.capture is None):
             raise ValueError("give either edits or the name of a preset")
+        if self.edits is None and self.preset is None and self.preserve_norm:
+            raise wrong_field("preserve_norm", "without edits no norm changes")
         if self.preset is not None and self.preserve_norm:
             raise wrong_field("preserve_norm", "a preset says itself whether norms are preserved")
         return self
@@ -247,5 +282,6 @@ _OBJECTS: dict[str, type[BaseModel]] = {
     "vector": InlineVector,
     "scope": Span,
     "gate": Gate,
+    "capture": CaptureSpec,
 }
 """The object that a field holds, to say which fields it has."""

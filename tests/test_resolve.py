@@ -508,3 +508,34 @@ def test_norms_are_computed_once() -> None:
     """Resolving asks for them per block: computing all of them each time took 30 ms a request at 32 x 4096."""
     vector = vector_of(1.0)
     assert vector.norms is vector.norms
+
+
+# What is read
+
+
+def read_by(capture: dict[str, Any], capture_blocks: tuple[int, ...]) -> ResolvedSpec:
+    return resolved_here({"capture": capture}, shape(capture_blocks=capture_blocks), LIMITS)
+
+
+def test_a_capture_at_all_that_is_read() -> None:
+    found = read_by({"positions": [0, -1]}, (1, 2))
+    assert found.report()["capture"] == {"blocks": [1, 2], "positions": [0, -1], "after": False}
+    assert found.report()["edits"] == []
+    assert found.vectors == ()
+    assert read_by({"blocks": 2, "after": True}, (1, 2)).report()["capture"]["blocks"] == [2]
+
+
+def test_reading_that_is_off_or_elsewhere() -> None:
+    with pytest.raises(SteeringRequestError, match="--steering-capture") as caught:
+        read_by({}, ())
+    assert caught.value.param == "steering.capture"
+    with pytest.raises(SteeringRequestError, match="Blocks 0, 3 cannot be read here; these can: 1-2") as caught:
+        read_by({"blocks": [0, 1, 3]}, (1, 2))
+    assert caught.value.param == "steering.capture.blocks"
+
+
+def test_what_is_read_is_no_part_of_what_steers() -> None:
+    plain = resolved({"scale": 2.0}, model=shape(capture_blocks=(0,)))
+    reads = resolved({"scale": 2.0}, model=shape(capture_blocks=(0,)), capture={})
+    assert reads.digest == plain.digest
+    assert reads.to_wire() == plain.to_wire()

@@ -19,6 +19,7 @@ from steer_engine.spec import (
     MAX_FIELDS,
     MAX_NAME_CHARS,
     MAX_SPEC_CHARS,
+    CaptureSpec,
     EditSpec,
     Gate,
     InlineVector,
@@ -141,6 +142,40 @@ def test_a_preset_alone() -> None:
     assert (spec.edits, spec.preset) == (None, "calm")
 
 
+def test_a_capture_alone_or_beside_what_steers() -> None:
+    capture = {"blocks": "1-2", "positions": [0, -1], "after": True}
+    for other in ({}, {"preset": "calm"}, one()):
+        spec = parse_spec(other | {"capture": capture})
+        assert spec is not None
+        assert spec.capture == CaptureSpec(**capture)
+    assert parse_spec({"capture": {}}) == SteeringSpec(capture=CaptureSpec(blocks="all", positions="last", after=False))
+
+
+@pytest.mark.parametrize(
+    ("capture", "param"),
+    [
+        ({"blocks": [-1]}, ".blocks"),
+        ({"blocks": None}, ".blocks"),
+        ({"positions": "first"}, ".positions"),
+        ({"positions": []}, ".positions"),
+        ({"positions": [0.5]}, ".positions[0]"),
+        ({"positions": [0, 2**40]}, ".positions[1]"),
+        ({"positions": list(range(1025))}, ".positions"),
+        ({"positions": {"start": 0}}, ".positions"),
+        ({"after": 1}, ".after"),
+        ({"layers": 3}, ".layers"),
+        ("all", ""),
+        (True, ""),
+    ],
+)
+def test_what_a_capture_is_not(capture: Any, param: str) -> None:
+    assert refused({"capture": capture}).param == f"steering.capture{param}"
+
+
+def test_a_kept_norm_without_edits() -> None:
+    assert refused({"capture": {}, "preserve_norm": True}).param == "steering.preserve_norm"
+
+
 def test_the_last_of_repeated_keys_counts() -> None:
     """As in every JSON parser of the serving stack: text and body must not mean two things."""
     spec = parse_spec('{"edits": [], "edits": [{"vector": "v", "scale": 1, "scale": 2}]}')
@@ -150,7 +185,7 @@ def test_the_last_of_repeated_keys_counts() -> None:
 
 def test_the_schema_is_published_in_full() -> None:
     schema = SteeringSpec.model_json_schema()
-    assert set(schema["properties"]) == {"edits", "preserve_norm", "preset"}
+    assert set(schema["properties"]) == {"edits", "preserve_norm", "preset", "capture"}
     assert set(schema["$defs"]["EditSpec"]["properties"]) == set(EditSpec.model_fields)
     assert not schema["$defs"]["EditSpec"]["additionalProperties"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from steer_engine.derive.actors import pool
 from steer_engine.derive.dump import manifest_of
-from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_BYTES, Readings, fit, vector_of
+from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_BYTES, SAMPLE_PAIRS, Readings, fit, vector_of
 from steer_engine.derive.methods import FROM_ROWS, require_method
 from steer_engine.derive.pairs import Pair, Pairs, load_pairs
 from steer_engine.derive.position import Position
@@ -95,7 +95,7 @@ def _num_rows_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:
     """Pairs whose rows are kept: all for methods that need them, else as many as a bounded sample for quality takes."""
     size_of_pair = 2 * len(facts.blocks) * facts.hidden_size * np.dtype(np.float32).itemsize
     if method not in FROM_ROWS:
-        return min(num_pairs, SAMPLE_BYTES // size_of_pair)
+        return min(num_pairs, SAMPLE_PAIRS, SAMPLE_BYTES // size_of_pair)
     size = num_pairs * size_of_pair
     if size > MAX_ROWS_BYTES:
         raise DerivationError(

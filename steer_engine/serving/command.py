@@ -107,6 +107,8 @@ def add_flags(parser: Any) -> None:
     add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
     add("--steering-bank-rows", type=int, metavar="N", help="Bank rows in all, one per vector and block in use. "
         "Default: as many as all requests could need at once. With fewer, requests wait for rows.")  # fmt: skip
+    add("--steering-capture", metavar="BLOCKS", help="Blocks whose residual stream requests may read, such as 8-22, or "
+        "all: their answers return it. Default: none.")  # fmt: skip
     add("--steering-fuse-norm", action="store_true", help="Edit inside the add-and-norm that follows a block, on GPUs: "
         "one launch less a block. That norm rounds once less than vLLM's, so idle output is no longer bit-identical "
         "to plain vLLM's.")  # fmt: skip
@@ -153,6 +155,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "rows": args.steering_rows,
         "bank_rows": args.steering_bank_rows,
         "fuse_norm": args.steering_fuse_norm or None,
+        "capture": (args.steering_blocks or "all") if args.steering_capture == "all" else args.steering_capture,
     }
     return {key: value for key, value in settings.items() if value is not None}
 

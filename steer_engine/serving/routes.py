@@ -53,6 +53,7 @@ async def describe(request: Request) -> JSONResponse:
             | frontend.registry.limits.model_dump()
             | {"rows": model.rows, "bank_rows": model.bank_rows},
             "generation": await asyncio.to_thread(lambda: frontend.registry.generation),
+            "capture_blocks": list(model.capture_blocks),
             "default_preset": frontend.default_preset,
         }
     )
@@ -65,7 +66,7 @@ async def validate(request: Request) -> JSONResponse:
     limits = frontend.limits
     asked = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
     asked = steering_of({FIELD: asked})
-    resolved = await asyncio.to_thread(frontend.resolve, asked)
+    resolved = await asyncio.to_thread(frontend.resolve, asked, returns=True)
     if resolved is None:
         raise SteeringRequestError("The body asks for no steering.", "steering")
     dose = await asyncio.to_thread(_dose, resolved, frontend)

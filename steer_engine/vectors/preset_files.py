@@ -74,5 +74,7 @@ def check_preset(spec: Any) -> dict[str, Any]:
         raise SteeringRequestError("a preset must have edits of its own.", "edits")
     if any(not isinstance(edit.vector, str) for edit in parsed.edits):
         raise SteeringRequestError("a preset names its vectors; inline ones belong in requests.", "edits")
+    if parsed.capture is not None:
+        raise SteeringRequestError("a preset steers; what is read belongs in requests.", "capture")
     assert isinstance(spec, dict)
     return spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def test_a_block_that_the_model_has_not_is_refused_by_the_engine(tiny_llama: str
 
 def test_rows_that_do_not_fit_in_memory_are_refused() -> None:
     from steer_engine.derive.derive import _num_rows_to_keep
+    from steer_engine.derive.fit import SAMPLE_PAIRS
 
     facts = EngineFacts(
         architecture="x", hidden_size=4096, num_blocks=32, blocks=tuple(range(32)), dtype="float32", versions={}
@@ -202,3 +204,6 @@ def test_rows_that_do_not_fit_in_memory_are_refused() -> None:
     # Methods of sums keep a sample only, so that memory does not grow with the data.
     assert _num_rows_to_keep("diffmean", 100, facts) == 100
     assert _num_rows_to_keep("diffmean", 1_000_000, facts) == 256
+    narrow = replace(facts, hidden_size=64, blocks=(0, 1))
+    assert _num_rows_to_keep("diffmean", 1_000_000, narrow) == SAMPLE_PAIRS == 1000
+    assert _num_rows_to_keep("pca", 100_000, narrow) == 100_000

@@ -221,15 +221,11 @@ def test_scores_hold_in_prompts_that_are_read_in_pieces(tiny_engine: LLM) -> Non
         assert alone[1].kl > 0.01
 
 
-def test_a_server_does_not_score(tiny_engine: LLM) -> None:
-    """What a client writes into `vllm_xargs` arrives like this, and nobody would take the numbers."""
-    frontend = tiny_engine._frontend
-    frontend.scores = False
-    try:
-        with pytest.raises(SteeringRequestError, match="Only the offline engine scores"):
-            frontend.compile({"steering_score": {"key": "a", "baseline": "a", "answers": []}}, 8)
-    finally:
-        frontend.scores = True
+def test_a_client_cannot_ask_for_scores(tiny_engine: LLM) -> None:
+    """What one writes into `vllm_xargs` arrives like this, and nobody would take the numbers."""
+    asked = {"_steer_score": {"key": "a", "baseline": "a", "answers": []}}
+    with pytest.raises(SteeringRequestError, match="'_steer_score' is a reserved key"):
+        tiny_engine._frontend.compile(asked, 8)
 
 
 def test_neutral_texts_are_many_and_short() -> None:

@@ -3,8 +3,8 @@
     python families.py FOLDER NAME...
 
 writes FOLDER/NAME (a checkpoint) and FOLDER/NAME.npz: `ids` [1 + blocks, ANSWER], the greedy answers to PROMPT without
-steering and steered at each block, and `logprobs` [1 + blocks, T - 1 + ANSWER], of the prompt's tokens but the first and
-of the answer's. It runs in a process of its own: an engine on vLLM's Transformers backend patches Hugging Face's
+steering and steered at each block, and `logprobs` [1 + blocks, T - 1 + ANSWER], of the prompt's tokens but the first
+and of the answer's. It runs in a process of its own: an engine on vLLM's Transformers backend patches Hugging Face's
 attention in its process.
 """
 
@@ -97,8 +97,18 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
     "deepseek_v2": {**_MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
-    "deepseek_v3": {**_MLA, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_mtp_layers": 0},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, **dict.fromkeys(("conv_dim", "block_dim"), HIDDEN)},
+    "deepseek_v3": {
+        **_MLA,
+        "q_lora_rank": 48,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "num_mtp_layers": 0,
+    },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        **dict.fromkeys(("conv_dim", "block_dim"), HIDDEN),
+    },
 }
 
 
@@ -112,7 +122,7 @@ _WITHOUT = {
 
 
 _CLASS = {"phimoe": "PhiMoEForCausalLM"}
-"""What published checkpoints say where Hugging Face's class is called otherwise: vLLM has its own model for that name."""
+"""What published checkpoints say where Hugging Face calls its class otherwise: vLLM has a model of its own for that."""
 
 
 def directions(num_blocks: int = 3) -> np.ndarray:

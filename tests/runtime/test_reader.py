@@ -13,7 +13,7 @@ from steer_engine.program import Capture
 from steer_engine.runtime.engine_runtime import EngineRuntime
 from steer_engine.runtime.reader import Reader
 
-from .stepping import HIDDEN_SIZE, new_runtime, route
+from .stepping import HIDDEN_SIZE, changed, edited, new_runtime, program, route, stream
 
 CAPTURE_BLOCKS = (1, 3)
 
@@ -86,6 +86,41 @@ def test_several_requests_among_others(runtime: EngineRuntime, reader: Reader) -
     step(runtime, reader, [(2, other, 9, 1), (1, one, 3, 3)])
     assert_taken(reader, "other", 2, [5, 6, 7, 8, 9])
     assert_taken(reader, "one", 1, [1, 2, 3])
+
+
+def test_chosen_positions_at_chosen_blocks(runtime: EngineRuntime, reader: Reader) -> None:
+    capture = Capture(key="k", start=0, end=7, only=(0, 3, 6), blocks=(3,))
+    whole = Capture(key="whole", start=0, end=3)
+    step(runtime, reader, [(1, capture, 0, 4), (2, whole, 0, 3)])
+    assert reader.num_bytes == (2 * 1 + 3 * len(CAPTURE_BLOCKS)) * HIDDEN_SIZE * 4
+    step(runtime, reader, [(1, capture, 4, 3)])
+    found, rows_LPD = reader.take("k")
+    assert found == [0, 3, 6]
+    assert rows_LPD[:, :, 0].tolist() == [[value(1, position, 3) for position in found]]
+    assert_taken(reader, "whole", 2, [0, 1, 2])
+    assert reader.num_bytes == 0
+
+
+def test_before_and_after_the_edit_side_by_side(runtime: EngineRuntime, reader: Reader) -> None:
+    """Two requests with one program, of which one reads what the edit leaves; and one that nothing steers."""
+    edit = program({"vector": "a", "blocks": 1, "scale": 3.0}, prompt_len=2)
+    for slot in (1, 2):
+        runtime.admit(slot, edit)
+    captures = [Capture(key=key, start=0, end=2, after=key != "before") for key in ("before", "after", "plain")]
+    route(runtime, (1, 0, 2), (2, 0, 2), (0, 0, 2))
+    reader.plan(captures, [0, 0, 0], [2, 2, 2])
+    hidden, carried = stream(rows=6)
+    left = {block: edited(runtime, hidden, carried, block) for block in range(NUM_BLOCKS)}
+    reader.collect()
+    assert changed(carried, left[1]) == [0, 1, 2, 3]
+    for rows, key, source in (
+        (slice(0, 2), "before", carried),
+        (slice(2, 4), "after", left[1]),
+        (slice(4, 6), "plain", carried),
+    ):
+        _, rows_LPD = reader.take(key)
+        assert np.array_equal(rows_LPD[0], (hidden + source)[rows].numpy())
+        assert np.array_equal(rows_LPD[1], (hidden + carried)[rows].numpy())  # block 3: nothing is edited there
 
 
 def test_positions_computed_again_are_overwritten(runtime: EngineRuntime, reader: Reader) -> None:

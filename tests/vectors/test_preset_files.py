@@ -59,3 +59,8 @@ def test_check_says_where(tmp_path: Path) -> None:
     with pytest.raises(SteeringRequestError) as wrong:
         check_preset({"edits": [{"vector": "calm", "scale": "1"}]})
     assert wrong.value.param == "steering.edits[0].scale"
+
+
+def test_a_preset_that_reads_is_none() -> None:
+    with pytest.raises(SteeringRequestError, match="what is read belongs in requests"):
+        check_preset({"edits": [{"vector": "v"}], "capture": {}})

@@ -264,7 +264,7 @@ def edit_residual_kernel(
             tile = before[i] if ADDS_ONLY and HOLD else load_tile(carried, i, D, TILE)
             edited = tile.to(tl.float32) + delta[i]
             store_tile(carried, i, edited, D, TILE)
-            if CAPTURE:
+            if CAPTURE:  # noqa: SIM102  (known when compiled)
                 if reader < 0:
                     x = edited.to(tile.dtype).to(tl.float32)
                     if HAS_HIDDEN:

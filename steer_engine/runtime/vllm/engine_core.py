@@ -97,9 +97,9 @@ def steer_status(self: Any) -> Reply:
     }
 
 
-def steer_take(self: Any, key: str) -> Reply:
+def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
     """What was read under a capture key. All ranks read the same stream; the first one answers."""
-    reply: Reply = self.collective_rpc("steer_take", args=(key,))[0]
+    reply: Reply = self.collective_rpc("steer_take", args=(key, wanted))[0]
     return reply
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer_engine.capture import CAPTURE_KEY, PARAM, CaptureRequest
 from steer_engine.config import Limits, SteeringConfig
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
-from steer_engine.program import PROGRAM_KEY, Capture, Score
-from steer_engine.resolve import ResolvedSpec, resolve
+from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Capture, Score
+from steer_engine.resolve import ResolvedSpec, resolve, resolve_capture
 from steer_engine.runtime.door import Door
 from steer_engine.runtime.held import Held
 from steer_engine.runtime.vllm.supported import check_supported, longest_seeded_prompt, model_shape
@@ -25,12 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEERING_KEY = "steering"
-CAPTURE_KEY = "steering_capture"
-"""`SamplingParams.extra_args[CAPTURE_KEY] = {"key": str, "start": int, "end": int | None}`; offline only."""
-
-SCORE_KEY = "steering_score"
-"""`SamplingParams.extra_args[SCORE_KEY] = {"key": str, "baseline": str, "answers": [int, ...]}`; offline only."""
-
 _RESERVED_PREFIX = "_steer"
 _SPEC_CACHE = 1024
 
@@ -50,10 +46,10 @@ class Frontend:
         """Closed when the engine client shuts down: the server takes nothing new."""
         self.queue_length: Any = None
         """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
-        self.scores = False
-        """Set by the offline engine: requests may ask for numbers about their next-token distribution."""
         self.log_requests = False
         """Set by `--enable-log-requests`: a line for each steered request at level INFO instead of DEBUG."""
+        self.captures: Any = None
+        """Set by a server with the first request that reads: the rows on their way into the answers."""
         self.held = Held()
         """What this process believes the engines hold."""
         self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()
@@ -75,8 +71,10 @@ class Frontend:
                 return inline
             raise
 
-    def resolve(self, raw: Any) -> ResolvedSpec | None:
+    def resolve(self, raw: Any, *, returns: bool = False) -> ResolvedSpec | None:
         """What `raw` (a spec as a mapping or JSON text; None or False = not asked) means now.
+
+        returns: the caller sees to it that what is read reaches whoever asks.
 
         Raises:
             SteeringRequestError: what is asked is wrong, or this engine is not armed.
@@ -89,9 +87,11 @@ class Frontend:
                 "This server is not armed for steering: start it with 'steer-engine serve', or set STEER_ENGINE=1.",
                 "steering",
             )
+        if spec.capture is not None and not returns:
+            raise SteeringRequestError("What is read cannot be returned this way; offline, use LLM.capture.", PARAM)
         if spec.preset is None:
             return resolve(self.inline.take(spec), self.vector, self.model, self.limits)
-        return self._resolve_preset(spec.preset)
+        return replace(self._resolve_preset(spec.preset), capture=resolve_capture(spec.capture, self.model))
 
     def _resolve_preset(self, name: str) -> ResolvedSpec:
         try:
@@ -99,6 +99,7 @@ class Frontend:
         except UnknownVectorError as error:
             raise UnknownVectorError(error.message, "steering.preset") from None
         assert spec is not None
+        assert spec.capture is None
         try:
             return resolve(spec, self.vector, self.model, self.limits, preset=name)
         except SteeringRequestError as error:
@@ -119,16 +120,16 @@ class Frontend:
         rest = {key: value for key, value in extra_args.items() if key not in (STEERING_KEY, CAPTURE_KEY, SCORE_KEY)}
         resolved = self._resolve_cached(extra_args.get(STEERING_KEY))
         capture = self._capture(extra_args.get(CAPTURE_KEY), prompt_len)
-        score = self._score(extra_args.get(SCORE_KEY))
+        score: Score | None = extra_args.get(SCORE_KEY)
         if resolved is None and capture is None and score is None:
             return rest
         program: dict[str, Any] = {"sites": [], "vectors": [], "identity": [], "keep_norm": False}
         if resolved is not None:
             program = resolved.template.at(prompt_len).to_wire()
         if capture is not None:
-            program["capture"] = [capture.key, capture.start, capture.end]
+            program["capture"] = capture.to_wire()
         if score is not None:
-            program["score"] = [score.key, score.baseline, list(score.answers)]
+            program["score"] = score.to_wire()
         return rest | {PROGRAM_KEY: program}
 
     def _resolve_cached(self, raw: Any) -> ResolvedSpec | None:
@@ -151,21 +152,17 @@ class Frontend:
             return None
         if self.config is None or self.config.capture == ():
             raise SteeringRequestError("Reading is not armed on this engine: steer_engine.LLM(..., capture=True).")
-        start, end = raw["start"], raw["end"]
-        start = max(0, start + prompt_len) if start < 0 else start
-        end = prompt_len if end is None else end
-        return Capture(key=str(raw["key"]), start=start, end=end)
-
-    def _score(self, raw: Any) -> Score | None:
-        if raw is None:
-            return None
-        if not self.scores:
-            raise SteeringRequestError("Only the offline engine scores distributions: steer_engine.LLM.score.")
-        return Score(key=str(raw["key"]), baseline=str(raw["baseline"]), answers=tuple(raw["answers"]))
+        assert isinstance(raw, CaptureRequest)  # others are refused as a reserved key
+        return raw.at(prompt_len)
 
 
 def check_reserved_keys(extra_args: dict[str, Any]) -> None:
     """Raise SteeringRequestError for a key that only we may write."""
-    for key in extra_args:
+    for key, value in extra_args.items():
+        # No client can write these objects.
+        if (key == CAPTURE_KEY and isinstance(value, CaptureRequest)) or (
+            key == SCORE_KEY and isinstance(value, Score)
+        ):
+            continue
         if isinstance(key, str) and key.startswith(_RESERVED_PREFIX):
             raise SteeringRequestError(f"{key[:80]!r} is a reserved key; ask for steering with 'steering'.", key[:80])

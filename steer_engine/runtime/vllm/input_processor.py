@@ -16,7 +16,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY
-from steer_engine.runtime.vllm.frontend import CAPTURE_KEY, Frontend
+from steer_engine.runtime.vllm.frontend import Frontend
 from steer_engine.runtime.vllm.patching import Symbol, wrap
 
 logger = logging.getLogger("steer_engine.requests")
@@ -74,7 +74,7 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         raise VLLMValidationError(error.message, parameter=error.param) from error
     level = logging.INFO if frontend.log_requests else logging.DEBUG
     _log(level, request.request_id, extra_args.get(PROGRAM_KEY))
-    if CAPTURE_KEY in sampling.extra_args:
+    if "capture" in extra_args.get(PROGRAM_KEY, {}):
         # A cached position is never computed, so it could not be read.
         sampling.skip_reading_prefix_cache = True
     return extra_args

@@ -113,6 +113,11 @@ class V1Adapter:
             row: self._scored[name] for row, name in enumerate(batch.req_ids) if whole_B[row] and name in self._scored
         }
 
+    def stop_reading(self, key: str) -> None:
+        """Nothing more is read under that key."""
+        for request_id in [known for known, capture in self._captures.items() if capture.key == key]:
+            del self._captures[request_id]
+
 
 def adapter_of(runner: Any) -> V1Adapter | None:
     """The adapter of an armed runner, made at first use after its model was loaded."""

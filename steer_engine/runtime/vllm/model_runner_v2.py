@@ -94,6 +94,11 @@ class V2Adapter:
                 rows[int(batch.query_start_loc_np[place + 1]) - 1] = score
         return rows
 
+    def stop_reading(self, key: str) -> None:
+        """Nothing more is read under that key."""
+        for request_id in [known for known, capture in self._captures.items() if capture.key == key]:
+            del self._captures[request_id]
+
 
 def adapter_of(runner: Any) -> V2Adapter | None:
     """The adapter of an armed runner, made at first use after its model was loaded."""

@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from steer_engine import __version__
 from steer_engine.errors import CapacityError, UnsupportedEngineError
 from steer_engine.runtime.vllm.frontend import Frontend
@@ -93,6 +95,25 @@ async def handshake(async_llm: Any) -> dict[str, Any]:
     if not done:
         raise CapacityError(f"The engine did not answer within {HANDSHAKE_SECONDS:g} s.", retry_after=5)
     return check_status(task.result())
+
+
+async def take(async_llm: Any, key: str, *, wanted: bool = True) -> np.ndarray | None:
+    """What was read under a capture key, as `rows_of`; nothing more is read under it, and nothing is held any more.
+
+    wanted: send it; else it is only given up, and the answer is None.
+    """
+    replies = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_take", key, wanted))
+    if not wanted:
+        return None
+    # One of several engines ran the request; the others know nothing of the key.
+    return rows_of(max(replies, key=lambda reply: len(reply.get("positions", ()))))
+
+
+def rows_of(reply: dict[str, Any]) -> np.ndarray:
+    """float32 `[blocks, positions, D]` of an answer to `steer_take`."""
+    if not reply["ok"]:
+        raise RuntimeError(f"Reading failed in the worker: {reply['reason']}")
+    return np.frombuffer(reply["rows"], dtype=np.float32).reshape(reply["shape"])
 
 
 def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:

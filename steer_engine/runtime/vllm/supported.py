@@ -56,6 +56,7 @@ def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
         rows=config.rows,
         dtype=str(model.dtype).removeprefix("torch."),
         bank_rows=config.bank_rows,
+        capture_blocks=config.capture_blocks(num_blocks),
     )
 
 

@@ -94,17 +94,24 @@ def steer_status(self: Any) -> Reply:
         "steered_slots": len(runtime.programs.steered_slots),
         "table_bytes": runtime.num_bytes,
         "store_bytes": runtime.store.num_bytes,
+        "captured_bytes": adapter.reader.num_bytes,
         "vectors": runtime.store.digests(),
     }
 
 
 @_total
-def steer_take(self: Any, key: str) -> Reply:
-    """What was read under a capture key: positions, and float32 [blocks, positions, D] as bytes."""
+def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
+    """What was read under a capture key: positions, and float32 [blocks, positions, D] as bytes, if `wanted`.
+
+    A request that still runs (it was aborted, and the next step will say so) reads nothing more.
+    """
     adapter = _adapter(self)
     if adapter is None:
         return {"ok": False, "reason": "this worker is not armed"}
+    adapter.stop_reading(key)
     positions, rows_LPD = adapter.reader.take(key)
+    if not wanted:
+        return {"ok": True}
     return {"ok": True, "positions": positions, "shape": list(rows_LPD.shape), "rows": rows_LPD.tobytes()}
 
 

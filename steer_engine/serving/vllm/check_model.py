@@ -13,13 +13,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from steer_engine.capture import CAPTURE_KEY
 from steer_engine.errors import SteerError, SteeringRequestError
 from steer_engine.runtime.vllm.patching import wrap
 from steer_engine.serving import metrics, told
 from steer_engine.serving.envelope import envelope_of, status_of
 from steer_engine.serving.foreign_forms import XARGS_FORMS
 from steer_engine.serving.request_field import FIELD, MISPLACED, XARGS, steering_of
-from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm import reading, symbols
 from steer_engine.serving.vllm.asked_model import frontend_of, take_preset
 
 REPORT = "_steer_engine_report"
@@ -35,6 +36,7 @@ def hook() -> None:
 
 def report_of(request: Any) -> dict[str, Any] | None:
     """What the answer to `request` says about steering; None where none was asked."""
+    reading.check_delivered(request)
     report: dict[str, Any] | None = getattr(request, REPORT, None)
     return report
 
@@ -102,10 +104,17 @@ async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, An
     if frontend is None:
         raise SteeringRequestError("This server is not armed for steering; start it with 'steer-engine serve'.", FIELD)
     # Decoding megabytes would hold up every other request of this process.
-    resolved = await asyncio.to_thread(frontend.resolve, asked) if _has_inline(asked) else frontend.resolve(asked)
+    if _has_inline(asked):
+        resolved = await asyncio.to_thread(frontend.resolve, asked, returns=True)
+    else:
+        resolved = frontend.resolve(asked, returns=True)
     _forget(request)
     if resolved is None:
         return None
+    report: dict[str, Any] = resolved.report()
+    extra: dict[str, Any] = {FIELD: resolved.to_wire()} if resolved.edits else {}
+    if resolved.capture is not None:
+        extra[CAPTURE_KEY] = reading.admit(frontend, serving, request, resolved.capture, report)
     if frontend.queue_length is not None:
         await frontend.queue_length.enter()
     if missing := frontend.missing(resolved):
@@ -113,8 +122,7 @@ async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, An
 
         metrics.shipped_bytes.inc(await ship(serving.engine_client, missing))
     metrics.request_steered(resolved, time.monotonic() - began)
-    _leave(serving, request, resolved.to_wire())
-    report: dict[str, Any] = resolved.report()
+    _leave(serving, request, extra)
     return report
 
 
@@ -144,13 +152,13 @@ def _forget(request: Any) -> None:
             xargs.pop(key, None)
 
 
-def _leave(serving: Any, request: Any, wire: str) -> None:
+def _leave(serving: Any, request: Any, extra: dict[str, Any]) -> None:
     """Put what is asked where vLLM takes a request's extra arguments from."""
     if _takes_tokens(serving):
         params = request.sampling_params
-        params.extra_args = {**(params.extra_args or {}), FIELD: wire}
+        params.extra_args = {**(params.extra_args or {}), **extra}
     else:
-        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: wire}
+        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), **extra}
 
 
 def _takes_tokens(serving: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from steer_engine.runtime.door import RETRY_AFTER_S, SHUTTING_DOWN, Door
 from steer_engine.runtime.vllm.patching import wrap
 from steer_engine.serving import told
-from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm import reading, symbols
 
 OPEN_SECONDS = 1.0
 """How long at least new requests hear a 503 before the port is closed, within `--shutdown-timeout`."""
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def hook() -> None:
     wrap(symbols.ASYNC_LLM_SHUTDOWN, _draining)
-    wrap(symbols.ASYNC_LLM_GENERATE, _told_of_the_end)
+    wrap(symbols.ASYNC_LLM_GENERATE, lambda original: _told_of_the_end(reading.fetching(original)))
 
 
 def _draining(original: Any) -> Any:

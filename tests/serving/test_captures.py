@@ -1,0 +1,291 @@
+"""What clients read of the residual stream: a real server against the offline engine, to the bit."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load as load_tensors
+from serving.living import HIDDEN_SIZE, NUM_BLOCKS, along
+from serving.server_process import Server, steer_engine_serve
+
+from steer_engine.vectors.safetensors_format import to_bytes
+
+CHUNK, BLOCK = 32, 32
+"""Tokens of a step and of a block of the cache: the prompts take several of both."""
+
+PROMPTS = {"short": list(range(10, 17)), "long": [3 + (7 * i) % 250 for i in range(3 * CHUNK + 5)]}
+STEERED = {"edits": [{"vector": "east", "scale": 0.5}]}
+
+ASKED: dict[str, tuple[str, Any, Any, bool]] = {
+    "last": ("long", "last", None, False),
+    "all": ("long", "all", None, False),
+    "mean": ("long", "mean", None, False),
+    "list": ("long", [-1, 0, 40, -1], None, False),
+    "short": ("short", "all", None, False),
+    "steered": ("long", "all", STEERED, False),
+    "steered after": ("long", "all", STEERED, True),
+    "after": ("long", "all", None, True),
+}
+"""Name -> prompt, positions, steering, after the edit."""
+
+MAX_BYTES = NUM_BLOCKS * HIDDEN_SIZE * 4 * len(PROMPTS["long"])
+
+
+@pytest.fixture(scope="module")
+def vector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vectors") / "east.safetensors"
+    path.write_bytes(to_bytes(along(5)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def offline(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("offline")
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+    settings |= {"max_num_batched_tokens": CHUNK, "block_size": BLOCK, "gpu_memory_utilization": 0.2}
+    task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "asked": ASKED}
+    source, target = folder / "task.json", folder / "rows.npz"
+    source.write_text(json.dumps(task))
+    script = Path(__file__).with_name("offline_rows.py")
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    subprocess.run([sys.executable, "-P", str(script), str(source), str(target)], check=True, env=environment)
+    with np.load(target) as rows:
+        return dict(rows)
+
+
+@pytest.fixture(scope="module")
+def reading(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = steer_engine_serve(
+        tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vector.parent), "--enable-scale-out",
+        "--max-num-batched-tokens", str(CHUNK), "--block-size", str(BLOCK), "--enable-prompt-tokens-details",
+        "--steering-capture", "all", "--steering-limit", f"max_capture_bytes={MAX_BYTES}",
+        "--steering-limit", "max_captures=2",
+    )  # fmt: skip
+    running = Server(command, tmp_path_factory.mktemp("reading") / "server.log")
+    yield running
+    running.kill()
+
+
+def ask(server: Server, prompt: Any, steering: Any, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "max_tokens": 2, "temperature": 0, "ignore_eos": True, "prompt": prompt}
+    return server.post(path, body | {"steering": steering} | fields)
+
+
+def rows_of(answer: httpx.Response) -> np.ndarray:
+    """float32 [blocks, rows, D] of an answer that carries them."""
+    assert answer.status_code == 200, answer.text
+    capture = answer.json()["steering"]["capture"]
+    tensors = load_tensors(base64.b64decode(capture["data"]))
+    assert list(tensors) == [f"residual.{block}" for block in capture["blocks"]]
+    return np.stack(list(tensors.values()))
+
+
+def captured_bytes(server: Server) -> int:
+    workers = server.get("/v1/steering/stats").json()["engine"]["workers"]
+    return sum(worker["captured_bytes"] for worker in workers)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ASKED)
+def test_rows_are_those_of_the_offline_engine_to_the_bit(
+    reading: Server, offline: dict[str, np.ndarray], name: str
+) -> None:
+    prompt, positions, steering, after = ASKED[name]
+    capture = {"capture": {"positions": positions, "after": after}}
+    answer = ask(reading, PROMPTS[prompt], (steering or {}) | capture)
+    assert np.array_equal(rows_of(answer), offline[name])
+    told = answer.json()["steering"]
+    assert answer.headers["X-Steering"] == told["digest"]
+    length = len(PROMPTS[prompt])
+    expected = {"last": [length - 1], "list": [length - 1, 0, 40, length - 1]}.get(name, list(range(length)))
+    assert told["capture"]["positions"] == expected
+    assert told["capture"]["prompt_tokens"] == length
+    assert len(told["edits"]) == (steering is not None)
+
+
+@pytest.mark.slow
+def test_the_offline_rows_show_the_edit(offline: dict[str, np.ndarray]) -> None:
+    """Before it at its own block, after it at the next; and at once, if asked so."""
+    plain, before, after = offline["all"], offline["steered"], offline["steered after"]
+    assert np.array_equal(before[:2], plain[:2])
+    assert not np.array_equal(before[2], plain[2])
+    difference = after[1] - before[1]
+    assert np.abs(difference[:, 5] - 20.0).max() < 1e-4  # scale 0.5 of 40 along axis 5
+    assert not np.delete(difference, 5, axis=1).any()
+    assert np.array_equal(offline["after"], plain)
+
+
+@pytest.mark.slow
+def test_a_warm_cache_is_not_read_from_and_changes_nothing(reading: Server, offline: dict[str, np.ndarray]) -> None:
+    plain = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 1}
+    warm = [reading.post("/v1/completions", plain).json()["usage"]["prompt_tokens_details"] for _ in range(2)]
+    assert warm[1]["cached_tokens"] == 3 * BLOCK
+    answer = ask(reading, PROMPTS["long"], {"capture": {"positions": "all"}})
+    assert np.array_equal(rows_of(answer), offline["all"])
+    # Nor does reading spoil the cache, or the answer.
+    after = reading.post("/v1/completions", plain).json()["usage"]["prompt_tokens_details"]
+    assert after["cached_tokens"] == 3 * BLOCK
+    unread = ask(reading, PROMPTS["long"], None)
+    assert unread.json()["choices"][0]["text"] == answer.json()["choices"][0]["text"]
+    assert "steering" not in unread.json()
+
+
+@pytest.mark.slow
+def test_chosen_blocks_and_what_the_file_says(reading: Server, offline: dict[str, np.ndarray], tmp_path: Path) -> None:
+    answer = ask(reading, PROMPTS["long"], {"capture": {"blocks": [2, 0], "positions": [1, -1]}})
+    capture = answer.json()["steering"]["capture"]
+    assert (capture["blocks"], capture["after"]) == ([0, 2], False)
+    assert np.array_equal(rows_of(answer), offline["all"][[0, 2]][:, [1, -1]])
+    file = tmp_path / "rows.safetensors"
+    file.write_bytes(base64.b64decode(capture["data"]))
+    with safe_open(file, framework="numpy") as opened:
+        last = len(PROMPTS["long"]) - 1
+        assert opened.metadata() == {"format": "steer-engine/capture/1", "positions": f"1,{last}", "edit": "before"}
+
+
+@pytest.mark.slow
+def test_every_endpoint_that_can_carry_it(reading: Server, offline: dict[str, np.ndarray]) -> None:
+    capture = {"capture": {"positions": "all"}}
+    by_tokens = reading.post(
+        "/inference/v1/generate",
+        {"model": "tiny", "token_ids": PROMPTS["short"], "sampling_params": {"max_tokens": 1}, "steering": capture},
+    )
+    assert np.array_equal(rows_of(by_tokens), offline["short"])
+    messages = [{"role": "user", "content": "abc"}]
+    chat = {"model": "tiny", "messages": messages, "max_tokens": 1}
+    responses = {"model": "tiny", "input": "abc", "max_output_tokens": 1}
+    answers = [
+        reading.post("/v1/chat/completions", chat | {"steering": capture}),
+        reading.post("/v1/responses", responses | {"steering": capture}),
+        reading.post("/v1/chat/completions", chat | {"vllm_xargs": {"steering": json.dumps(capture)}}),
+    ]
+    rows = [rows_of(answer) for answer in answers]
+    assert rows[0].shape[1] > 3  # the template is read too
+    assert np.array_equal(rows[0], rows[1])
+    assert np.array_equal(rows[0], rows[2])
+
+
+LONG = {"prompt": PROMPTS["long"]}
+REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "a block that there is not": ("completions", {}, {"blocks": [1, 3]}, "Blocks 3 cannot be read here"),
+    "blocks that are none": ("completions", {}, {"blocks": "first"}, "none of 'all', '8-22'"),
+    "a position beyond the prompt": ("completions", {}, {"positions": [0, 7]}, "the prompt has 7 tokens"),
+    "one before it": ("completions", {}, {"positions": [-8]}, "no position -8"),
+    "no position": ("completions", {}, {"positions": []}, "at least 1 item"),
+    "another word": ("completions", {}, {"positions": "first"}, "'last', 'mean' or 'all'"),
+    "an unknown field": ("completions", {}, {"layers": [1]}, "unknown field 'layers'"),
+    "no object": ("completions", {}, True, "steering.capture"),
+    "one row too many": (
+        "completions", LONG, {"positions": [*range(len(PROMPTS["long"])), 0]}, "max_capture_bytes",
+    ),
+    "a longer prompt": ("completions", {"prompt": [5] * (len(PROMPTS["long"]) + 1)}, {"positions": "all"}, "at most"),
+    "a stream": ("completions", {"stream": True}, {}, "leave 'stream' out"),
+    "several answers": ("completions", {"n": 2, "temperature": 1}, {}, "one prompt and one answer"),
+    "several prompts": ("completions", {"prompt": ["a", "b"]}, {}, "one prompt and one answer"),
+    "a messages request": (
+        "messages", {"messages": [{"role": "user", "content": "a"}]}, {}, "answer cannot carry what is read",
+    ),
+    "chat in batches": (
+        "chat/completions/batch", {"messages": [[{"role": "user", "content": "a"}]] * 2}, {},
+        "answer cannot carry what is read",
+    ),
+    "in the background": ("responses", {"input": "a", "background": True}, {}, "'background'"),
+}  # fmt: skip
+"""What is wrong -> endpoint, fields, capture, and a part of the sentence."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_a_400(reading: Server, name: str) -> None:
+    path, fields, capture, sentence = REFUSED[name]
+    answer = ask(reading, PROMPTS["short"], {"capture": capture}, f"/v1/{path}", **fields)
+    assert answer.status_code == 400, answer.text
+    assert sentence in answer.json()["error"]["message"]
+    assert str(answer.json()["error"]["param"]).startswith("steering.capture")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["_steer_capture", "steering_capture"])
+def test_the_key_of_the_engine_is_not_for_clients(reading: Server, key: str) -> None:
+    fields = {"vllm_xargs": {key: '{"key": "x", "start": 0, "end": null}'}}
+    answer = reading.post("/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 1, **fields})
+    assert (answer.status_code, "reserved" in answer.text) == ((400, True) if key.startswith("_") else (200, False))
+    by_tokens = {"model": "tiny", "token_ids": [1, 2], "sampling_params": {"max_tokens": 1, "extra_args": {key: "x"}}}
+    assert reading.post("/inference/v1/generate", by_tokens).status_code == (400 if key.startswith("_") else 200)
+
+
+@pytest.mark.slow
+async def test_more_than_may_read_at_once_wait_and_all_are_answered(reading: Server) -> None:
+    most = 0
+    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 8, "steering": {"capture": {"positions": "all"}}}
+    async with httpx.AsyncClient(base_url=reading.url, timeout=120) as client:
+        asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(8)]
+        while not all(task.done() for task in asking):
+            stats = (await client.get("/v1/steering/stats")).json()
+            most = max(most, *(worker["captured_bytes"] for worker in stats["engine"]["workers"]))
+        answers = [await task for task in asking]
+    assert {rows_of(answer).shape for answer in answers} == {(NUM_BLOCKS, len(PROMPTS["long"]), HIDDEN_SIZE)}
+    assert 0 < most <= 2 * MAX_BYTES
+    assert captured_bytes(reading) == 0
+
+
+@pytest.mark.slow
+def test_what_an_aborted_request_read_is_given_up(reading: Server) -> None:
+    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
+    body |= {"steering": {"capture": {"positions": "all"}} | STEERED}
+    for _ in range(3):  # more than may read at once: places come back too
+        with httpx.Client(base_url=reading.url, timeout=60) as client:
+            request = client.build_request("POST", "/v1/completions", json=body)
+
+            async def cut(request: httpx.Request = request) -> None:
+                async with httpx.AsyncClient(timeout=60) as asking:
+                    task = asyncio.ensure_future(asking.send(request))
+                    while captured_bytes(reading) == 0:
+                        await asyncio.sleep(0.01)
+                    assert not task.done()
+                    task.cancel()
+
+            asyncio.run(cut())
+        wait_until(lambda: captured_bytes(reading) == 0)
+    assert ask(reading, PROMPTS["short"], {"capture": {}}).status_code == 200
+    wait_until(lambda: reading.get("/v1/steering/stats").json()["engine"]["workers"][0]["steered_slots"] == 0)
+
+
+@pytest.mark.slow
+def test_what_can_be_read_is_published_and_checked_beforehand(reading: Server) -> None:
+    described = reading.get("/v1/steering").json()
+    assert described["capture_blocks"] == [0, 1, 2]
+    assert described["limits"]["max_capture_bytes"] == MAX_BYTES
+    assert described["limits"]["max_captures"] == 2
+    asked = {"capture": {"blocks": "1-2", "positions": [-1]}}
+    checked = reading.post("/v1/steering/validate", asked).json()
+    assert checked["capture"] == {"blocks": [1, 2], "positions": [-1], "after": False}
+    assert checked["edits"] == []
+
+
+def test_it_is_off_unless_the_operator_allows_it(server: Server) -> None:
+    assert server.get("/v1/steering").json()["capture_blocks"] == []
+    answer = server.post("/v1/completions", {"model": "smollm2-135m", "prompt": "a", "steering": {"capture": {}}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steering.capture"
+    assert "--steering-capture" in answer.json()["error"]["message"]
