@@ -53,7 +53,7 @@ def test_a_dummy_pass_edits_nothing() -> None:
     runtime.admit(1, program({}))
     hidden, carried = stream()
     route(runtime, (1, 0, 4))
-    runtime.read([0, 1])
+    runtime.read([0, 1], [False, False])
     runtime.idle()
     assert torch.equal(edited(runtime, hidden, carried), carried)
     assert not runtime.tables.slot_T.any()
@@ -188,7 +188,7 @@ def test_rows_are_read_before_they_are_edited(dtype: torch.dtype) -> None:
     runtime.admit(1, program({}))
     hidden, carried = stream(dtype)
     route(runtime, (1, 0, 6), (0, 0, 4))
-    runtime.read([5, 0, 8])
+    runtime.read([5, 0, 8], [False] * 3)
     for site in range(NUM_BLOCKS):
         after = edited(runtime, hidden * site, carried, site)
         assert changed(carried, after) == list(range(6))
@@ -203,10 +203,10 @@ def test_reading_without_steering() -> None:
     runtime = new_runtime(capture_blocks=(0,))
     hidden, carried = stream()
     route(runtime, (0, 0, 6))
-    runtime.read([2])
+    runtime.read([2], [False])
     assert torch.equal(edited(runtime, None, carried), carried)
     assert torch.equal(runtime.captured(1)[0, 0], carried[2])
-    runtime.read([])
+    runtime.read([], [])
     edited(runtime, hidden, carried)
     assert torch.equal(runtime.captured(1)[0, 0], carried[2]), "nothing was asked, nothing was read"
 
@@ -237,7 +237,7 @@ def test_addresses_never_change() -> None:
         runtime.release(slot)
         runtime.admit(slot, program({"scale": 1 + step}, {"op": "ablate"}, prompt_len=step + 1))
         route(runtime, *((slot, step, 1 + step % 5) for slot in (1, 2, 3)))
-        runtime.read([step % 3])
+        runtime.read([step % 3], [False])
         edited(runtime, hidden, carried, step % NUM_BLOCKS)
         runtime.idle()
     for name, tensor in tensors.items():
