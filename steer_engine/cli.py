@@ -11,6 +11,7 @@ from rich.text import Text
 
 from steer_engine import __version__
 from steer_engine.commands import models, pairs, presets, vectors
+from steer_engine.commands.status import status
 from steer_engine.errors import SteerError
 
 app = typer.Typer(
@@ -29,6 +30,9 @@ app.add_typer(models.app, name="models")
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(presets.app, name="presets")
 app.add_typer(vectors.app, name="vectors")
+
+
+app.command()(status)
 
 
 def _print_version(asked: bool) -> None:

@@ -56,6 +56,19 @@ def put(
     typer.echo(f"{name}: {answer.digest}{' (new)' if answer.status == 201 else ''}")
 
 
+@app.command()
+def check(
+    spec: Annotated[str, typer.Argument(help="A JSON file, or the JSON itself: what a request's `steering` says.")],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Print what a request with this steering would get from a server: digest, edits, rows, dose. Keeps nothing.
+
+    Example: steer-engine presets check '{"edits": [{"vector": "cheerful", "scale": -0.2}]}'
+    """
+    body = json.dumps(_read(spec)).encode()
+    typer.echo(json.dumps(Remote(url).post("validate", body=body).json(), indent=2, ensure_ascii=False))
+
+
 @app.command("rm")
 def remove(name: Name, url: Url = DEFAULT_URL) -> None:
     """Take a preset off a server. Needs STEER_ENGINE_ADMIN_KEY.

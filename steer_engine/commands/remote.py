@@ -67,12 +67,19 @@ class Remote:
     def get(self, *path: str, **query: Any) -> Answer:
         return self._ask("GET", path, query=query)
 
+    def ready(self) -> None:
+        """Raises RegistryError, with the server's reason, unless it is ready to steer."""
+        self._ask("GET", (), url=f"{self._base.removesuffix('/v1/steering')}/readyz")
+
     def put(self, *path: str, body: bytes, content_type: str, replace: bool) -> Answer:
         """Raises RegistryError where the name stands for something else, unless `replace`."""
         headers = {"Content-Type": content_type}
         if replace and (seen := self._digest_of(path)):
             headers["If-Match"] = f'"{seen}"'
         return self._ask("PUT", path, body=body, headers=headers)
+
+    def post(self, *path: str, body: bytes) -> Answer:
+        return self._ask("POST", path, body=body, headers={"Content-Type": "application/json"})
 
     def delete(self, *path: str) -> Answer:
         return self._ask("DELETE", path)
@@ -100,8 +107,9 @@ class Remote:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
         query: dict[str, Any] | None = None,
+        url: str | None = None,
     ) -> Answer:
-        url = "/".join([self._base, *(quote(part, safe="") for part in path)])
+        url = url or "/".join([self._base, *(quote(part, safe="") for part in path)])
         if query:
             url += f"?{urlencode(query)}"
         request = urllib.request.Request(url, data=body, headers=self._headers | (headers or {}), method=method)

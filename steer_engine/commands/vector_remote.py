@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +12,21 @@ from rich.table import Table
 from steer_engine.commands.remote import DEFAULT_URL, Remote, Url
 from steer_engine.errors import VectorFileError
 
+if TYPE_CHECKING:
+    from steer_engine.vectors import ControlVector
+
 Name = Annotated[str, typer.Argument(help="Name of a vector on the server.")]
+
+
+def fetched(name: str, url: str) -> ControlVector:
+    """A vector of a server, after checking that it is what its digest says. Raises RegistryError, VectorFileError."""
+    from steer_engine.vectors.safetensors_format import from_bytes
+
+    answer = Remote(url).get("vectors", name, download="")
+    vector = from_bytes(answer.body)
+    if vector.digest != answer.digest:
+        raise VectorFileError(f"The server promised {answer.digest} and sent {vector.digest}.")
+    return vector
 
 
 def list_vectors(url: Url = DEFAULT_URL) -> None:
@@ -67,16 +81,12 @@ def pull(
     Example: steer-engine vectors pull cheerful --out cheerful.gguf
     """
     from steer_engine.vectors.files import SUFFIXES, save
-    from steer_engine.vectors.safetensors_format import from_bytes
 
     target = out or Path(f"{name.removeprefix('sha256:')[:128]}.safetensors")
     if target.suffix not in SUFFIXES:
         raise VectorFileError(f"{target}: the file's name must end in {' or '.join(SUFFIXES)}.")
     if target.exists() and not force:
         raise VectorFileError(f"{target}: there is such a file already; choose another with --out, or --force.")
-    answer = Remote(url).get("vectors", name, download="")
-    vector = from_bytes(answer.body)
-    if vector.digest != answer.digest:
-        raise VectorFileError(f"The server promised {answer.digest} and sent {vector.digest}.")
+    vector = fetched(name, url)
     save(vector, target)
     typer.echo(f"{target}: {vector.digest}")

@@ -1,4 +1,4 @@
-"""`steer-engine vectors`: look into control-vector files."""
+"""`steer-engine vectors`: look into control vectors, in files and on a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steer_engine.commands.vector_remote import add, list_vectors, pull, remove
+from steer_engine.commands.remote import DEFAULT_URL, Url
+from steer_engine.commands.vector_remote import add, fetched, list_vectors, pull, remove
 from steer_engine.commands.vector_tools import import_file, report
 from steer_engine.errors import VectorFileError
 
@@ -27,19 +28,25 @@ for command, name in ((list_vectors, "list"), (add, "add"), (remove, "rm"), (pul
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(exists=True, help="A control-vector file, or a folder of them.")],
+    path: Annotated[
+        Path, typer.Argument(help="A control-vector file, a folder of them, or the name of a vector on the server.")
+    ],
+    url: Url = DEFAULT_URL,
 ) -> None:
-    """Say what a file holds, block by block, or list the files of a folder.
+    """Say what a file or a vector of a server holds, block by block, or list the files of a folder.
 
     The dose is |v| over the mean residual norm |x|: what scale 1 adds, in parts of the stream.
     Example: steer-engine vectors show vectors/cheerful.safetensors
     """
     from steer_engine.vectors import load  # costs half a second, which help need not wait for
+    from steer_engine.vectors.files import SUFFIXES
 
     if path.is_dir():
         _show_folder(path)
-    else:
+    elif path.exists() or path.suffix in SUFFIXES or len(path.parts) > 1:
         _show_file(load(path))
+    else:
+        _show_file(fetched(str(path), url))
 
 
 def _show_folder(folder: Path) -> None:

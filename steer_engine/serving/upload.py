@@ -13,6 +13,7 @@ from steer_engine.errors import CapacityError, PayloadTooLargeError, UnusableVec
 from steer_engine.serving.answers import Refused
 from steer_engine.vectors import ControlVector, gguf_format, safetensors_format
 from steer_engine.vectors.disk_errors import writing
+from steer_engine.vectors.under_way import mark
 
 MEDIA_TYPES = frozenset({"", "application/octet-stream", "application/safetensors", "application/x-safetensors",
                          "application/gguf", "application/x-gguf", "binary/octet-stream",
@@ -47,6 +48,7 @@ class Uploads:
         try:
             with writing(), tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
                 path = Path(file.name)
+                mark(file)
                 try:
                     async for piece in self._counted(request.stream()):
                         await asyncio.to_thread(file.write, piece)

@@ -12,12 +12,12 @@ a crash at any moment there are only whole vectors, and at most an object too ma
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,13 +47,11 @@ from steer_engine.vectors.manifest import (
     signature_of,
     write_manifest,
 )
+from steer_engine.vectors.under_way import is_left
 
 logger = logging.getLogger(__name__)
 
 FOLDER = ".steer-engine"
-UPLOAD_SECONDS = 3600.0
-"""No upload takes longer; what is older was left by a process that died."""
-
 LOCK_SECONDS = 10.0
 """How long a change waits for another process to finish its own."""
 
@@ -296,9 +294,13 @@ class Shelf:
                 raise RegistryFullError(f"The registry is full: at most {limit} {what}; delete some first.")
 
     def _stale_uploads(self) -> list[Path]:
-        """Uploads of processes that died: younger ones may be under way in another process."""
-        oldest = time.time() - UPLOAD_SECONDS
-        return [path for path in (self._root / "incoming").glob("*") if path.stat().st_mtime < oldest]
+        """Uploads of processes that died."""
+        stale = []
+        for path in (self._root / "incoming").glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+                if is_left(path):
+                    stale.append(path)
+        return stale
 
     def _remove_unnamed(self, digest: str, manifest: Manifest) -> None:
         if digest not in _digests(manifest):

@@ -83,6 +83,37 @@ def test_a_preset_that_cannot_be_read_never_leaves_this_machine(spec: str) -> No
         call("presets", "put", "calm", spec)
 
 
+def test_show_takes_a_vector_of_the_server(tmp_path: Path) -> None:
+    save(along(35), tmp_path / "mine.safetensors")
+    call("vectors", "add", "mine.safetensors", "--name", "theirs")
+    of_file, by_name = call("vectors", "show", "mine.safetensors"), call("vectors", "show", "theirs")
+    assert by_name == of_file == call("vectors", "show", along(35).digest)
+    assert along(35).digest in by_name
+    call("vectors", "rm", "theirs")
+    with pytest.raises(RegistryError, match="404"):
+        call("vectors", "show", "theirs")
+    with pytest.raises(VectorFileError, match=r"gone\.gguf"):
+        call("vectors", "show", "gone.gguf")
+
+
+def test_check_says_what_a_request_would_get(living: Server) -> None:
+    spec = {"edits": [{"vector": "house", "scale": 2.0}]}
+    found = json.loads(call("presets", "check", json.dumps(spec)))
+    assert found["digest"] == complete(living, steering=spec).headers["X-Steering"]
+    assert found["rows"] == 1
+    with pytest.raises(RegistryError, match="404.*nobody"):
+        call("presets", "check", '{"edits": [{"vector": "nobody"}]}')
+
+
+def test_status(living: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(call("status"))
+    assert (found["model"], found["limits"]["max_edits"]) == ("tiny", 8)
+    assert "stats" not in found
+    assert json.loads(call("status", "--counters"))["stats"]["engine"]["ok"]
+    with pytest.raises(RegistryError, match="cannot be reached"):
+        call("status", "--url", "http://127.0.0.1:1")
+
+
 def test_mistakes_are_one_sentence_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     save(along(34), tmp_path / "mine.safetensors")
     monkeypatch.setenv(ADMIN_ENV, "not the key of this server")

@@ -25,6 +25,7 @@ from steer_engine.errors import (
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors import shelf as shelf_module
 from steer_engine.vectors.shelf import ANY, FOLDER, Shelf, ShelfLimits, preset_digest
+from steer_engine.vectors.under_way import mark
 
 PRESET = {"edits": [{"vector": "a", "scale": 2.0}]}
 
@@ -187,6 +188,22 @@ def test_the_start_removes_what_a_crash_left(tmp_path: Path) -> None:
     assert not any(path.exists() for path in leftovers)
     assert young.exists()
     assert shelf.load(one(1).digest) == one(1)
+
+
+def test_an_upload_is_left_when_its_writer_is_gone(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("a", one(1))
+    left, under_way = shelf.incoming() / "left", shelf.incoming() / "under way"
+    left.write_bytes(b"half")
+    with under_way.open("wb") as file:
+        mark(file)
+        for path in (left, under_way):
+            os.utime(path, (time.time() - 10, time.time() - 10))
+        Shelf(tmp_path).verify()
+        assert not left.exists()
+        assert under_way.exists()
+    Shelf(tmp_path).verify()
+    assert not under_way.exists()
 
 
 def test_a_lock_that_is_held_is_waited_for_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
