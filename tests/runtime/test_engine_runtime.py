@@ -218,7 +218,7 @@ def test_what_is_read_does_not_change_what_is_computed() -> None:
         runtime = new_runtime(capture_blocks=(0,), dtype=torch.bfloat16)
         runtime.admit(1, program({"scale": 0.5}))
         route(runtime, (1, 0, 4))
-        runtime.read(rows)
+        runtime.read(rows, [False] * len(rows))
         seen.append(edited(runtime, hidden, carried))
     assert torch.equal(*seen)
 
