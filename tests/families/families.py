@@ -57,7 +57,7 @@ _MLA: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
-    # As published checkpoints have it. Without scaling, the kernel of vLLM 0.32 for CPUs rotates these queries wrongly.
+    # As published checkpoints have it. Without, vLLM takes its eager rotary kernel; see test_families.py.
     "rope_parameters": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -105,9 +105,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "num_mtp_layers": 0,
     },
     "lfm2": {
+        "tie_word_embeddings": True,
         "layer_types": ["conv", "full_attention", "conv"],
-        "conv_L_cache": 3,
-        **dict.fromkeys(("conv_dim", "block_dim"), HIDDEN),
+        # Fields of published checkpoints that vLLM reads and Hugging Face's class does not have.
+        "conv_dim": HIDDEN,
+        "block_dim": HIDDEN,
     },
 }
 
@@ -122,7 +124,7 @@ _WITHOUT = {
 
 
 _CLASS = {"phimoe": "PhiMoEForCausalLM"}
-"""What published checkpoints say where Hugging Face calls its class otherwise: vLLM has a model of its own for that."""
+"""What published checkpoints say where Hugging Face's class is called otherwise: vLLM has a model of that name."""
 
 
 def directions(num_blocks: int = 3) -> np.ndarray:
