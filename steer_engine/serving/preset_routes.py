@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.serving.answers import Refused, SteeringRoute, etag, frontend_of, if_match, require_admin
+from steer_engine.serving.audit import log_change
 from steer_engine.serving.vector_routes import MAX_PAGE, Name
 from steer_engine.vectors.preset_files import check_preset
 from steer_engine.vectors.shelf import preset_digest, vectors_of
@@ -58,6 +59,7 @@ async def put_preset(request: Request, name: Name) -> JSONResponse:
         raise Refused(error.message, 422, error.param) from None
     is_new = await asyncio.to_thread(frontend.registry.put_preset, name, checked, if_match=if_match(request))
     digest = preset_digest(checked)
+    log_change(request, "put" if is_new else "replace", "preset", name, digest)
     body = {"name": name, "digest": digest, "spec": checked}
     return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(digest))
 
@@ -69,6 +71,7 @@ async def delete_preset(request: Request, name: Name) -> JSONResponse:
     require_admin(request)
     spec = await asyncio.to_thread(frontend.registry.preset, name)
     await asyncio.to_thread(frontend.registry.delete_preset, name, if_match=if_match(request))
+    log_change(request, "delete", "preset", name, preset_digest(spec))
     return JSONResponse({"name": name, "digest": preset_digest(spec)})
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from steer_engine.errors import SteerError
 from steer_engine.serving import metrics
 from steer_engine.serving.answers import SteeringRoute, etag, frontend_of, if_match, require_admin
+from steer_engine.serving.audit import log_change
 from steer_engine.serving.envelope import status_of
 from steer_engine.vectors import ControlVector, safetensors_format
 from steer_engine.vectors.adopted import NAME
@@ -77,6 +78,7 @@ async def put_vector(request: Request, name: Name) -> JSONResponse:
     except SteerError as error:
         metrics.upload_rejected(status_of(error))
         raise
+    log_change(request, "put" if is_new else "replace", "vector", name, vector.digest)
     body = {"name": name} | described(vector)
     return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(vector.digest))
 
@@ -87,6 +89,7 @@ async def delete_vector(request: Request, name: Name) -> JSONResponse:
     frontend = frontend_of(request)
     require_admin(request)
     digest = await asyncio.to_thread(frontend.registry.delete, name, if_match=if_match(request))
+    log_change(request, "delete", "vector", name, digest)
     in_flight = await request.app.state.steering_in_flight(digest)
     return JSONResponse({"name": name, "digest": digest, "in_flight": in_flight})
 

@@ -85,7 +85,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def living(
     tiny_llama: str, traces: OtlpReceiver, mirrored: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """With keys, a default preset, traces, a mirror, and a registry that changes.
+    """With keys, a default preset, traces, a log of requests, a mirror, and a registry that changes.
 
     The last test of test_living_server ends it: who else needs
     it lives in attacks/, which runs before.
@@ -99,7 +99,7 @@ def living(
         tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vectors),
         "--steering-default", "house", "--api-key", INFERENCE, "--shutdown-timeout", "20",
         "--steering-mirror", f"file://{mirrored}", "--steering-mirror-seconds", "1",
-        "--otlp-traces-endpoint", traces.endpoint,
+        "--otlp-traces-endpoint", traces.endpoint, "--enable-log-requests",
     )  # fmt: skip
     running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN, **traces.environment})
     yield running

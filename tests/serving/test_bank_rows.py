@@ -22,6 +22,10 @@ pytestmark = pytest.mark.slow
 NUM_BLOCKS, HIDDEN_SIZE, NUM_REQUESTS, QUEUE = 3, 64, 64, 100
 
 
+ROOM = 80
+"""Vectors that the store takes: all that the first test sends, and some."""
+
+
 @pytest.fixture(scope="module")
 def narrow(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("narrow")
@@ -31,16 +35,19 @@ def narrow(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "--max-num-seqs", "64", "--steering-bank-rows", str(2 * NUM_BLOCKS),
         "--steering-limit", f"max_bank_queue={QUEUE}",
     )  # fmt: skip
-    running = Server(command, folder / "server.log")
+    running = Server(command, folder / "server.log", env={"STEER_ENGINE_STORE_BYTES": str(ROOM * len(file_of(0)))})
     yield running
     running.kill()
 
 
-def inline(axis: int) -> dict[str, Any]:
+def file_of(axis: int, size: float = 40.0) -> bytes:
     direction = np.zeros(HIDDEN_SIZE, np.float32)
-    direction[axis] = 40.0
-    vector = ControlVector(directions=dict.fromkeys(range(NUM_BLOCKS), direction))
-    return {"edits": [{"vector": {"data": base64.b64encode(to_bytes(vector)).decode()}}]}
+    direction[axis] = size
+    return to_bytes(ControlVector(directions=dict.fromkeys(range(NUM_BLOCKS), direction)))
+
+
+def inline(axis: int, size: float = 40.0) -> dict[str, Any]:
+    return {"edits": [{"vector": {"data": base64.b64encode(file_of(axis, size)).decode()}}]}
 
 
 async def ask(client: httpx.AsyncClient, number: int, max_tokens: int = 4) -> httpx.Response:
@@ -59,7 +66,8 @@ def tokens(answer: httpx.Response) -> list[int]:
 
 
 async def test_many_inline_vectors_at_once(narrow: Server) -> None:
-    assert narrow.get("/v1/steering").json()["limits"]["bank_rows"] == 2 * NUM_BLOCKS
+    limits = narrow.get("/v1/steering").json()["limits"]
+    assert (limits["bank_rows"], limits["store_bytes"]) == (2 * NUM_BLOCKS, ROOM * len(file_of(0)))
     waiting: list[int] = []
     async with client_of(narrow) as client:
         alone = [tokens(await ask(client, number)) for number in range(NUM_REQUESTS)]
@@ -69,6 +77,8 @@ async def test_many_inline_vectors_at_once(narrow: Server) -> None:
             engine = (await client.get("/v1/steering/stats")).json()["engine"]
             waiting.append(engine["waiting"])
             assert engine["workers"][0]["bank_rows_pinned"] <= engine["workers"][0]["bank_rows"] == 2 * NUM_BLOCKS
+            assert engine["workers"][0]["store_bytes"] <= limits["store_bytes"]
+            assert len(engine["vectors"]) <= ROOM
         together = [await task for task in asking]
     assert [tokens(answer) for answer in together] == alone
     assert all("X-Steering" in answer.headers for answer in together)
@@ -92,3 +102,23 @@ def test_a_request_that_can_never_fit_is_a_400(narrow: Server, tmp_path: Path) -
     answer = narrow.post("/v1/completions", {"model": "tiny", "prompt": "a", "steering": {"edits": edits}})
     assert answer.status_code == 400
     assert "--steering-bank-rows" in answer.json()["error"]["message"]
+
+
+def test_a_full_store_is_a_503_and_passes_no_budget(narrow: Server) -> None:
+    """Last: a vector stays for a minute after it was sent, so that more of them find no room."""
+    budget = narrow.get("/v1/steering").json()["limits"]["store_bytes"]
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "temperature": 0}
+    answers = []
+    for axis in range(2 * ROOM):
+        answers.append(narrow.post("/v1/completions", body | {"steering": inline(axis % HIDDEN_SIZE, 10.0 + axis)}))
+        if axis % 10 == 0:
+            engine = narrow.get("/v1/steering/stats").json()["engine"]
+            assert engine["workers"][0]["store_bytes"] <= budget
+            assert len(engine["vectors"]) <= ROOM
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 503}
+    for answer in answers:
+        assert ("X-Steering" in answer.headers) is (answer.status_code == 200)
+        if answer.status_code == 503:
+            assert int(answer.headers["Retry-After"]) >= 1
+    assert narrow.post("/v1/completions", body).status_code == 200

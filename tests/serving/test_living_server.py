@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,10 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
+from serving import browser
+from serving.browser import Page
 from serving.living import (
     ADMIN,
     HIDDEN_SIZE,
@@ -245,6 +250,129 @@ def test_spans_of_steered_requests_say_by_what(living: Server, traces: OtlpRecei
     assert "steer_engine.preset" not in spans["named"]
     assert not [key for key in spans["plain"] if key.startswith("steer_engine")]
     assert spans["plain"]["gen_ai.usage.completion_tokens"] == 2
+
+
+def test_the_log_says_what_steered_a_request_and_what_was_changed(living: Server) -> None:
+    """As JSON, by digest, with the ids that clients sent."""
+    logged = len(living.log)
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 1, "steering": spec("house")}
+    assert living.post("/v1/completions", body, headers=USER | {"X-Request-Id": "asked-by-a-test"}).status_code == 200
+    put(living, "logged", along(12), **{"X-Request-Id": "put-by-a-test"})
+    put(living, "logged", along(13), **{"If-Match": "*"})
+    living.request("DELETE", "/v1/steering/vectors/logged", None)  # without a key: no change
+    httpx.delete(f"{living.url}/v1/steering/vectors/logged", headers=OPERATOR, timeout=60)
+    preset = f"{living.url}/v1/steering/presets/logged"
+    digest = httpx.put(preset, json=spec("house"), headers=OPERATOR, timeout=60).json()["digest"]
+    httpx.delete(preset, headers=OPERATOR, timeout=60)
+    lines = living.log[logged:]
+    (steered,) = [json.loads(line) for line in re.findall(r"\] steered (\{.*\})", lines)]
+    assert "asked-by-a-test" in steered["request_id"]
+    assert steered["vectors"] == [along(5).digest]
+    assert [json.loads(line) for line in re.findall(r"\] changed (\{.*\})", lines)] == [
+        {"change": "put", "vector": "logged", "digest": along(12).digest, "request_id": "put-by-a-test"},
+        {"change": "replace", "vector": "logged", "digest": along(13).digest},
+        {"change": "delete", "vector": "logged", "digest": along(13).digest},
+        {"change": "put", "preset": "logged", "digest": digest},
+        {"change": "delete", "preset": "logged", "digest": digest},
+    ]
+
+
+def test_every_route_by_curl_and_by_the_openai_client(living: Server, tmp_path: Path) -> None:
+    (tmp_path / "curled.safetensors").write_bytes(to_bytes(along(14)))
+    (tmp_path / "spec").write_text(json.dumps(spec("curled")))
+
+    def curl(method: str, path: str, *more: str) -> tuple[int, bytes]:
+        out = tmp_path / "answer"
+        command = [
+            "curl",
+            "-sS",
+            "-X",
+            method,
+            "-o",
+            str(out),
+            "-w",
+            "%{http_code}",
+            "-H",
+            f"Authorization: Bearer {ADMIN}",
+        ]
+        done = subprocess.run(
+            [*command, *more, living.url + path], capture_output=True, text=True, check=True, timeout=60
+        )
+        return int(done.stdout), out.read_bytes()
+
+    own, as_json = "/v1/steering", ("-H", "Content-Type: application/json", "--data-binary", f"@{tmp_path / 'spec'}")
+    assert curl("PUT", f"{own}/vectors/curled", "--data-binary", f"@{tmp_path / 'curled.safetensors'}")[0] == 201
+    assert curl("PUT", f"{own}/presets/curled", *as_json)[0] == 201
+    status, checked = curl("POST", f"{own}/validate", *as_json)
+    assert (status, json.loads(checked)["edits"][0]["vector"]) == (200, along(14).digest)
+    for path in (
+        "",
+        "/vectors",
+        "/vectors/curled",
+        f"/vectors/{along(14).digest}",
+        "/presets",
+        "/presets/curled",
+        "/stats",
+    ):
+        assert curl("GET", own + path)[0] == 200, path
+    assert curl("GET", f"{own}/vectors/curled?download") == (200, to_bytes(along(14)))
+    assert [curl("GET", path)[0] for path in ("/readyz", "/playground", "/v1/models")] == [200, 200, 200]
+
+    with openai.OpenAI(base_url=f"{living.url}/v1", api_key=ADMIN, max_retries=0) as client:
+        assert "tiny:curled" in [model.id for model in client.models.list()]
+        answers = [
+            client.completions.create(model=model, prompt="abc", max_tokens=4, temperature=0, extra_body=extra)
+            for model, extra in (
+                ("tiny:curled", {}), ("tiny", {"steering": spec("curled")}), ("tiny", {"steering": False})
+            )
+        ]  # fmt: skip
+        assert answers[0].steering["digest"] == answers[1].steering["digest"] == json.loads(checked)["digest"]
+        assert not hasattr(answers[2], "steering")
+        assert client.get("/steering/vectors/curled", cast_to=dict[str, Any])["digest"] == along(14).digest
+        assert client.post("/steering/validate", body=spec("curled"), cast_to=dict[str, Any]) == json.loads(checked)
+        client.delete("/steering/presets/curled", cast_to=dict[str, Any])
+        with pytest.raises(openai.NotFoundError):
+            client.delete("/steering/presets/curled", cast_to=dict[str, Any])
+    assert curl("DELETE", f"{own}/vectors/curled")[0] == 200
+    assert curl("DELETE", f"{own}/vectors/curled")[0] == 404
+
+
+def test_the_example_for_curl(living: Server, tmp_path: Path) -> None:
+    (tmp_path / "shown.safetensors").write_bytes(to_bytes(along(18)))
+    script = Path(__file__).resolve().parents[2] / "examples" / "curl.sh"
+    environment = os.environ | {"STEER_ENGINE_URL": living.url, "STEER_ENGINE_ADMIN_KEY": ADMIN}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "shown.safetensors")],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if not line.startswith("==")]
+    assert lines[0] == {"name": "shown", "digest": along(18).digest}
+    checked, silent, by_field, by_preset = lines[2:6]
+    assert by_field == by_preset
+    assert by_field[1] == checked["digest"] != silent[1]
+    assert lines[6:] == ["shown-soft", {"name": "shown", "in_flight": 0}]
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+def test_the_playground_with_a_key(living: Server, tmp_path: Path) -> None:
+    """Typed in, it opens the server, and it is nowhere but in its field."""
+    with Page(f"{living.url}/playground", tmp_path / "profile") as page:
+        assert "key" in page.wait_for("document.getElementById('error').textContent").lower()
+        page.evaluate(f"document.getElementById('key').value = '{INFERENCE}'")
+        page.evaluate("document.getElementById('key').dispatchEvent(new Event('change'))")
+        page.wait_for("document.getElementById('about').textContent.includes('tiny')")
+        page.evaluate("document.getElementById('tokens').value = 4")
+        page.wait_for("document.querySelectorAll('.edit').length === 1")
+        assert page.evaluate("document.querySelector('.scale').max") == "1000"
+        page.evaluate("document.querySelector('.vector').value = 'house'")
+        page.evaluate("document.getElementById('run').click()")
+        assert page.wait_for("document.getElementById('applied').textContent").startswith("applied: sha256:")
+        kept = (
+            "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, link(), curl(), python()])"
+        )
+        assert INFERENCE not in page.evaluate(kept)
+        assert INFERENCE in page.evaluate("document.getElementById('key').value")
 
 
 def test_drain(living: Server) -> None:

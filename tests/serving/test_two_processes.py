@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -47,10 +48,27 @@ def put(server: Server, name: str, axis: int) -> int:
 
 
 def test_both_processes_answer(twins: Server) -> None:
+    logged = len(twins.log)
     for _ in range(40):
         assert fresh(twins, "GET", "/v1/steering").status_code == 200
-    assert "ApiServer_0" in twins.log
-    assert "ApiServer_1" in twins.log
+    answered = re.findall(r'\((ApiServer_\d) pid=\d+\).*"GET /v1/steering HTTP', twins.log[logged:])
+    assert set(answered) == {"ApiServer_0", "ApiServer_1"}
+
+
+def test_the_metrics_of_both_are_on_one_page(twins: Server) -> None:
+    """vLLM's page for several processes reads what they wrote into files."""
+
+    def counted() -> float:
+        line = re.search(
+            r'^steer_engine_requests_total\{outcome="refused"\} (\S+)$', fresh(twins, "GET", "/metrics").text, re.M
+        )
+        return float(line[1]) if line else 0.0
+
+    before = counted()
+    for _ in range(20):
+        assert ask(twins, spec("nobody")).status_code == 404
+    assert counted() == before + 20
+    assert re.search(r"^steer_engine_armed 1\.0$", fresh(twins, "GET", "/metrics").text, re.M)
 
 
 def test_a_name_is_never_stale_in_either_process(twins: Server) -> None:

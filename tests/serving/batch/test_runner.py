@@ -114,9 +114,10 @@ async def test_a_body_that_is_nested_too_deeply_to_be_sent_is_one_error_line(tmp
     assert "nested" in answers(target)["id 1"]["error"]["message"]
 
 
-async def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+async def test_memory_does_not_grow_with_the_file(tmp_path: Path, count: int) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
-    write(source, 20_000)
+    write(source, count)
     tracemalloc.start()
     await run(source, target, echo, finished=resume(target), at_once=64)
     peak = tracemalloc.get_traced_memory()[1]
