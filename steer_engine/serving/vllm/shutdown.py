@@ -24,6 +24,10 @@ from steer_engine.serving.vllm import reading, symbols
 OPEN_SECONDS = 1.0
 """How long at least new requests hear a 503 before the port is closed, within `--shutdown-timeout`."""
 
+LINGER_SECONDS = 0.3
+"""How long the port stays open after the last answer: who has just got it hears a 503 to its next request, not a reset
+connection."""
+
 TELLING_SECONDS = 2.0
 """Kept of `--shutdown-timeout` (at most a quarter of it) to tell who is left: with several API processes, their parent
 kills them when it is up."""
@@ -61,11 +65,13 @@ def _draining(original: Any) -> Any:
 
 
 def _wait_for_all(async_llm: Any, door: Any, at_least: float, at_most: float) -> None:
-    """Until every request has its answer, for at least and at most so many seconds."""
-    began = time.monotonic()
+    """Until every request has its answer and a little longer, for at least and at most so many seconds."""
+    began = last_busy = time.monotonic()
     logger.info("Shutting down: %d requests are under way.", door.inside)
-    while (passed := time.monotonic() - began) < at_most:
-        if passed >= at_least and not door.inside and not async_llm.output_processor.get_num_unfinished_requests():
+    while (now := time.monotonic()) - began < at_most:
+        if door.inside or async_llm.output_processor.get_num_unfinished_requests():
+            last_busy = now
+        elif now - began >= at_least and now - last_busy >= LINGER_SECONDS:
             return
         time.sleep(_POLL_SECONDS)
 
