@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +43,30 @@ def test_the_installed_vllm_is_known_by_its_source(check_vllm: ModuleType) -> No
     symbols = (*all_symbols(), *ALL, *COMMAND)
     assert len(symbols) > 40
     assert check_vllm.problems(symbols, read) == []
+
+
+def test_every_import_of_vllm_is_on_a_list() -> None:
+    """What is not on one would break with a new vLLM without being named, neither at start-up nor by its source."""
+    from steer_engine.runtime.vllm.symbols import all_symbols
+    from steer_engine.serving.vllm.symbols import ALL, COMMAND
+
+    known = {symbol.path for symbol in (*all_symbols(), *ALL, *COMMAND)}
+    files = sorted((SCRIPT.parents[1] / "steer_engine").rglob("*.py"))
+    found = {name: file.name for file in files for name in imported_from_vllm(ast.parse(file.read_text()))}
+    assert len(found) >= 25
+    unknown = {name: file for name, file in found.items() if not any(f"{path}.".startswith(name) for path in known)}
+    assert unknown == {}
+
+
+def imported_from_vllm(tree: ast.AST) -> Iterator[str]:
+    """`module:name.` of what is imported when the code runs; imports for type checkers do not matter."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
+            for each in node.names:
+                yield f"{node.module}:{each.name}."
+        yield from imported_from_vllm(node)
 
 
 SOURCES = {

@@ -28,7 +28,11 @@ SET_ADAPTERS = Symbol(
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
     ("prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
 )
-SYMBOLS = (SET_ADAPTERS,)
+SYMBOLS = (
+    SET_ADAPTERS,
+    Symbol("vllm.forward_context:get_forward_context"),
+    Symbol("vllm.forward_context:set_forward_context", ("attn_metadata", "num_tokens", "skip_compiled")),
+)
 
 logger = logging.getLogger(__name__)
 

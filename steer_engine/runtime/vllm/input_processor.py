@@ -27,6 +27,7 @@ PROCESS_INPUTS = Symbol(f"{_CLASS}.process_inputs", ("request_id", "prompt", "pa
 SYMBOLS = (
     INIT,
     PROCESS_INPUTS,
+    Symbol("vllm.sampling_params:SamplingParams"),
     Symbol("vllm.utils:length_from_prompt_token_ids_or_embeds"),
     Symbol("vllm.exceptions:VLLMNotFoundError"),
     Symbol("vllm.exceptions:VLLMValidationError"),

@@ -75,6 +75,7 @@ USED = (
     Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateResponseBase"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
+    Symbol("vllm.exceptions:VLLMClientError"),
     Symbol("vllm.exceptions:VLLMValidationError"),
     Symbol("vllm.exceptions:GracefulHTTPError.__init__", ("message", "http_status")),
     Symbol("vllm.v1.engine.async_llm:AsyncLLM.abort", ("request_id", "internal")),
@@ -94,6 +95,7 @@ COMMAND = (
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
     CLI_ENV_SETUP,
     Symbol("vllm.logger:configure_logging_from_args"),
+    Symbol("vllm.platforms:current_platform"),
     Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
 )
 """What `steer-engine serve` and `batch` call; not asked of processes that only serve."""
