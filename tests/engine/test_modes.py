@@ -19,8 +19,6 @@ from engines import RUNNER
 from oracle import Oracle
 from traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
 
-from steer_engine import LLM
-
 NUM = 24 if RUNNER == "v1" else 8
 
 
@@ -78,8 +76,7 @@ def test_preemption_and_recomputation(start: Start, oracle: Oracle) -> None:
     assert preempted, "nothing was preempted"
 
 
-@pytest.fixture
-def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asynchronous_scheduling(start: Start, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU platform switches it off; switched on again, the scheduler runs a step ahead of the sampled tokens."""
     from vllm.platforms.cpu import CpuPlatform
 
@@ -90,26 +87,10 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(checked))
-
-
-@pytest.mark.usefixtures("asynchronous")
-def test_asynchronous_scheduling(start: Start, oracle: Oracle) -> None:
     llm = start(max_num_batched_tokens=64, max_num_seqs=16)
     assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
     asked = asks(NUM)
     assert_right(oracle, asked, run(llm, asked))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("asynchronous")
-def test_drafts_under_asynchronous_scheduling(start: Start, oracle: Oracle, tiny_llama: str) -> None:
-    """When the host plans a step it does not know how many drafts were taken: only the device knows the positions."""
-    llm = start(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
-    assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
-    asked = asks(NUM if RUNNER == "v1" else 4)
-    outputs, accepted = drafts_of(llm, asked)
-    assert_right(oracle, asked, outputs)
-    assert accepted > 0
 
 
 @pytest.mark.slow
@@ -130,18 +111,6 @@ def test_a_draft_model(start: Start, oracle: Oracle, tiny_llama: str) -> None:
     outputs, accepted = drafts_of(llm, asked)
     assert_right(oracle, asked, outputs)
     assert accepted > 0
-
-
-@pytest.mark.v1_only
-def test_compiled(tiny_compiled: LLM, oracle: Oracle) -> None:
-    """The same traffic through a compiled engine: prompts in pieces, behind a prefix in common, cold and warm."""
-    tiny_compiled.llm_engine.reset_prefix_cache()
-    asked = asks(NUM, shared=70)
-    assert sum(len(ask.prompt) for ask in asked) > 256, "more than a step takes"
-    assert_right(oracle, asked, run(tiny_compiled, asked))
-    warm = run(tiny_compiled, asked)
-    assert_right(oracle, asked, warm)
-    assert sum(output.num_cached_tokens or 0 for output in warm) > 32 * NUM / 3
 
 
 @pytest.mark.v1_only

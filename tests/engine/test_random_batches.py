@@ -19,8 +19,7 @@ from tiny_models import tiny_llama_path
 from steer_engine import LLM
 from steer_engine.config import SteeringConfig
 
-MOST = 64
-LARGEST, LONGEST, SHORT_RUN, LONG_RUN = (MOST, 8, 3, 40) if RUNNER == "v1" else (4, 2, 1, 6)
+LARGEST, LONGEST, SHORT_RUN, LONG_RUN = (64, 8, 3, 40) if RUNNER == "v1" else (4, 2, 1, 6)
 """Requests in a batch, tokens of an answer, and batches of the short test and of the long one."""
 
 SURE = steering(edit("a", 1.5, scope="all"))
@@ -62,39 +61,31 @@ def oracle(model: str) -> Oracle:
     return Oracle(model, VECTORS | BY_DIGEST)
 
 
-def check(llm: LLM, oracle: Oracle, drawn: Batch, largest: int = LARGEST) -> None:
-    """One batch: steered, and with nobody steered, which says how far vLLM itself is from alone in these shapes.
-
-    That steering does the same in a batch and alone could also mean that it does nothing in both: the oracle, which has
-    no part of the engine, says which requests must differ from unsteered ones, and those have to.
-    """
+def check(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
+    """One batch: steered, and with nobody steered, which says how far vLLM itself is from alone in these shapes."""
     pool, seed = drawn
     rng = np.random.default_rng(seed)
-    batch = random_batch(rng, [SURE, *pool], int(rng.integers(largest // 2, largest + 1)), LONGEST)
+    batch = random_batch(rng, [SURE, *pool], int(rng.integers(LARGEST // 2, LARGEST + 1)), LONGEST)
     llm.llm_engine.reset_prefix_cache()
     plain = run_together(llm, unsteered(batch))
     llm.llm_engine.reset_prefix_cache()
     steered = run_together(llm, batch)
     own = max(far(answer, alone(llm, request, answer, None)) for request, answer in zip(batch, plain, strict=True))
-    size = max(float(np.abs(answer.logprobs).max()) for answer in steered)
-    bound = 2 * max(own, 32 * EPSILON * size)
+    largest = max(float(np.abs(answer.logprobs).max()) for answer in steered)
+    bound = 2 * max(own, 32 * EPSILON * largest)
     assert bound < 2e-4, "plain vLLM itself depends on the batch"
     for request, answer in zip(batch, steered, strict=True):
         assert np.isfinite(answer.logprobs).all()
         assert len(answer.ids) == request.max_tokens or request.abort is not None
-        expected, plain_too, near_a_gate = said_by(oracle, request, answer)
-        if near_a_gate:
+        if decided_by_rounding(oracle, request, answer):
             continue
         assert far(answer, alone(llm, request, answer, request.spec)) <= bound, request
         COMPARED.append(len(answer.logprobs))
         if request.spec is None:
             continue
-        effect = float(np.abs(expected - plain_too).max())
-        assert request.spec is not SURE or effect >= 100 * bound
-        VISIBLE.append(effect >= 100 * bound)
-        if VISIBLE[-1]:
-            moved = far(answer, alone(llm, request, answer, None))
-            assert abs(moved - effect) <= effect / 10, f"steering did not do what it should: {request}"
+        moved = far(answer, alone(llm, request, answer, None)) / bound
+        assert request.spec is not SURE or moved >= 100, "steering did nothing"
+        EFFECTS.append(moved)
     CACHED.append(sum(answer.cached for answer in steered))
 
 
@@ -102,22 +93,16 @@ def far(answer: Answer, logprobs: np.ndarray) -> float:
     return float(np.abs(answer.logprobs - logprobs).max())
 
 
-def said_by(oracle: Oracle, request: Request, answer: Answer) -> tuple[np.ndarray, np.ndarray, bool]:
-    """The oracle's logprobs of an answer, steered and not, and whether rounding may have decided about a gate."""
-    whole = [*request.prompt, *answer.ids]
-    first = 0 if request.scores_prompt else len(request.prompt) - 1
-    rows = np.arange(first, len(whole) - 1)
+def decided_by_rounding(oracle: Oracle, request: Request, answer: Answer) -> bool:
+    if request.spec is None or not any("gate" in each for each in request.spec["edits"]):
+        return False
     oracle.closest_gate = np.inf
-    steered, plain = (
-        oracle.logprobs(whole, spec)[rows, whole[first + 1 :]]
-        for spec in (at_fixed_places(request.spec, len(request.prompt)), None)
-    )
-    return steered, plain, oracle.closest_gate < NEAR_A_GATE
+    oracle.logprobs([*request.prompt, *answer.ids], at_fixed_places(request.spec, len(request.prompt)))
+    return oracle.closest_gate < NEAR_A_GATE
 
 
 COMPARED: list[int] = []
-VISIBLE: list[bool] = []
-"""Of the steered requests: whether the oracle sees the steering far above the bound."""
+EFFECTS: list[float] = []
 CACHED: list[int] = []
 
 REPEATABLE = settings(
@@ -141,19 +126,8 @@ def test_many_more_batches(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
     check(llm, oracle, drawn)
 
 
-@pytest.mark.slow
-@pytest.mark.v2_only
-@pytest.mark.timeout(1800)
-@settings(REPEATABLE, max_examples=1)
-@given(drawn=batches)
-def test_a_large_batch(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
-    """On V2 too, where a step takes a second."""
-    check(llm, oracle, drawn, MOST)
-    assert CACHED[-1] > 0
-
-
 def test_the_batches_were_worth_it() -> None:
     """Nearly all requests were compared, most of them visibly steered, some behind blocks that another one had made."""
     assert len(COMPARED) >= 0.8 * SHORT_RUN * LARGEST // 2
-    assert np.mean(VISIBLE) >= 0.5
+    assert np.median(EFFECTS) >= 1000
     assert RUNNER == "v2" or min(CACHED) > 0
