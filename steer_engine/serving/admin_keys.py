@@ -47,7 +47,7 @@ class AdminKeys:
         keys = os.environ.get(KEYS_ENV, "").split(",")
         if self._file is not None and self._file.is_file():
             keys += self._file.read_text().splitlines()
-        return [key.strip() for key in keys if len(key.strip()) >= MIN_KEY_CHARS]
+        return [key for key in _stripped(keys) if len(key) >= MIN_KEY_CHARS]
 
     def allow(self, headers: Mapping[str, str]) -> bool:
         """Whether a request may change the registry: `X-Steering-Admin-Key`, or a bearer token."""
@@ -76,8 +76,13 @@ class AdminKeys:
 
 
 def _digests(keys: list[str]) -> tuple[bytes, ...]:
-    stripped = [key.strip() for key in keys if key.strip() and not key.strip().startswith("#")]
+    stripped = _stripped(keys)
     for key in stripped:
         if len(key) < MIN_KEY_CHARS:
             logger.error("An admin key has %d characters and is not used; at least %d.", len(key), MIN_KEY_CHARS)
     return tuple(hashlib.sha256(key.encode()).digest() for key in stripped if len(key) >= MIN_KEY_CHARS)
+
+
+def _stripped(keys: list[str]) -> list[str]:
+    """Without empty lines and comments: a remark in the file is nobody's key."""
+    return [key.strip() for key in keys if key.strip() and not key.strip().startswith("#")]

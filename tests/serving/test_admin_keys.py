@@ -56,6 +56,7 @@ def test_the_file_is_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     file.write_text(f"# rotated monthly\n{OLD}\n\n")
     assert keys.allow({HEADER: OLD})
     assert not keys.allow({HEADER: "# rotated monthly"})
+    assert keys.plain_keys() == [OLD]
     replaced = tmp_path / "keys.new"
     replaced.write_text(f"{NEW}\n")
     os.replace(replaced, file)
