@@ -110,7 +110,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
     @property
     def capture_blocks(self) -> tuple[int, ...]:
         """The blocks that `capture` reads, in the order of its first axis."""
-        return tuple(self._status["workers"][0]["capture_blocks"])
+        return tuple(sorted({block for worker in self._status["workers"] for block in worker["capture_blocks"]}))
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM. Raises SteeringRequestError if `params` ask for steering: its steps would be unsteered."""

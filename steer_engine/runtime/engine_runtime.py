@@ -20,7 +20,8 @@ from steer_engine.runtime.stream import StreamForm
 class EngineRuntime:
     """Everything that the op and the runner adapters share. Slots count from 1; slot 0 is "not steered".
 
-    forms: armed block -> how it carries the stream, as the start-up probe found.
+    forms: armed block -> how it carries the stream, as the start-up probe found. elsewhere: blocks that other stages of
+    a pipeline arm.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class EngineRuntime:
         max_requests: int,
         max_tokens: int,
         use_triton: bool,
+        elsewhere: tuple[int, ...] = (),
     ) -> None:
         self.config = config
         self.forms = dict(forms)
@@ -57,7 +59,11 @@ class EngineRuntime:
             reads=bool(capture_blocks),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
-        self.programs = Programs(self.tables, self.bank, self.armed_blocks)
+        self.programs = Programs(self.tables, self.bank, self.armed_blocks, elsewhere)
+        self.asked_blocks = tuple(sorted({*self.armed_blocks, *elsewhere}))
+        """What all workers of the engine are to arm between them."""
+        self.stage_blocks = self.armed_blocks
+        """The blocks that this worker has."""
         self.fused_blocks: tuple[int, ...] = ()
         """Blocks whose edit happens inside the norm that follows them."""
         self.fused_calls = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from steer_kernels.tables import GATE_ROW, NUM_WORDS, ROW, Entry, Tables, encode_entry
@@ -13,13 +15,17 @@ from steer_engine.runtime.bank import Bank
 class Programs:
     """Writes a request's program into its slot when it is admitted, and clears it when it leaves.
 
-    S slots (0 = never used), L armed sites, E entries a site, W words an entry.
+    S slots (0 = never used), L armed sites, E entries a site, W words an entry. elsewhere: blocks that other stages of
+    a pipeline arm.
     """
 
-    def __init__(self, tables: Tables, bank: Bank, armed_blocks: tuple[int, ...]) -> None:
+    def __init__(
+        self, tables: Tables, bank: Bank, armed_blocks: tuple[int, ...], elsewhere: Collection[int] = ()
+    ) -> None:
         self._tables = tables
         self._bank = bank
         self._site_of = {block: site for site, block in enumerate(armed_blocks)}
+        self._elsewhere = frozenset(elsewhere)
         self._pinned: dict[int, list[Row]] = {}
         self._by_reference: set[int] = set()
 
@@ -32,20 +38,25 @@ class Programs:
         return bool(self._by_reference) and not self._by_reference.isdisjoint(torch.unique(slot_T).tolist())
 
     def admit(self, slot: int, program: Program) -> None:
-        """Write `program` into `slot`. The slot must be free; programs without sites leave it unsteered."""
+        """Write `program` into `slot`. The slot must be free; programs without sites here leave it unsteered."""
         assert slot > 0, "slot 0 is never steered"
         assert slot not in self._pinned, f"slot {slot} is taken"
-        if not program.sites:
+        here = [
+            (blocks, group.entries)
+            for group in program.sites
+            if (blocks := [block for block in group.blocks if block not in self._elsewhere])
+        ]
+        if not here:
             return
         _, num_sites, num_entries, _ = self._tables.entries_SLEW.shape
         entries_LEW = np.zeros((num_sites, num_entries, NUM_WORDS), dtype=np.int32)
         counts_L = np.zeros(num_sites, dtype=np.int32)
         rows: list[Row] = []
         places: list[tuple[int, int, int]] = []
-        for group in program.sites:
-            sites = [self._site_of[block] for block in group.blocks]
-            counts_L[sites] = len(group.entries)
-            for e, entry in enumerate(group.entries):
+        for blocks, entries in here:
+            sites = [self._site_of[block] for block in blocks]
+            counts_L[sites] = len(entries)
+            for e, entry in enumerate(entries):
                 c0, c1, c2, c3, lo, hi = entry.coefficients
                 words = Entry(0, entry.start, entry.end, c0, c1, c2, c3, lo, hi)
                 named = {ROW: entry.row}
@@ -54,14 +65,14 @@ class Programs:
                     words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
                 entries_LEW[sites, e] = encode_entry(words)
                 for word, key in named.items():
-                    rows += [(key, block) for block in group.blocks]
+                    rows += [(key, block) for block in blocks]
                     places += [(site, e, word) for site in sites]
         # In one go, after all that could fail: then nothing has changed, and the device is written once.
         entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
         self._pinned[slot] = rows
-        if program.keep_norm or any(entry.gate is not None for group in program.sites for entry in group.entries):
+        if program.keep_norm or any(entry.gate is not None for _, entries in here for entry in entries):
             self._by_reference.add(slot)
-        placed = [(entry.start, entry.end) for group in program.sites for entry in group.entries]
+        placed = [(entry.start, entry.end) for _, entries in here for entry in entries]
         span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
         tables = self._tables
         _write(tables.entries_SLEW[slot], entries_LEW)

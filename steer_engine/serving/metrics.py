@@ -101,8 +101,10 @@ def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
     bank_rows.labels("pinned").set(fullest["bank_rows_pinned"])
     bank_rows.labels("idle").set(fullest["bank_rows_used"] - fullest["bank_rows_pinned"])
     bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_used"])
-    # Each rank of an engine runs all of its requests; the engines share them.
-    slots = {worker["engine"]: worker["steered_slots"] for worker in statuses}
+    # The engines share the requests. Each rank of one runs all of its own, and counts those that steer its blocks.
+    slots: dict[int, int] = {}
+    for worker in statuses:
+        slots[worker["engine"]] = max(slots.get(worker["engine"], 0), worker["steered_slots"])
     steered_requests.set(sum(slots.values()))
     store_bytes.set(max(worker["store_bytes"] for worker in statuses))
 

@@ -46,7 +46,7 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "7b": [str(folder / "7b"), *OF_LARGE],
         "70b": [str(folder / "70b"), *OF_LARGE, "--tensor-parallel-size", "8"],
         "70b lean": [str(folder / "70b"), *OF_LARGE, "--steering-rows", "1", "--steering-blocks", "20-39"],
-        "two stages": [str(folder / "7b"), *OF_LARGE, "--pipeline-parallel-size", "2"],
+        "fast prefill": [str(folder / "7b"), *OF_LARGE, "--kv-sharing-fast-prefill"],
         "flag": [tiny_llama, "--memory-only", "--steering-row", "3"],
         "blocks": [tiny_llama, "--memory-only", "--steering-blocks", "1-3"],
         "unknown": [str(folder / "unknown"), "--memory-only"],
@@ -108,7 +108,7 @@ def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("two stages", "pipeline parallelism"),
+        ("fast prefill", "kv_sharing_fast_prefill"),
         ("flag", "--steering-row"),
         ("blocks", "3 blocks"),
         ("unknown", "NobodyForCausalLM"),
@@ -118,7 +118,7 @@ def test_what_the_server_would_refuse(found: dict[str, tuple[int, str]], name: s
     status, said = found[name]
     assert status == 1
     assert words in said
-    if name == "two stages":
+    if name == "fast prefill":
         assert not diagnosis(found, name)["serves"]
     else:
         assert "no: " in said

@@ -2,8 +2,8 @@
 
     python parallel_process.py SETTINGS.json OUT.json
 
-SETTINGS: {"model", "llm": {...}, "batches": [[[tokens, spec or null], ...], ...], "params": {...}, "wrong": a digest
-under which r0 is offered at the end}; r0..r31 are the vectors.
+SETTINGS: {"model", "num_blocks", "llm": {...}, "batches": [[[tokens, spec or null], ...], ...], "params": {...},
+"wrong": a digest under which r0 is offered at the end}; r0..r31 are the vectors.
 OUT: {"batches": [[[tokens, logprobs, prompt logprobs], ...], ...], "captured": [blocks, positions, D] of the first
 prompt, "workers": what each says of itself at the end, "refused": the answer to the offer}.
 """
@@ -11,12 +11,38 @@ prompt, "workers": what each says of itself at the end, "refused": the answer to
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).parents[1]))
+
+
+def let_stages_run_on_a_processor() -> None:
+    """vLLM's V1 runner makes the buffer that a stage receives into in a dummy run, and has none on a CPU (0.32)."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner.sync_and_gather_intermediate_tensors
+
+    def sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                self.max_num_tokens, self.dtype, self.device
+            )
+        return original(self, *args, **kwargs)
+
+    GPUModelRunner.sync_and_gather_intermediate_tensors = sync
+
+
+# Here and not in `main`: the workers import this file too.
+if os.environ.get("STEER_TEST_RUNNER") == "v2":
+    from interpreted import use_v2_runner
+
+    use_v2_runner()
+elif "pipeline_parallel_size" in Path(sys.argv[1]).read_text():
+    let_stages_run_on_a_processor()
 
 
 def main() -> None:
@@ -28,7 +54,7 @@ def main() -> None:
     from steer_engine.vectors import safetensors_format
 
     settings = json.loads(Path(sys.argv[1]).read_text())
-    vectors = {f"r{seed}": random_vector(seed) for seed in range(32)}
+    vectors = {f"r{seed}": random_vector(seed, num_blocks=settings["num_blocks"]) for seed in range(32)}
     llm = LLM(settings["model"], vectors=vectors, capture=True, **settings["llm"])
     batches: list[Any] = []
     for batch in settings["batches"]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from driving import edit, generate, sampled, steering, tokens
 from engines import random_vector
 
 from steer_engine import LLM, __version__
+from steer_engine.errors import UnsupportedEngineError
 from steer_engine.runtime.held import FRESH_SECONDS, Held
 from steer_engine.runtime.vllm import engine_core, shipping
 
@@ -66,12 +68,78 @@ def test_a_vector_that_another_process_pushed_out_comes_back(tiny: LLM, clock: l
     assert DIGEST in tiny.steering_status()["vectors"]
 
 
-def test_statuses_of_several_engines_are_one() -> None:
-    worker: dict[str, Any] = dict.fromkeys(("armed_blocks", "forms", "ops", "rows", "hidden_size", "dtype"), 1)
-    worker["version"] = __version__
-    status = {"ok": True, "workers": [worker, worker], "vectors": []}
-    merged = shipping.check_status([status, status])
-    assert [each["engine"] for each in merged["workers"]] == [0, 0, 1, 1]
+def worker(*stage: int, asked: tuple[int, ...] = (0, 1, 2, 3), **differs: Any) -> dict[str, Any]:
+    """What a worker with these blocks says of itself."""
+    armed = [block for block in asked if block in stage]
+    alike = dict.fromkeys(("ops", "rows", "hidden_size", "dtype"), 1)
+    forms = {str(block): "split" for block in armed}
+    said = {"version": __version__, "stage_blocks": list(stage), "asked_blocks": list(asked), "armed_blocks": armed}
+    return {**alike, **said, "forms": forms, **differs}
+
+
+def status(*workers: dict[str, Any]) -> dict[str, Any]:
+    return {"ok": True, "workers": list(workers), "vectors": []}
+
+
+WHOLE = worker(0, 1, 2, 3)
+FIRST, SECOND = worker(0, 1), worker(2, 3)
+
+
+@pytest.mark.parametrize("workers", [(WHOLE,), (WHOLE, WHOLE), (FIRST, SECOND), (FIRST, FIRST, SECOND, SECOND)])
+def test_statuses_of_several_engines_are_one(workers: tuple[dict[str, Any], ...]) -> None:
+    merged = shipping.check_status([status(*workers), status(*workers)])
+    assert [each["engine"] for each in merged["workers"]] == [0] * len(workers) + [1] * len(workers)
+
+
+def test_a_stage_may_have_no_armed_block() -> None:
+    few = [worker(0, 1, asked=(2,)), worker(2, 3, asked=(2,))]
+    assert few[0]["armed_blocks"] == []
+    shipping.check_status([status(*few)])
+
+
+@pytest.mark.parametrize(
+    ("workers", "why"),
+    [
+        ((FIRST,), r"No worker has blocks \[2, 3\]"),
+        ((FIRST, FIRST), "No worker has blocks"),
+        ((WHOLE, worker(0, 1, 2, 3, armed_blocks=[0, 1, 2])), "should arm"),
+        ((FIRST, worker(2, 3, armed_blocks=[])), "should arm"),
+        ((WHOLE, worker(0, 1, 2, 3, forms={"0": "one"})), "differ in forms"),
+        ((FIRST, worker(2, 3, asked=(3,))), "differ in asked_blocks"),
+        ((FIRST, worker(2, 3, rows=2)), "differ in rows"),
+        ((FIRST, worker(2, 3, version="0")), "runs steer-engine 0"),
+    ],
+)
+def test_workers_that_are_not_armed_between_them_are_refused(workers: tuple[dict[str, Any], ...], why: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match=why):
+        shipping.check_status([status(WHOLE), status(*workers)])
+
+
+class Stages:
+    """An engine core of two stages with two ranks each, for `steer_take` as a plain function."""
+
+    def __init__(self, *replies: dict[str, Any]) -> None:
+        self.replies = list(replies)
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        return self.replies
+
+
+def read(*blocks: int, positions: tuple[int, ...] = (4, 5)) -> dict[str, Any]:
+    rows_LPD = (
+        np.stack([np.full((len(positions), 2), block, np.float32) for block in blocks]) if blocks else np.empty(0)
+    )
+    return {"ok": True, "blocks": list(blocks), "positions": list(positions), "shape": list(rows_LPD.shape),
+            "rows": rows_LPD.tobytes()}  # fmt: skip
+
+
+def test_what_stages_have_read_is_put_together_in_the_order_of_blocks() -> None:
+    taken = engine_core.steer_take(Stages(read(0, 1), read(0, 1), read(2, 10), read(2, 10), read(positions=())), "key")
+    assert (taken["blocks"], taken["positions"], taken["shape"]) == ([0, 1, 2, 10], [4, 5], [4, 2, 2])
+    rows_LPD = np.frombuffer(taken["rows"], np.float32).reshape(taken["shape"])
+    assert rows_LPD[:, 0, 0].tolist() == [0, 1, 2, 10]
+    assert engine_core.steer_take(Stages(read(0), {"ok": False, "reason": "why"}), "key")["reason"] == "why"
+    assert not engine_core.steer_take(Stages(read(0), read(1, positions=(4,))), "key")["ok"]
 
 
 class OneRankFails:

@@ -66,7 +66,6 @@ def test_wrapping_keeps_the_original_reachable() -> None:
 
 
 REFUSED: dict[str, Callable[[Any], object]] = {
-    "pipeline parallelism": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
     "micro-batching": lambda c: setattr(c.parallel_config, "enable_dbo", True),
     "prefill context": lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2),
     "kv_sharing_fast_prefill": lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True),

@@ -44,7 +44,7 @@ PROMPT_LEN = 6
 class Engine:
     """Real tables with a real bank and store, and room for NUM_REQUESTS."""
 
-    def __init__(self, armed_blocks: tuple[int, ...] = MODEL.armed_blocks) -> None:
+    def __init__(self, armed_blocks: tuple[int, ...] = MODEL.armed_blocks, elsewhere: tuple[int, ...] = ()) -> None:
         self.armed_blocks = armed_blocks
         self.store = Store()
         for vector in BY_DIGEST.values():
@@ -59,7 +59,7 @@ class Engine:
             bank_dtype=torch.float32,
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
-        self.programs = Programs(self.tables, self.bank, armed_blocks)
+        self.programs = Programs(self.tables, self.bank, armed_blocks, elsewhere)
 
     def assert_slot(self, slot: int, program: Program | None) -> None:
         """The slot holds `program` and not a number more; None: it holds nothing."""
@@ -185,6 +185,27 @@ def test_a_program_that_cannot_be_written_changes_nothing() -> None:
         engine.assert_slot(1, None)
     engine.programs.admit(1, program({}))
     engine.assert_slot(1, program({}))
+
+
+def test_stages_share_a_program_between_them() -> None:
+    """Each writes and pins what its own blocks need; a block that no stage has is a mistake of ours."""
+    first, rest = MODEL.armed_blocks[:1], MODEL.armed_blocks[1:]
+    stages = [Engine(first, rest), Engine(rest, first)]
+    whole = program({"scale": 2.0})
+    for stage in stages:
+        stage.programs.admit(1, whole)
+        assert stage.bank.num_pinned == len(stage.armed_blocks)
+        assert stage.tables.counts_SL[1].tolist() == [1] * len(stage.armed_blocks)
+    only_first = Program(sites=tuple(Sites(blocks=first, entries=site.entries) for site in whole.sites))
+    for stage, steered in zip(stages, ({1, 2}, {1}), strict=True):
+        stage.programs.admit(2, only_first)
+        assert stage.programs.steered_slots == steered
+        stage.programs.release(1)
+        stage.programs.release(2)
+        assert stage.bank.num_pinned == 0
+        nobodys = Program(sites=tuple(Sites(blocks=(NUM_BLOCKS,), entries=site.entries) for site in whole.sites))
+        with pytest.raises(KeyError):
+            stage.programs.admit(1, nobodys)
 
 
 def test_requests_share_rows_and_give_them_back() -> None:

@@ -31,6 +31,9 @@ def test_engines_add_up_and_ranks_do_not() -> None:
     metrics.engine_polled(workers)
     assert gauge("steer_engine_steered_requests") == 7
     assert gauge("steer_engine_armed") == 1
+    # Of the stages of a pipeline one may have nothing to do for a request.
+    metrics.engine_polled([worker(0, steered_slots=3), worker(0, steered_slots=1)])
+    assert gauge("steer_engine_steered_requests") == 3
     metrics.engine_polled([])
     assert gauge("steer_engine_armed") == 0
 

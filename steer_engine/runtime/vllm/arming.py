@@ -19,6 +19,7 @@ from steer_engine.runtime.stream import ProbeRows, StreamForm
 from steer_engine.runtime.vllm.blocks import find_blocks, probe_forms
 from steer_engine.runtime.vllm.fused_norm import fuse, reason_against
 from steer_engine.runtime.vllm.patching import Symbol
+from steer_engine.runtime.vllm.stage import Stage
 from steer_engine.runtime.vllm.supported import check_supported
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def arm(runner: Any) -> None:
     check_supported(vllm_config)
     num_blocks = vllm_config.model_config.get_total_num_hidden_layers()
     blocks = find_blocks(runner.model, num_blocks)
-    armed = config.armed_blocks(num_blocks)
+    stage = Stage.of(blocks)
+    asked = config.armed_blocks(num_blocks)
+    armed = stage.among(asked)
     if vllm_config.lora_config is not None:
         # No adapter on any row of the probe: what vLLM has there before its first step is uninitialised.
         none = (0,) * ProbeRows(num_blocks=num_blocks).num_rows
@@ -59,13 +62,14 @@ def arm(runner: Any) -> None:
     runtime = EngineRuntime(
         config=config,
         forms=forms,
-        capture_blocks=config.capture_blocks(num_blocks),
+        capture_blocks=stage.among(config.capture_blocks(num_blocks)),
         hidden_size=vllm_config.model_config.get_hidden_size(),
         dtype=vllm_config.model_config.dtype,
         device=runner.device,
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=most_rows(vllm_config),
         use_triton=vllm_config.use_v2_model_runner or runner.device.type != "cpu",
+        elsewhere=tuple(block for block in asked if block not in armed),
     )
     fused = norms if _fuses(config, runtime, vllm_config) else {}
     for site, block in enumerate(armed):
@@ -74,7 +78,10 @@ def arm(runner: Any) -> None:
         else:
             blocks[block].forward = _edited(blocks[block].forward, forms[block], site)
     runtime.fused_blocks = tuple(sorted(fused))
+    runtime.stage_blocks = stage.blocks
     vllm_config.compilation_config.static_forward_context[CONFIG_KEY] = runtime
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        logger.warning("Steering with pipeline parallelism has been tested on processors only, not on GPUs.")
     logger.info(
         "Steering is armed: %d of %d blocks (%s), operations %s, bank and tables %.1f MiB.",
         len(armed), num_blocks, ", ".join(sorted({form.value for form in forms.values()})),

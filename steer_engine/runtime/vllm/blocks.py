@@ -13,6 +13,7 @@ from vllm.forward_context import set_forward_context
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.runtime.stream import ProbeRows, StreamForm, disturb, shape_of, stream_form
 from steer_engine.runtime.vllm.fused_norm import Pair, fusible, watching
+from steer_engine.runtime.vllm.stage import Stage, stream_after
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,10 +50,15 @@ def probe_forms(
 ) -> tuple[dict[int, StreamForm], dict[int, RMSNorm]]:
     """How each armed block carries the stream, and the norm that takes it, by one tiny forward pass without attention.
 
+    armed: blocks of this worker's stage.
+
     Raises:
         UnsupportedEngineError: a block that carries no stream we know; names its class.
     """
     rows = ProbeRows(num_blocks=len(blocks))
+    stage = Stage.of(blocks)
+    alike = _witness(blocks, stage, armed)
+    probed = sorted({*armed, *alike.values()})
     hidden_size = vllm_config.model_config.get_hidden_size()
     generator = torch.Generator().manual_seed(0)
     noise_D = torch.randn(hidden_size, generator=generator).to(device)
@@ -71,30 +77,53 @@ def probe_forms(
         return forward
 
     with watching(model, pairs) as norms, ExitStack() as stack:
-        for block in armed:
+        for block in probed:
             stack.enter_context(_forward_replaced(blocks[block], disturbing))(block)
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if isinstance(layer, nn.Module):
                 stack.enter_context(_silenced(layer))
-        final_TD = _forward(model, rows.num_rows, vllm_config, device)
-    forms = {
+        final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
+    told = {
         block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
-        for block in armed
+        for block in probed
+        if block not in alike
     }
-    return forms, fusible(norms, forms)
+    for block, witness in alike.items():
+        if shapes.get(block) != shapes[witness]:
+            raise UnsupportedEngineError(f"Block {block} returns something else than block {witness}, its like.")
+    forms = {block: told[alike.get(block, block)] for block in armed}
+    return forms, fusible({block: norm for block, norm in norms.items() if block in forms}, forms)
 
 
-def _forward(model: nn.Module, num_tokens: int, vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
+def _witness(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> dict[int, int]:
+    """The block that ends a stage, if it is armed -> a block of its kind that tells for it.
+
+    What the next stage makes of the two parts is not seen here: only a block that is followed by another tells.
+    """
+    last = stage.hands_on
+    if last is None or last not in armed:
+        return {}
+    for witness in reversed(stage.blocks[:-1]):
+        if type(blocks[witness]) is type(blocks[last]):
+            return {last: witness}
+    raise UnsupportedEngineError(
+        f"Block {last} ({type(blocks[last]).__name__}) ends a stage of the pipeline that has no other block of its "
+        "kind, so it cannot be told how it carries the stream. Use fewer stages, or leave the block out of "
+        "--steering-blocks."
+    )
+
+
+def _forward(
+    model: nn.Module, stage: Stage, num_tokens: int, vllm_config: VllmConfig, device: torch.device
+) -> torch.Tensor:
     input_ids = torch.ones(num_tokens, dtype=torch.int64, device=device)
     positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     if vllm_config.model_config.uses_mrope:
         positions = positions.expand(3, num_tokens).contiguous()
     with torch.inference_mode(), set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True):
-        output = model(input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
-    if isinstance(output, tuple):
-        output = output[0]
-    assert isinstance(output, torch.Tensor)
-    return output.reshape(num_tokens, -1).float().cpu()
+        incoming = stage.incoming(model, num_tokens, vllm_config.model_config.dtype, device)
+        output = model(input_ids=input_ids, positions=positions, intermediate_tensors=incoming, inputs_embeds=None)
+    return stream_after(output).reshape(num_tokens, -1).float().cpu()
 
 
 @contextmanager

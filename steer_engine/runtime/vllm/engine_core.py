@@ -98,9 +98,23 @@ def steer_status(self: Any) -> Reply:
 
 
 def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
-    """What was read under a capture key. All ranks read the same stream; the first one answers."""
-    reply: Reply = self.collective_rpc("steer_take", args=(key, wanted))[0]
-    return reply
+    """What was read under a capture key: by the first rank of each stage, since all its ranks read the same stream."""
+    replies: list[Reply] = self.collective_rpc("steer_take", args=(key, wanted))
+    if failed := [reply for reply in replies if not reply["ok"]]:
+        return failed[0]
+    if not wanted:
+        return {"ok": True}
+    of_stages = {tuple(reply["blocks"]): reply for reply in reversed(replies) if reply["blocks"]}
+    parts = [of_stages[blocks] for blocks in sorted(of_stages)]
+    if not parts or any(part["positions"] != parts[0]["positions"] for part in parts):
+        return {"ok": False, "reason": "the stages of the pipeline have not read the same positions"}
+    return {
+        "ok": True,
+        "blocks": [block for part in parts for block in part["blocks"]],
+        "positions": parts[0]["positions"],
+        "shape": [sum(part["shape"][0] for part in parts), *parts[0]["shape"][1:]],
+        "rows": b"".join(part["rows"] for part in parts),
+    }
 
 
 def steer_scores(self: Any, keys: list[str]) -> Reply:

@@ -39,6 +39,8 @@ def reason_against(vllm_config: VllmConfig) -> str | None:
     model_config = vllm_config.model_config
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         return "tensor parallelism fuses the norm with its all-reduce"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "the norm behind a block may be on the next stage of the pipeline"
     if model_config.quantization is not None:
         return "quantised models fuse the norm with quantisation"
     if vllm_config.speculative_config is not None:

@@ -72,7 +72,7 @@ class V1Adapter:
                 continue
             if program.score is not None:
                 self._scored[request_id] = program.score
-            if program.capture is not None:
+            if program.capture is not None and self.runtime.capture_blocks:
                 self._captures[request_id] = program.capture
             elif not program.sites:
                 continue

@@ -53,7 +53,7 @@ class V2Adapter:
         program = Program.from_wire(wire)
         if program.score is not None:
             self._scored[request.req_id] = (program.score, len(request.prompt_token_ids or ()))
-        if program.capture is not None:
+        if program.capture is not None and self.runtime.capture_blocks:
             self._captures[request.req_id] = program.capture
         self.runtime.admit(self._runner.req_states.req_id_to_index[request.req_id] + 1, program)
 

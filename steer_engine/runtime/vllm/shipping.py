@@ -125,11 +125,29 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
     for worker in workers:
         if worker["version"] != __version__:
             raise UnsupportedEngineError(f"A worker runs steer-engine {worker['version']}, the server {__version__}.")
-        for key in ("armed_blocks", "forms", "ops", "rows", "hidden_size", "dtype"):
+        for key in ("asked_blocks", "ops", "rows", "hidden_size", "dtype"):
             if worker[key] != workers[0][key]:
                 raise UnsupportedEngineError(f"Workers differ in {key}: {workers[0][key]} and {worker[key]}.")
+    for status in statuses:
+        _check_stages(status["workers"])
     numbered = [{**worker, "engine": number} for number, status in enumerate(statuses) for worker in status["workers"]]
     return {**statuses[0], "workers": numbered}
+
+
+def _check_stages(workers: list[dict[str, Any]]) -> None:
+    """The workers of one engine arm all blocks between them, and those that have the same blocks arm them alike."""
+    asked = workers[0]["asked_blocks"]
+    armed: set[int] = set()
+    for worker in workers:
+        here = [block for block in asked if block in worker["stage_blocks"]]
+        if worker["armed_blocks"] != here:
+            raise UnsupportedEngineError(f"A worker arms blocks {worker['armed_blocks']} and should arm {here}.")
+        alike = next(other for other in workers if other["stage_blocks"] == worker["stage_blocks"])
+        if worker["forms"] != alike["forms"]:
+            raise UnsupportedEngineError(f"Workers differ in forms: {alike['forms']} and {worker['forms']}.")
+        armed.update(here)
+    if absent := sorted(set(asked) - armed):
+        raise UnsupportedEngineError(f"No worker has blocks {absent}, which are to be armed.")
 
 
 def _payload(frontend: Frontend, digest: str) -> bytes:

@@ -77,6 +77,8 @@ def steer_status(self: Any) -> Reply:
         "ok": True,
         "version": __version__,
         "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}",
+        "stage_blocks": list(runtime.stage_blocks),
+        "asked_blocks": list(runtime.asked_blocks),
         "armed_blocks": list(runtime.armed_blocks),
         "forms": {str(block): form.value for block, form in runtime.forms.items()},
         "capture_blocks": list(runtime.capture_blocks),
@@ -101,9 +103,9 @@ def steer_status(self: Any) -> Reply:
 
 @_total
 def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
-    """What was read under a capture key: positions, and float32 [blocks, positions, D] as bytes, if `wanted`.
+    """What was read under a capture key at this worker's blocks: positions, float32 [blocks, positions, D] as bytes.
 
-    A request that still runs (it was aborted, and the next step will say so) reads nothing more.
+    wanted: give it; else it is only forgotten. A request that still runs (it was aborted, and the next step will say so) reads nothing more.
     """
     adapter = _adapter(self)
     if adapter is None:
@@ -112,7 +114,13 @@ def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
     positions, rows_LPD = adapter.reader.take(key)
     if not wanted:
         return {"ok": True}
-    return {"ok": True, "positions": positions, "shape": list(rows_LPD.shape), "rows": rows_LPD.tobytes()}
+    return {
+        "ok": True,
+        "blocks": list(adapter.runtime.capture_blocks),
+        "positions": positions,
+        "shape": list(rows_LPD.shape),
+        "rows": rows_LPD.tobytes(),
+    }
 
 
 @_total
