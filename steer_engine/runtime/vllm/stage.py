@@ -11,6 +11,12 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.runtime.vllm.patching import Symbol
+
+SYMBOLS = (
+    Symbol("vllm.model_executor.models.utils:PPMissingLayer"),
+    Symbol("vllm.sequence:IntermediateTensors"),
+)
 
 STREAM_KEYS = {"hidden_states", "residual"}
 """What stages hand on whose blocks carry one residual stream; others hand on more (deep-stacked images, say)."""

@@ -15,6 +15,7 @@ from steer_engine.runtime.vllm import (
     model_runner_v2,
     scheduler,
     shipping,
+    stage,
     worker,
 )
 from steer_engine.runtime.vllm.patching import Symbol
@@ -27,7 +28,7 @@ MODULES = (
 
 
 def all_symbols() -> tuple[Symbol, ...]:
-    return tuple(symbol for module in (*MODULES, arming, examining, fused_norm, shipping) for symbol in module.SYMBOLS)
+    return tuple(symbol for module in (*MODULES, arming, examining, fused_norm, shipping, stage) for symbol in module.SYMBOLS)
 
 
 def vllm_version() -> str:

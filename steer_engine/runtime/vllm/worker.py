@@ -105,7 +105,8 @@ def steer_status(self: Any) -> Reply:
 def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
     """What was read under a capture key at this worker's blocks: positions, float32 [blocks, positions, D] as bytes.
 
-    wanted: give it; else it is only forgotten. A request that still runs (it was aborted, and the next step will say so) reads nothing more.
+    wanted: give it; else it is only forgotten. A request that still runs (it was aborted, and the next step will say
+    so) reads nothing more.
     """
     adapter = _adapter(self)
     if adapter is None:
