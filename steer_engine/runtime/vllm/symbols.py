@@ -28,7 +28,9 @@ MODULES = (
 
 
 def all_symbols() -> tuple[Symbol, ...]:
-    return tuple(symbol for module in (*MODULES, arming, examining, fused_norm, shipping, stage) for symbol in module.SYMBOLS)
+    return tuple(
+        symbol for module in (*MODULES, arming, examining, fused_norm, shipping, stage) for symbol in module.SYMBOLS
+    )
 
 
 def vllm_version() -> str:
