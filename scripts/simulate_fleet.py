@@ -28,10 +28,10 @@ import numpy as np
 import torch
 import typer
 
+from steer_engine.config import EngineLimits
 from steer_engine.program import Row, RowKey
 from steer_engine.runtime.bank import Bank
 from steer_engine.runtime.held import Held
-from steer_engine.runtime.resident import DEFAULT_BUDGET as STORE_BYTES
 from steer_engine.runtime.resident import Resident
 from steer_engine.serving.poll import PERIOD_S
 from steer_engine.vectors import ControlVector, Registry
@@ -63,7 +63,7 @@ class Fleet:
     answer_s: float = 10.0
     slots: int = 256
     rows: int = 4
-    store_bytes: int = STORE_BYTES
+    store_bytes: int = EngineLimits().store_bytes
     loaded_bytes: int = LOADED_BYTES
     hours: float = 2.0
     sampled: int = 2

@@ -75,7 +75,7 @@ def test_a_mistake_is_shown_as_text(server: Server, tmp_path: Path) -> None:
     with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:
         page.wait_for("document.querySelectorAll('.edit').length === 1")
         page.evaluate("document.getElementById('run').click()")
-        assert "99" in page.wait_for("document.getElementById('error').textContent")
+        assert "99" in page.wait_for("document.getElementById('error')?.textContent")
 
 
 @with_browser

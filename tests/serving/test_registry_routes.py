@@ -50,7 +50,7 @@ class Frontend:
     def vector(self, name: str) -> ControlVector:
         return self.inline.find(name) or self.registry.get(name)
 
-    def resolve(self, raw: Any) -> ResolvedSpec | None:
+    def resolve(self, raw: Any, *, returns: bool = False) -> ResolvedSpec | None:
         spec = parse_spec(raw)
         return None if spec is None else resolve(self.inline.take(spec), self.vector, self.model, self.limits)
 
