@@ -169,6 +169,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
             raise ValueError(
                 f"Prompt {wrong[0]} has the baseline {baselines[wrong[0]]}, which does not come before it."
             )
+        size = int(self.model_config.get_vocab_size())
+        if unknown := [token for tokens in answers for token in tokens if not 0 <= token < size]:
+            raise ValueError(f"Answer token {unknown[0]} is not in the vocabulary, which has 0 to {size - 1}.")
         call = uuid.uuid4().hex
         keys = [f"{call}-{number}" for number in range(len(prompts))]
         params = []

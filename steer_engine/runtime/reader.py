@@ -72,7 +72,8 @@ class Reader:
         return sum(rows_LD.nbytes for rows in list(self._read.values()) for rows_LD in list(rows.values()))
 
     def _places(self, capture: Capture) -> slice | list[int]:
-        """Where the blocks of a capture are among those that can be read."""
+        """Where the blocks of a capture are among those that this worker reads; the others belong to other stages."""
         if capture.blocks is None:
             return slice(None)
-        return [self._runtime.capture_blocks.index(block) for block in capture.blocks]
+        here = self._runtime.capture_blocks
+        return [here.index(block) for block in capture.blocks if block in here]

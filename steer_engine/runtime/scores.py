@@ -42,7 +42,8 @@ class Scores:
         logprob_RV = torch.log_softmax(logits_RV.double(), dim=-1)
         for row, score in enumerate(asked):
             if score.key == score.baseline:
-                self._baseline_V[score.key] = logprob_RV[row]
+                # Of its own: a view would keep the rows of the whole step.
+                self._baseline_V[score.key] = logprob_RV[row].clone()
         # A baseline that has not been computed leaves its rows without a number, which `take` tells.
         known = [row for row, score in enumerate(asked) if score.baseline in self._baseline_V]
         if not known:
@@ -72,7 +73,7 @@ def divergence(baseline_RV: torch.Tensor, logprob_RV: torch.Tensor) -> torch.Ten
     """KL(P_0 || P) in nats, `[R]`; a token that P_0 never says adds nothing."""
     terms_RV = baseline_RV.exp() * (baseline_RV - logprob_RV)
     # Rounding alone can push a zero below zero; NaN stays what it is.
-    return torch.where(baseline_RV > -torch.inf, terms_RV, 0.0).sum(-1).clamp(min=0.0)
+    return torch.where(baseline_RV == -torch.inf, 0.0, terms_RV).sum(-1).clamp(min=0.0)
 
 
 def entropy(logprob_RV: torch.Tensor) -> torch.Tensor:

@@ -202,6 +202,11 @@ def test_a_baseline_that_does_not_come_before_is_refused(tiny_engine: LLM) -> No
         tiny_engine.score([[1, 2], [1, 2]], steering=[None, None], baselines=[1, 1], answers=[(), ()])
 
 
+def test_an_answer_that_is_no_token_is_refused(tiny_engine: LLM) -> None:
+    with pytest.raises(ValueError, match="Answer token 512 is not in the vocabulary, which has 0 to 511"):
+        tiny_engine.score([[1, 2]], steering=[None], baselines=[0], answers=[(3, 512)])
+
+
 def test_scores_hold_in_prompts_that_are_read_in_pieces(tiny_engine: LLM) -> None:
     """Prompts longer than a step takes, beside short ones: a piece's logits are nobody's answer."""
     vector = random_vector(0, norm=4.0)

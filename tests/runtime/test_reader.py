@@ -101,6 +101,16 @@ def test_chosen_positions_at_chosen_blocks(runtime: EngineRuntime, reader: Reade
     assert reader.num_bytes == 0
 
 
+def test_blocks_of_other_stages_of_a_pipeline_are_passed_over(runtime: EngineRuntime, reader: Reader) -> None:
+    step(runtime, reader, [(1, Capture(key="some", start=0, end=2, blocks=(0, 3)), 0, 2)])
+    step(runtime, reader, [(1, Capture(key="none", start=0, end=2, blocks=(0,)), 0, 2)])
+    found, rows_LPD = reader.take("some")
+    assert found == [0, 1]
+    assert rows_LPD[:, :, 0].tolist() == [[value(1, position, 3) for position in found]]
+    found, rows_LPD = reader.take("none")
+    assert (found, rows_LPD.shape) == ([0, 1], (0, 2, HIDDEN_SIZE))
+
+
 def test_before_and_after_the_edit_side_by_side(runtime: EngineRuntime, reader: Reader) -> None:
     """Two requests with one program, of which one reads what the edit leaves; and one that nothing steers."""
     edit = program({"vector": "a", "blocks": 1, "scale": 3.0}, prompt_len=2)

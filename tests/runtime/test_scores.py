@@ -129,6 +129,20 @@ def test_what_is_not_finite_stays_so() -> None:
     assert math.isnan(float(str(found["kl"])))
 
 
+def test_a_baseline_that_is_not_finite_is_no_zero() -> None:
+    scores = Scores()
+    reduced(scores, {asked("plain"): np.array([np.nan, 0.0, 0.0, 0.0]), asked("a"): np.zeros(4)})
+    (found,) = scores.take(["a"])
+    assert found is not None
+    assert math.isnan(float(str(found["kl"])))
+
+
+def test_a_baseline_keeps_no_more_than_itself() -> None:
+    scores = Scores()
+    reduced(scores, {asked("plain"): np.zeros(64), **{asked(f"a{n}"): np.zeros(64) for n in range(15)}})
+    assert scores._baseline_V["plain"].untyped_storage().nbytes() == 64 * 8
+
+
 def test_on_the_wire() -> None:
     program = Program(score=asked("a", answers=(3, 4)))
     assert Program.from_wire(program.to_wire()) == program
