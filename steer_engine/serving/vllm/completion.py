@@ -8,15 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from steer_engine.runtime.vllm.patching import wrap
-from steer_engine.serving.streaming import with_report
-from steer_engine.serving.vllm import symbols
+from steer_engine.serving.vllm import symbols, telling
 from steer_engine.serving.vllm.asked_model import tell_asked_model
 from steer_engine.serving.vllm.check_model import report_of
 
 
 def hook() -> None:
     wrap(symbols.COMPLETION_FULL, _full)
-    wrap(symbols.COMPLETION_STREAM, _stream)
+    wrap(symbols.COMPLETION_STREAM, telling.stream)
 
 
 def _full(original: Any) -> Any:
@@ -27,12 +26,3 @@ def _full(original: Any) -> Any:
         return response
 
     return to_response
-
-
-def _stream(original: Any) -> Any:
-    def stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        stream = tell_asked_model(original, request, (self, request, *args), kwargs)
-        report = report_of(request)
-        return stream if report is None else with_report(stream, report)
-
-    return stream_generator

@@ -10,10 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer_engine.runtime.vllm.patching import wrap
-from steer_engine.serving.streaming import with_report
-from steer_engine.serving.vllm import symbols
-from steer_engine.serving.vllm.asked_model import tell_asked_model
-from steer_engine.serving.vllm.check_model import report_of
+from steer_engine.serving.vllm import symbols, telling
 
 
 def hook() -> None:
@@ -25,27 +22,11 @@ def hook() -> None:
         if opened.model_config.get("extra") != "allow":
             opened.model_config["extra"] = "allow"
             opened.model_rebuild(force=True)
-    wrap(symbols.TOKENS_FULL, _full)
-    wrap(symbols.TOKENS_STREAM, _stream)
+    wrap(symbols.TOKENS_FULL, telling.whole(_answer))
+    wrap(symbols.TOKENS_STREAM, telling.stream)
 
 
-def _full(original: Any) -> Any:
-    async def full_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateResponseBase
+def _answer() -> Any:
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateResponseBase
 
-        response = await tell_asked_model(original, request, (self, request, *args), kwargs)
-        report = report_of(request)
-        if report is not None and isinstance(response, GenerateResponseBase):
-            response.steering = report
-        return response
-
-    return full_generator
-
-
-def _stream(original: Any) -> Any:
-    def stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        stream = tell_asked_model(original, request, (self, request, *args), kwargs)
-        report = report_of(request)
-        return stream if report is None else with_report(stream, report)
-
-    return stream_generator
+    return GenerateResponseBase
