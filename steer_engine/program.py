@@ -193,14 +193,22 @@ class ProgramTemplate:
     @classmethod
     def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
         """`edits` in canonical order."""
+        doses_at: dict[int, list[tuple[int, float]]] = {}
+        for number, edit in enumerate(edits):
+            for block, scale in zip(edit.blocks, edit.scales, strict=True):
+                doses_at.setdefault(block, []).append((number, scale))
+        # Most blocks get the same doses: their entries are worked out once.
+        blocks_of: dict[tuple[tuple[int, float], ...], list[int]] = {}
+        for block in sorted(doses_at):
+            blocks_of.setdefault(tuple(doses_at[block]), []).append(block)
         by_entries: dict[tuple[tuple[Entry, Scope], ...], list[int]] = {}
-        for block in sorted({block for edit in edits for block in edit.blocks}):
-            entries = tuple(_entries_at(block, [edit for edit in edits if block in edit.blocks]))
+        for doses, blocks in blocks_of.items():
+            entries = tuple(_entries_of([(edits[number], scale) for number, scale in doses]))
             if entries:
-                by_entries.setdefault(entries, []).append(block)
+                by_entries.setdefault(entries, []).extend(blocks)
         named = {edit.vector for edit in edits} | {edit.gate.vector for edit in edits if edit.gate}
         return cls(
-            sites=tuple((tuple(blocks), entries) for entries, blocks in by_entries.items()),
+            sites=tuple((tuple(sorted(blocks)), entries) for entries, blocks in by_entries.items()),
             edits=tuple(edits),
             keep_norm=keep_norm,
             vectors=tuple(sorted(named)),
@@ -236,17 +244,17 @@ class ProgramTemplate:
         )
 
 
-def _entries_at(block: int, edits: Sequence[Edit]) -> list[tuple[Entry, Scope]]:
-    """The entries of one block: in each run of ungated adds, those of equal scope become one row."""
+def _entries_of(doses: Sequence[tuple[Edit, float]]) -> list[tuple[Entry, Scope]]:
+    """The entries of a block with these edits and scales: in a run of ungated adds, those of one scope share a row."""
     entries: list[tuple[Entry, Scope]] = []
-    for commutes, run in groupby(edits, key=lambda edit: edit.commutes):
+    for commutes, run in groupby(doses, key=lambda dose: dose[0].commutes):
         if not commutes:
-            entries.extend((_entry_of(edit, block), edit.scope) for edit in run)
+            entries.extend((_entry_of(edit, scale), edit.scope) for edit, scale in run)
             continue
         sums: dict[Scope, dict[str, float]] = {}
-        for edit in run:
+        for edit, scale in run:
             terms = sums.setdefault(edit.scope, {})
-            terms[edit.vector] = terms.get(edit.vector, 0.0) + edit.scales[edit.blocks.index(block)]
+            terms[edit.vector] = terms.get(edit.vector, 0.0) + scale
         for scope, terms in sorted(sums.items()):
             weighted = tuple(sorted((vector, scale) for vector, scale in terms.items() if scale))
             if len(weighted) == 1:
@@ -257,8 +265,7 @@ def _entries_at(block: int, edits: Sequence[Edit]) -> list[tuple[Entry, Scope]]:
     return entries
 
 
-def _entry_of(edit: Edit, block: int) -> Entry:
-    scale = edit.scales[edit.blocks.index(block)]
+def _entry_of(edit: Edit, scale: float) -> Entry:
     whole = RowKey(terms=((edit.vector, 1.0),))
     unit = RowKey(terms=((edit.vector, 1.0),), unit=True)
     gate = None

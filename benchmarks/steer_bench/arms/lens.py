@@ -95,9 +95,9 @@ class Lens:
         )
 
     def _limit(self, concurrency: int) -> None:
-        """At most so many requests in flight, as a load says. The scheduler reads its limit in every step."""
+        """At most so many requests in flight, as a load says: the scheduler reads this limit in every step."""
         scheduler = self.engine.engine_core.engine_core.scheduler
         most = self.engine.vllm_config.scheduler_config.max_num_seqs
         if concurrency > most:
             raise ValueError(f"The load wants {concurrency} requests at once; the engine takes {most}.")
-        scheduler.max_num_running_reqs = concurrency
+        scheduler.max_num_active_reqs = concurrency

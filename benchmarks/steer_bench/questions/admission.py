@@ -25,7 +25,7 @@ KINDS = {"idle": Steering.NONE, "distinct vectors": Steering.ADD, "directional":
 def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     rounds = 2 if quick else 5
     steered = Load(num_requests=AT, concurrency=AT, max_tokens=8, num_vectors=AT)
-    with ArmProcess("ours", settings) as ours:
+    with ArmProcess("ours", settings if quick else settings.compiled()) as ours:
         assert_armed(ours)
         rows: list[dict[str, Any]] = []
         claims = []

@@ -20,7 +20,7 @@ REQUESTS = 256
 
 
 def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
-    with ArmProcess("ours", settings) as ours:
+    with ArmProcess("ours", settings if quick else settings.compiled()) as ours:
         assert_armed(ours)
         plain = Load(num_requests=REQUESTS, concurrency=REQUESTS, max_tokens=8 if quick else 12, max_prompt=24)
         unsteered = ours.run(plain, check=True)

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Load, Load]] = {
 
 
 def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
-    with ArmProcess("ours", settings) as ours:
+    with ArmProcess("ours", settings if quick else settings.compiled()) as ours:
         assert_armed(ours)
         cases: dict[str, Callable[[int], Timing]] = {
             name: partial(_after, ours, before, load) for name, (before, load) in CASES.items()
