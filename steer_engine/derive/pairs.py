@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import overload
 
+from steer_engine.derive.hub_dataset import is_dataset, read_dataset
 from steer_engine.derive.jsonl import parse_lines, read_bytes
 from steer_engine.errors import DerivationError
 
@@ -85,7 +86,7 @@ class Pairs(Sequence[Pair]):
 
 
 def load_pairs(name_or_path: str | os.PathLike[str]) -> Pairs:
-    """Read pairs from a JSONL file, or a packaged set by name.
+    """Read pairs from a JSONL file, a Hugging Face dataset (`hf:NAME?...`), or a packaged set by name.
 
     One JSON object per line: `positive` and `negative`, optionally `prompt` (both are completions of it) and `id`.
     Empty lines are skipped.
@@ -95,15 +96,24 @@ def load_pairs(name_or_path: str | os.PathLike[str]) -> Pairs:
             a pair's texts are the same, an id is there twice, or there are too few pairs.
     """
     source, data = read_set(name_or_path)
+    return pairs_of(data, source)
+
+
+def pairs_of(data: bytes, source: str) -> Pairs:
+    """As `load_pairs`, of bytes that were read from `source`."""
     return Pairs(tuple(_parse(data, source)), source)
 
 
 def read_set(name_or_path: str | os.PathLike[str]) -> tuple[str, bytes]:
-    """What to call a file or a packaged set in messages, and its bytes."""
+    """What to call a file, a dataset or a packaged set in messages, and its bytes."""
+    if is_dataset(name_or_path):
+        return str(name_or_path).partition("?")[0], read_dataset(str(name_or_path))
     if str(name_or_path) in PACKAGED and not Path(name_or_path).exists():
         data = resources.files("steer_engine.derive").joinpath(f"data/{name_or_path}.jsonl").read_bytes()
         return f"{name_or_path} (packaged)", data
-    return str(name_or_path), read_bytes(name_or_path, f"Give a JSONL file, or one of: {', '.join(PACKAGED)}.")
+    return str(name_or_path), read_bytes(
+        name_or_path, f"Give a JSONL file, hf:DATASET, or one of: {', '.join(PACKAGED)}."
+    )
 
 
 def _parse(data: bytes, source: str) -> Iterator[Pair]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from steer_engine.derive.jsonl import parse_lines
-from steer_engine.derive.pairs import MAX_TEXT_CHARS, Pair, Pairs, load_pairs, read_set
+from steer_engine.derive.pairs import MAX_TEXT_CHARS, Pair, Pairs, pairs_of, read_set
 from steer_engine.errors import DerivationError
 
 LABELS = ("positive", "negative")
@@ -91,7 +91,7 @@ def from_pairs(pairs: Pairs) -> Texts:
 
 
 def load_texts(name_or_path: str | os.PathLike[str]) -> Texts:
-    """Read a JSONL file of pairs (see `load_pairs`) or of texts, or a packaged set by name.
+    """Read a JSONL file or dataset of pairs (see `load_pairs`) or of texts, or a packaged set by name.
 
     A line of texts has `text`, and optionally `label` (`positive` or `negative`), `pair` (the id that the other side
     has too), `prompt` (the text completes it) and `id`.
@@ -103,7 +103,7 @@ def load_texts(name_or_path: str | os.PathLike[str]) -> Texts:
     source, data = read_set(name_or_path)
     first = next((line for line in data.split(b"\n") if line.strip()), b"")
     if b'"text"' not in first:
-        return from_pairs(load_pairs(name_or_path))
+        return from_pairs(pairs_of(data, source))
     lines = parse_lines(data, source, required=("text",), optional={"label", "pair", "prompt", "id"})
     texts: list[Text] = []
     seen: dict[str, int] = {}

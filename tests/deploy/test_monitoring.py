@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deploy.monitoring import PROMETHEUS, dashboard, metrics_of, panel_queries, panels, rules
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.metrics import MetricWrapperBase
 
 from steer_engine.serving import metrics
@@ -69,6 +75,40 @@ def test_every_metric_of_ours_is_on_the_dashboard() -> None:
     shown = {name for _, query in panel_queries() for name in metrics_of(query)}
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in our_series()}
     assert families - {re.sub(r"_bucket$", "", name) for name in shown} == set()
+
+
+def left_out(given: Any, known: Any, place: str = "") -> Iterator[str]:
+    """Where `known` lacks something of `given`, or has something else there."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for key, value in given.items():
+            yield from left_out(value, known[key], f"{place}.{key}") if key in known else [f"{place}.{key}"]
+    elif isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
+        for number, (one, other) in enumerate(zip(given, known, strict=True)):
+            yield from left_out(one, other, f"{place}[{number}]")
+    elif given != known:
+        yield f"{place}: {given!r} is {known!r}"
+
+
+def as_grafana_reads_it(board: dict[str, Any]) -> Any:
+    """By the types that Grafana generates from its own schemas: what they do not know is gone."""
+    register_default_plugins()
+    return json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(board)))
+
+
+def test_dashboard_passes_the_schema_of_grafana() -> None:
+    board = dashboard()
+    assert list(left_out(board, as_grafana_reads_it(board))) == []
+
+
+@pytest.mark.parametrize("place", ["", "panels.3", "panels.3.fieldConfig.defaults", "panels.3.targets.0"])
+def test_the_schema_finds_what_grafana_does_not_know(place: str) -> None:
+    board = spoiled = dashboard()
+    for key in filter(None, place.split(".")):
+        spoiled = spoiled[int(key) if key.isdigit() else key]
+    spoiled["heigth"] = 8
+    found = list(left_out(board, as_grafana_reads_it(board)))
+    assert len(found) == 1
+    assert found[0].endswith(".heigth")
 
 
 def test_dashboard_holds_together() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from derive.reading import REFERENCES, config, cosine, huggingface_rows, varied
+from derive.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 
 from steer_engine.derive import Pair, Pairs, Text, Texts, dump, fit_dump
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
 from steer_engine.derive.block_fit import BlockFitter
 from steer_engine.derive.dump import chunks, fill, manifest_of
 from steer_engine.derive.dump_folder import DumpFolder
@@ -159,6 +159,32 @@ def test_two_actors_fit_the_bits_of_one(one_shard: DumpFolder, seven_shards: Dum
     assert about.notes == f"{NUM_PAIRS} pairs, read in float32."
     assert about.dataset_digest == varied(NUM_PAIRS).digest
     assert set(about.separation) == {0, 2}
+
+
+@pytest.fixture(scope="module")
+def another_dump(tiny_llama: str, one_shard: DumpFolder, texts: Texts) -> DumpFolder:
+    """Read by engines of their own, in other batches."""
+    settings = (*SMALL, ("max_num_seqs", 5), ("max_num_batched_tokens", 512))
+    with pool(config(tiny_llama, blocks=(0, 2), engine_args=settings), actors=2) as engines:
+        folder = DumpFolder.start(one_shard.path.with_name("another"), one_shard.manifest)
+        fill(folder, engines, texts, SILENT)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", REFERENCES)
+def test_separate_dumps_agree(
+    method: str, one_shard: DumpFolder, another_dump: DumpFolder, reference: list[np.ndarray]
+) -> None:
+    compared = 0
+    for place, block in enumerate(one_shard.manifest.blocks):
+        rows = np.stack([text[place, -1] for text in reference])
+        if not REFERENCES[method](rows[::2], rows[1::2]).any():
+            continue  # two eigenvalues that are too close
+        compared += 1
+        one, another = (BlockFitter(str(dump.path)).fit(block, method) for dump in (one_shard, another_dump))
+        assert cosine(one.direction_D, another.direction_D) >= 0.99999
+    assert compared
 
 
 POSITIONS = {

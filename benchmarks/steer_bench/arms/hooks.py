@@ -75,6 +75,8 @@ class Hooks:
         }
 
     def ask(self, what: str, **arguments: Any) -> Any:
+        if what == "reset_prefix_cache":
+            return True  # each batch has a cache of its own
         if what == "batch_size":
             self.batch_size = int(arguments["value"])
             return self.batch_size

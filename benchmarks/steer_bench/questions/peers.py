@@ -1,6 +1,7 @@
 """How quick are other ways of steering each request by its own vector, on the same vLLM, model and load?
 
-Every peer runs at the best of four batch sizes, chosen before the rounds; ours runs compiled, its default.
+Every peer runs at the best of four batch sizes, chosen before the rounds; ours runs compiled, its default. Plain vLLM
+answers the same load unsteered beside them: what it gains on a peer is the most that any way of steering it can gain.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from steer_bench.answer import Answer, Claim
 from steer_bench.environments import INTERP, LENS, Environment, python_of
 from steer_bench.load import Load, Steering
 from steer_bench.process import ArmFailed, ArmProcess
-from steer_bench.questions.serve import MOVED, assert_armed, check, figures, run
+from steer_bench.questions.serve import MOVED, assert_alike, check, figures, run
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave, throughputs
 from steer_bench.settings import Settings
 from steer_bench.timing import Timing
 
 OURS = "Steer Engine"
+PLAIN = "plain vLLM, unsteered"
 SHARES = (1, 2, 4, 8)
 """Batch sizes that are tried: the load's concurrency divided by these."""
 REQUESTS = {32: 32, 128: 128}
@@ -67,8 +69,9 @@ PEERS = (
 
 def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     with ExitStack() as stack:
-        ours = stack.enter_context(ArmProcess("ours", settings if quick else settings.compiled()))
-        assert_armed(ours)
+        own = settings if quick else settings.compiled()
+        ours, stock = (stack.enter_context(ArmProcess(name, own)) for name in ("ours", "stock"))
+        assert_alike(stock, ours)
         running, rows = _started(stack, settings, ours.facts["threads"])
         claims: list[Claim] = []
         for concurrency in (32,) if quick else REQUESTS:
@@ -78,19 +81,23 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
             )  # fmt: skip
             _check_all(ours, running, load)
             best = {peer: _best(peer, arm, load, progress, rows) for peer, arm in running.items()}
-            cases: dict[str, Callable[[int], Timing]] = {OURS: partial(run, ours, load)}
+            unsteered = replace(load, steering=Steering.NONE)
+            cases: dict[str, Callable[[int], Timing]] = {
+                OURS: partial(run, ours, load),
+                PLAIN: partial(run, stock, unsteered),
+            }
             cases |= {peer.title: peer.at(arm, load, best[peer]) for peer, arm in running.items()}
             rounds = 2 if quick else ROUNDS[concurrency]
             times = interleave(cases, rounds, progress, f"peers: {concurrency} at once")
             for name, timings in times.items():
                 rows.append({"case": name, "part": f"rounds, {concurrency} at once", **figures(timings)})
+            mode = f"{concurrency} at once, ragged prompts, distinct vectors, all blocks, {settings.dtype}"
             for peer, arm in running.items():
-                ratio = Ratio.of(throughputs(times[OURS]), throughputs(times[peer.title]))
                 outside = arm.facts.get("outside_supported", "")
-                mode = f"{concurrency} at once, ragged prompts, distinct vectors, all blocks, {settings.dtype}"
-                target = peer.targets.get(concurrency)
-                claims.append(Claim.of_ratio(f"{OURS} / {peer.title}", ratio, target, mode=mode, note=outside))
-        facts = {OURS: ours.facts, **{peer.title: arm.facts for peer, arm in running.items()}}
+                for name, target in ((OURS, peer.targets.get(concurrency)), (PLAIN, None)):
+                    ratio = Ratio.of(throughputs(times[name]), throughputs(times[peer.title]))
+                    claims.append(Claim.of_ratio(f"{name} / {peer.title}", ratio, target, mode=mode, note=outside))
+        facts = {OURS: ours.facts, PLAIN: stock.facts, **{peer.title: arm.facts for peer, arm in running.items()}}
         return Answer(question="peers", claims=claims, rows=rows, facts=facts)
 
 

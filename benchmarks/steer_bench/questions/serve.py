@@ -131,8 +131,11 @@ def _against_idle(settings: Settings, progress: Progress) -> Answer:
 
 
 def run(arm: ArmProcess, load: Load, number: int) -> Timing:
-    """One round: prompts that the arm has not seen."""
-    return arm.run(replace(load, seed=1 + number))
+    """One round. Its prompts are those of the other cases of this round: what the arm kept of them is thrown away."""
+    assert arm.ask("reset_prefix_cache")
+    timing = arm.run(replace(load, seed=1 + number))
+    assert timing.cached_tokens == 0
+    return timing
 
 
 def mode_of(ours: ArmProcess, load: Load) -> str:
