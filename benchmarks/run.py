@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from steer_bench.answer import Answer
+from steer_bench.answer import Answer, claims_of
 from steer_bench.machine import machine
 from steer_bench.process import ArmFailed
-from steer_bench.report import markdown, show
+from steer_bench.report import TABLE, document, show
 from steer_bench.settings import Settings
 
 QUESTIONS = ("serve", "distinct", "prefix", "admission", "startup", "http")
@@ -99,10 +99,9 @@ def _progress(console: Console) -> Progress:
 
 
 def _write_table(out: Path) -> None:
-    """All claims of the folder as one Markdown table."""
-    claims = [claim for path in sorted(out.glob("*.json")) for claim in Answer.load(path)[0].claims]
-    if claims:
-        (out / "table.md").write_text(markdown(claims))
+    """All claims of the folder in Markdown."""
+    if claims := claims_of(out):
+        (out / TABLE).write_text(document(claims))
 
 
 if __name__ == "__main__":

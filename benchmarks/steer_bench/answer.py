@@ -55,3 +55,8 @@ class Answer:
         raw = json.loads(path.read_text())
         about = raw.pop("about")
         return cls(**{**raw, "claims": [Claim(**claim) for claim in raw["claims"]]}), about
+
+
+def claims_of(folder: Path) -> list[Claim]:
+    """Of all answers in a folder, by the names of their questions."""
+    return [claim for path in sorted(folder.glob("*.json")) for claim in Answer.load(path)[0].claims]

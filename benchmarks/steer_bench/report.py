@@ -10,6 +10,9 @@ from rich.table import Table
 
 from steer_bench.answer import Answer, Claim
 
+TABLE = "table.md"
+"""Beside the answers that it is made of."""
+
 
 def show(answer: Answer, console: Console) -> None:
     """What was measured, then what it says."""
@@ -58,10 +61,21 @@ def interval(claim: Claim) -> str:
     return f"{claim.low:{form}} to {claim.high:{form}}"
 
 
+def document(claims: Sequence[Claim]) -> str:
+    """All claims in Markdown, those with a target first and once more among the rest."""
+    return f"{targets(claims)}\nAll that was compared:\n\n{markdown(claims)}"
+
+
+def targets(claims: Sequence[Claim]) -> str:
+    """The table of what was to be reached, as the README has it."""
+    return markdown([claim for claim in claims if claim.target])
+
+
 def markdown(claims: Sequence[Claim]) -> str:
-    """The table of targets, as it stands in the documentation."""
+    """A table, a line a claim."""
     lines = ["| | measured | 95 % interval | target | |", "|---|---|---|---|---|"]
     for claim in claims:
-        what = f"{claim.what} ({claim.mode})"
+        note = f"; the peer {claim.note}" if claim.note else ""
+        what = f"{claim.what} ({claim.mode}{note})"
         lines.append(f"| {what} | {number(claim)} | {interval(claim)} | {claim.target} | {claim.verdict} |")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,13 @@ from steer_engine.derive.options import say
 
 def derive_command(
     model: options.Model,
-    pairs: Annotated[str, typer.Option(help="JSONL file with `positive` and `negative` per line, or `sentiment`.")],
+    pairs: Annotated[
+        str,
+        typer.Option(
+            help="JSONL file with `positive` and `negative` per line, hf:DATASET?positive=COLUMN&negative=COLUMN, "
+            "or `sentiment`."
+        ),
+    ],
     out: options.Out,
     method: options.Method = "diffmean",
     blocks: options.Blocks = "all",

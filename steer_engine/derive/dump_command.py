@@ -21,7 +21,7 @@ def dump_command(
             "--texts",
             "--pairs",
             help="JSONL file with `positive` and `negative` per line, or with `text` and perhaps `label`, `pair`; "
-            "or `sentiment`.",
+            "or hf:DATASET?column=..., or `sentiment`.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; of an unfinished run with the same settings: to finish.")],

@@ -22,7 +22,7 @@ BATCH_SIZES = (9, 18, 36, 72)
 """Whole items: each row of one reads as many tokens."""
 
 ALPHAS = (0.0, -8.0, -6.0, -4.0, -2.0, 2.0, 4.0, 6.0, 8.0)
-NUM_ITEMS = {0: 100, 4: 20}
+NUM_ITEMS = {0: 48, 4: 12}
 """By the number of solved examples in front: few tokens a prompt, and about five times as many."""
 TARGETS = {"all": Target(at_least=1.5), "generation": Target(at_least=3.0)}
 SAME = 2e-4

@@ -1,0 +1,50 @@
+"""A vector from a model's own right and wrong answers, as Højer et al. (ICLR 2025) make theirs for GSM8K.
+
+python examples/derive_reasoning.py [MODEL]
+
+The model answers each question several times; where it was right once and wrong once, the two answers are a pair. The
+file that comes out is for `steer-engine eval`, which says on held-out questions, with controls and intervals, whether
+the vector helps. Most do not: in the paper too, gains are of a few points, and of one model and task at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+from steer_engine.derive import Pairs, derive
+from steer_engine.derive.answers import Question, answer_all, from_answers
+from steer_engine.vectors import save
+
+MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+OUT = Path("reasoning.safetensors")
+
+
+def questions(count: int, seed: int = 0) -> list[Question]:
+    random = Random(seed)
+    made = []
+    for _ in range(count):
+        had, bought, eaten = random.randint(2, 9), random.randint(2, 9), random.randint(1, 3)
+        prompt = (
+            f"Question: Ann has {had} apples. She buys {bought} more and eats {eaten}. How many apples has she now?\n"
+            "Answer: Ann has"
+        )
+        made.append(Question(prompt=prompt, answer=str(had + bought - eaten)))
+    return made
+
+
+def main() -> None:
+    asked = questions(60)
+    given = answer_all(MODEL, asked, samples=8, max_tokens=24, temperature=0.8, engine_args={"dtype": "float32"})
+    pairs = Pairs(tuple(from_answers(asked, given)), "own answers")
+    print(f"{len(pairs)} of {len(asked)} questions were answered both rightly and wrongly")
+    vector = derive(MODEL, pairs, method="pca_centred", blocks="15", dtype="float32")
+    print(f"held-out AUROC {vector.metadata.separation[15]:.3f}, {vector.digest}")
+    OUT.unlink(missing_ok=True)
+    save(vector, OUT)
+    print(f"written to {OUT}; ask whether it helps: steer-engine eval --help")
+
+
+if __name__ == "__main__":
+    main()

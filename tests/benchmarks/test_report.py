@@ -1,0 +1,40 @@
+"""Tables say what the committed answers say, and the README repeats them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from steer_bench.answer import Answer, Claim, claims_of
+from steer_bench.report import TABLE, document, markdown, targets
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = [path.parent for path in sorted((ROOT / "benchmarks" / "results").glob("[!lq]*/serve.json"))]
+"""Folders of results that are kept: not `latest` and `quick`, which are whoever ran them last."""
+
+
+def claim(what: str, target: str = "", note: str = "") -> Claim:
+    return Claim(what=what, mode="eager", value=1.25, low=1.2, high=1.3, target=target, verdict="met", note=note)
+
+
+def test_targets_come_first_and_a_peer_outside_its_versions_is_marked() -> None:
+    claims = [claim("a / b"), claim("c / d", target="≥ 1.1", note="asks for vllm 0.30.0")]
+    line = "| c / d (eager; the peer asks for vllm 0.30.0) | 1.250 | 1.200 to 1.300 | ≥ 1.1 | met |"
+    assert targets(claims).splitlines()[2:] == [line]
+    assert document(claims).count(line) == 2
+    assert len(markdown(claims).splitlines()) == 4
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_tables_are_those_of_their_answers(folder: Path) -> None:
+    assert (folder / TABLE).read_text() == document(claims_of(folder))
+    for path in folder.glob("*.json"):
+        about = Answer.load(path)[1]
+        assert about["machine"]["packages"]
+        assert not about["machine"]["changed_files"]
+        assert not about["quick"]
+
+
+def test_the_readme_has_the_table() -> None:
+    assert COMMITTED
+    assert targets(claims_of(COMMITTED[-1])) in (ROOT / "README.md").read_text()
