@@ -8,17 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 
 from derive.reading import config, varied
 from ray.cluster_utils import Cluster
 
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, pool
 
+SETTLE_SECONDS = 180
+
 
 def nodes_of_actors() -> list[str]:
     from ray._private.state import actors
 
     return sorted(actor["Address"]["NodeID"] for actor in actors().values() if actor["State"] == "ALIVE")
+
+
+def nodes_once_settled(dead: str) -> list[str]:
+    """Of the actors, when Ray has noticed what died and has started it anew; on a busy machine that takes a while."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        nodes = nodes_of_actors()
+        if (len(nodes) == 2 and dead not in nodes) or time.monotonic() > deadline:
+            return nodes
+        time.sleep(0.5)
 
 
 def main(model: str) -> None:
@@ -35,7 +48,7 @@ def main(model: str) -> None:
             sha.update(reading.positive.sum_LD.tobytes() + reading.negative.sum_LD.tobytes())
             if reading.index == 1:
                 cluster.remove_node(second, allow_graceful=False)
-        seen.append(nodes_of_actors())
+        seen.append(nodes_once_settled(second.node_id))
     print(json.dumps({"nodes": seen, "second": second.node_id, "digest": sha.hexdigest()}))
     cluster.shutdown()
 

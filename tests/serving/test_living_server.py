@@ -115,7 +115,7 @@ def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> N
     assert events.pop() == "[DONE]"
     said: dict[int, list[int]] = {}
     for choice in [choice for event in events for choice in json.loads(event)["choices"]]:
-        said.setdefault(choice["index"], []).extend(choice["token_ids"])
+        said.setdefault(choice["index"], []).extend(choice["token_ids"] or [])
     assert len(said) == len(PROMPTS)
     assert said[len(PROMPTS) - 1] == expected
     assert complete(living, steering=spec("busy")).status_code == 404
@@ -202,6 +202,28 @@ def test_metrics(living: Server) -> None:
     stats = living.get("/v1/steering/stats", headers=USER).json()
     assert stats["api"]["steer_engine_requests_total{outcome=steered}"] >= 1
     assert stats["engine"]["ok"]
+
+
+def test_a_client_that_hangs_up_leaves_nothing_behind(living: Server) -> None:
+    expected = tokens(complete(living, steering=spec("house")))
+
+    def aborted() -> float:
+        found = re.findall(r'^vllm:request_success_total\{.*finished_reason="abort".*\} (.*)$', metrics(), re.MULTILINE)
+        return sum(map(float, found))
+
+    def metrics() -> str:
+        return living.get("/metrics").text
+
+    before = aborted()
+    body = {"model": "tiny", "stream": True, "ignore_eos": True, "steering": spec("house"), **LONG}
+    with httpx.stream("POST", f"{living.url}/v1/completions", json=body, headers=USER, timeout=60) as answer:
+        assert next(line for line in answer.iter_lines() if line)
+    deadline = time.monotonic() + 60
+    while (worker := living.get("/v1/steering/stats", headers=USER).json()["engine"]["workers"][0])["steered_slots"]:
+        assert time.monotonic() < deadline, worker
+    assert worker["bank_rows_pinned"] == 0
+    assert aborted() - before > len(PROMPTS) / 2  # most had not been read
+    assert tokens(complete(living, steering=spec("house"))) == expected
 
 
 def test_openapi_documents_field_and_routes(living: Server) -> None:
