@@ -30,15 +30,14 @@ def host_time(arm: Any, load: Load) -> dict[str, Any]:
         start = time.perf_counter()
         route(num_scheduled_tokens)
         took = time.perf_counter() - start
-        # What `reconcile` and `admit` took in this very step comes on top.
-        took += sum(spans[name].pop() for name in ("reconcile", "admit_step") if spans.get(name))
+        # What `follow` took in this very step comes on top.
+        took += spans["follow"].pop() if spans.get("follow") else 0.0
         steps.append((int(num_scheduled_tokens.max()) == 1, took))
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(adapter, "route", timed_route))
         for owner, method, name in (
-            (adapter, "reconcile", "reconcile"),
-            (adapter, "admit", "admit_step"),
+            (adapter, "follow", "follow"),
             (runtime, "admit", "admit"),
             (runtime, "edit", "edit"),
             (frontend, "resolve", "resolve"),

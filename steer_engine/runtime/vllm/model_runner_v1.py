@@ -48,6 +48,19 @@ class V1Adapter:
         self._free_slots = list(range(runtime.max_requests, 0, -1))
         # Written inside `synchronize_input_prep`: the copy of the step before has run by then.
         self._idx_mapping_B = runner._make_buffer(runtime.max_requests, dtype=torch.int32)
+        self._routed: list[str] = []
+        """The batch as it was routed last. While nobody comes or goes, no slot changes and no mapping is written."""
+
+    def follow(self, scheduler_output: Any) -> None:
+        """Give and take slots as requests come into the batch and leave it."""
+        finished, new = scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
+        if not finished and not new and self._runner.input_batch.req_ids == self._routed:
+            return
+        self._routed = []
+        self.reconcile(finished)
+        self.admit([request.req_id for request in new])
+        # Preempted or skipped requests left the batch and gave up their slot; back in it, they get one again.
+        self.admit(scheduler_output.scheduled_cached_reqs.req_ids)
 
     def reconcile(self, finished: set[str]) -> None:
         """Take the slots of requests that have left the batch."""
@@ -86,10 +99,13 @@ class V1Adapter:
         num_requests = len(request_ids)
         num_tokens = int(num_scheduled_tokens.sum())
         mapping_B = self._idx_mapping_B
-        mapping_B.np[:num_requests] = [self._slot_of[request_id] - 1 for request_id in request_ids]
+        if request_ids != self._routed:
+            mapping_B.np[:num_requests] = [self._slot_of[request_id] - 1 for request_id in request_ids]
+            mapping_B.copy_to_gpu(num_requests)
+            self._routed = list(request_ids)
         self.runtime.route(
             runner.query_start_loc.gpu[: num_requests + 1],
-            mapping_B.copy_to_gpu(num_requests),
+            mapping_B.gpu[:num_requests],
             runner.positions[:num_tokens],
             num_tokens,
         )
@@ -156,11 +172,7 @@ def _update_states(original: Callable[..., Any]) -> Callable[..., Any]:
     def _update_states(self: Any, scheduler_output: Any) -> Any:
         result = original(self, scheduler_output)
         if (adapter := adapter_of(self)) is not None:
-            adapter.reconcile(scheduler_output.finished_req_ids)
-            adapter.admit([request.req_id for request in scheduler_output.scheduled_new_reqs])
-            # Preempted or skipped requests left the batch and gave up their slot; back in it, they get one again.
-            returned = scheduler_output.scheduled_cached_reqs.req_ids
-            adapter.admit(returned)
+            adapter.follow(scheduler_output)
         return result
 
     return _update_states
