@@ -18,7 +18,7 @@ from steer_bench.settings import Settings
 
 QUESTIONS = ("serve", "distinct", "prefix", "admission", "startup", "http")
 QUICK = ("serve",)
-PEERS = ("peers", "derive", "evaluate")
+PEERS = ("peers", "where", "derive", "evaluate")
 RESULTS = Path(__file__).parent / "results"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def bench(
     questions: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join((*QUESTIONS, *PEERS))}. Default: all but the last three.")
+        list[str] | None, typer.Argument(help=f"Of {', '.join((*QUESTIONS, *PEERS))}. Default: all but the last four.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One eager engine, steered against idle: minutes.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="The comparisons with other projects too.")] = False,

@@ -41,6 +41,10 @@ def main(arm_name: str, settings: str) -> None:
 def _answer(arm: Any, command: dict[str, Any]) -> Any:
     if command["do"] == "run":
         return arm.run(Load.from_json(command["load"]), check=command["check"]).to_json()
+    if command["do"] == "profile":
+        from steer_bench.arms.profiled import profiled
+
+        return profiled(arm, Load.from_json(command["load"]))
     return arm.ask(command["do"], **command["arguments"])
 
 

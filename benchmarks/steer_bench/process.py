@@ -60,6 +60,11 @@ class ArmProcess:
     def run(self, load: Load, *, check: bool = False) -> Timing:
         return Timing.from_json(self._call({"do": "run", "load": load.to_json(), "check": check}))
 
+    def profile(self, load: Load) -> dict[str, float]:
+        """Seconds by kind of operator, see `arms.profiled`."""
+        seconds: dict[str, float] = self._call({"do": "profile", "load": load.to_json()})
+        return seconds
+
     def ask(self, what: str, **arguments: Any) -> Any:
         return self._call({"do": what, "arguments": arguments})
 
