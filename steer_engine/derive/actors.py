@@ -97,13 +97,6 @@ def _actor_env(actors: int, *, local: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; texts are short and nothing is generated
     }
-    # The C library and oneDNN keep memory for every length of a batch that they met; over many texts that adds up.
-    chosen |= {
-        "MALLOC_ARENA_MAX": "2",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "1048576",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
-    }
     if local:
         # Ray gives an actor one thread; on a machine without GPUs the engine computes with the actor's share of cores.
         chosen["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // actors))
