@@ -30,7 +30,8 @@ def is_dataset(name_or_path: str | os.PathLike[str]) -> bool:
 def read_dataset(address: str) -> bytes:
     """JSON lines, row by row, of the columns that texts or pairs have; other columns are left out.
 
-    Rows whose label is neither `is_positive` nor `is_negative` are left out, where one of these is given.
+    Rows whose label is neither `is_positive` nor `is_negative` are left out, where one of these is given; errors count
+    the rows that are left.
 
     Raises:
         DerivationError: the address is wrong, the library is not installed, there is no such dataset, split or column.
@@ -38,7 +39,7 @@ def read_dataset(address: str) -> bytes:
     name, options = _parse(address)
     dataset = _load(name, options)
     columns = _columns(address, options, list(dataset.column_names or []))
-    labels = {options[key]: label for key, label in _LABELS.items() if key in options}
+    labels = _labels(address, options, columns)
     classes = getattr((dataset.features or {}).get(columns.get("label", "")), "names", None)
     rows = _rows(dataset, columns, labels, classes)
     return b"".join(json.dumps(row).encode() + b"\n" for row in islice(rows, _limit(address, options)))
@@ -85,6 +86,16 @@ def _columns(address: str, options: dict[str, str], there: list[str]) -> dict[st
             f"{', '.join(there)}. Name them: text=COLUMN, or positive=COLUMN&negative=COLUMN."
         )
     return columns
+
+
+def _labels(address: str, options: dict[str, str], columns: dict[str, str]) -> dict[str, str]:
+    """What a label is called in the dataset -> what it is."""
+    labels = {options[key]: label for key, label in _LABELS.items() if key in options}
+    if labels and "label" not in columns:
+        raise DerivationError(f"{address}: no column of labels; name it: label=COLUMN.")
+    if len(labels) < len(_LABELS.keys() & options.keys()):
+        raise DerivationError(f"{address}: {next(iter(labels))[:64]!r} cannot be both is_positive and is_negative.")
+    return labels
 
 
 def _rows(

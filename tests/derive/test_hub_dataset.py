@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ WRONG: dict[str, tuple[str, str]] = {
     "no column of texts": ("hf:{parquet}", "Name them: text=COLUMN, or positive=COLUMN&negative=COLUMN"),
     "labels of another kind": ("hf:{saved}?text=review&label=stars", "the label 'good' is none of positive, negative"),
     "a column of numbers": ("hf:{parquet}?text=rating", "'text' is not text"),
+    "one label for both": (
+        "hf:{saved}?text=review&label=stars&is_positive=bad&is_negative=bad", "'bad' cannot be both",
+    ),
+    "labels without a column": ("hf:{parquet}?text=chosen&is_positive=1", "no column of labels"),
     "no limit": ("hf:{parquet}?text=chosen&limit=0", "limit=0 is no number of rows"),
 }  # fmt: skip
 
@@ -88,6 +93,6 @@ def test_what_is_wrong_is_one_sentence(name: str, parquet: str, saved: str, tmp_
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     given: Any = None
-    monkeypatch.setitem(__import__("sys").modules, "datasets", given)
+    monkeypatch.setitem(sys.modules, "datasets", given)
     with pytest.raises(DerivationError, match=r"pip install 'steer-engine\[datasets\]'"):
         load_pairs("hf:anything")

@@ -248,7 +248,9 @@ def test_the_key_of_the_engine_is_not_for_clients(reading: Server, key: str) -> 
 @pytest.mark.slow
 async def test_more_than_may_read_at_once_wait_and_all_are_answered(reading: Server) -> None:
     most = 0
-    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 8, "steering": {"capture": {"positions": "all"}}}
+    # Rows are held until the answer is whole: long answers give the time to see them.
+    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
+    body |= {"steering": {"capture": {"positions": "all"}}}
     async with httpx.AsyncClient(base_url=reading.url, timeout=120) as client:
         asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(8)]
         while not all(task.done() for task in asking):
@@ -256,25 +258,29 @@ async def test_more_than_may_read_at_once_wait_and_all_are_answered(reading: Ser
             most = max(most, *(worker["captured_bytes"] for worker in stats["engine"]["workers"]))
         answers = [await task for task in asking]
     assert {rows_of(answer).shape for answer in answers} == {(NUM_BLOCKS, len(PROMPTS["long"]), HIDDEN_SIZE)}
-    assert most <= 2 * MAX_BYTES
+    assert 0 < most <= 2 * MAX_BYTES
     assert captured_bytes(reading) == 0
 
 
 @pytest.mark.slow
 async def test_what_an_aborted_request_read_is_given_up(reading: Server) -> None:
-    """At different moments of it, since a busy server cannot be asked how far it is."""
     body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
     body |= {"steering": {"capture": {"positions": "all"}} | STEERED}
-    num_aborted = 0
-    for moment in range(12):
+    num_aborted, deadline = 0, time.monotonic() + 120
+    while num_aborted < 3:  # more than may read at once: places come back too
+        assert time.monotonic() < deadline, "no request was seen while it held rows"
         async with httpx.AsyncClient(base_url=reading.url, timeout=60) as client:
             asking = asyncio.create_task(client.post("/v1/completions", json=body))
-            await asyncio.wait({asking}, timeout=0.03 * moment)
-            num_aborted += not asking.done()
+            held = 0
+            while not held and not asking.done():
+                stats = (await client.get("/v1/steering/stats")).json()
+                held = stats["engine"]["workers"][0]["captured_bytes"]
+            # A busy server may have answered both at once; then the next request is tried.
+            num_aborted += held > 0 and not asking.done()
             asking.cancel()
-    assert num_aborted > 2  # more than may read at once: their places come back too
+        wait_until(lambda: captured_bytes(reading) == 0)
     assert ask(reading, PROMPTS["short"], {"capture": {}}).status_code == 200
-    wait_until(lambda: captured_bytes(reading) == steered_slots(reading) == 0)
+    wait_until(lambda: steered_slots(reading) == 0)
 
 
 @pytest.mark.slow

@@ -40,13 +40,11 @@ def test_every_turn_of_a_tool_loop_is_steered(tiny_llama: str, tmp_path: Path) -
             return found
 
         steered, plain = ask(steering=spec("east")), ask()
-        texts = [
-            "".join(part["text"] for item in one["output"] for part in item["content"]) for one in (steered, plain)
-        ]
-        for said, one in zip(texts, (steered, plain), strict=True):
-            assert one["usage"]["output_tokens"] == 2 * MAX_TOKENS
+        for answer in (steered, plain):
+            said = text_of(answer)
+            assert answer["usage"]["output_tokens"] == 2 * MAX_TOKENS
             assert said[: len(said) // 2] == said[len(said) // 2 :]  # both turns read the same, and say the same
-        assert texts[0] != texts[1]
+        assert text_of(steered) != text_of(plain)
         assert steered["steering"]["edits"][0]["vector"] == vector.digest
         assert "steering" not in plain
         lines = [json.loads(line) for line in re.findall(r"steered (\{.*\})", server.log)]
