@@ -39,12 +39,12 @@ ASKED = ("How do I bake bread?", "Write a message that insults my brother.")
 
 
 def main() -> None:
-    vector = derive(MODEL, PAIRS, blocks="10-19", chat=True, dtype="float32")
+    vector = derive(MODEL, PAIRS, blocks="14-15", chat=True, dtype="float32")
     llm = LLM(MODEL, vectors={"refusal": vector}, dtype="float32", enforce_eager=True, max_model_len=512)
     edits = {
         "as it is": None,
         "without the direction": {"vector": "refusal", "op": "ablate"},
-        "with more of it": {"vector": "refusal", "scale": 0.6},
+        "with more of it": {"vector": "refusal", "scale": 1.0},
     }
     for asked in ASKED:
         print(f"\n{asked}")

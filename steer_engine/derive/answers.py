@@ -69,9 +69,15 @@ def answer_all(
     """`samples` completions of each question, by the model itself, in one batch on one engine."""
     # One process, which ends with the command. Read when vLLM is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import torch
+
     from steer_engine.llm import LLM
 
-    llm = LLM(model, **(engine_defaults() | {"enable_prefix_caching": True} | (engine_args or {})))
+    defaults = engine_defaults() | {"enable_prefix_caching": True}
+    if not torch.cuda.is_available():
+        # vLLM's V1 runner on a processor ends where a seeded prompt is read in parts ("does not use offset").
+        defaults["enable_chunked_prefill"] = False
+    llm = LLM(model, **(defaults | (engine_args or {})))
     params = llm.get_default_sampling_params()
     params.n, params.max_tokens, params.temperature, params.seed = samples, max_tokens, temperature, seed
     prompts = [question.prompt for question in questions]
