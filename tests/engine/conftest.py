@@ -85,7 +85,7 @@ def start(tiny_llama: str) -> Start:
             enforce_eager=True,
             dtype="float32",
             max_logprobs=TINY_VOCAB,
-            **{**SETTINGS, "num_gpu_blocks_override": 256, **settings},
+            **{**SETTINGS, **settings},
         )
         assert_meant(llm, num_blocks=TINY_BLOCKS)
         kept(llm)

@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 32,
     "block_size": 32,
+    "num_gpu_blocks_override": 256,  # engines stay to the end: all of them must fit
     "seed": 0,
 }
 

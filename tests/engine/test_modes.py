@@ -19,6 +19,8 @@ from engines import RUNNER
 from oracle import Oracle
 from traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
 
+from steer_engine import LLM
+
 NUM = 24 if RUNNER == "v1" else 8
 
 
@@ -76,7 +78,8 @@ def test_preemption_and_recomputation(start: Start, oracle: Oracle) -> None:
     assert preempted, "nothing was preempted"
 
 
-def test_asynchronous_scheduling(start: Start, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU platform switches it off; switched on again, the scheduler runs a step ahead of the sampled tokens."""
     from vllm.platforms.cpu import CpuPlatform
 
@@ -87,10 +90,35 @@ def test_asynchronous_scheduling(start: Start, oracle: Oracle, monkeypatch: pyte
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(checked))
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_asynchronous_scheduling(start: Start, oracle: Oracle) -> None:
     llm = start(max_num_batched_tokens=64, max_num_seqs=16)
     assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
     asked = asks(NUM)
     assert_right(oracle, asked, run(llm, asked))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
+def test_a_draft_model_under_asynchronous_scheduling(start: Start, oracle: Oracle, tiny_llama: str) -> None:
+    llm = start(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
+    assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
+    asked = asks(NUM if RUNNER == "v1" else 4)
+    outputs, accepted = drafts_of(llm, asked)
+    assert_right(oracle, asked, outputs)
+    assert accepted > 0
+
+
+@pytest.mark.v1_only
+def test_compiled(tiny_compiled: LLM, oracle: Oracle) -> None:
+    """One graph for all of the traffic: steered and plain rows, whole prompts and single tokens, cold and warm."""
+    asked = asks(NUM, shared=70)
+    for _ in ("cold", "warm"):
+        outputs = run(tiny_compiled, asked)
+        assert_right(oracle, asked, outputs)
+    assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
 
 
 @pytest.mark.slow

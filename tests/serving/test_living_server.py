@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -44,12 +45,16 @@ LONG: dict[str, Any] = {"prompt": PROMPTS, "max_tokens": 2}
 model writes instead, its tokens keep the server's event loop busy to the end."""
 
 
-def wait_until_busy(server: Server, seconds: float = 60) -> None:
-    """Until the engine runs a request, as vLLM's own gauge says."""
+def vllm_metric(server: Server, name: str) -> float:
+    """Of vLLM's own, over all labels."""
+    page = httpx.get(f"{server.url}/metrics", timeout=60).text
+    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", page, re.MULTILINE))
+
+
+def wait_until_engine(server: Server, *, busy: bool, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    busy = re.compile(r"^vllm:num_requests_running\{.*\} [1-9]", re.MULTILINE)
-    while not busy.search(httpx.get(f"{server.url}/metrics", timeout=60).text):
-        assert time.monotonic() < deadline, "the engine has not begun"
+    while busy != any(vllm_metric(server, f"num_requests_{state}") for state in ("running", "waiting")):
+        assert time.monotonic() < deadline, f"the engine is still {'idle' if busy else 'busy'}"
 
 
 def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> None:
@@ -108,13 +113,30 @@ def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> N
     answers: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), **LONG)))
     asking.start()
-    wait_until_busy(living)
+    wait_until_engine(living, busy=True)
     deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
     asking.join()
     assert 1 <= deleted["in_flight"] <= len(PROMPTS)
     assert len(answers[0].json()["choices"]) == len(PROMPTS)
     assert answers[0].json()["choices"][-1]["token_ids"] == expected
     assert complete(living, steering=spec("busy")).status_code == 404
+
+
+@pytest.mark.slow  # likewise
+def test_a_client_that_hangs_up_stops_what_it_asked_for(living: Server) -> None:
+    put(living, "left", along(10))
+    body = {"model": "tiny", "temperature": 0, "ignore_eos": True, "steering": spec("left"), **LONG}
+    before = vllm_metric(living, "prompt_tokens_total")
+    connection = http.client.HTTPConnection(living.url.removeprefix("http://"), timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), USER | {"Content-Type": "application/json"})
+    wait_until_engine(living, busy=True)
+    connection.close()
+    wait_until_engine(living, busy=False)
+    assert vllm_metric(living, "prompt_tokens_total") - before < sum(map(len, PROMPTS)), "all of it was read"
+    again = tokens(complete(living, steering=spec("left")))
+    assert again != tokens(complete(living, steering=False))
+    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/left", headers=OPERATOR, timeout=60).json()
+    assert deleted["in_flight"] == 0
 
 
 def test_changes_under_load_neither_fail_nor_missteer_a_request(living: Server) -> None:
@@ -415,17 +437,22 @@ def test_what_is_left_when_the_time_is_up_is_told(tiny_llama: str, tmp_path: Pat
         chat = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 400}
         asked: list[tuple[str, str, dict[str, Any]]] = [
             ("stream", "/v1/completions", {**LONG, "stream": True}),
-            ("whole", "/v1/completions", {**LONG, "prompt": PROMPTS[::-1]}),
-            ("more", "/v1/completions", {**LONG, "prompt": [prompt[::-1] for prompt in PROMPTS]}),
+            ("whole", "/v1/completions", LONG),
             ("chat", "/v1/chat/completions", chat),
             ("responses", "/v1/responses", {"input": "abc", "max_output_tokens": 400}),
             ("messages", "/v1/messages", chat),
         ]
-        asking = [threading.Thread(target=ask, args=(name, path), kwargs=fields) for name, path, fields in asked]
-        for thread in asking[:3]:
+        # Seconds of reading that all of these stand behind: before it, they could be answered in time.
+        work = [
+            (f"work {i}", "/v1/completions", {**LONG, "prompt": [[i, *each] for each in PROMPTS]}) for i in range(4)
+        ]
+        asking = [
+            threading.Thread(target=ask, args=(name, path), kwargs=fields) for name, path, fields in [*work, *asked]
+        ]
+        for thread in asking[: len(work)]:
             thread.start()
-        wait_until_busy(server)
-        for thread in asking[3:]:  # behind seconds of reading: before it, they could be answered in time
+        wait_until_engine(server, busy=True)
+        for thread in asking[len(work) :]:
             thread.start()
         time.sleep(0.3)
         began = time.monotonic()
@@ -434,6 +461,7 @@ def test_what_is_left_when_the_time_is_up_is_told(tiny_llama: str, tmp_path: Pat
             thread.join()
         assert time.monotonic() - began < 20
         assert "shutting down" in answers["stream"].text
+        assert answers["work 3"].status_code == 503
         for name, _, _ in asked[1:]:
             assert answers[name].status_code == 503, answers[name].text
             assert "shutting down" in answers[name].text
