@@ -92,7 +92,7 @@ MUTANTS = (
         file="serving/vllm/shutdown.py",
         right="if door is not None and _is_cut(output)",
         wrong="if door is None and _is_cut(output)",
-        test="serving/test_living_server.py::test_what_is_left_when_the_time_is_up_is_told",
+        test="serving/test_while_it_writes.py::test_what_is_left_when_the_time_is_up_is_told",
     ),
 )
 

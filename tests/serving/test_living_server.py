@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
@@ -38,23 +37,6 @@ from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes
-
-PROMPTS = [[1 + i % 250, *[2 + i // 250] * 480] for i in range(250)]
-LONG: dict[str, Any] = {"prompt": PROMPTS, "max_tokens": 2}
-"""Seconds of reading for the engine and little for the server, so that it can answer what comes meanwhile: where a tiny
-model writes instead, its tokens keep the server's event loop busy to the end."""
-
-
-def vllm_metric(server: Server, name: str) -> float:
-    """Of vLLM's own, over all labels."""
-    page = httpx.get(f"{server.url}/metrics", timeout=60).text
-    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", page, re.MULTILINE))
-
-
-def wait_until_engine(server: Server, *, busy: bool, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while busy != any(vllm_metric(server, f"num_requests_{state}") for state in ("running", "waiting")):
-        assert time.monotonic() < deadline, f"the engine is still {'idle' if busy else 'busy'}"
 
 
 def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> None:
@@ -104,39 +86,6 @@ def test_a_vector_that_is_put_steers_the_next_request(living: Server) -> None:
     deleted = httpx.delete(f"{living.url}/v1/steering/vectors/new", headers=OPERATOR, timeout=60)
     assert deleted.json()["digest"] == along(9).digest
     assert complete(living, steering=spec("new")).status_code == 404
-
-
-@pytest.mark.slow  # a busy machine may answer /metrics only when the request is done
-def test_delete_says_how_many_are_in_flight_and_they_finish(living: Server) -> None:
-    put(living, "busy", along(11))
-    expected = tokens(complete(living, steering=spec("busy"), **{**LONG, "prompt": PROMPTS[-1]}))
-    answers: list[httpx.Response] = []
-    asking = threading.Thread(target=lambda: answers.append(complete(living, steering=spec("busy"), **LONG)))
-    asking.start()
-    wait_until_engine(living, busy=True)
-    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/busy", headers=OPERATOR, timeout=60).json()
-    asking.join()
-    assert 1 <= deleted["in_flight"] <= len(PROMPTS)
-    assert len(answers[0].json()["choices"]) == len(PROMPTS)
-    assert answers[0].json()["choices"][-1]["token_ids"] == expected
-    assert complete(living, steering=spec("busy")).status_code == 404
-
-
-@pytest.mark.slow  # likewise
-def test_a_client_that_hangs_up_stops_what_it_asked_for(living: Server) -> None:
-    put(living, "left", along(10))
-    body = {"model": "tiny", "temperature": 0, "ignore_eos": True, "steering": spec("left"), **LONG}
-    before = vllm_metric(living, "prompt_tokens_total")
-    connection = http.client.HTTPConnection(living.url.removeprefix("http://"), timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(body), USER | {"Content-Type": "application/json"})
-    wait_until_engine(living, busy=True)
-    connection.close()
-    wait_until_engine(living, busy=False)
-    assert vllm_metric(living, "prompt_tokens_total") - before < sum(map(len, PROMPTS)), "all of it was read"
-    again = tokens(complete(living, steering=spec("left")))
-    assert again != tokens(complete(living, steering=False))
-    deleted = httpx.delete(f"{living.url}/v1/steering/vectors/left", headers=OPERATOR, timeout=60).json()
-    assert deleted["in_flight"] == 0
 
 
 def test_changes_under_load_neither_fail_nor_missteer_a_request(living: Server) -> None:
@@ -420,55 +369,6 @@ def test_drain(living: Server) -> None:
     for follower in followers:
         follower.assert_sent_away()
     assert living.process.wait(30) == 0
-
-
-@pytest.mark.slow
-def test_what_is_left_when_the_time_is_up_is_told(tiny_llama: str, tmp_path: Path) -> None:
-    command = steer_engine_serve(tiny_llama, "--served-model-name", "tiny", "--shutdown-timeout", "1")
-    (tmp_path / "vectors").mkdir()
-    server = Server(command, tmp_path / "server.log", env={"STEER_ENGINE_VECTORS": str(tmp_path / "vectors")})
-    try:
-        answers: dict[str, httpx.Response] = {}
-
-        def ask(name: str, path: str, **fields: Any) -> None:
-            body = {"model": "tiny", "temperature": 0, "ignore_eos": True, **fields}
-            answers[name] = server.client.post(path, json=body, timeout=60)
-
-        chat = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 400}
-        asked: list[tuple[str, str, dict[str, Any]]] = [
-            ("stream", "/v1/completions", {**LONG, "stream": True}),
-            ("whole", "/v1/completions", LONG),
-            ("chat", "/v1/chat/completions", chat),
-            ("responses", "/v1/responses", {"input": "abc", "max_output_tokens": 400}),
-            ("messages", "/v1/messages", chat),
-        ]
-        # Seconds of reading that all of these stand behind: before it, they could be answered in time.
-        work = [
-            (f"work {i}", "/v1/completions", {**LONG, "prompt": [[i, *each] for each in PROMPTS]}) for i in range(4)
-        ]
-        asking = [
-            threading.Thread(target=ask, args=(name, path), kwargs=fields) for name, path, fields in [*work, *asked]
-        ]
-        for thread in asking[: len(work)]:
-            thread.start()
-        wait_until_engine(server, busy=True)
-        for thread in asking[len(work) :]:
-            thread.start()
-        time.sleep(0.3)
-        began = time.monotonic()
-        server.process.terminate()
-        for thread in asking:
-            thread.join()
-        assert time.monotonic() - began < 20
-        assert "shutting down" in answers["stream"].text
-        assert answers["work 3"].status_code == 503
-        for name, _, _ in asked[1:]:
-            assert answers[name].status_code == 503, answers[name].text
-            assert "shutting down" in answers[name].text
-            assert int(answers[name].headers["Retry-After"]) >= 1
-        assert server.process.wait(30) == 0
-    finally:
-        server.kill()
 
 
 @pytest.mark.slow
