@@ -13,6 +13,7 @@ from typing import Any
 from steer_engine.derive.pairs import Pair
 from steer_engine.derive.position import Position
 from steer_engine.derive.reader import EngineFacts, Reader, ReaderConfig, Reading, TextRows
+from steer_engine.derive.settings import READING_ENV
 from steer_engine.derive.texts import Text
 from steer_engine.derive.workers import Workers, ray_session
 from steer_engine.errors import DerivationError
@@ -92,6 +93,7 @@ def _gpus(ray: Any, config: ReaderConfig, actors: int, per_actor: float | None, 
 def _actor_env(actors: int, *, local: bool) -> dict[str, str]:
     """Settings of the actors' processes, each only where the user has not chosen it."""
     chosen = {
+        **READING_ENV,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

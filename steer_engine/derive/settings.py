@@ -29,6 +29,14 @@ def model_name(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
+READING_ENV = {
+    # Texts differ in length, and for each number of tokens in a step oneDNN keeps the primitives of every matrix
+    # product: the default of 1,024 is hundreds of MiB after some thousand texts, and a step needs about five.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+}
+"""Of a process whose engine reads texts."""
+
+
 def engine_defaults() -> dict[str, Any]:
     """Reading needs no CUDA graphs or compilation (a minute or two saved), no cache, and no more length than fits."""
     return {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": -1}

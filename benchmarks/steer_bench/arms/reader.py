@@ -9,8 +9,9 @@ import numpy as np
 
 from steer_bench.arms.stock import engine_facts
 from steer_bench.settings import Settings
+from steer_engine.derive.settings import READING_ENV
 
-ENVIRONMENT: dict[str, str] = {}
+ENVIRONMENT = READING_ENV
 
 
 def load(settings: Settings) -> TextReader:
