@@ -365,7 +365,7 @@ def test_drain(living: Server) -> None:
     assert (refused.status_code, ready.status_code) == (503, 503)
     assert int(ready.headers["Retry-After"]) >= 1
     long.join()
-    assert len(long.answered) == done + 1
+    assert len(long.answered) > done  # another one may have begun before the door was closed
     for follower in followers:
         follower.assert_sent_away()
     assert living.process.wait(30) == 0
