@@ -57,7 +57,6 @@ def test_parity_at_every_block(answers: Answers, name: str) -> None:
         enforce_eager=True,
         dtype="float32",
         skip_tokenizer_init=True,
-        num_gpu_blocks_override=64,
         enable_prefix_caching=False,
         **SETTINGS | ENGINE.get(name, {}),
     )
