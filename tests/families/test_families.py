@@ -58,7 +58,7 @@ def test_parity_at_every_block(answers: Answers, name: str) -> None:
         dtype="float32",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        **SETTINGS | ENGINE.get(name, {}),
+        **SETTINGS | {"num_gpu_blocks_override": 64} | ENGINE.get(name, {}),
     )
     try:
         assert_parity(llm, name, ids, logprobs)
