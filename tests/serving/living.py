@@ -64,6 +64,7 @@ class Follower(threading.Thread):
         self._url, self._stream, self._vector, self.length = server.url, stream, vector, length
         self.answered: list[list[int]] = []
         """The tokens of its answers."""
+        self.num_begun = 0
         self.begun = threading.Event()
         """Set when an answer has begun: at its first token, if it is a stream."""
         self.refused: httpx.Response | Exception | None = None
@@ -77,6 +78,7 @@ class Follower(threading.Thread):
                 try:
                     with client.stream("POST", "/v1/completions", json=body) as answer:
                         if answer.status_code == 200:
+                            self.num_begun += 1
                             self.begun.set()
                         answer.read()
                 except httpx.TransportError as error:

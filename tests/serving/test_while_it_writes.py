@@ -59,6 +59,17 @@ def wait_until_running(server: Server, number: int) -> None:
         time.sleep(0.02)
 
 
+def wait_until_nothing_is_held(server: Server) -> None:
+    """Until no request has a slot, and no row of the bank is kept for one."""
+    deadline = time.monotonic() + 30
+    while True:
+        (worker,) = server.get("/v1/steering/stats").json()["engine"]["workers"]
+        if worker["steered_slots"] == worker["bank_rows_pinned"] == 0:
+            return
+        assert time.monotonic() < deadline, worker
+        time.sleep(0.02)
+
+
 def delete(server: Server, vector: str) -> dict[str, Any]:
     answer = httpx.delete(f"{server.url}/v1/steering/vectors/{vector}", headers=OPERATOR, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -92,6 +103,7 @@ def test_a_client_that_hangs_up_stops_its_answer(server: Server, stream: bool) -
     wait_until_running(server, 0)
     written = vllm_metric(server, "generation_tokens_total") - before
     assert 0 < written < LONG
+    wait_until_nothing_is_held(server)
     short = [completion("lasting", max_tokens=8, steering=steering) for steering in (None, False, spec("lasting"))]
     silent, plain, steered = (server.post("/v1/completions", body).json()["choices"][0]["token_ids"] for body in short)
     assert silent == plain != steered
