@@ -33,7 +33,8 @@ class StreamForm(StrEnum):
 class ProbeRows:
     """The batch of the probe: equal tokens at equal positions, one row for each thing that is disturbed.
 
-    Row 0 is left alone. Attention is off, so rows do not see each other and one forward pass answers for all blocks.
+    Row 0 is left alone. Attention and its like are off, so rows do not see each other and one forward pass answers for
+    all blocks.
     """
 
     num_blocks: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ def probe_forms(
             stack.enter_context(_forward_replaced(blocks[block], disturbing))(block)
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if isinstance(layer, nn.Module):
-                stack.enter_context(_silenced(layer))
+                stack.enter_context(silenced(layer))
         final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
     told = {
         block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
@@ -140,18 +141,18 @@ def _forward_replaced(
 
 
 @contextmanager
-def _silenced(layer: nn.Module) -> Iterator[None]:
+def silenced(layer: nn.Module) -> Iterator[None]:
     """An attention-like layer whose output is zero: without metadata the real one returns uninitialised memory."""
+
+    signature = inspect.signature(layer.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        output = kwargs.get("output")
-        if output is not None:
-            output.zero_()
-            return output
-        shape = kwargs.get("output_shape")
-        if shape is not None:
-            return tensors[0].new_zeros(shape)
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("output") is not None:  # by position too: a short convolution's caller reads nothing else
+            return given["output"].zero_()
+        if given.get("output_shape") is not None:
+            return tensors[0].new_zeros(given["output_shape"])
         zeros = torch.zeros_like(tensors[0])
         width = getattr(layer, "num_heads", 0) * getattr(layer, "head_size_v", getattr(layer, "head_size", 0))
         return zeros[..., :width] if 0 < width < zeros.shape[-1] else zeros

@@ -1,0 +1,51 @@
+"""What stands in for attention and its like while the probe runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from steer_engine.runtime.vllm.blocks import silenced
+
+pytestmark = pytest.mark.v1_only  # no engine
+
+
+class Attention(nn.Module):
+    """Returns its answer, in a shape that the caller may name."""
+
+    num_heads, head_size = 2, 3
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, output_shape: torch.Size | None = None) -> torch.Tensor:
+        raise AssertionError("it is silenced")
+
+
+class Convolution(nn.Module):
+    """Writes its answer where it is told, and returns nothing."""
+
+    def forward(self, hidden: torch.Tensor, output: torch.Tensor) -> None:
+        raise AssertionError("it is silenced")
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_writes_where_it_is_told_leaves_no_old_memory_there(by_name: bool) -> None:
+    """LFM2 tells its short convolution by position, Granite its mixer by name; what was there differs from row to row."""
+    layer, output = Convolution(), torch.full((5, 8), torch.nan)
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {"output": output}) if by_name else ((output,), {})
+    with silenced(layer):
+        layer(torch.ones(5, 8), *arguments[0], **arguments[1])
+    assert torch.equal(output, torch.zeros(5, 8))
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"), [(torch.Size((5, 4)), (5, 4)), (None, (5, 6))], ids=["a named shape", "all heads"]
+)
+def test_what_returns_its_answer_returns_zeros(asked: torch.Size | None, shape: tuple[int, ...]) -> None:
+    layer = Attention()
+    with silenced(layer):
+        answer = layer(torch.ones(5, 12), torch.ones(5, 6), output_shape=asked)
+    assert torch.equal(answer, torch.zeros(shape))
+    with pytest.raises(AssertionError, match="silenced"):
+        layer(torch.ones(5, 12), torch.ones(5, 6))
