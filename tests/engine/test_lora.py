@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from traffic import SPECS, Start, asks, assert_right
 from vllm.lora.request import LoRARequest
 
-pytestmark = pytest.mark.v1_only
-
 RANK, ALPHA = 8, 16
 
 
@@ -60,6 +58,7 @@ def adapted(tiny_llama: str, adapter: Path) -> Oracle:
     return merged
 
 
+@pytest.mark.slow_on_v2
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_adapter_and_steering_in_one_request(start: Start, oracle: Oracle, adapted: Oracle, adapter: Path) -> None:
     # vLLM 0.32 on a CPU gives rows without an adapter the last of its places: with one place more, that one is empty.

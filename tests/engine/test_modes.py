@@ -122,7 +122,6 @@ def test_compiled(tiny_compiled: LLM, oracle: Oracle) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.v1_only
 def test_ngram_drafts() -> None:
     """In a process of its own: vLLM can't start another engine in one where ngram drafting has loaded numba."""
     alone = Path(__file__).with_name("ngram_alone.py")
@@ -141,7 +140,6 @@ def test_a_draft_model(start: Start, oracle: Oracle, tiny_llama: str) -> None:
     assert accepted > 0
 
 
-@pytest.mark.v1_only
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
 def test_structured_output(start: Start, oracle: Oracle) -> None:
     """Constrained to digits: the tokens obey, and among digits they are as likely as the steered model says."""
