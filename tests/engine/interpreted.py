@@ -18,7 +18,7 @@ def use_v2_runner() -> None:
 
 
 def _take_masks_of_any_integer() -> None:
-    """As Triton's compiler does; its interpreter wants booleans, which vLLM's grammar and n-gram kernels do not have."""
+    """As Triton's compiler does. Its interpreter wants booleans; vLLM's grammar and n-gram kernels have integers."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store

@@ -31,7 +31,7 @@ class Convolution(nn.Module):
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_what_writes_where_it_is_told_leaves_no_old_memory_there(by_name: bool) -> None:
-    """LFM2 tells its short convolution by position, Granite its mixer by name; what was there differs from row to row."""
+    """LFM2 tells its short convolution by position, Granite its mixer by name; old memory differs from row to row."""
     layer, output = Convolution(), torch.full((5, 8), torch.nan)
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {"output": output}) if by_name else ((output,), {})
     with silenced(layer):
