@@ -85,7 +85,7 @@ MUTANTS = (
         file="serving/vllm/shutdown.py",
         right="while (now := time.monotonic()) - began < at_most:",
         wrong="while (now := time.monotonic()) - began < 0:",
-        test="serving/test_living_server.py::test_drain",
+        test="serving/test_while_it_writes.py::test_what_is_under_way_when_the_server_is_told_to_stop_comes_whole",
     ),
     Mutant(
         name="an answer that is cut by the end looks whole",

@@ -8,6 +8,8 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,19 +26,25 @@ LONG = 400
 """Tokens of an answer: some ten seconds. Who asks for fewer wants to see the end."""
 
 
+@contextmanager
+def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
+    """A server of the real model with two vectors, which a test may end."""
+    command = steer_engine_serve(model, "--served-model-name", "real", "--steering-vectors", str(folder), *options)
+    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
+    try:
+        direction = np.random.default_rng(1).standard_normal(576).astype(np.float32)
+        for name, sign in (("lasting", 1), ("leaving", -1)):
+            assert put(running, name, ControlVector(directions={15: sign * direction})).status_code == 201
+        yield running
+    finally:
+        running.kill()
+
+
 @pytest.fixture(scope="module")
 def server(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Ended by the last test."""
-    folder = tmp_path_factory.mktemp("writing")
-    command = steer_engine_serve(
-        smollm2, "--served-model-name", "real", "--steering-vectors", str(folder), "--shutdown-timeout", "1"
-    )
-    running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
-    direction = np.random.default_rng(1).standard_normal(576).astype(np.float32)
-    for name, sign in (("lasting", 1), ("leaving", -1)):
-        assert put(running, name, ControlVector(directions={15: sign * direction})).status_code == 201
-    yield running
-    running.kill()
+    """Ended by the last test that has it."""
+    with serving(smollm2, tmp_path_factory.mktemp("writing"), "--shutdown-timeout", "1") as running:
+        yield running
 
 
 def completion(vector: str, **fields: Any) -> dict[str, Any]:
@@ -110,7 +118,7 @@ def test_a_client_that_hangs_up_stops_its_answer(server: Server, stream: bool) -
 
 
 def test_what_is_left_when_the_time_is_up_is_told(server: Server) -> None:
-    """Last: it ends the server."""
+    """The last that has this server: it ends it."""
     answers: dict[str, httpx.Response] = {}
     common = {"model": "real", "ignore_eos": True}
     chat = {**common, "messages": [{"role": "user", "content": "abc"}], "max_tokens": LONG}
@@ -141,3 +149,19 @@ def test_what_is_left_when_the_time_is_up_is_told(server: Server) -> None:
         assert "shutting down" in answer.text
         assert int(answer.headers["Retry-After"]) >= 1
     assert server.process.wait(30) == 0
+
+
+def test_what_is_under_way_when_the_server_is_told_to_stop_comes_whole(smollm2: str, tmp_path: Path) -> None:
+    answers: list[httpx.Response] = []
+    with serving(smollm2, tmp_path) as server:
+        body = completion("lasting", max_tokens=LONG // 2)
+        asking = threading.Thread(target=lambda: answers.append(server.client.post("/v1/completions", json=body)))
+        asking.start()
+        wait_until_running(server, 1)
+        server.process.terminate()
+        asking.join()
+        assert server.process.wait(30) == 0
+    (answer,) = answers
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    assert (choice["finish_reason"], len(choice["token_ids"])) == ("length", LONG // 2)
