@@ -1,15 +1,15 @@
-"""The KubeRay manifests: pods against Kubernetes' schemas, what is around them against the operator's field names, and
-their commands against our own command line.
-
-The operator's own schemas (900 kB each) are not committed: the names below are those of its API `ray.io/v1`.
+"""The KubeRay manifests: the operator's objects against its own schemas, their pods against Kubernetes', and their
+commands against our own command line.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +28,31 @@ COMMANDS = {"derive": derive_command, "eval": eval_command}
 FILES = sorted((DEPLOY / "kuberay").glob("*.yaml"))
 
 
-def closed(required: list[str], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+SCHEMAS = Path(__file__).parent / "kuberay_1_1"
+NEWER: dict[str, dict[str, Any]] = {"RayJob": {"backoffLimit": {"type": "integer", "minimum": 0}}, "RayService": {}}
+"""Fields that we use and that came after the release whose schemas are kept (1.2: `backoffLimit`)."""
 
 
-TEXT, COUNT, FLAG, POD = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}, {"type": "object"}
-START = {"type": "object", "additionalProperties": TEXT}
-HEAD = closed(["rayStartParams", "template"], rayStartParams=START, template=POD, serviceType=TEXT, enableIngress=FLAG)
-WORKERS = closed(
-    ["groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"],
-    groupName=TEXT, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, numOfHosts=COUNT, rayStartParams=START,
-    template=POD,
-)  # fmt: skip
-CLUSTER = closed(
-    ["rayVersion", "headGroupSpec", "workerGroupSpecs"],
-    rayVersion=TEXT, headGroupSpec=HEAD, workerGroupSpecs={"type": "array", "items": WORKERS, "minItems": 1},
-    enableInTreeAutoscaling=FLAG,
-)  # fmt: skip
-SPECS = {
-    "RayCluster": CLUSTER,
-    "RayJob": closed(
-        ["entrypoint", "rayClusterSpec"],
-        entrypoint=TEXT, rayClusterSpec=CLUSTER, shutdownAfterJobFinishes=FLAG, ttlSecondsAfterFinished=COUNT,
-        activeDeadlineSeconds=COUNT, backoffLimit=COUNT, runtimeEnvYAML=TEXT, suspend=FLAG, entrypointNumGpus=COUNT,
-        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
-    ),
-    "RayService": closed(["serveConfigV2", "rayClusterConfig"], serveConfigV2=TEXT, rayClusterConfig=CLUSTER),
-}  # fmt: skip
+def closed(schema: Any) -> Any:
+    """The same schema, in which a field that it does not name is an error: the API server would drop it in silence."""
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: closed(value) for key, value in schema.items()}
+    is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+    return inner if "properties" not in schema or is_open else inner | {"additionalProperties": False}
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads((SCHEMAS / f"{kind.lower()}.json").read_text())["properties"]["spec"]
+    assert not spec["properties"].keys() & NEWER[kind].keys(), "the schema knows it now: take it out of NEWER"
+    return closed(spec | {"properties": spec["properties"] | NEWER[kind]})  # type: ignore[no-any-return]
+
+
+def errors_of(manifest: Manifest) -> list[str]:
+    validator = Draft202012Validator(schema_of(manifest["kind"]))
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest["spec"])]
 
 
 def manifests() -> Iterator[tuple[str, Manifest]]:
@@ -89,13 +87,28 @@ def test_objects_are_valid(name: str) -> None:
     if name not in RAY:
         validate(manifest)
         return
-    errors = [
-        f"{error.json_path}: {error.message}"
-        for error in Draft202012Validator(SPECS[manifest["kind"]]).iter_errors(manifest["spec"])
-    ]
-    assert errors == []
+    assert errors_of(manifest) == []
     for template in templates_of(manifest):
         validate_pod(template)
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_the_schemas_can_refuse(name: str) -> None:
+    def broken(change: Callable[[Manifest], object]) -> list[str]:
+        manifest = deepcopy(RAY[name])
+        change(manifest)
+        return errors_of(manifest)
+
+    (misspelt,) = broken(lambda each: each["spec"].update(rayClusterspec={}))
+    assert "rayClusterspec" in misspelt
+    (deep,) = broken(lambda each: cluster_of(each)["workerGroupSpecs"][0].update(minReplica=1))
+    assert "workerGroupSpecs[0]" in deep
+    (kind,) = broken(lambda each: cluster_of(each)["headGroupSpec"]["rayStartParams"].update(num_cpus=0))
+    assert "not of type 'string'" in kind
+    (missing,) = broken(lambda each: cluster_of(each)["headGroupSpec"].pop("template"))
+    assert "'template' is a required property" in missing
+    (pod,) = broken(lambda each: templates_of(each)[0]["spec"]["containers"][0].update(images="x"))
+    assert "containers[0]" in pod
 
 
 @pytest.mark.parametrize("name", RAY)
