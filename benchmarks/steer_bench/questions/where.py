@@ -6,7 +6,7 @@ Eager, since a compiled graph is one operator to the profiler, and under the pro
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from rich.progress import Progress
@@ -17,22 +17,23 @@ from steer_bench.load import Load, Steering
 from steer_bench.process import ArmFailed, ArmProcess
 from steer_bench.settings import Settings
 
-PLAIN = Load(num_requests=32, concurrency=32, max_tokens=16, min_prompt=8, max_prompt=96, num_vectors=32)
-ADD, DIRECTIONAL = replace(PLAIN, steering=Steering.ADD), replace(PLAIN, steering=Steering.DIRECTIONAL)
+CONCURRENCIES = (32, 128)
 CASES = {
-    "stock": {"plain vLLM": PLAIN},
-    "ours": {"armed, idle": PLAIN, "distinct vectors": ADD, "directional, distinct": DIRECTIONAL},
-    "lens": {"vllm-lens": ADD},
-    "interp": {"interp-engine, hooked": ADD},
-}
+    "stock": {"plain vLLM": Steering.NONE},
+    "ours": {
+        "armed, idle": Steering.NONE, "distinct vectors": Steering.ADD, "directional, distinct": Steering.DIRECTIONAL
+    },
+    "lens": {"vllm-lens": Steering.ADD},
+    "interp": {"interp-engine, hooked": Steering.ADD},
+}  # fmt: skip
 ENVIRONMENTS = {"lens": LENS, "interp": INTERP}
 
 
 def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     rows: list[dict[str, Any]] = []
     facts = {}
-    task = progress.add_task("where", total=sum(map(len, CASES.values())))
-    for name, loads in CASES.items():
+    task = progress.add_task("where", total=len(CONCURRENCIES) * sum(map(len, CASES.values())))
+    for name, cases in CASES.items():
         if quick and name in ENVIRONMENTS:
             continue
         try:
@@ -40,12 +41,21 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
                 python = {"python": python_of(ENVIRONMENTS[name])} if name in ENVIRONMENTS else {}
                 arm = stack.enter_context(ArmProcess(name, settings, **python))
                 facts[name] = arm.facts
-                for case, load in loads.items():
-                    rows.append({"case": case, **_row(arm.profile(load))})
+                for concurrency, (case, steering) in product(CONCURRENCIES, cases.items()):
+                    seconds = arm.profile(_load(concurrency, steering))
+                    rows.append({"case": case, "at once": concurrency, **_row(seconds)})
                     progress.advance(task)
         except ArmFailed as failed:
             rows.append({"case": name, "reason": str(failed)[-300:]})
     return Answer(question="where", claims=[], rows=rows, facts=facts)
+
+
+def _load(concurrency: int, steering: Steering) -> Load:
+    """That of the question `peers`, in one batch."""
+    return Load(
+        num_requests=concurrency, concurrency=concurrency, max_tokens=16, min_prompt=8, max_prompt=96,
+        steering=steering, num_vectors=concurrency,
+    )  # fmt: skip
 
 
 def _row(seconds: dict[str, float]) -> dict[str, float]:
