@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import check_vllm
 import pytest
 
 from steer_engine.runtime.vllm.patching import Symbol
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_vllm.py"
 
-
-@pytest.fixture(scope="module")
-def check_vllm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_vllm", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_vllm"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_installed_vllm_is_known_by_its_source(check_vllm: ModuleType) -> None:
+def test_the_installed_vllm_is_known_by_its_source() -> None:
     from steer_engine.runtime.vllm.symbols import all_symbols
     from steer_engine.serving.vllm.symbols import ALL, COMMAND
 
@@ -51,7 +37,7 @@ def test_every_import_of_vllm_is_on_a_list() -> None:
     from steer_engine.serving.vllm.symbols import ALL, COMMAND
 
     known = {symbol.path for symbol in (*all_symbols(), *ALL, *COMMAND)}
-    files = sorted((SCRIPT.parents[1] / "steer_engine").rglob("*.py"))
+    files = sorted((Path(__file__).resolve().parents[1] / "steer_engine").rglob("*.py"))
     found = {name: file.name for file in files for name in imported_from_vllm(ast.parse(file.read_text()))}
     assert len(found) >= 25
     unknown = {name: file for name, file in found.items() if not any(is_under(path, name) for path in known)}
@@ -92,7 +78,5 @@ SOURCES = {
         ("lib:Public.size", ("a",), "lib:Public.size is no function"),
     ],
 )
-def test_what_differs_is_named(
-    check_vllm: ModuleType, path: str, parameters: tuple[str, ...], problem: str | None
-) -> None:
+def test_what_differs_is_named(path: str, parameters: tuple[str, ...], problem: str | None) -> None:
     assert check_vllm.problem_of(Symbol(path, parameters), SOURCES.get) == problem

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import run_tests
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "run_tests.py"
 
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, on an empty project with one suite `engine` that wants STEER_TEST_RUNNER=v2."""
-    spec = importlib.util.spec_from_file_location("run_tests", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "run_tests", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    suite = module.Suite(name="engine", folder="engine", env={"STEER_TEST_RUNNER": "v2"})
-    monkeypatch.setattr(module, "SUITES", (suite,))
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script works on an empty project with one suite `engine` that wants STEER_TEST_RUNNER=v2."""
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    suite = run_tests.Suite(name="engine", folder="engine", env={"STEER_TEST_RUNNER": "v2"})
+    monkeypatch.setattr(run_tests, "SUITES", (suite,))
     monkeypatch.setattr(sys, "argv", ["run_tests.py"])
     (tmp_path / "tests" / "engine").mkdir(parents=True)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
-    return module
 
 
 CASES = {
@@ -51,23 +41,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_counts(script: ModuleType, tmp_path: Path, case: str) -> None:
+def test_counts(tmp_path: Path, case: str) -> None:
     text, expected = CASES[case]
     (tmp_path / "tests" / "engine" / "test_case.py").write_text(text)
-    assert script.run(script.SUITES[0], everything=False) == expected
+    assert run_tests.run(run_tests.SUITES[0], everything=False) == expected
 
 
-def test_last_line_and_status(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_line_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = tmp_path / "tests" / "engine" / "test_case.py"
     test.write_text(CASES["passed"][0])
-    assert script.main() == 0
+    assert run_tests.main() == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed"
     test.write_text(CASES["failed"][0])
-    assert script.main() == 1
+    assert run_tests.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed"
 
 
-def test_folders_with_a_suite_of_their_own_exist(script: ModuleType) -> None:
+def test_folders_with_a_suite_of_their_own_exist() -> None:
     """The unit suite leaves them out; a renamed folder would be run twice."""
-    folders = {path.name for path in SCRIPT.parents[1].joinpath("tests").iterdir() if any(path.glob("test_*.py"))}
-    assert set(script.FOLDERS) <= folders
+    folders = {path.name for path in Path(__file__).parent.iterdir() if any(path.glob("test_*.py"))}
+    assert set(run_tests.FOLDERS) <= folders

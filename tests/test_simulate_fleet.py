@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import simulate_fleet as fleet
 import typer
 from typer.testing import CliRunner
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "simulate_fleet.py"
-
-
-@pytest.fixture(scope="module")
-def fleet() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("simulate_fleet", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simulate_fleet"] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 VECTORS = 500
 PLACES = {"loaded": 100, "store": 300, "bank": 40}
@@ -33,7 +17,7 @@ RATE = 2.0
 HOURS = 5.0
 
 
-def alone(fleet: ModuleType, zipf: float) -> dict[str, float]:
+def alone(zipf: float) -> dict[str, float]:
     """One replica whose answers take no time and whose pins bind nothing: each cache drops the least recently used."""
     vector_bytes = fleet.Fleet().vector_bytes
     one = fleet.Fleet(
@@ -51,16 +35,16 @@ def bound(hits: float) -> float:
     return 6 * math.sqrt(hits * (1 - hits) / (RATE * HOURS * 3600 / 2))
 
 
-def test_equally_popular_vectors_hit_as_often_as_they_are_held(fleet: ModuleType) -> None:
-    found = alone(fleet, zipf=0.0)
+def test_equally_popular_vectors_hit_as_often_as_they_are_held() -> None:
+    found = alone(zipf=0.0)
     # A row of the bank goes with the vector that left the store, but is never used then: it was asked for later.
     for name, places in PLACES.items():
         share = places / VECTORS
         assert found[name] == pytest.approx(share, abs=bound(share)), name
 
 
-def test_a_zipf_law_hits_as_che_says(fleet: ModuleType) -> None:
-    found = alone(fleet, zipf=1.0)
+def test_a_zipf_law_hits_as_che_says() -> None:
+    found = alone(zipf=1.0)
     for name, places in PLACES.items():
         expected = fleet.che_hits(found["popularity"], places)
         assert expected > places / VECTORS + 0.1, "a cache of few serves many"
@@ -68,20 +52,20 @@ def test_a_zipf_law_hits_as_che_says(fleet: ModuleType) -> None:
         assert found[name] == pytest.approx(expected, abs=bound(expected) + 0.01), name
 
 
-def test_che_is_exact_where_all_are_alike_or_all_fit(fleet: ModuleType) -> None:
+def test_che_is_exact_where_all_are_alike_or_all_fit() -> None:
     popularity_V = fleet.Fleet(vectors=50, zipf=0.0).popularity_V
     assert fleet.che_hits(popularity_V, 10) == pytest.approx(0.2, abs=1e-9)
     assert fleet.che_hits(popularity_V, 50) == 1.0
 
 
-def test_a_store_that_requests_fill_refuses(fleet: ModuleType) -> None:
+def test_a_store_that_requests_fill_refuses() -> None:
     """Vectors asked for within the last minute are kept: here more than fit."""
     small = fleet.Fleet(replicas=1, sampled=1, vectors=100, zipf=0.0, rate=1.0, hours=0.5)
     small = fleet.replace(small, store_bytes=10 * small.vector_bytes)
     assert fleet.summary(small, *fleet.simulate(small))["refused"] > 0.5
 
 
-def test_more_answers_than_slots_wait(fleet: ModuleType) -> None:
+def test_more_answers_than_slots_wait() -> None:
     busy = fleet.Fleet(replicas=1, sampled=1, vectors=10, rate=10.0, answer_s=10.0, slots=50, hours=0.2)
     found = fleet.summary(busy, *fleet.simulate(busy))
     assert found["waited"] > 0.9
@@ -90,7 +74,7 @@ def test_more_answers_than_slots_wait(fleet: ModuleType) -> None:
     assert fleet.summary(idle, *fleet.simulate(idle))["running"] == pytest.approx(100, rel=0.1)  # rate x seconds
 
 
-def test_shares_of_replicas(fleet: ModuleType) -> None:
+def test_shares_of_replicas() -> None:
     some = fleet.Fleet(replicas=7, vectors=200)
     for spread in (0, 10, 200):
         assert fleet.shares_R(some, spread).sum() == pytest.approx(1)
@@ -98,13 +82,13 @@ def test_shares_of_replicas(fleet: ModuleType) -> None:
     assert fleet.shares_R(some).max() >= some.popularity_V[0]
 
 
-def test_the_same_seed_gives_the_same_numbers(fleet: ModuleType) -> None:
+def test_the_same_seed_gives_the_same_numbers() -> None:
     some = fleet.Fleet(replicas=10, vectors=100, rate=20.0, hours=0.1)
     assert fleet.simulate(some) == fleet.simulate(some)
     assert fleet.simulate(some) != fleet.simulate(fleet.replace(some, seed=1))
 
 
-def test_what_a_registry_is_asked(fleet: ModuleType) -> None:
+def test_what_a_registry_is_asked() -> None:
     few, more = fleet.registry_costs(50), fleet.registry_costs(500)
     assert few["stats_per_edit"] == more["stats_per_edit"] == 1, "the manifest, before each steered request"
     assert few["stats_per_poll"] == more["stats_per_poll"], "however many vectors the shelf has"
@@ -112,7 +96,7 @@ def test_what_a_registry_is_asked(fleet: ModuleType) -> None:
     assert more["manifest_bytes"] == pytest.approx(10 * few["manifest_bytes"], rel=0.1)
 
 
-def test_it_prints_tables_and_writes_its_numbers(fleet: ModuleType, tmp_path: Path) -> None:
+def test_it_prints_tables_and_writes_its_numbers(tmp_path: Path) -> None:
     app, out = typer.Typer(), tmp_path / "fleet.json"
     app.command()(fleet.main)
     few = ["--replicas", "3", "--vectors", "40", "--rate", "6", "--hours", "0.2", "--sampled", "9", "--out", str(out)]
