@@ -23,6 +23,11 @@ SMALL = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--
 SMALL += ("--dtype", "float32")
 
 
+STEERED = 'steer_engine_requests_total{outcome="steered"}'
+FINISHED = "vllm:request_success_total"
+"""Requests, as /metrics counts them: those that were steered, and those that the engine has finished."""
+
+
 class Server:
     """Starts `command` on a port (default: a free one) and waits until `ready_path` answers 200, unless told not to."""
 
@@ -65,6 +70,11 @@ class Server:
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return self.client.get(path, **kwargs)
+
+    def metric(self, beginning: str) -> float:
+        """The sum of all series of /metrics whose line begins so: a name, or a name and its first labels."""
+        lines = self.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(beginning))
 
     def stop(self) -> int:
         """SIGTERM, as an orchestrator does; returns the exit status."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from serving.asking import CARRYING, MODEL, STRONG, Endpoint
-from serving.server_process import Server
+from serving.server_process import FINISHED, Server
 
 EDIT = STRONG["edits"][0]
 
@@ -55,17 +55,11 @@ table = pytest.mark.parametrize(("fields", "status", "param"), BAD.values(), ids
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_reached_the_engine(server: Server) -> Any:
-    before = engine_requests(server)
+    before = server.metric(FINISHED)
     yield
     good = [CARRYING[path].ask(server, steering=STRONG) for path in ("/v1/chat/completions", "/v1/completions")]
     assert [answer.status_code for answer in good] == [200, 200]
-    assert engine_requests(server) == before + 2
-
-
-def engine_requests(server: Server) -> int:
-    """How many requests the engine has finished, from vLLM's own counter."""
-    lines = server.get("/metrics").text.splitlines()
-    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:request_success_total"))
+    assert server.metric(FINISHED) == before + 2
 
 
 def refused(server: Server, endpoint: Endpoint, fields: dict[str, Any], **more: Any) -> tuple[int, dict[str, Any]]:

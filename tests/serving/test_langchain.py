@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from serving.asking import MODEL
-from serving.server_process import Server
+from serving.server_process import STEERED, Server
 
 LANGCHAIN = os.environ.get("LANGCHAIN_PYTHON")
 """A Python that has langchain-openai."""
@@ -16,16 +16,11 @@ LANGCHAIN = os.environ.get("LANGCHAIN_PYTHON")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "langchain_chat.py"
 
 
-def steered(server: Server) -> float:
-    lines = server.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith('steer_engine_requests_total{outcome="ste'))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(LANGCHAIN is None, reason="needs langchain-openai: LANGCHAIN_PYTHON names a Python that has it")
 def test_the_example(server: Server) -> None:
     assert LANGCHAIN is not None
-    before = steered(server)
+    before = server.metric(STEERED)
     command = [LANGCHAIN, str(EXAMPLE), MODEL, "east", "How are you?", "loud"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"STEER_ENGINE_URL": server.url, "LANGSMITH_TRACING": "false"}
@@ -34,4 +29,4 @@ def test_the_example(server: Server) -> None:
     answers = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert list(answers) == ["plain", "steered", "preset"]
     assert answers["preset"] != answers["plain"]
-    assert steered(server) == before + 2
+    assert server.metric(STEERED) == before + 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from serving.asking import MODEL
-from serving.server_process import Server
+from serving.server_process import STEERED, Server
 
 LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
 """Its console script; it needs an environment of its own (`pip install "lm_eval[api]" transformers`)."""
@@ -62,17 +62,12 @@ def evaluate(server: Server, folder: Path, task: str, model: str, tokenizer: str
     return [[answer[0] for answer in line["resps"]] for line in lines]
 
 
-def steered(server: Server) -> float:
-    lines = server.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith('steer_engine_requests_total{outcome="ste'))
-
-
 @pytest.mark.parametrize(("task", "per_item"), [("babi15_generate", 1), ("babi15_choice", NUM_ANSWERS)])
 def test_a_task_through_a_preset(server: Server, smollm2: str, folder: Path, task: str, per_item: int) -> None:
-    before = steered(server)
+    before = server.metric(STEERED)
     plain = evaluate(server, folder, task, MODEL, str(smollm2))
-    assert steered(server) == before
+    assert server.metric(STEERED) == before
     loud = evaluate(server, folder, task, f"{MODEL}:loud", str(smollm2))
-    assert steered(server) == before + NUM_ITEMS * per_item
+    assert server.metric(STEERED) == before + NUM_ITEMS * per_item
     assert [len(each) for each in plain] == [len(each) for each in loud] == [per_item] * NUM_ITEMS
     assert sum(a != b for a, b in zip(plain, loud, strict=True)) > NUM_ITEMS // 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -54,15 +53,9 @@ def completion(vector: str, **fields: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def vllm_metric(server: Server, name: str) -> float:
-    """Of vLLM's own, over all labels."""
-    page = server.get("/metrics").text
-    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", page, re.MULTILINE))
-
-
 def wait_until_running(server: Server, number: int) -> None:
     deadline = time.monotonic() + 30
-    while (now := vllm_metric(server, "num_requests_running")) != number:
+    while (now := server.metric("vllm:num_requests_running")) != number:
         assert time.monotonic() < deadline, f"{now:g} requests are running"
         time.sleep(0.02)
 
@@ -102,14 +95,14 @@ def test_who_is_steered_by_a_vector_that_is_deleted_is_so_to_the_end(server: Ser
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_stops_its_answer(server: Server, stream: bool) -> None:
     wait_until_running(server, 0)
-    before = vllm_metric(server, "generation_tokens_total")
+    before = server.metric("vllm:generation_tokens_total")
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
     body = json.dumps(completion("lasting", stream=stream, n=2, temperature=1))
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     wait_until_running(server, 2)
     connection.close()
     wait_until_running(server, 0)
-    written = vllm_metric(server, "generation_tokens_total") - before
+    written = server.metric("vllm:generation_tokens_total") - before
     assert 0 < written < LONG
     wait_until_nothing_is_held(server)
     short = [completion("lasting", max_tokens=8, steering=steering) for steering in (None, False, spec("lasting"))]
