@@ -44,7 +44,7 @@ class Mode:
 COMPILED = (
     Mode(eager=False, concurrency=1, num_requests=2, max_tokens=32, rounds=12),
     Mode(eager=False, concurrency=32, num_requests=32, max_tokens=24, rounds=12),
-    Mode(eager=False, concurrency=128, num_requests=128, max_tokens=12, rounds=6),
+    Mode(eager=False, concurrency=128, num_requests=128, max_tokens=12, rounds=9),
 )
 EAGER = (Mode(eager=True, concurrency=32, num_requests=32, max_tokens=24, rounds=8),)
 QUICK = Mode(eager=True, concurrency=32, num_requests=32, max_tokens=12, rounds=5)

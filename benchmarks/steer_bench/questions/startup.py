@@ -12,7 +12,7 @@ from steer_bench.settings import Settings
 
 
 def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
-    rounds = 2 if quick else 7
+    rounds = 2 if quick else 11
     seconds: dict[str, list[float]] = {"stock": [], "ours": []}
     facts = {}
     task = progress.add_task("start-up", total=2 * rounds)
