@@ -137,7 +137,7 @@ def test_many_more_batches(llm: LLM, oracle: Oracle, drawn: Batch) -> None:
 def test_the_batches_were_worth_it() -> None:
     """Nearly all were compared, most steered ones visibly, some behind blocks that another one had made.
 
-    What moves nothing by its own words (a scale of 0, a gate that stays shut) was compared with the oracle all the same.
+    What moves nothing by its own words (a scale of 0, a gate that stays shut) was compared with the oracle too.
     """
     print(f"{len(COMPARED)} compared, {len(EFFECTS)} steered, {sum(effect < 100 for effect in EFFECTS)} not visibly")
     assert len(COMPARED) >= 0.8 * SHORT_RUN * LARGEST_OF_SHORT // 2
