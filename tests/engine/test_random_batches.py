@@ -141,6 +141,7 @@ def test_the_batches_were_worth_it() -> None:
     """
     print(f"{len(COMPARED)} compared, {len(EFFECTS)} steered, {sum(effect < 100 for effect in EFFECTS)} not visibly")
     assert len(COMPARED) >= 0.8 * SHORT_RUN * LARGEST_OF_SHORT // 2
-    assert np.mean(np.array(EFFECTS) >= 100) >= 0.75
+    many = len(COMPARED) > SHORT_RUN * LARGEST_OF_SHORT
+    assert np.mean(np.array(EFFECTS) >= 100) >= (0.8 if many else 0.9)
     assert np.median(EFFECTS) >= 1000
     assert RUNNER == "v2" or min(CACHED) > 0
