@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,25 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # A step's buffers are kept for the next: else the C library gives large ones back and gets them page by page. It
+    # does for all arms what vLLM asks of a preloaded tcmalloc, which is in no package of PyPI.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 26),
 }
+
+
+def environment() -> dict[str, str]:
+    """What every arm and server begins with: what vLLM gives engines in a process of their own, and advises.
+
+    torch's own OpenMP is loaded first, so that vLLM's kernels and torch's operators share one pool of threads.
+    """
+    torch = find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    package = Path(torch.origin).parent
+    openmp = sorted([*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")])[:1]
+    preloaded = [*map(str, openmp), *os.environ.get("LD_PRELOAD", "").split(":")]
+    return ENVIRONMENT | {"LD_PRELOAD": ":".join(filter(None, preloaded))}
 
 
 class ArmFailed(RuntimeError):
@@ -42,7 +61,7 @@ class ArmProcess:
         more = import_module(f"steer_bench.arms.{arm}").ENVIRONMENT
         self._process = subprocess.Popen(
             [python, "-P", "-m", "steer_bench.child", arm, json.dumps(settings.to_json())],
-            env=os.environ | ENVIRONMENT | more | {"PYTHONPATH": str(BENCHMARKS)},
+            env=os.environ | environment() | more | {"PYTHONPATH": str(BENCHMARKS)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steer_bench.process import ENVIRONMENT, ArmFailed
+from steer_bench.process import ArmFailed, environment
 from steer_bench.settings import Settings
 
 START_SECONDS = 600
@@ -45,11 +45,12 @@ class Server:
         ]  # fmt: skip
         flags += ["--enforce-eager"] if settings.eager else []
         flags += ["--steering-vectors", str(vectors)] if vectors is not None else []
-        environment = {key: value for key, value in ENVIRONMENT.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        variables = os.environ | environment() | PLUGINS[kind]
+        del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"steer-bench-server-{kind}-", suffix=".log")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-P", *COMMANDS[kind], settings.model, *flags],
-            env=os.environ | environment | PLUGINS[kind],
+            env=variables,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -15,6 +15,7 @@ from vllm.forward_context import get_forward_context
 from steer_engine.config import CONFIG_KEY, SteeringConfig
 from steer_engine.runtime import op
 from steer_engine.runtime.engine_runtime import EngineRuntime
+from steer_engine.runtime.host_memory import keep_freed_memory
 from steer_engine.runtime.stream import ProbeRows, StreamForm
 from steer_engine.runtime.vllm.blocks import find_blocks, probe_forms
 from steer_engine.runtime.vllm.fused_norm import fuse, reason_against
@@ -80,6 +81,8 @@ def arm(runner: Any) -> None:
     runtime.fused_blocks = tuple(sorted(fused))
     runtime.stage_blocks = stage.blocks
     vllm_config.compilation_config.static_forward_context[CONFIG_KEY] = runtime
+    if runner.device.type == "cpu":
+        keep_freed_memory()
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         logger.warning("Steering with pipeline parallelism has been tested on processors only, not on GPUs.")
     logger.info(
