@@ -38,7 +38,8 @@ def environment() -> dict[str, str]:
     torch's own OpenMP is loaded first, so that vLLM's kernels and torch's operators share one pool of threads.
     """
     torch = find_spec("torch")
-    assert torch is not None and torch.origin is not None
+    assert torch is not None
+    assert torch.origin is not None
     package = Path(torch.origin).parent
     openmp = sorted([*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")])[:1]
     preloaded = [*map(str, openmp), *os.environ.get("LD_PRELOAD", "").split(":")]
