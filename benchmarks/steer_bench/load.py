@@ -62,8 +62,13 @@ class Load:
     def num_steered(self) -> int:
         return sum(self.vector_of(request) is not None for request in range(self.num_requests))
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Operations of the steered requests, in turn."""
+        return {Steering.NONE: (), Steering.ADD: ("add",), Steering.DIRECTIONAL: DIRECTIONAL}[self.steering]
+
     def op_of(self, request: int) -> str:
-        return "add" if self.steering is Steering.ADD else DIRECTIONAL[request % len(DIRECTIONAL)]
+        return self.ops[request % len(self.ops)]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

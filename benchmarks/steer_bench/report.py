@@ -73,9 +73,9 @@ def targets(claims: Sequence[Claim]) -> str:
 
 def markdown(claims: Sequence[Claim]) -> str:
     """A table, a line a claim."""
-    lines = ["| | measured | 95 % interval | target | |", "|---|---|---|---|---|"]
+    lines = ["| | measured | 95 % interval | target | | measured in |", "|---|---|---|---|---|---|"]
     for claim in claims:
         note = f"; the peer {claim.note}" if claim.note else ""
-        what = f"{claim.what} ({claim.mode}{note})"
-        lines.append(f"| {what} | {number(claim)} | {interval(claim)} | {claim.target} | {claim.verdict} |")
+        measured = f"{number(claim)} | {interval(claim)} | {claim.target} | {claim.verdict}"
+        lines.append(f"| {claim.what} | {measured} | {claim.mode}{note} |")
     return "\n".join(lines) + "\n"

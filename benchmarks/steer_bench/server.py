@@ -77,6 +77,12 @@ class Server:
             parsed: dict[str, Any] = json.load(answer)
             return parsed
 
+    def get(self, path: str) -> dict[str, Any]:
+        """What the server says under this path."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
+            parsed: dict[str, Any] = json.load(answer)
+            return parsed
+
     def __enter__(self) -> Server:
         return self
 

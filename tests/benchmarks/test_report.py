@@ -18,7 +18,7 @@ def claim(what: str, target: str = "", note: str = "") -> Claim:
 
 def test_targets_come_first_and_a_peer_outside_its_versions_is_marked() -> None:
     claims = [claim("a / b"), claim("c / d", target="≥ 1.1", note="asks for vllm 0.30.0")]
-    line = "| c / d (eager; the peer asks for vllm 0.30.0) | 1.250 | 1.200 to 1.300 | ≥ 1.1 | met |"
+    line = "| c / d | 1.250 | 1.200 to 1.300 | ≥ 1.1 | met | eager; the peer asks for vllm 0.30.0 |"
     assert targets(claims).splitlines()[2:] == [line]
     assert document(claims).count(line) == 2
     assert len(markdown(claims).splitlines()) == 4

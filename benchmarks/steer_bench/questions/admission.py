@@ -9,8 +9,9 @@ from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
 from steer_bench.load import Load, Steering
+from steer_bench.mode import mode_of
 from steer_bench.process import ArmProcess
-from steer_bench.questions.serve import assert_armed, mode_of
+from steer_bench.questions.serve import assert_armed
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import middle
 from steer_bench.settings import Settings
@@ -40,7 +41,7 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
                 progress.advance(task)
                 if size == AT:
                     steps = [one["decode_step_us"] for one in measured]
-                    claims.append(_claim(kind, steps, mode_of(ours, load)))
+                    claims.append(_claim(kind, steps, mode_of(ours.facts, load)))
         registering = [ours.ask("register", number=100_000 + number) for number in range(5 if quick else 20)]
         rows.append({"case": "registering a vector of all blocks", "us": round(1e6 * middle(registering), 1)})
         submitting = ours.ask("submitting", num_requests=32 if quick else 256)

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from steer_bench.answer import Answer, Claim
 from steer_bench.batch_sizes import row, sweep
 from steer_bench.environments import REPENG, python_of
+from steer_bench.mode import engine_of
 from steer_bench.process import ArmProcess
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave
@@ -69,7 +70,8 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
         theirs, mine = rates.values()
         ratio = Ratio.of(mine, theirs)
         rows[-1]["ratio"] = str(ratio)
-        mode = f"eager, {len(texts)} texts, last token, {ours.facts['num_blocks']} blocks, {settings.dtype}"
+        read = f"{len(texts)} texts, last token read at {ours.facts['num_blocks']} blocks"
+        mode = f"{engine_of(ours.facts)}, {read}, {settings.dtype}"
         claim = Claim.of_ratio("texts read / repeng at its best", ratio, Target(at_least=1.5), mode=mode)
         facts = {"ours": ours.facts, "repeng": repeng.facts, "least_cosine": least}
         return Answer(question="derive", claims=[claim], rows=rows, facts=facts)

@@ -9,8 +9,9 @@ from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
 from steer_bench.load import Load, Steering
+from steer_bench.mode import mode_of
 from steer_bench.process import ArmProcess
-from steer_bench.questions.serve import assert_armed, check, figures, mode_of, run
+from steer_bench.questions.serve import assert_armed, check, figures, run
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave, throughputs
 from steer_bench.settings import Settings
@@ -32,7 +33,6 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
         times = interleave(cases, 3 if quick else 5, progress, "distinct")
         rows = [{"case": name, **figures(timings)} for name, timings in times.items()]
         ratio = Ratio.of(throughputs(times[f"{REQUESTS} distinct"]), throughputs(times["1 distinct"]))
-        claim = Claim.of_ratio(
-            f"{REQUESTS} distinct vectors / 1", ratio, Target(at_least=0.95), mode=mode_of(ours, plain)
-        )
+        mode = mode_of(ours.facts, replace(plain, steering=Steering.ADD))
+        claim = Claim.of_ratio(f"{REQUESTS} distinct vectors / 1", ratio, Target(at_least=0.95), mode=mode)
         return Answer(question="distinct", claims=[claim], rows=rows, facts={"ours": ours.facts})

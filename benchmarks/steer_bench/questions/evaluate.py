@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
 from steer_bench.batch_sizes import row, sweep
+from steer_bench.mode import engine_of
 from steer_bench.process import ArmProcess
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave
@@ -74,7 +75,8 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
                 ratio = Ratio.of(mine, theirs)
                 rows += [{"load": about, **row("rounds", name, rates[name])} for name in rates]
                 rows[-1]["ratio"] = str(ratio)
-                mode = f"eager, {about}, {num_items} items x {len(ALPHAS)} strengths, {settings.dtype}"
+                size = f"{num_items} items x {len(ALPHAS)} strengths"
+                mode = f"{engine_of(ours.facts)}, `add`, {about}, {size}, {settings.dtype}"
                 claims.append(Claim.of_ratio("pairs scored / hooks at their best", ratio, target, mode=mode))
         facts = {"ours": ours.facts, "hooks": hooks.facts, "largest differences": apart}
         return Answer(question="evaluate", claims=claims, rows=rows, facts=facts)

@@ -12,7 +12,8 @@ from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
 from steer_bench.arms.ours import ADD_SCALE
-from steer_bench.load import Load, vector
+from steer_bench.load import Load, Steering, vector
+from steer_bench.mode import mode_of
 from steer_bench.process import ArmProcess
 from steer_bench.questions.serve import figures
 from steer_bench.ratio import Ratio
@@ -36,7 +37,8 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
         with Server("ours", settings, vectors=Path(folder)) as ours, ArmProcess("client", settings) as client:
             stock.wait()
             ours.wait()
-            _check(stock, ours, digest)
+            engine = _check(stock, ours, digest)
+            facts = {"eager": settings.eager, **engine}
             claims, rows = [], []
             for concurrency, load in LOADS.items():
                 cases = {
@@ -52,10 +54,10 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
                     if name != "stock":
                         ratio = Ratio.of(throughputs(timings), throughputs(times["stock"]))
                         rows[-1]["ratio"] = str(ratio)
-                        how = "eager" if settings.eager else "compiled"
-                        mode = f"HTTP, {how}, {concurrency} at once, all operations armed"
+                        asked = load if name == "armed, idle" else replace(load, steering=Steering.ADD)
+                        mode = f"HTTP, {mode_of(facts, asked)}"
                         claims.append(Claim.of_ratio(f"{name} / stock", ratio, mode=mode))
-            return Answer(question="http", claims=claims, rows=rows, facts={"client": client.facts})
+            return Answer(question="http", claims=claims, rows=rows, facts={"client": client.facts, "ours": facts})
 
 
 def _register(folder: Path, settings: Settings) -> str:
@@ -72,13 +74,17 @@ def _register(folder: Path, settings: Settings) -> str:
     return made.digest
 
 
-def _check(stock: Server, ours: Server, digest: str) -> None:
-    """Ours says that it applied the very vector, and says nothing where none was asked."""
+def _check(stock: Server, ours: Server, digest: str) -> dict[str, Any]:
+    """Ours says that it applied the very vector, and says nothing where none was asked. What its worker is."""
     plain, steered = ours.complete({}), ours.complete(STEERING)
     assert digest in str(steered["steering"]), steered
     assert not plain.get("steering")
     assert "steering" not in stock.complete({})
     assert steered["choices"][0]["text"] != plain["choices"][0]["text"]
+    worker: dict[str, Any] = ours.get("/v1/steering/stats")["engine"]["workers"][0]
+    assert worker["armed_blocks"] == worker["stage_blocks"]
+    assert len(worker["ops"]) == 5
+    return {fact: worker[fact] for fact in ("runner", "kernel", "armed_blocks", "ops")}
 
 
 def _bench(client: ArmProcess, server: Server, load: Load, extra_body: dict[str, Any], number: int) -> Timing:

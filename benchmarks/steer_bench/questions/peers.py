@@ -17,6 +17,7 @@ from rich.progress import Progress
 from steer_bench.answer import Answer, Claim
 from steer_bench.environments import INTERP, LENS, Environment, python_of
 from steer_bench.load import Load, Steering
+from steer_bench.mode import mode_of
 from steer_bench.process import ArmFailed, ArmProcess
 from steer_bench.questions.serve import MOVED, assert_alike, check, figures, run
 from steer_bench.ratio import Ratio, Target
@@ -91,7 +92,7 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
             times = interleave(cases, rounds, progress, f"peers: {concurrency} at once")
             for name, timings in times.items():
                 rows.append({"case": name, "part": f"rounds, {concurrency} at once", **figures(timings)})
-            mode = f"{concurrency} at once, ragged prompts, distinct vectors, all blocks, {settings.dtype}"
+            mode = f"{mode_of(ours.facts, load)}, peers eager, ragged prompts, distinct vectors, {settings.dtype}"
             for peer, arm in running.items():
                 outside = arm.facts.get("outside_supported", "")
                 for name, target in ((OURS, peer.targets.get(concurrency)), (PLAIN, None)):

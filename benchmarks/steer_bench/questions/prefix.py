@@ -9,8 +9,9 @@ from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
 from steer_bench.load import Load, Steering
+from steer_bench.mode import mode_of
 from steer_bench.process import ArmProcess
-from steer_bench.questions.serve import assert_armed, mode_of
+from steer_bench.questions.serve import assert_armed
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave, middle
 from steer_bench.settings import Settings
@@ -54,22 +55,19 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
             for name, timings in times.items()
         ]
         claims = []
+        mode = mode_of(ours.facts, EQUAL)
         for name in ("equal steering", "`generation` scope, after unsteered traffic"):
             ratio = Ratio.of(
                 [timing.ttft_ms for timing in times[name]], [timing.ttft_ms for timing in times["unsteered"]]
             )
             target = Target(at_most=1.05) if name == "equal steering" else None
-            claims.append(
-                Claim.of_ratio(f"TTFT on a shared prefix: {name} / unsteered", ratio, target, mode=mode_of(ours, PLAIN))
-            )
+            claims.append(Claim.of_ratio(f"TTFT on a shared prefix: {name} / unsteered", ratio, target, mode=mode))
         hits = Ratio.of(
             [_cached(timing) for timing in times["`generation` scope, after unsteered traffic"]],
             [_cached(timing) for timing in times["unsteered"]],
         )
         equal = Target(at_least=1.0)
-        claims.append(
-            Claim.of_ratio("cached share: `generation` scope / unsteered", hits, equal, mode=mode_of(ours, PLAIN))
-        )
+        claims.append(Claim.of_ratio("cached share: `generation` scope / unsteered", hits, equal, mode=mode))
         return Answer(question="prefix", claims=claims, rows=rows, facts={"ours": ours.facts})
 
 

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
 from steer_bench.load import Load, Steering
+from steer_bench.mode import mode_of
 from steer_bench.process import ArmProcess
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave, middle, throughputs
@@ -95,7 +96,8 @@ def _modes(settings: Settings, modes: tuple[Mode, ...], progress: Progress) -> A
             assert mode.eager == settings.eager
             cases = {"stock": partial(run, stock, mode.plain)}
             plain = stock.run(mode.plain, check=True)
-            for name, load in loads(mode.plain).items():
+            asked = loads(mode.plain)
+            for name, load in asked.items():
                 check(ours, load, plain=plain)
                 cases[name] = partial(run, ours, load)
             times = interleave(cases, mode.rounds, progress, f"serve: {mode}")
@@ -105,7 +107,9 @@ def _modes(settings: Settings, modes: tuple[Mode, ...], progress: Progress) -> A
                     ratio = Ratio.of(throughputs(timings), throughputs(times["stock"]))
                     row["ratio"] = str(ratio)
                     target = None if mode.eager else TARGETS.get((name, mode.concurrency))
-                    claims.append(Claim.of_ratio(f"{name} / stock", ratio, target, mode=mode_of(ours, mode.plain)))
+                    claims.append(
+                        Claim.of_ratio(f"{name} / stock", ratio, target, mode=mode_of(ours.facts, asked[name]))
+                    )
                 rows.append(row)
         return Answer(question="serve", claims=claims, rows=rows, facts={"stock": stock.facts, "ours": ours.facts})
 
@@ -126,7 +130,7 @@ def _against_idle(settings: Settings, progress: Progress) -> Answer:
             if name != IDLE:
                 ratio = Ratio.of(throughputs(timings), throughputs(times[IDLE]))
                 rows[-1]["ratio"] = str(ratio)
-                claims.append(Claim.of_ratio(f"{name} / idle", ratio, mode=mode_of(ours, mode.plain)))
+                claims.append(Claim.of_ratio(f"{name} / idle", ratio, mode=mode_of(ours.facts, asked[name])))
         return Answer(question="serve", claims=claims, rows=rows, facts={"ours": ours.facts})
 
 
@@ -136,13 +140,6 @@ def run(arm: ArmProcess, load: Load, number: int) -> Timing:
     timing = arm.run(replace(load, seed=1 + number))
     assert timing.cached_tokens == 0
     return timing
-
-
-def mode_of(ours: ArmProcess, load: Load) -> str:
-    """What a claim was measured in."""
-    compiled = "eager" if ours.facts["eager"] else "compiled"
-    runner = "V2" if ".worker.gpu." in ours.facts["runner"] or ".worker.cpu." in ours.facts["runner"] else "V1"
-    return f"{compiled}, {load.concurrency} at once, {runner} ({ours.facts['kernel']}), all operations armed"
 
 
 def figures(timings: list[Timing]) -> dict[str, float]:

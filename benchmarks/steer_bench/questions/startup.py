@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.progress import Progress
 
 from steer_bench.answer import Answer, Claim
+from steer_bench.mode import engine_of
 from steer_bench.process import ArmProcess
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import middle
@@ -27,5 +28,6 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
         for name, took in seconds.items()
     ]
     ratio = Ratio.of(seconds["ours"], seconds["stock"])
-    claim = Claim.of_ratio("start-up, armed / stock", ratio, Target(at_most=1.05), mode="eager, imports included")
+    mode = f"{engine_of(facts['ours'])}, all operations armed, imports included"
+    claim = Claim.of_ratio("start-up, armed / stock", ratio, Target(at_most=1.05), mode=mode)
     return Answer(question="startup", claims=[claim], rows=rows, facts=facts)
