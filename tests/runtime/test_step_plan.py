@@ -62,6 +62,7 @@ CHANGES: list[tuple[str, Callable[[EngineRuntime], None]]] = [
     ("an edit has not begun", lambda runtime: decode(runtime, 2, 1, 2)),
     ("an edit ends", lambda runtime: decode(runtime, 20, 1, 2)),
     ("a request has no row and another two", lambda runtime: routed(runtime, (1, 5, 0), (2, 5, 2))),
+    ("a request more, without a row", lambda runtime: routed(runtime, (1, 5, 1), (2, 5, 1), (0, 5, 0))),
     ("prompts are read again", lambda runtime: routed(runtime, (1, 5, 2), (2, 5, 1))),
 ]
 
