@@ -5,28 +5,23 @@ decided by the product's own classes: `Loaded` (contents that an API process has
 engine has in host memory), `Bank` (rows on the device). Vectors are numbers here, and time is counted, not spent. What
 the registry's volume is asked is measured on a real registry with that many names.
 
-python -P scripts/simulate_fleet.py [--replicas 100] [--vectors 10000] [--rate 1000] [--out FILE.json]
+python scripts/simulate_fleet.py [--replicas 100] [--vectors 10000] [--rate 1000] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import os
-import statistics
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import numpy as np
 import torch
 import typer
+from registry_costs import registry_costs
 
 from steer_engine.config import EngineLimits
 from steer_engine.program import Row, RowKey
@@ -34,11 +29,8 @@ from steer_engine.runtime.bank import Bank
 from steer_engine.runtime.held import Held
 from steer_engine.runtime.resident import Resident
 from steer_engine.serving.poll import PERIOD_S
-from steer_engine.vectors import ControlVector, Registry
 from steer_engine.vectors.loaded import DEFAULT_BUDGET as LOADED_BYTES
 from steer_engine.vectors.loaded import Loaded
-from steer_engine.vectors.manifest import Manifest, VectorEntry, read_manifest, write_manifest
-from steer_engine.vectors.shelf import FOLDER, Shelf, ShelfLimits
 
 MODELS = {"8B": 32 * 4096, "70B": 80 * 8192}
 """Numbers of a vector with all blocks."""
@@ -235,66 +227,6 @@ def che_hits(popularity_V: np.ndarray, places: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if (1 - np.exp(-popularity_V * middle)).sum() < places else (low, middle)
     return float((popularity_V * (1 - np.exp(-popularity_V * high))).sum())
-
-
-@contextmanager
-def counted_stats() -> Iterator[Counter[str]]:
-    """Counts the files that are looked at (`stat`) meanwhile."""
-    looked: Counter[str] = Counter()
-    real = os.stat
-
-    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
-        looked[str(path)] += 1
-        return real(path, *args, **kwargs)
-
-    with mock.patch("os.stat", stat):
-        yield looked
-
-
-def registry_costs(vectors: int) -> dict[str, float]:
-    """What one change, one look and one request cost on a real registry of so many names."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / FOLDER / "manifest.json"
-        path.parent.mkdir()
-        known = ControlVector(directions={0: np.ones(8, np.float32)})
-        entries = {f"vector-{i:05}": VectorEntry(digest=f"sha256:{i:064x}", num_bytes=2**20) for i in range(vectors)}
-        write_manifest(path, Manifest(vectors=entries))
-        reads = [_seconds(lambda: read_manifest(path)) for _ in range(5)]
-        limits = ShelfLimits(max_vectors=2 * vectors, max_registry_bytes=2**62)
-        shelf = Shelf(Path(folder), limits)
-        changes = [_seconds(lambda name=name: shelf.put(name, known)) for name in "abcde"]
-        num_bytes = path.stat().st_size
-    with tempfile.TemporaryDirectory() as folder:
-        registry = Registry(folder)
-        registry.put("known", known)
-        registry.get("known")
-        with counted_stats() as of_request:
-            registry.get("known")
-        with counted_stats() as of_poll:
-            _ = registry.names(), registry.generation, registry.fault
-    with tempfile.TemporaryDirectory() as folder:
-        from steer_engine.vectors import save
-
-        files = 20
-        for i in range(files):
-            save(ControlVector(directions={0: np.full(8, i + 1, np.float32)}), Path(folder) / f"file-{i}.safetensors")
-        registry = Registry(folder)
-        with counted_stats() as of_files:
-            registry.names()
-    return {
-        "manifest_bytes": num_bytes,
-        "manifest_read_s": statistics.median(reads),
-        "change_s": statistics.median(changes),
-        "stats_per_edit": of_request.total(),
-        "stats_per_poll": of_poll.total(),
-        "stats_per_poll_and_file": sum(n for name, n in of_files.items() if "file-" in name) / files,
-    }
-
-
-def _seconds(call: Any) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def summary(fleet: Fleet, cold: Counts, warm: Counts) -> dict[str, Any]:
