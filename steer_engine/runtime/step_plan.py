@@ -98,15 +98,15 @@ class Decoding:
 
     def goes_on(self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor) -> bool:
         """Whether this step's batch is steered as that one was."""
-        # Asked in every step, with cold caches: numpy's calls take a third of torch's.
+        # Asked in every step, with cold caches: numpy's calls take half as long as torch's.
         if idx_mapping_B.shape[0] != len(self.idx_mapping_B) or positions_B.shape[0] != len(self.since_B):
             return False
-        position_B = positions_B.numpy()
+        at_B = positions_B.numpy()
         return bool(
             (self.idx_mapping_B == idx_mapping_B.numpy()).all()
             and (self.query_start_loc_B1 == query_start_loc_B1.numpy()).all()
-            and (self.since_B <= position_B).all()
-            and (position_B < self.until_B).all()
+            and (self.since_B <= at_B).all()
+            and (at_B < self.until_B).all()
         )
 
 
