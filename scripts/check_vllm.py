@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steer_engine.runtime.vllm.patching import Symbol
+from steer_engine.vllm.patching import Symbol
 
 Read = Callable[[str], str | None]
 """Path inside the distribution -> its text, or None if there is no such file."""
@@ -126,8 +126,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", nargs="?", help="a version of vllm, or the path of a wheel; the newest by default")
     asked = parser.parse_args().version
-    from steer_engine.runtime.vllm.symbols import all_symbols
-    from steer_engine.serving.vllm.symbols import ALL, COMMAND
+    from steer_engine.vllm.engine_symbols import all_symbols
+    from steer_engine.vllm.symbols import ALL, COMMAND
 
     symbols = (*all_symbols(), *ALL, *COMMAND)
     console = Console()

@@ -17,7 +17,7 @@ import numpy as np
 
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors.manifest import Manifest, VectorEntry, read_manifest, write_manifest
-from steer_engine.vectors.shelf import FOLDER, Shelf, ShelfLimits
+from steer_engine.vectors.uploaded import FOLDER, Shelf, ShelfLimits
 
 
 @contextmanager

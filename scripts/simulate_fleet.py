@@ -23,12 +23,12 @@ import torch
 import typer
 from registry_costs import registry_costs
 
-from steer_engine.config import EngineLimits
+from steer_engine.api.background import PERIOD_S
+from steer_engine.api.frontend import Held
+from steer_engine.engine.admission import Resident
+from steer_engine.engine.bank import Bank
 from steer_engine.program import Row, RowKey
-from steer_engine.runtime.bank import Bank
-from steer_engine.runtime.held import Held
-from steer_engine.runtime.resident import Resident
-from steer_engine.serving.poll import PERIOD_S
+from steer_engine.settings import EngineLimits
 from steer_engine.vectors.loaded import DEFAULT_BUDGET as LOADED_BYTES
 from steer_engine.vectors.loaded import Loaded
 

@@ -1,5 +1,5 @@
 """`python -m steer_engine` is `steer-engine`."""
 
-from steer_engine.cli import main
+from steer_engine.cli.main import main
 
 main()

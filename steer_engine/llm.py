@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import vllm
 
+from steer_engine.api.frontend import STEERING_KEY, Frontend
 from steer_engine.capture import CAPTURE_KEY, WORDS, CaptureRequest
-from steer_engine.config import SteeringConfig
 from steer_engine.errors import SteeringRequestError
 from steer_engine.models import resolve_model
 from steer_engine.program import SCORE_KEY, Score
-from steer_engine.runtime.vllm.register import register
+from steer_engine.settings import SteeringConfig
 from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vllm import engine_client
+from steer_engine.vllm.plugin import register
 
 register()
 
-import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM is imported)
-
-from steer_engine.runtime.vllm import shipping  # noqa: E402
-from steer_engine.runtime.vllm.frontend import STEERING_KEY, Frontend  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
@@ -84,7 +83,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 self.vectors.add(name, vector)
         elif vectors is not None:
             self._frontend.registry = Registry(Path(vectors))
-        self._status = shipping.check_status([shipping.call(self.llm_engine, "steer_status")])
+        self._status = engine_client.check_status([engine_client.call(self.llm_engine, "steer_status")])
 
     @property
     def _frontend(self) -> Frontend:
@@ -120,7 +119,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
 
     def steering_status(self) -> dict[str, Any]:
         """How the workers are armed right now, as they say themselves."""
-        return shipping.check_status([shipping.call(self.llm_engine, "steer_status")])
+        return engine_client.check_status([engine_client.call(self.llm_engine, "steer_status")])
 
     def capture(
         self,
@@ -182,11 +181,11 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 extra_args[STEERING_KEY] = dict(spec)
             params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
         self.generate(cast(Any, [{"prompt_token_ids": prompt} for prompt in prompts]), params, use_tqdm=False)
-        reply = shipping.call(self.llm_engine, "steer_scores", keys)
+        reply = engine_client.call(self.llm_engine, "steer_scores", keys)
         if not reply["ok"] or None in reply["numbers"]:
             raise RuntimeError(f"Scoring failed in the worker: {reply.get('reason', 'not every prompt was scored')}")
         return [Numbers(**numbers) for numbers in reply["numbers"]]
 
     def _take(self, capture: CaptureRequest, output: Any) -> np.ndarray:
-        reply = shipping.call(self.llm_engine, "steer_take", capture.key)
-        return capture.arranged(shipping.rows_of(reply), len(output.prompt_token_ids))[1]
+        reply = engine_client.call(self.llm_engine, "steer_take", capture.key)
+        return capture.arranged(engine_client.rows_of(reply), len(output.prompt_token_ids))[1]

@@ -6,7 +6,7 @@ plain data (ints, floats, digests) on the wire: it travels inside `SamplingParam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -319,3 +319,21 @@ def _entry_from_wire(wire: list[Any]) -> Entry:
     return Entry(
         row=_row_from_wire(row), c0=c0, c1=c1, c2=c2, c3=c3, lo=lo, hi=hi, start=start, end=end, gate=gate_entry
     )
+
+
+KEY_TAG = "steering"
+
+
+def block_key(extra_args: Mapping[str, Any] | None, start: int, end: int) -> tuple[Any, ...] | None:
+    """The extra key of the block of positions start <= p < end, or None. Cheap and pure: called often per block."""
+    if not extra_args or (program := extra_args.get(PROGRAM_KEY)) is None:
+        return None
+    touching = tuple(
+        (digest, max(first, start) - start, min(stop, end) - 1 - start)
+        for digest, first, stop in program["identity"]
+        if first < end and stop > start
+    )
+    if not touching:
+        return None
+    # A tagged pair, as vLLM's own keys are. Preserving norms changes what every edit of the request does.
+    return (KEY_TAG, (*touching, "keep_norm") if program["keep_norm"] else touching)

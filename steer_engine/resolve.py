@@ -11,13 +11,12 @@ from functools import cached_property
 from typing import Any
 
 from steer_engine.capture import PARAM, Positions
-from steer_engine.config import Limits
+from steer_engine.containment import check_dose, check_held
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
-from steer_engine.magnitudes import check_dose, check_held
 from steer_engine.program import ProgramTemplate
-from steer_engine.spec import CaptureSpec, EditSpec, Op, Span, SteeringSpec, parse_blocks
-from steer_engine.spec_errors import shown
+from steer_engine.settings import Limits
+from steer_engine.spec import CaptureSpec, EditSpec, Op, Span, SteeringSpec, parse_blocks, shown
 from steer_engine.vectors import ControlVector
 
 MAX_RUNS_SHOWN = 8

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import tiny_llama_path
 from hypothesis import settings
-from tiny_models import tiny_llama_path
 
 from steer_engine.models import resolve_model
 

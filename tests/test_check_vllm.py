@@ -10,12 +10,12 @@ from pathlib import Path
 import check_vllm
 import pytest
 
-from steer_engine.runtime.vllm.patching import Symbol
+from steer_engine.vllm.patching import Symbol
 
 
 def test_the_installed_vllm_is_known_by_its_source() -> None:
-    from steer_engine.runtime.vllm.symbols import all_symbols
-    from steer_engine.serving.vllm.symbols import ALL, COMMAND
+    from steer_engine.vllm.engine_symbols import all_symbols
+    from steer_engine.vllm.symbols import ALL, COMMAND
 
     found = importlib.util.find_spec("vllm")
     assert found is not None
@@ -33,8 +33,8 @@ def test_the_installed_vllm_is_known_by_its_source() -> None:
 
 def test_every_import_of_vllm_is_on_a_list() -> None:
     """What is not on one would break with a new vLLM without being named, neither at start-up nor by its source."""
-    from steer_engine.runtime.vllm.symbols import all_symbols
-    from steer_engine.serving.vllm.symbols import ALL, COMMAND
+    from steer_engine.vllm.engine_symbols import all_symbols
+    from steer_engine.vllm.symbols import ALL, COMMAND
 
     known = {symbol.path for symbol in (*all_symbols(), *ALL, *COMMAND)}
     files = sorted((Path(__file__).resolve().parents[1] / "steer_engine").rglob("*.py"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from steer_engine.config import ALL_OPS, CONFIG_KEY, Limits, SteeringConfig
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.settings import ALL_OPS, CONFIG_KEY, Limits, SteeringConfig
 from steer_engine.spec import MAX_SPEC_CHARS, Op
 
 

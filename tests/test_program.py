@@ -10,9 +10,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from helpers.random_specs import (
+    HIDDEN_SIZE,
+    NUM_BLOCKS,
+    VECTORS,
+    as_compiled,
+    as_written,
+    entries_at,
+    resolved,
+    specs,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from random_specs import HIDDEN_SIZE, NUM_BLOCKS, VECTORS, as_compiled, as_written, entries_at, resolved, specs
 
 from steer_engine.edit import NO_END
 from steer_engine.program import LARGEST, Capture, Entry, Program, ProgramTemplate, RowKey

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.random_specs import BY_DIGEST, HIDDEN_SIZE, MODEL, NUM_BLOCKS, VECTORS, source, specs
+from helpers.random_specs import resolved as resolved_here
 from hypothesis import given, settings
-from random_specs import BY_DIGEST, HIDDEN_SIZE, MODEL, NUM_BLOCKS, VECTORS, source, specs
-from random_specs import resolved as resolved_here
 
-from steer_engine.config import Limits
+from steer_engine.containment import LARGEST_FINITE
 from steer_engine.edit import ALL, GENERATION, PROMPT, Scope
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
-from steer_engine.magnitudes import LARGEST_FINITE
 from steer_engine.resolve import MAX_RUNS_SHOWN, ModelShape, ResolvedSpec, describe_blocks, resolve
+from steer_engine.settings import Limits
 from steer_engine.spec import MAX_SPEC_CHARS, Op, SteeringSpec, parse_spec
 from steer_engine.vectors import ControlVector, VectorMetadata
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.spec import (
     MAX_BLOCK_NUMBER,
+    MAX_ECHO_CHARS,
     MAX_EDITS,
     MAX_FIELDS,
     MAX_NAME_CHARS,
@@ -28,8 +29,8 @@ from steer_engine.spec import (
     SteeringSpec,
     parse_blocks,
     parse_spec,
+    shown,
 )
-from steer_engine.spec_errors import MAX_ECHO_CHARS, shown
 from steer_engine.vectors.metadata import MAX_BLOCKS
 
 MAX_MESSAGE_CHARS = 300

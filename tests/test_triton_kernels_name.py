@@ -91,7 +91,7 @@ def test_hiding_undoes_an_answer_that_vllm_cached() -> None:
     code = """
 from vllm.utils.import_utils import get_triton_kernels_version, has_triton_kernels
 assert has_triton_kernels() and get_triton_kernels_version() is not None
-from steer_engine.runtime.vllm.namespace_guard import hide_kernel_folder
+from steer_engine.vllm.plugin import hide_kernel_folder
 assert hide_kernel_folder() and not hide_kernel_folder()
 print(has_triton_kernels(), get_triton_kernels_version())
 """
@@ -110,7 +110,7 @@ def test_a_real_package_stays_importable(tmp_path: Path) -> None:
     (tmp_path / "triton_kernels").mkdir()
     (tmp_path / "triton_kernels" / "__init__.py").write_text("")
     code = (
-        "from steer_engine.runtime.vllm.namespace_guard import hide_kernel_folder; hidden = hide_kernel_folder()\n"
+        "from steer_engine.vllm.plugin import hide_kernel_folder; hidden = hide_kernel_folder()\n"
         "import triton_kernels; print(hidden, triton_kernels.__file__)"
     )
     assert verdict(["-c", code], PYTHONPATH=str(tmp_path)) == f"False {tmp_path}/triton_kernels/__init__.py"

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steer_engine.derive.jsonl import parse_lines, read_bytes
-from steer_engine.derive.pairs import Pair
-from steer_engine.derive.settings import engine_defaults
+from steer_engine.derive.engine_options import engine_defaults
+from steer_engine.derive.pairs import Pair, parse_lines, read_bytes
 from steer_engine.errors import DerivationError
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-from steer_engine.derive.jsonl import read_bytes
-from steer_engine.derive.pairs import Pair
+from steer_engine.derive.pairs import Pair, read_bytes
 from steer_engine.errors import DerivationError
 
 SLOT = "{word}"

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from steer_engine.derive.activations import EngineFacts, Position, ReaderConfig
 from steer_engine.derive.actors import pool
 from steer_engine.derive.dump import manifest_of
+from steer_engine.derive.engine_options import as_blocks, engine_defaults, model_for_actors, model_name
 from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_BYTES, SAMPLE_PAIRS, Readings, fit, vector_of
 from steer_engine.derive.methods import FROM_ROWS, require_method
 from steer_engine.derive.pairs import Pair, Pairs, load_pairs
-from steer_engine.derive.position import Position
 from steer_engine.derive.progress import Progress
-from steer_engine.derive.reader import EngineFacts, ReaderConfig
-from steer_engine.derive.settings import as_blocks, engine_defaults, model_for_actors, model_name
 from steer_engine.derive.texts import from_pairs
 from steer_engine.errors import DerivationError
 from steer_engine.vectors.control_vector import ControlVector

@@ -10,15 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from steer_engine.derive.activations import EngineFacts, Position, ReaderConfig, TextRows
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
-from steer_engine.derive.dump_folder import DumpFolder
-from steer_engine.derive.manifest import Manifest
+from steer_engine.derive.dump_folder import DumpFolder, Manifest
+from steer_engine.derive.engine_options import as_blocks, engine_defaults, model_for_actors, model_name
 from steer_engine.derive.pairs import Pair, Pairs
-from steer_engine.derive.position import Position
 from steer_engine.derive.progress import Progress
-from steer_engine.derive.reader import EngineFacts, ReaderConfig, TextRows
-from steer_engine.derive.settings import as_blocks, engine_defaults, model_for_actors, model_name
-from steer_engine.derive.stored_dtype import CODES
+from steer_engine.derive.shard import CODES
 from steer_engine.derive.texts import Text, Texts, from_pairs, load_texts
 from steer_engine.errors import DerivationError
 

@@ -1,18 +1,73 @@
-"""A folder of shards with a manifest: what is there, and what is missing."""
+"""Rows in the dtype that a dump keeps them in, as little-endian bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Literal
 
-from steer_engine.derive import manifest as manifests
-from steer_engine.derive.manifest import Manifest
-from steer_engine.derive.reader import TextRows
-from steer_engine.derive.shard import AGAIN, Shard, write_shard
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from steer_engine.derive.activations import TextRows
+from steer_engine.derive.shard import AGAIN, Shard, StoredDType, write_shard
 from steer_engine.derive.texts import Text
 from steer_engine.errors import DerivationError
-from steer_engine.vectors.atomic_write import write_atomically
+from steer_engine.vectors.storage import write_atomically
+
+NAME = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """`manifest.json` of a dump folder, written before its first shard.
+
+    blocks: sites, ascending; block l = the output of block l, from 0. dataset: digest of the texts. weights: digest of
+    the checkpoint, or its commit on a hub. edits: rows are read before any edit of their block, and nothing is edited.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal["activation-dump"] = "activation-dump"
+    format_version: Literal[1] = 1
+    model: str
+    weights: str
+    architecture: str
+    hidden_size: Annotated[int, Field(ge=1)]
+    num_blocks: Annotated[int, Field(ge=1)]
+    blocks: Annotated[list[int], Field(min_length=1)]
+    dtype: str
+    stored: StoredDType
+    position: str
+    chat: bool
+    edits: Literal["none"] = "none"
+    dataset: str
+    source: str
+    num_texts: Annotated[int, Field(ge=2)]
+    paired: bool
+    versions: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Manifest:
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise DerivationError(f"{where}: not the manifest of a dump ({field}: {first['msg']}).") from None
+
+    def require_same(self, other: Manifest, where: str) -> None:
+        """Raise DerivationError unless `other` would write the same rows; names the first field that differs."""
+        for name in type(self).model_fields:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name != "source" and mine != theirs:
+                raise DerivationError(
+                    f"{where} is the dump of something else: its {name} is {str(mine)[:120]}, now it would be "
+                    f"{str(theirs)[:120]}. Choose another folder, or repeat the first run's settings to resume it."
+                )
+
 
 _LOCK = ".lock"
 
@@ -27,12 +82,12 @@ class DumpFolder:
     @classmethod
     def open(cls, path: Path) -> DumpFolder:
         """A dump that is there. DerivationError where there is none."""
-        file = path / manifests.NAME
+        file = path / NAME
         try:
             data = file.read_bytes()
         except OSError as error:
             raise DerivationError(
-                f"{path}: not a dump folder ({manifests.NAME}: {error.strerror}). `steer-engine dump` makes one."
+                f"{path}: not a dump folder ({NAME}: {error.strerror}). `steer-engine dump` makes one."
             ) from None
         return cls(path, Manifest.parse(data, str(file)))
 
@@ -43,14 +98,14 @@ class DumpFolder:
         Raises:
             DerivationError: the folder is a dump of something else, or is full of other files.
         """
-        if (path / manifests.NAME).exists():
+        if (path / NAME).exists():
             there = cls.open(path)
             there.manifest.require_same(manifest, str(path))
             return there
         if path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
-            raise DerivationError(f"{path}: there are other files in it and no {manifests.NAME}; choose a new folder.")
+            raise DerivationError(f"{path}: there are other files in it and no {NAME}; choose a new folder.")
         try:
-            write_atomically(path / manifests.NAME, manifest.to_bytes())
+            write_atomically(path / NAME, manifest.to_bytes())
         except OSError as error:
             raise DerivationError(f"{path}: cannot be written ({error.strerror}).") from None
         return cls(path, manifest)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from steer_engine.derive.manifest import Manifest
+from steer_engine.derive.activations import Reading
+from steer_engine.derive.dump_folder import Manifest
 from steer_engine.derive.methods import FROM_MOMENTS, FROM_ROWS, require_method
-from steer_engine.derive.moments import Moments, Rows, Sums
-from steer_engine.derive.quality import explained_variance, held_out_auroc, mean_difference
-from steer_engine.derive.reader import Reading
+from steer_engine.derive.moments import Moments, Rows, Sums, explained_variance, held_out_auroc, mean_difference
 from steer_engine.errors import DerivationError
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import VectorMetadata

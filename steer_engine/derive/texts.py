@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from steer_engine.derive.jsonl import parse_lines
-from steer_engine.derive.pairs import MAX_TEXT_CHARS, Pair, Pairs, pairs_of, read_set
+from steer_engine.derive.pairs import MAX_TEXT_CHARS, Pair, Pairs, pairs_of, parse_lines, read_set
 from steer_engine.errors import DerivationError
 
 LABELS = ("positive", "negative")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer_engine.errors import EvaluationError
-from steer_engine.evaluate.tasks.item import Item
+from steer_engine.evaluate.items import Item
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,37 +1,48 @@
-"""The whole way: derive where asked, sweep on validation, choose, and report once on the test split, with controls."""
+"""Everyday beginnings of sentences: what steering does to text that it is not meant for."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steer_engine.derive.activations import installed_versions
 from steer_engine.derive.progress import Progress
-from steer_engine.derive.reader import installed_versions
 from steer_engine.errors import EvaluationError
-from steer_engine.evaluate.choice import choose
-from steer_engine.evaluate.condition import BASELINE, Condition
-from steer_engine.evaluate.contrasts import contrasts, with_shuffled_labels
-from steer_engine.evaluate.controls import as_long_as, random_like
+from steer_engine.evaluate.conditions import (
+    BASELINE,
+    Condition,
+    as_long_as,
+    contrasts,
+    random_like,
+    with_shuffled_labels,
+)
 from steer_engine.evaluate.encode import Encoder, Question
 from steer_engine.evaluate.fitting import Side, read, vector_of
+from steer_engine.evaluate.items import Item, Task
 from steer_engine.evaluate.journal import Journal
-from steer_engine.evaluate.neutral import neutral_texts
 from steer_engine.evaluate.outcome import Example, Flip, Outcome, Point, Trial, Verdict, machine
 from steer_engine.evaluate.plan import Plan, Recipe
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import Paired, compare, holm, slope
-from steer_engine.evaluate.sweep import Table, sweep
-from steer_engine.evaluate.tasks.item import Item, Task
+from steer_engine.evaluate.sweep import Table, choose, sweep
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import load, save
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
+
+
+def neutral_texts() -> list[str]:
+    """The packaged texts, one a line; each breaks off where a next word is due."""
+    data = resources.files("steer_engine.evaluate").joinpath("data/neutral.txt").read_text(encoding="utf-8")
+    return [line for line in data.splitlines() if line.strip()]
+
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "._-")
 

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steer_engine.derive.activations import Reading
 from steer_engine.derive.fit import Readings, fit
 from steer_engine.derive.moments import Moments, Sample, summarise
-from steer_engine.derive.reader import Reading
-from steer_engine.evaluate.contrasts import Contrast
+from steer_engine.evaluate.conditions import Contrast
 from steer_engine.evaluate.encode import Encoder
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import VectorMetadata
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
+
 
 PAIRS_PER_BATCH = 64
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer_engine.evaluate.evaluation import Evaluation
-from steer_engine.evaluate.files import write_results
+from steer_engine.evaluate.items import Task
 from steer_engine.evaluate.outcome import Outcome
 from steer_engine.evaluate.plan import Plan, Recipe
-from steer_engine.evaluate.tasks.item import Task
+from steer_engine.evaluate.report import write_results
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
+
 
 METHODS = {"mean": "Reading", "diffmean": "Contrastive", "pca_centred": "PCA contrastive"}
 """Our name of a method -> the paper's."""

@@ -10,8 +10,7 @@ from itertools import product
 from typing import Literal
 
 from steer_engine.errors import EvaluationError
-from steer_engine.evaluate.condition import Condition, Unit
-from steer_engine.evaluate.contrasts import Against
+from steer_engine.evaluate.conditions import Against, Condition, Unit
 from steer_engine.spec import parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
 

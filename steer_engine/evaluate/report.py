@@ -1,12 +1,24 @@
-"""A page about an evaluation: one HTML file without scripts or anything from elsewhere."""
+"""The folder of an evaluation: results as JSON and CSV, and the page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from steer_engine.evaluate import plots
 from steer_engine.evaluate.outcome import Outcome, Trial, Verdict
+from steer_engine.vectors.storage import write_atomically
+
+
+def write_results(outcome: Outcome, folder: Path) -> Path:
+    """Write `results.json`, `results.csv` and `report.html`; returns the page's path."""
+    write_atomically(folder / "results.json", outcome.to_json().encode())
+    write_atomically(folder / "results.csv", outcome.to_csv().encode())
+    page = folder / "report.html"
+    write_atomically(page, html_report(outcome).encode())
+    return page
+
 
 LEVEL = 0.05
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steer_engine.errors import EvaluationError
-from steer_engine.evaluate.condition import BASELINE, Condition
+from steer_engine.evaluate.conditions import BASELINE, Condition
 from steer_engine.evaluate.encode import Question
-from steer_engine.evaluate.metrics import choice_metrics, exact_metrics, shift_metrics
+from steer_engine.evaluate.statistics import choice_metrics, exact_metrics, shift_metrics
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM, Numbers
+
 
 BATCH = 512
 """Requests that are given to the engine in one go; a question's conditions go together, as the cache likes it."""

@@ -1,16 +1,41 @@
-"""Every question under every condition, on one engine, and the numbers as arrays."""
+"""Choosing a condition on the validation split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from steer_engine.evaluate.condition import Condition
+from steer_engine.evaluate.conditions import Condition
 from steer_engine.evaluate.encode import Question
 from steer_engine.evaluate.journal import Journal
-from steer_engine.evaluate.metrics import Array
 from steer_engine.evaluate.scorer import Job, Scorer
+from steer_engine.evaluate.statistics import Array
+
+
+def choose(
+    conditions: Sequence[Condition],
+    tables: Mapping[str, Table],
+    score: str,
+    *,
+    neutral: Mapping[str, Table] | None = None,
+    max_kl: float | None = None,
+) -> Condition | None:
+    """The condition with the best mean score; ties go to the larger share of right answers, then to the weaker one.
+
+    max_kl: conditions whose mean KL on neutral texts (`neutral`) is larger don't count. None where it leaves none.
+    """
+
+    def rank(condition: Condition) -> tuple[float, float, float]:
+        numbers = tables[condition.key]
+        share = numbers["share_correct"].mean() if "share_correct" in numbers else 0.0
+        return (float(numbers[score].mean()), float(share), -abs(condition.alpha))
+
+    if max_kl is not None:
+        assert neutral is not None
+        conditions = [condition for condition in conditions if neutral[condition.key]["kl"].mean() <= max_kl]
+    return max(conditions, key=rank, default=None)
+
 
 COMMIT_EVERY = 64
 """Measurements between two writes to disk: what a kill can cost."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer_engine.errors import RegistryError
-from steer_engine.vectors.atomic_write import write_atomically
+from steer_engine.vectors.storage import write_atomically
 
 Signature = tuple[int, int, int]
 """(mtime in ns, size, inode): changes whenever a file is replaced."""

@@ -22,14 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steer_engine.errors import RegistryError, SteeringRequestError, UnsupportedEngineError, VectorFileError
 from steer_engine.vectors import files, safetensors_format
-from steer_engine.vectors.adopted import NAME, NAME_RULE
-from steer_engine.vectors.atomic_write import write_atomically
 from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.disk_errors import writing
+from steer_engine.vectors.folder import NAME, NAME_RULE, check_preset
+from steer_engine.vectors.folder import SUFFIX as PRESET_SUFFIX
 from steer_engine.vectors.manifest import Manifest
-from steer_engine.vectors.preset_files import SUFFIX as PRESET_SUFFIX
-from steer_engine.vectors.preset_files import check_preset
-from steer_engine.vectors.shelf import FOLDER, ShelfLimits, preset_digest
+from steer_engine.vectors.storage import write_atomically, writing
+from steer_engine.vectors.uploaded import FOLDER, ShelfLimits, preset_digest
 
 logger = logging.getLogger(__name__)
 

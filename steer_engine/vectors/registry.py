@@ -15,11 +15,10 @@ from steer_engine.errors import (
     UnknownVectorError,
     VectorFileError,
 )
-from steer_engine.vectors.adopted import MAX_NAME, MAX_SUPERSEDED, NAME, NAME_RULE, Adopted
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.folder import MAX_NAME, MAX_SUPERSEDED, NAME, NAME_RULE, Adopted, PresetFiles, check_preset
 from steer_engine.vectors.loaded import Loaded
-from steer_engine.vectors.preset_files import PresetFiles, check_preset
-from steer_engine.vectors.shelf import Shelf, ShelfLimits
+from steer_engine.vectors.uploaded import Shelf, ShelfLimits
 
 __all__ = ["MAX_NAME", "MAX_SUPERSEDED", "NAME_RULE", "Registry"]
 

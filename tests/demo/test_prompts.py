@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steer_engine.demo.prompts import DEV, HELD_OUT, SHOWN
+from steer_engine.demo.scoring import DEV, HELD_OUT, SHOWN
 
 
 def test_twenty_held_out_prompts_apart_from_the_others() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_engine.demo import vector as module
+from steer_engine.demo import __main__ as module
 from steer_engine.vectors import ControlVector, load
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from deploy.test_replicas import ADMIN, START_SECONDS, along, body, delete, digest, put, tokens
-from serving.server_process import Server, steer_engine_serve
+from helpers.server_process import Server, steer_engine_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

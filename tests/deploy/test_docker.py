@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import steer_engine
-from steer_engine.serving.admin_keys import FILE_ENV
+from steer_engine.api.routing import FILE_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "deploy" / "docker"

@@ -9,13 +9,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from deploy.kubernetes import Manifest, validate
-from deploy.monitoring import metrics_of
 from deploy.test_monitoring import our_series, vllm_series
 from helm_python import Chart, HelmError, lint
+from helpers.kubernetes import Manifest, validate
+from helpers.monitoring import metrics_of
 
 import steer_engine
-from steer_engine.serving.admin_keys import FILE_ENV
+from steer_engine.api.routing import FILE_ENV
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "steer-engine"
 VALUES = sorted((CHART / "ci").glob("*.yaml"))

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.kubernetes import Manifest, validate, validate_pod
+from helpers.kubernetes import Manifest, validate, validate_pod
 from jsonschema import Draft202012Validator
 
 import steer_engine
-from steer_engine.config import SteeringConfig
-from steer_engine.derive.command import derive_command
-from steer_engine.evaluate.eval_command import eval_command
+from steer_engine.cli.derive import derive_command
+from steer_engine.cli.evaluate import eval_command
+from steer_engine.settings import SteeringConfig
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 COMMANDS = {"derive": derive_command, "eval": eval_command}

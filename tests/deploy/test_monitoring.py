@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy.monitoring import PROMETHEUS, dashboard, metrics_of, panel_queries, panels, rules
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from helpers.monitoring import PROMETHEUS, dashboard, metrics_of, panel_queries, panels, rules
 from prometheus_client.metrics import MetricWrapperBase
 
-from steer_engine.serving import metrics
+from steer_engine.api import metrics
 
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 OF_PROMETHEUS = {"up"}

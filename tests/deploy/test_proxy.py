@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from deploy.echo_server import echo
-from deploy.proxy_process import CONFIG, MISSING, NO_RATE, WHY_MISSING, Proxy, make_certificates, wait_for_port
-from serving.server_process import free_port
+from helpers.echo_server import echo
+from helpers.proxy_process import CONFIG, MISSING, NO_RATE, WHY_MISSING, Proxy, make_certificates, wait_for_port
+from helpers.server_process import free_port
 
-from steer_engine.serving.admin_keys import HEADER
-from steer_engine.serving.middleware import CARRYING_PATHS, INVOCATIONS
+from steer_engine.api.middleware import CARRYING_PATHS, INVOCATIONS
+from steer_engine.api.routing import HEADER
 
 pytestmark = pytest.mark.skipif(MISSING, reason=WHY_MISSING)
 

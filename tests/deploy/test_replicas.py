@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from deploy.proxy_process import MISSING, NO_RATE, WHY_MISSING, Proxy, make_certificates
-from serving.server_process import Server, free_port, steer_engine_serve
+from helpers.proxy_process import MISSING, NO_RATE, WHY_MISSING, Proxy, make_certificates
+from helpers.server_process import Server, free_port, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from derive.reading import config
+from helpers.reading import config
 from threadpoolctl import threadpool_limits
 
 from steer_engine.derive.actors import Pool, pool

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from steer_engine.cli import app
+from steer_engine.cli.main import app
 from steer_engine.derive.answers import Question, from_answers, is_right, load_questions
 from steer_engine.derive.pairs import load_pairs
 from steer_engine.errors import DerivationError

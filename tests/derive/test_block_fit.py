@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from derive.dumping import contrast, texts_of, write
-from derive.reading import REFERENCES, cosine
+from helpers.dumping import contrast, texts_of, write
+from helpers.reading import REFERENCES, cosine
 
-from steer_engine.derive.block_fit import BlockFitter
+from steer_engine.derive.fit_dump import BlockFitter
 from steer_engine.derive.methods import FROM_ROWS, METHODS, PAIRED
 from steer_engine.errors import DerivationError
 
@@ -67,7 +67,7 @@ def test_one_class_gives_no_direction(labels: tuple[str, str], numbers: str, tmp
 
 def test_rows_that_do_not_fit_in_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "d", contrast(10))
-    monkeypatch.setattr("steer_engine.derive.block_fit.MAX_ROWS_BYTES", 20 * 8 * 8 - 1)
+    monkeypatch.setattr("steer_engine.derive.fit_dump.MAX_ROWS_BYTES", 20 * 8 * 8 - 1)
     with pytest.raises(DerivationError, match="lda keeps all rows of a block in memory"):
         direction(tmp_path / "d", "lda")
     assert np.isfinite(direction(tmp_path / "d", "pca")).all()

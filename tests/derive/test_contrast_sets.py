@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from steer_engine.cli import app
+from steer_engine.cli.main import app
 from steer_engine.derive.contrast_sets import SHUFFLED_CHARS, from_shuffled, from_template, to_jsonl
 from steer_engine.derive.pairs import Pair, load_pairs
 from steer_engine.errors import DerivationError

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from derive.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
+from helpers.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 from typer.testing import CliRunner
 
 from steer_engine.derive import Pair, Pairs, derive, load_pairs
+from steer_engine.derive.activations import EngineFacts
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
 from steer_engine.derive.dump_folder import DumpFolder
 from steer_engine.derive.fit import Readings, fit
-from steer_engine.derive.reader import EngineFacts
 from steer_engine.errors import DerivationError, SteerError
 from steer_engine.vectors import load
 
@@ -123,7 +123,7 @@ def test_two_actors_of_which_one_dies_give_the_bits_of_one(tiny_pool: Pool, tiny
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str, tmp_path: Path) -> None:
-    from steer_engine.cli import app
+    from steer_engine.cli.main import app
 
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "Q: how? A:", "positive": p.positive, "negative": p.negative} for p in varied(5)]

@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from derive.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
+from helpers.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 
 from steer_engine.derive import Pair, Pairs, Text, Texts, dump, fit_dump
+from steer_engine.derive.activations import Position, TextRows
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
-from steer_engine.derive.block_fit import BlockFitter
 from steer_engine.derive.dump import chunks, fill, manifest_of
 from steer_engine.derive.dump_folder import DumpFolder
 from steer_engine.derive.fit import Readings, fit
+from steer_engine.derive.fit_dump import BlockFitter
 from steer_engine.derive.methods import METHODS
-from steer_engine.derive.position import Position
 from steer_engine.derive.progress import Progress
-from steer_engine.derive.reader import TextRows
 from steer_engine.derive.texts import from_pairs
 from steer_engine.errors import DerivationError
 

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from derive.reading import varied
+from helpers.reading import varied
 from typer.testing import CliRunner
 
-from steer_engine.cli import app
-from steer_engine.derive.block_fit import BlockFitter
+from steer_engine.cli.main import app
 from steer_engine.derive.dump_folder import DumpFolder
+from steer_engine.derive.fit_dump import BlockFitter
 from steer_engine.errors import DerivationError
 
 SCRIPT = Path(sys.executable).with_name("steer-engine")

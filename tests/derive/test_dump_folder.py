@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from derive.dumping import contrast, manifest, rows_of, texts_of, write
+from helpers.dumping import contrast, manifest, rows_of, texts_of, write
 
-from steer_engine.derive.dump_folder import DumpFolder
-from steer_engine.derive.manifest import Manifest
+from steer_engine.derive.dump_folder import DumpFolder, Manifest
 from steer_engine.errors import DerivationError
 
 

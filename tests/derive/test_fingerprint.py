@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from steer_engine.derive.fingerprint import fingerprint
+from steer_engine.derive.activations import fingerprint
 
 
 def test_other_weights_or_config_are_another_fingerprint(tiny_llama: str, tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from steer_engine.derive.activations import Reading
 from steer_engine.derive.fit import Readings, fit
 from steer_engine.derive.methods import METHODS
 from steer_engine.derive.moments import Moments, summarise
-from steer_engine.derive.reader import Reading
 from steer_engine.errors import DerivationError
 
 BLOCKS = (4, 9)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from derive.dumping import BLOCKS, contrast, write
+from helpers.dumping import BLOCKS, contrast, write
 from typer.testing import CliRunner
 
+from steer_engine.derive.actors import ray_session
 from steer_engine.derive.fit_dump import fit_dump
-from steer_engine.derive.workers import ray_session
 from steer_engine.errors import DerivationError
 from steer_engine.vectors import load
 
@@ -22,7 +22,7 @@ def one_ray() -> Iterator[None]:
 
 
 def test_the_command_writes_a_vector(tmp_path: Path) -> None:
-    from steer_engine.cli import app
+    from steer_engine.cli.main import app
 
     rows = contrast(30)
     write(tmp_path / "d", rows, cuts=(10,))

@@ -12,7 +12,7 @@ import pytest
 
 
 def peak(model: str, num_pairs: int) -> dict[str, float]:
-    script = Path(__file__).with_name("peak_memory.py")
+    script = Path(__file__).parents[1] / "helpers" / "peak_memory.py"
     done = subprocess.run(
         [sys.executable, "-P", str(script), model, str(num_pairs)],
         capture_output=True,

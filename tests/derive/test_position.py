@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from steer_engine.derive.position import Position
+from steer_engine.derive.activations import Position
 from steer_engine.errors import DerivationError
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from derive.dumping import contrast, texts_of, write
+from helpers.dumping import contrast, texts_of, write
 from typer.testing import CliRunner
 
-from steer_engine.cli import app
-from steer_engine.derive.projections import project
+from steer_engine.cli.main import app
+from steer_engine.derive.fit_dump import project
 from steer_engine.errors import DerivationError
 from steer_engine.vectors import ControlVector, VectorMetadata, save
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steer_engine.derive.quality import auroc, explained_variance, held_out_auroc, mean_difference
+from steer_engine.derive.moments import auroc, explained_variance, held_out_auroc, mean_difference
 
 
 def test_auroc_is_scikit_learns_and_counts_ties_half() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from steer_engine.derive.stored_dtype import CODES, decode, encode
+from steer_engine.derive.shard import CODES, decode, encode
 from steer_engine.errors import DerivationError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from steer_engine.derive.subspace import MAX_PASSES, top_direction
+from steer_engine.derive.methods import MAX_PASSES, top_direction
 
 
 def rows(num: int, width: int, ratio: float) -> np.ndarray:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from derive.reading import varied
+from helpers.reading import varied
 
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool
 
@@ -18,7 +18,7 @@ from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_node_dies_and_the_run_finishes(tiny_pool: Pool, tiny_llama: str) -> None:
-    script = Path(__file__).with_name("two_nodes.py")
+    script = Path(__file__).parents[1] / "helpers" / "two_nodes.py"
     done = subprocess.run(
         [sys.executable, "-P", str(script), tiny_llama],
         capture_output=True,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from steer_engine.derive.workers import (
+from steer_engine.derive.actors import (
     CALLS_IN_FLIGHT,
     LOCAL_STARTS,
     MAX_ACTOR_RESTARTS,

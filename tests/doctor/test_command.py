@@ -53,7 +53,7 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "tiny": [tiny_llama, "--json", "--max-num-seqs", "8", "--dtype", "float32", "--steering-fuse-norm"],
         "tiny for people": [tiny_llama, "--memory-only", "--max-num-seqs", "8", "--dtype", "float32"],
     }
-    script = Path(__file__).with_name("examinations.py")
+    script = Path(__file__).parents[1] / "helpers" / "examinations.py"
     command = [sys.executable, "-P", str(script), str(folder / "out.json"), json.dumps(list(runs.values()))]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "NO_COLOR": "1", "COLUMNS": "160"}
     environment |= {"STEER_ENGINE_VECTORS": str(folder)}

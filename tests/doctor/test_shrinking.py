@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from steer_engine.doctor.shrinking import MOST_EXPERTS, blocks_to_probe, rough_size, shrunken
+from steer_engine.vllm.examination import MOST_EXPERTS, blocks_to_probe, rough_size, shrunken
 
 WIDE: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 40}
 

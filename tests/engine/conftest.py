@@ -7,26 +7,23 @@ known before vLLM is imported, so a pytest process has one runner.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 if os.environ.get("STEER_TEST_RUNNER", "v1") == "v2":
-    from interpreted import use_v2_runner
+    from helpers.interpreted import use_v2_runner
 
     use_v2_runner()
 
-from engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, VECTORS, assert_meant, kept, random_vector
-from oracle import Oracle
-from traffic import Start
+from helpers.engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, VECTORS, assert_meant, kept, random_vector
+from helpers.oracle import Oracle
+from helpers.traffic import Start
 
 from steer_engine import LLM
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import FEW, edit, generate, params, sampled, score, steering, tokens
-from engines import RUNNER, random_vector
+from helpers.driving import FEW, edit, generate, params, sampled, score, steering, tokens
+from helpers.engines import RUNNER, random_vector
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
@@ -176,9 +176,9 @@ def test_an_aborted_request_leaves_nothing(tiny: LLM) -> None:
 
 def test_the_store_stays_within_its_budget(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """More distinct vectors than fit: the idle ones make room, come back when they are asked again, and steer right."""
-    from steer_engine.runtime import resident
+    from steer_engine.engine import admission
 
-    monkeypatch.setattr(resident, "PIN_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "PIN_SECONDS", 0.0)
     core = tiny.llm_engine.engine_core.engine_core
     held = core._steer_resident
     monkeypatch.setattr(held, "budget", held.num_bytes + 2500)

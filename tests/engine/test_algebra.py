@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from driving import edit, score, steering, tokens
-from engines import random_vector
+from helpers.driving import edit, score, steering, tokens
+from helpers.engines import random_vector
 
 from steer_engine import LLM
 

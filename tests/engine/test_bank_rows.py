@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import edit, generate, params, sampled, score, steering, tokens
-from engines import RUNNER, SETTINGS, TINY_BLOCKS, kept, random_vector
+from helpers.driving import edit, generate, params, sampled, score, steering, tokens
+from helpers.engines import RUNNER, SETTINGS, TINY_BLOCKS, kept, random_vector
 
 from steer_engine import LLM
-from steer_engine.config import SteeringConfig
 from steer_engine.errors import SteeringRequestError
 from steer_engine.program import PROGRAM_KEY
+from steer_engine.settings import SteeringConfig
 
 NUM_REQUESTS = 64 if RUNNER == "v1" else 16
 BANK_ROWS = 2 * TINY_BLOCKS

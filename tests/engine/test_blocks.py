@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from steer_engine.runtime.vllm.blocks import silenced
+from steer_engine.vllm.blocks import silenced
 
 pytestmark = pytest.mark.v1_only  # no engine
 

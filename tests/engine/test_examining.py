@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from engines import RUNNER
+from helpers.engines import RUNNER
 
 from steer_engine import LLM
-from steer_engine.config import SteeringConfig
-from steer_engine.runtime.vllm.examining import footprint, model_runner
+from steer_engine.settings import SteeringConfig
+from steer_engine.vllm.examination import footprint, model_runner
 
 
 def test_the_footprint_is_what_the_engine_allocated(tiny: LLM) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import edit, score, steering, tokens
-from engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_HIDDEN, kept, random_vector
+from helpers.driving import edit, score, steering, tokens
+from helpers.engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_HIDDEN, kept, random_vector
 
 from steer_engine import LLM
-from steer_engine.config import SteeringConfig
+from steer_engine.settings import SteeringConfig
 
 MIXED = [
     None,

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from driving import edit, generate, steering, tokens
-from engines import RUNNER
+from helpers.driving import edit, generate, steering, tokens
+from helpers.engines import RUNNER
 
 from steer_engine import LLM
-from steer_engine.config import CONFIG_KEY
+from steer_engine.settings import CONFIG_KEY
 
 STEPS = 200 if RUNNER == "v1" else 20  # a step takes seconds where every kernel is interpreted
 
@@ -66,7 +66,7 @@ def test_the_op_is_in_the_compiled_graph(tiny_compiled: LLM) -> None:
 
 def test_a_block_traces_without_a_break_or_a_sync(tiny: LLM) -> None:
     """Full-graph tracing of an armed block's forward on meta tensors: any host sync or break fails here."""
-    from steer_engine.runtime import op
+    from steer_engine.engine import op
 
     def block_with_op(hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = hidden * 2, residual + hidden

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from driving import edit, generate, steering, tokens
-from traffic import Start, core_of
+from helpers.driving import edit, generate, steering, tokens
+from helpers.traffic import Start, core_of
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored, EventPublisher, KVEventBatch
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from driving import params
-from engines import TINY_BLOCKS, VECTORS
-from oracle import Oracle
+from helpers.driving import params
+from helpers.engines import TINY_BLOCKS, VECTORS
+from helpers.oracle import Oracle
+from helpers.traffic import SPECS, Start, asks, assert_right
 from safetensors.torch import save_file
-from traffic import SPECS, Start, asks, assert_right
 from vllm.lora.request import LoRARequest
 
 RANK, ALPHA = 8, 16

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import tokens
-from engines import RUNNER
-from oracle import Oracle
-from traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
+from helpers.driving import tokens
+from helpers.engines import RUNNER
+from helpers.oracle import Oracle
+from helpers.traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
 
 from steer_engine import LLM
 
@@ -124,7 +124,7 @@ def test_compiled(tiny_compiled: LLM, oracle: Oracle) -> None:
 @pytest.mark.slow
 def test_ngram_drafts() -> None:
     """In a process of its own: vLLM can't start another engine in one where ngram drafting has loaded numba."""
-    alone = Path(__file__).with_name("ngram_alone.py")
+    alone = Path(__file__).parents[1] / "helpers" / "ngram_alone.py"
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-W", "ignore", str(alone)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -143,7 +143,7 @@ def test_a_draft_model(start: Start, oracle: Oracle, tiny_llama: str) -> None:
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
 def test_structured_output(start: Start, oracle: Oracle) -> None:
     """Constrained to digits: the tokens obey, and among digits they are as likely as the steered model says."""
-    from driving import params
+    from helpers.driving import params
     from vllm.sampling_params import StructuredOutputsParams
 
     llm = start()
@@ -188,7 +188,7 @@ def test_steering_changes_between_turns(start: Start, oracle: Oracle) -> None:
 @pytest.mark.slow_on_v2
 def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
     """Added one by one while others run, some aborted in the middle: those that finish are right."""
-    from driving import params
+    from helpers.driving import params
 
     llm = start(max_num_batched_tokens=48, max_num_seqs=8, num_gpu_blocks_override=40)
     engine = llm.llm_engine
@@ -215,7 +215,7 @@ def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
 
 @pytest.mark.slow_on_v2
 def test_prompt_logprobs(start: Start, oracle: Oracle) -> None:
-    from driving import prompt_logprobs
+    from helpers.driving import prompt_logprobs
 
     llm = start(max_num_batched_tokens=32, max_num_seqs=8)
     asked = [Ask(ask.prompt, ask.spec, 1) for ask in asks(len(SPECS))]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import FEW, edit, generate, sampled, score, steering, tokens
-from engines import RUNNER
+from helpers.driving import FEW, edit, generate, sampled, score, steering, tokens
+from helpers.engines import RUNNER
 
 from steer_engine import LLM
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import distribution, edit, generate, prompt_logprobs, sampled, steering, tokens
-from engines import TINY_BLOCKS, TINY_VOCAB, random_vector
-from oracle import Oracle
+from helpers.driving import distribution, edit, generate, prompt_logprobs, sampled, steering, tokens
+from helpers.engines import TINY_BLOCKS, TINY_VOCAB, random_vector
+from helpers.oracle import Oracle
 
 from steer_engine import LLM
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import parallel as shared
 import pytest
-from engines import RUNNER_CLASS, TINY_HIDDEN, random_vector
-from oracle import Oracle
-from parallel import WRONG
-from tiny_models import tiny_llama_path
+from helpers import parallel as shared
+from helpers.engines import RUNNER_CLASS, TINY_HIDDEN, random_vector
+from helpers.oracle import Oracle
+from helpers.parallel import WRONG
+from helpers.tiny_models import tiny_llama_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import edit, generate, sampled, steering, tokens
-from engines import RUNNER, random_vector
+from helpers.driving import edit, generate, sampled, steering, tokens
+from helpers.engines import RUNNER, random_vector
 
 from steer_engine import LLM
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import edit, steering
-from engines import RUNNER, SETTINGS, assert_meant, kept
+from helpers.driving import edit, steering
+from helpers.engines import RUNNER, SETTINGS, assert_meant, kept
+from helpers.oracle import Oracle
+from helpers.random_batches import Answer, Request, alone, random_batch, run_together, unsteered
+from helpers.random_specs import BY_DIGEST, HIDDEN_SIZE, NUM_BLOCKS, VECTORS, specs
+from helpers.tiny_models import tiny_llama_path
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
-from random_batches import Answer, Request, alone, random_batch, run_together, unsteered
-from random_specs import BY_DIGEST, HIDDEN_SIZE, NUM_BLOCKS, VECTORS, specs
-from tiny_models import tiny_llama_path
 
 from steer_engine import LLM
-from steer_engine.config import SteeringConfig
+from steer_engine.settings import SteeringConfig
 
 LARGEST, LARGEST_OF_SHORT, LONGEST, SHORT_RUN, LONG_RUN = (64, 64, 8, 3, 40) if RUNNER == "v1" else (64, 4, 2, 1, 1)
 """Requests in a batch of the long test and of the short one, tokens of an answer, and batches of either."""

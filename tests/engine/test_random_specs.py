@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from driving import generate, prompt_logprobs, tokens
-from engines import RUNNER, TINY_BLOCKS, random_vector
+from helpers.driving import generate, prompt_logprobs, tokens
+from helpers.engines import RUNNER, TINY_BLOCKS, random_vector
+from helpers.oracle import Oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
 
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError

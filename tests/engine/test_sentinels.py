@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from driving import edit, params, steering, tokens
-from engines import TINY_BLOCKS
-from traffic import Start
+from helpers.driving import edit, params, steering, tokens
+from helpers.engines import TINY_BLOCKS
+from helpers.traffic import Start
 from transformers import AutoModelForCausalLM
 
 from steer_engine import ControlVector

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import edit, generate, sampled, steering, tokens
-from engines import random_vector
+from helpers.driving import edit, generate, sampled, steering, tokens
+from helpers.engines import random_vector
 
 from steer_engine import LLM, __version__
+from steer_engine.api.frontend import FRESH_SECONDS, Held
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.runtime.held import FRESH_SECONDS, Held
-from steer_engine.runtime.vllm import engine_core, shipping
+from steer_engine.vllm import engine_client, engine_core
 
 PROMPT = tokens(0, 12)
 SPEC = steering(edit("r9", 2.0))
@@ -34,13 +34,13 @@ def clock(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the methods that the engine core is asked for."""
     found: list[str] = []
-    original = shipping.call
+    original = engine_client.call
 
     def call(llm_engine: Any, method: str, *args: Any) -> Any:
         found.append(method)
         return original(llm_engine, method, *args)
 
-    monkeypatch.setattr(shipping, "call", call)
+    monkeypatch.setattr(engine_client, "call", call)
     return found
 
 
@@ -60,7 +60,7 @@ def test_a_vector_is_sent_once_and_asked_for_later(tiny: LLM, clock: list[float]
 
 def test_a_vector_that_another_process_pushed_out_comes_back(tiny: LLM, clock: list[float], calls: list[str]) -> None:
     first = answer(tiny)
-    assert shipping.call(tiny.llm_engine, "steer_drop", DIGEST) == {"ok": True}
+    assert engine_client.call(tiny.llm_engine, "steer_drop", DIGEST) == {"ok": True}
     clock[0] += FRESH_SECONDS
     calls.clear()
     assert answer(tiny) == first != answer(tiny, None)
@@ -87,14 +87,14 @@ FIRST, SECOND = worker(0, 1), worker(2, 3)
 
 @pytest.mark.parametrize("workers", [(WHOLE,), (WHOLE, WHOLE), (FIRST, SECOND), (FIRST, FIRST, SECOND, SECOND)])
 def test_statuses_of_several_engines_are_one(workers: tuple[dict[str, Any], ...]) -> None:
-    merged = shipping.check_status([status(*workers), status(*workers)])
+    merged = engine_client.check_status([status(*workers), status(*workers)])
     assert [each["engine"] for each in merged["workers"]] == [0] * len(workers) + [1] * len(workers)
 
 
 def test_a_stage_may_have_no_armed_block() -> None:
     few = [worker(0, 1, asked=(2,)), worker(2, 3, asked=(2,))]
     assert few[0]["armed_blocks"] == []
-    shipping.check_status([status(*few)])
+    engine_client.check_status([status(*few)])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_stage_may_have_no_armed_block() -> None:
 )
 def test_workers_that_are_not_armed_between_them_are_refused(workers: tuple[dict[str, Any], ...], why: str) -> None:
     with pytest.raises(UnsupportedEngineError, match=why):
-        shipping.check_status([status(WHOLE), status(*workers)])
+        engine_client.check_status([status(WHOLE), status(*workers)])
 
 
 class Stages:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import FEW, fill_the_bank, silent, tokens
-from engines import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
+from helpers.driving import FEW, fill_the_bank, silent, tokens
+from helpers.engines import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
 
 from steer_engine import LLM
 
@@ -32,7 +32,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
         folder = tmp_path_factory.mktemp("alone")
         settings = {"model": model, "llm": llm_settings, "prompts": PROMPTS, "params": ANSWER, "armed": armed}
         (folder / "settings.json").write_text(json.dumps(settings))
-        script = Path(__file__).with_name("own_process.py")
+        script = Path(__file__).parents[1] / "helpers" / "own_process.py"
         command = [sys.executable, "-P", str(script), str(folder / "settings.json"), str(folder / "out.npz")]
         subprocess.run(command, check=True, timeout=280)
         saved = np.load(folder / "out.npz")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import SETTINGS
-from tiny_models import tiny_llama_path
+from helpers.engines import SETTINGS
+from helpers.tiny_models import tiny_llama_path
 from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -17,12 +17,11 @@ from vllm.model_executor.model_loader import get_model
 from vllm.sequence import IntermediateTensors
 
 from steer_engine import LLM
-from steer_engine.config import SteeringConfig
+from steer_engine.engine.stream import StreamForm
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.runtime.stream import StreamForm
-from steer_engine.runtime.vllm.arming import arm, runtime_of
-from steer_engine.runtime.vllm.blocks import find_blocks
-from steer_engine.runtime.vllm.stage import Stage, stream_after
+from steer_engine.settings import SteeringConfig
+from steer_engine.vllm.arming import arm, runtime_of
+from steer_engine.vllm.blocks import Stage, find_blocks, stream_after
 
 pytestmark = pytest.mark.v1_only  # loading a model is the same for both runners
 

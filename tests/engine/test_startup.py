@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 import vllm
-from driving import edit, generate, sampled, steering, tokens
-from engines import SETTINGS, kept, random_vector
+from helpers.driving import edit, generate, sampled, steering, tokens
+from helpers.engines import SETTINGS, kept, random_vector
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from steer_engine import LLM
-from steer_engine.config import CONFIG_KEY, SteeringConfig
 from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
-from steer_engine.runtime.vllm import symbols
-from steer_engine.runtime.vllm.patching import Symbol, check_symbols, wrap
-from steer_engine.runtime.vllm.register import register
-from steer_engine.runtime.vllm.supported import check_supported
+from steer_engine.settings import CONFIG_KEY, SteeringConfig
+from steer_engine.vllm import engine_symbols
+from steer_engine.vllm.patching import Symbol, check_symbols, wrap
+from steer_engine.vllm.plugin import register
+from steer_engine.vllm.supported import check_supported
 
 
 def test_every_symbol_is_as_we_know_it() -> None:
-    known = symbols.all_symbols()
+    known = engine_symbols.all_symbols()
     assert len(known) >= 20
     check_symbols(known, vllm.__version__)
 
@@ -44,7 +44,7 @@ def test_an_unknown_vllm_is_named(symbol: Symbol, words: str) -> None:
 
 
 def test_registering_twice_wraps_once() -> None:
-    owner, name = symbols.all_symbols()[0].owner()
+    owner, name = engine_symbols.all_symbols()[0].owner()
     before = getattr(owner, name)
     register()
     assert getattr(owner, name) is before
@@ -55,10 +55,10 @@ def test_wrapping_keeps_the_original_reachable() -> None:
         def method(self) -> int:
             return 1
 
-    import steer_engine.runtime.vllm.patching as patching
+    import steer_engine.vllm.patching as patching
 
     patching.Thing = Thing  # type: ignore[attr-defined]
-    symbol = Symbol("steer_engine.runtime.vllm.patching:Thing.method")
+    symbol = Symbol("steer_engine.vllm.patching:Thing.method")
     make: Callable[..., Any] = lambda original: lambda self: original(self) + 1  # noqa: E731
     wrap(symbol, make)
     wrap(symbol, make)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import parallel as shared
 import pytest
-from engines import RUNNER_CLASS, TINY_BLOCKS, TINY_HIDDEN, VECTORS
-from oracle import Oracle
-from parallel import WRONG
+from helpers import parallel as shared
+from helpers.engines import RUNNER_CLASS, TINY_BLOCKS, TINY_HIDDEN, VECTORS
+from helpers.oracle import Oracle
+from helpers.parallel import WRONG
 
 pytestmark = [pytest.mark.slow, pytest.mark.v1_only, pytest.mark.timeout(600)]
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 if os.environ.get("STEER_TEST_RUNNER") == "v2":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-    from interpreted import use_v2_runner
+    from helpers.interpreted import use_v2_runner
 
     use_v2_runner()
 

@@ -13,10 +13,8 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+from steer_engine.cli.evaluate import calibrate_command, eval_command, paper_command
 from steer_engine.errors import EvaluationError, SteerError
-from steer_engine.evaluate.calibrate_command import calibrate_command
-from steer_engine.evaluate.eval_command import eval_command
-from steer_engine.evaluate.paper_command import paper_command
 from steer_engine.vectors import ControlVector, VectorMetadata, load, save
 
 COMMANDS = {"eval": eval_command, "paper": paper_command, "calibrate": calibrate_command}

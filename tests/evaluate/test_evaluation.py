@@ -14,14 +14,12 @@ import pytest
 
 from steer_engine import LLM, ControlVector
 from steer_engine.errors import EvaluationError, ModelMismatchError
-from steer_engine.evaluate.calibration import calibrated
-from steer_engine.evaluate.contrasts import contrasts, with_shuffled_labels
-from steer_engine.evaluate.controls import random_like
+from steer_engine.evaluate.conditions import contrasts, random_like, with_shuffled_labels
 from steer_engine.evaluate.evaluation import Evaluation
-from steer_engine.evaluate.files import write_results
-from steer_engine.evaluate.outcome import Outcome
+from steer_engine.evaluate.outcome import Outcome, calibrated
 from steer_engine.evaluate.paper import HEADS, markdown, run_paper
 from steer_engine.evaluate.plan import Plan, Recipe
+from steer_engine.evaluate.report import write_results
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.tasks import Item, Sizes, Task, load_task
 

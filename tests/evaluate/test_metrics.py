@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from steer_engine.evaluate.metrics import choice_metrics, exact_metrics, shift_metrics
+from steer_engine.evaluate.statistics import choice_metrics, exact_metrics, shift_metrics
 
 VOCABULARY = 50_000
 EPSILON = float(np.finfo(np.float64).eps)

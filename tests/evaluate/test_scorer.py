@@ -14,10 +14,10 @@ from scipy import special, stats
 
 from steer_engine import LLM, ControlVector
 from steer_engine.errors import EvaluationError, SteeringRequestError
-from steer_engine.evaluate.condition import BASELINE, Condition
+from steer_engine.evaluate.conditions import BASELINE, Condition
 from steer_engine.evaluate.encode import Encoder, Question
+from steer_engine.evaluate.evaluation import neutral_texts
 from steer_engine.evaluate.journal import Journal
-from steer_engine.evaluate.neutral import neutral_texts
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import mcnemar
 from steer_engine.evaluate.sweep import sweep

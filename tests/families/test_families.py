@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import edit, generate, prompt_logprobs, sampled, steering
-from engines import SETTINGS
-from families import ANSWER, FORM, PROMPT, SCALE, directions
+from helpers.driving import edit, generate, prompt_logprobs, sampled, steering
+from helpers.engines import SETTINGS
+from helpers.families import ANSWER, FORM, PROMPT, SCALE, directions
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from steer_engine import LLM
@@ -36,7 +36,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     """Checkpoint, ids and logprobs of an architecture, see families.py; all of this run are made in one process."""
     folder = tmp_path_factory.mktemp("families")
     wanted = sorted({item.callspec.params["name"] for item in request.session.items if item.module is request.module})
-    script = Path(__file__).with_name("families.py")
+    script = Path(__file__).parents[1] / "helpers" / "families.py"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     subprocess.run([sys.executable, "-P", str(script), str(folder), *wanted], check=True, env=environment, timeout=280)
 

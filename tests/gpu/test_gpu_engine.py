@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_llama_path
+from helpers.gpu_settings import MODEL, REHEARSAL, VECTORS
+from helpers.tiny_models import tiny_llama_path
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from steer_engine import LLM, resolve_model
-
-from .conftest import MODEL, REHEARSAL, VECTORS
 
 TOKENS = 24
 PROMPTS = [[int(t) for t in np.random.default_rng(seed).integers(1000, 40000, 12 + 3 * seed)] for seed in range(8)]
@@ -182,7 +181,7 @@ def in_own_process(model: str, *, steered: bool, **settings: Any) -> list[tuple[
 import json, sys
 if __name__ == "__main__":
     sys.path[:0] = {[os.path.dirname(os.path.dirname(__file__))]!r}
-    from gpu.conftest import SETTINGS, VECTORS
+    from helpers.gpu_settings import SETTINGS, VECTORS
     from gpu.test_gpu_engine import SPECS, run, said
     settings = SETTINGS | {settings!r}
     if {steered}:

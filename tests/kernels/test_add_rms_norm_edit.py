@@ -7,16 +7,28 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from helpers.cases import (
+    DTYPES,
+    NUM_ENTRIES,
+    NUM_SITES,
+    SITE,
+    SIZES,
+    Case,
+    Program,
+    adds,
+    build,
+    mixes,
+    single_operations,
+)
+from helpers.kernel_check import FAR_ABOVE, assert_captured, oracle_of
+from helpers.kernel_oracle import rms_norm, store_error, to_float64
+from helpers.kernel_process import Process
+from helpers.ptx_machine import Machine, Traffic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steer_kernels.launch_table import LAUNCH_TABLE, MAX_NORMED_BYTES
 from steer_kernels.reference import add_rms_norm_edit_reference, rows_view
 
-from .cases import DTYPES, NUM_ENTRIES, NUM_SITES, SITE, SIZES, Case, Program, adds, build, mixes, single_operations
-from .check import FAR_ABOVE, assert_captured, oracle_of
-from .conftest import Process
-from .oracle import rms_norm, store_error, to_float64
-from .ptx_machine import Machine, Traffic
 from .test_compile import TARGETS
 from .test_edit_residual import INTERPRETED_ULPS
 

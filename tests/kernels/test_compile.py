@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.kernel_process import Process
 from steer_kernels.launch_table import LAUNCH_TABLE, MAX_HIDDEN_SIZE, launch_for
-
-from .conftest import Process
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The slot, the count, the position and the first 16 bytes of the one entry.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import DTYPES, NUM_ENTRIES, SITE, SIZES, Case, Program, Step, adds, build, mixes, single_operations
+from helpers.kernel_check import FAR_ABOVE, assert_matches, oracle_of
+from helpers.kernel_process import Process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference
-
-from .cases import DTYPES, NUM_ENTRIES, SITE, SIZES, Case, Program, Step, adds, build, mixes, single_operations
-from .check import FAR_ABOVE, assert_matches, oracle_of
-from .conftest import Process
 
 # The interpreter truncates float32 to bfloat16, where hardware rounds to the nearest.
 INTERPRETED_ULPS = {torch.float32: 0.5, torch.float16: 0.5, torch.bfloat16: 1.0}

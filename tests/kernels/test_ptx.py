@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cases import DTYPES, NUM_ENTRIES, NUM_SITES, SITE, Case, Program, Step, adds, build, single_operations
+from helpers.kernel_check import FAR_ABOVE, assert_matches, oracle_of
+from helpers.kernel_process import Process
+from helpers.ptx_machine import Machine, Traffic
 from steer_kernels.reference import edit_residual_reference
-
-from .cases import DTYPES, NUM_ENTRIES, NUM_SITES, SITE, Case, Program, Step, adds, build, single_operations
-from .check import FAR_ABOVE, assert_matches, oracle_of
-from .conftest import Process
-from .ptx_machine import Machine, Traffic
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 

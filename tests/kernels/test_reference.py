@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
+from helpers.cases import DTYPES, NUM_ENTRIES, SITE, SIZES, Case, Program, Step, adds, build, mixes, single_operations
+from helpers.kernel_check import FAR_ABOVE, assert_matches, oracle_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference, rows_view
-
-from .cases import DTYPES, NUM_ENTRIES, SITE, SIZES, Case, Program, Step, adds, build, mixes, single_operations
-from .check import FAR_ABOVE, assert_matches, oracle_of
 
 
 def edit(case: Case) -> torch.Tensor:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.kernel_process import Process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steer_kernels.reference import route_rows_reference
 from steer_kernels.tables import MAX_POSITION, Tables
-
-from .conftest import Process
 
 NUM_STATES = 9
 

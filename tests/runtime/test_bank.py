@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from steer_engine.engine.bank import Bank
 from steer_engine.program import Row, RowKey
-from steer_engine.runtime.bank import Bank
 
 NUM_ROWS = 6
 HIDDEN_SIZE = 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from steer_engine.engine.admission import PATIENCE_SECONDS, BankQueue
 from steer_engine.program import Row, RowKey
-from steer_engine.runtime.bank_queue import PATIENCE_SECONDS, BankQueue
 
 
 @dataclass(frozen=True)

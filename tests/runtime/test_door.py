@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from steer_engine.api.drain import Door
 from steer_engine.errors import CapacityError
-from steer_engine.runtime.door import Door
 
 
 def test_who_is_inside_may_leave_and_nobody_comes_in() -> None:

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.random_specs import HIDDEN_SIZE, NUM_BLOCKS, as_compiled, resolved, specs
+from helpers.stepping import changed, edited, new_runtime, program, route, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_specs import HIDDEN_SIZE, NUM_BLOCKS, as_compiled, resolved, specs
 from steer_kernels.reference import edit_residual_reference
 
 from steer_engine.program import Program
-
-from .stepping import changed, edited, new_runtime, program, route, stream
 
 U32 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

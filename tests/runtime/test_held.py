@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from steer_engine.runtime.held import FRESH_SECONDS, Held
-from steer_engine.runtime.resident import PIN_SECONDS
+from steer_engine.api.frontend import FRESH_SECONDS, Held
+from steer_engine.engine.admission import PIN_SECONDS
 
 
 class Clock:

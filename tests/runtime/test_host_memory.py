@@ -13,7 +13,7 @@ STEPS = """
 import resource
 import sys
 import numpy as np
-from steer_engine.runtime.host_memory import keep_freed_memory
+from steer_engine.vllm.arming import keep_freed_memory
 
 def step():
     buffers = [np.ones(20 << 20, np.uint8) for _ in range(6)]

@@ -7,12 +7,11 @@ import time
 from typing import Any
 
 import pytest
+from helpers.random_specs import VECTORS, covers, resolved, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_specs import VECTORS, covers, resolved, specs
 
-from steer_engine.program import PROGRAM_KEY, Program
-from steer_engine.runtime.identity import KEY_TAG, block_key
+from steer_engine.program import KEY_TAG, PROGRAM_KEY, Program, block_key
 from steer_engine.spec import parse_spec
 
 BLOCK = 4

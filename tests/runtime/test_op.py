@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.stepping import HIDDEN_SIZE, MAX_TOKENS, new_runtime, program, route, stream
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from steer_engine.runtime import op
-
-from .stepping import HIDDEN_SIZE, MAX_TOKENS, new_runtime, program, route, stream
+from steer_engine.engine import op
 
 OP = torch.ops.steer_engine.edit_residual.default
 Model = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from random_specs import (
+from helpers.random_specs import (
     BY_DIGEST,
     HIDDEN_SIZE,
     MODEL,
@@ -24,14 +22,14 @@ from random_specs import (
     row_of,
     specs,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
 from steer_kernels.tables import Tables, decode_entry
 
+from steer_engine.engine.bank import Bank, Programs, Store
 from steer_engine.program import Entry as ProgramEntry
 from steer_engine.program import Program, RowKey, Sites
-from steer_engine.runtime.bank import Bank
-from steer_engine.runtime.programs import Programs
-from steer_engine.runtime.store import Store
 from steer_engine.spec import parse_spec
 
 U32 = 2.0**-24

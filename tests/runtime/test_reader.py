@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from random_specs import NUM_BLOCKS
+from helpers.random_specs import NUM_BLOCKS
+from helpers.stepping import HIDDEN_SIZE, changed, edited, new_runtime, program, route, stream
 
+from steer_engine.engine.capture_buffer import Reader
+from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Capture
-from steer_engine.runtime.engine_runtime import EngineRuntime
-from steer_engine.runtime.reader import Reader
-
-from .stepping import HIDDEN_SIZE, changed, edited, new_runtime, program, route, stream
 
 CAPTURE_BLOCKS = (1, 3)
 

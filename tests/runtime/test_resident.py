@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from steer_engine.config import EngineLimits
-from steer_engine.runtime.resident import PIN_SECONDS, Resident
+from steer_engine.engine.admission import PIN_SECONDS, Resident
+from steer_engine.settings import EngineLimits
 
 LATER = PIN_SECONDS + 1
 

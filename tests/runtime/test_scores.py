@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import special, stats
 
+from steer_engine.engine.scores import Scores, divergence, entropy
 from steer_engine.program import Program, Score
-from steer_engine.runtime.scores import Scores, divergence, entropy
 
 VOCABULARY = 50_000
 EPSILON = float(np.finfo(np.float64).eps)

@@ -7,8 +7,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from steer_engine.engine.bank import Store
 from steer_engine.program import RowKey
-from steer_engine.runtime.store import Store
 from steer_engine.vectors import ControlVector
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from steer_engine.engine.stream import ProbeRows, StreamForm, disturb, shape_of, stream_form
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.runtime.stream import ProbeRows, StreamForm, disturb, shape_of, stream_form
 
 HIDDEN_SIZE = 48
 NUM_BLOCKS = 5

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving.asking import STRONG
-from serving.living import ADMIN, INFERENCE, along
-from serving.otlp_receiver import OtlpReceiver
-from serving.server_process import Server, steer_engine_serve
+from helpers.asking import STRONG
+from helpers.living import ADMIN, INFERENCE, along
+from helpers.otlp_receiver import OtlpReceiver
+from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector, VectorMetadata, save
 from steer_engine.vectors.safetensors_format import to_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_engine.serving.admin_keys import FILE_ENV, HEADER, KEYS_ENV, AdminKeys
+from steer_engine.api.routing import FILE_ENV, HEADER, KEYS_ENV, AdminKeys
 
 OLD, NEW = "old-key-0123456789", "new-key-0123456789"
 

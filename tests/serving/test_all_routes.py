@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from serving.asking import CARRYING, MODEL, STRONG
-from serving.server_process import Server
+from helpers.asking import CARRYING, MODEL, STRONG
+from helpers.server_process import Server
 
-from steer_engine.serving.middleware import CARRYING_PATHS, OWN_PREFIX
+from steer_engine.api.middleware import CARRYING_PATHS, OWN_PREFIX
 
 WITH_BODIES = {"POST", "PUT", "PATCH", "DELETE"}
 

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from serving.asking import CARRYING, MODEL, STRONG, Endpoint
-from serving.server_process import FINISHED, Server
+from helpers.asking import CARRYING, MODEL, STRONG, Endpoint
+from helpers.server_process import FINISHED, Server
 
 EDIT = STRONG["edits"][0]
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving.server_process import Server, steer_engine_serve
+from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes

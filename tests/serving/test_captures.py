@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from helpers.living import HIDDEN_SIZE, NUM_BLOCKS, along
+from helpers.server_process import Server, steer_engine_serve
 from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
-from serving.living import HIDDEN_SIZE, NUM_BLOCKS, along
-from serving.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors.safetensors_format import to_bytes
 
@@ -59,7 +59,7 @@ def offline(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFact
     task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "asked": ASKED}
     source, target = folder / "task.json", folder / "rows.npz"
     source.write_text(json.dumps(task))
-    script = Path(__file__).with_name("offline_rows.py")
+    script = Path(__file__).parents[1] / "helpers" / "offline_rows.py"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     subprocess.run([sys.executable, "-P", str(script), str(source), str(target)], check=True, env=environment)
     with np.load(target) as rows:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from serving.asking import CARRYING, MODEL, STREAMING, STRONG, TOKENS_PATH, Endpoint, events
-from serving.server_process import Server
+from helpers.asking import CARRYING, MODEL, STREAMING, STRONG, TOKENS_PATH, Endpoint, events
+from helpers.server_process import Server
 
-from steer_engine.serving.middleware import CARRYING_PATHS
+from steer_engine.api.middleware import CARRYING_PATHS
 from steer_engine.vectors import ControlVector
 
 endpoints = pytest.mark.parametrize("endpoint", CARRYING.values(), ids=lambda each: each.path)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from serving.living import ADMIN, INFERENCE, along, complete, tokens
-from serving.server_process import Server
+from helpers.living import ADMIN, INFERENCE, along, complete, tokens
+from helpers.server_process import Server
 from typer.testing import CliRunner
 
-from steer_engine.cli import app
-from steer_engine.commands.remote import ADMIN_ENV, KEY_ENVS, URL_ENV
+from steer_engine.cli.main import app
+from steer_engine.cli.registry import ADMIN_ENV, KEY_ENVS, URL_ENV
 from steer_engine.errors import RegistryError, SteeringRequestError, VectorFileError
 from steer_engine.vectors import load, save
 

@@ -7,8 +7,8 @@ import subprocess
 
 import openai
 import pytest
-from serving.asking import CHAT, COMPLETIONS, MESSAGES, MODEL, PROMPT, STRONG
-from serving.server_process import Server
+from helpers.asking import CHAT, COMPLETIONS, MESSAGES, MODEL, PROMPT, STRONG
+from helpers.server_process import Server
 
 EXTRA = {"steering": STRONG}
 

@@ -11,16 +11,17 @@ import numpy as np
 import psutil
 import pytest
 
-from steer_engine.config import CONFIG_KEY, SteeringConfig
+from steer_engine.api import background
+from steer_engine.cli import serve
 from steer_engine.errors import SteerError, UnsupportedEngineError, VectorFileError
-from steer_engine.serving import command, mirroring
+from steer_engine.settings import CONFIG_KEY, SteeringConfig
 from steer_engine.vectors import ControlVector, save
 from steer_engine.vectors.mirror import STATE
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", mirroring.URL_ENV, mirroring.SECONDS_ENV)
+    own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", background.URL_ENV, background.SECONDS_ENV)
     for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *own):
         # Set first, so that what the command itself sets is undone too.
         monkeypatch.setenv(name, "")
@@ -32,12 +33,12 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def parsed(*argv: str) -> Any:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    return command._parser(ServeSubcommand()).parse_args(["serve", *argv])
+    return serve._parser(ServeSubcommand()).parse_args(["serve", *argv])
 
 
 def armed(*argv: str) -> Any:
     args = parsed(*argv)
-    command.arm(args)
+    serve.arm(args)
     return args
 
 
@@ -63,7 +64,7 @@ def test_other_models_and_names_stay_as_they_are() -> None:
 def test_defaults_arm_everything(tmp_path: Path) -> None:
     args = armed("org/model")
     assert SteeringConfig.from_additional_config(args.additional_config) == SteeringConfig()
-    assert args.shutdown_timeout == command.SHUTDOWN_TIMEOUT_S
+    assert args.shutdown_timeout == serve.SHUTDOWN_TIMEOUT_S
     assert os.environ["STEER_ENGINE_VECTORS"] == str(tmp_path / "data" / "steer-engine" / "vectors")
     assert Path(os.environ["STEER_ENGINE_VECTORS"]).is_dir()
     assert "STEER_ENGINE_STRICT" not in os.environ
@@ -100,8 +101,8 @@ def test_flags_may_come_from_a_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["--steering-block", "--steering", "--steering-vec=x", "--steering_row"])
 def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
     with pytest.raises(UnsupportedEngineError, match="--steering-blocks"):
-        command._refuse_unknown_flags(["org/model", flag])
-    command._refuse_unknown_flags(["org/model", "--steering-blocks=1", "--steering_rows", "2", "--strange"])
+        serve._refuse_unknown_flags(["org/model", flag])
+    serve._refuse_unknown_flags(["org/model", "--steering-blocks=1", "--steering_rows", "2", "--strange"])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
 def test_mistakes_are_one_sentence(argv: list[str], says: str) -> None:
     args = parsed("org/model", *argv)
     with pytest.raises(SteerError) as refused:
-        command.arm(args)
+        serve.arm(args)
     assert says in refused.value.message
     assert "\n" not in refused.value.message
 
@@ -129,7 +130,7 @@ def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     args = parsed("org/model")
     with pytest.raises(UnsupportedEngineError, match="VLLM_USE_RUST_FRONTEND"):
-        command.arm(args)
+        serve.arm(args)
 
 
 def test_strict_names_the_broken_file_before_anything_starts(tmp_path: Path) -> None:
@@ -140,13 +141,13 @@ def test_strict_names_the_broken_file_before_anything_starts(tmp_path: Path) -> 
 
 
 def test_all_plugins_that_would_load_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    command._name_plugins()
+    serve._name_plugins()
     assert "steer_engine" in os.environ["VLLM_PLUGINS"].split(",")
     monkeypatch.setenv("VLLM_PLUGINS", "other,steer_engine")
-    command._name_plugins()
+    serve._name_plugins()
     assert os.environ["VLLM_PLUGINS"] == "other,steer_engine"
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    command._name_plugins()
+    serve._name_plugins()
     assert os.environ["VLLM_PLUGINS"] == "steer_engine"
 
 
@@ -178,8 +179,8 @@ def test_a_mirror_is_copied_before_the_folder_is_read(tmp_path: Path) -> None:
     flags = ("org/model", "--steering-vectors", str(here), "--steering-mirror", f"file://{there}")
     armed(*flags, "--steering-strict", "--steering-mirror-seconds", "2")
     assert (here / "north.safetensors").exists()
-    assert os.environ[mirroring.URL_ENV] == f"file://{there}"
-    assert float(os.environ[mirroring.SECONDS_ENV]) == 2
+    assert os.environ[background.URL_ENV] == f"file://{there}"
+    assert float(os.environ[background.SECONDS_ENV]) == 2
     there.rename(tmp_path / "away")
     armed(*flags)  # it was copied before
     (here / STATE).unlink()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from deploy.monitoring import PROMETHEUS, metrics_of, panel_queries, rules
-from serving.asking import COMPLETIONS, STRONG
-from serving.server_process import Server, free_port
+from helpers.asking import COMPLETIONS, STRONG
+from helpers.monitoring import PROMETHEUS, metrics_of, panel_queries, rules
+from helpers.server_process import Server, free_port
 
 PROMETHEUS_BINARY = shutil.which("prometheus")
 SCRAPE_SECONDS = 30

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer_engine.api.request_field import mentions_steering, steering_of
 from steer_engine.errors import SteeringRequestError
-from steer_engine.serving.request_field import mentions_steering, steering_of
 from steer_engine.spec import parse_spec
 from steer_engine.vectors.safetensors_format import from_bytes
 

@@ -17,11 +17,11 @@ import numpy as np
 import uvicorn
 from serving.test_registry_routes import ADMIN, KEY, MODEL, app_of
 
-from steer_engine.serving.admin_keys import AdminKeys
-from steer_engine.serving.api_limits import ApiLimits
+from steer_engine.api.routing import AdminKeys
+from steer_engine.settings import ApiLimits
 from steer_engine.vectors import ControlVector, Registry
 from steer_engine.vectors.safetensors_format import to_bytes
-from steer_engine.vectors.shelf import FOLDER
+from steer_engine.vectors.uploaded import FOLDER
 
 MOMENTS, CLIENTS, NAMES = 50, 3, 3
 WIDTH = 4096

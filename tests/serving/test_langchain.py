@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from serving.asking import MODEL
-from serving.server_process import STEERED, Server
+from helpers.asking import MODEL
+from helpers.server_process import STEERED, Server
 
 LANGCHAIN = os.environ.get("LANGCHAIN_PYTHON")
 """A Python that has langchain-openai."""

@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from serving import browser
-from serving.browser import Page
-from serving.living import (
+from helpers import browser
+from helpers.browser import Page
+from helpers.living import (
     ADMIN,
     HIDDEN_SIZE,
     INFERENCE,
@@ -32,8 +32,8 @@ from serving.living import (
     spec,
     tokens,
 )
-from serving.otlp_receiver import OtlpReceiver
-from serving.server_process import Server, steer_engine_serve
+from helpers.otlp_receiver import OtlpReceiver
+from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.asking import MODEL
-from serving.server_process import STEERED, Server
+from helpers.asking import MODEL
+from helpers.server_process import STEERED, Server
 
 LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
 """Its console script; it needs an environment of its own (`pip install "lm_eval[api]" transformers`)."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from steer_engine.serving import metrics
+from steer_engine.api import metrics
 
 
 def worker(engine: int, **numbers: int) -> dict[str, Any]:

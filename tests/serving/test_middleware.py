@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from steer_engine.runtime.door import Door
-from steer_engine.serving import told
-from steer_engine.serving.middleware import CARRYING_PATHS, Receive, Scope, Send, SteeringMiddleware
+from steer_engine.api import answers
+from steer_engine.api.drain import Door
+from steer_engine.api.middleware import CARRYING_PATHS, Receive, Scope, Send, SteeringMiddleware
 
 SPEC = {"edits": [{"vector": "cheerful"}]}
 CARRYING = "/v1/chat/completions"
@@ -34,7 +34,7 @@ class App:
                 break
         self.bodies.append(body)
         if self.hook:
-            note = told.begin()
+            note = answers.begin()
             note.report, note.retry_after = self.report, self.retry_after
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"a", b"b")]})
         await send({"type": "http.response.body", "body": b"first ", "more_body": True})
@@ -199,9 +199,9 @@ async def test_a_body_in_pieces_is_read_whole_and_listening_goes_on() -> None:
 
 
 async def test_concurrent_requests_do_not_see_each_other() -> None:
-    assert told.current.get() is None
+    assert answers.current.get() is None
     await post(App(report={"digest": "sha256:ab", "edits": []}), CARRYING, body(steering=SPEC))
-    assert told.current.get() is None
+    assert answers.current.get() is None
     answer = await post(App(hook=False), CARRYING, body(prompt="x"))
     assert "x-steering" not in answer.headers
 
@@ -248,7 +248,7 @@ async def test_the_model_of_an_invocation_is_kept_for_the_hook(content: bytes, m
     notes = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        notes.append(told.current.get())
+        notes.append(answers.current.get())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 

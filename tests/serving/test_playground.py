@@ -10,19 +10,19 @@ from urllib.parse import quote, unquote
 import httpx
 import pytest
 from fastapi import FastAPI
-from serving import browser
-from serving.asking import STRONG
-from serving.browser import Page
-from serving.server_process import Server
+from helpers import browser
+from helpers.asking import STRONG
+from helpers.browser import Page
+from helpers.server_process import Server
 
-from steer_engine.serving import playground
+from steer_engine.api import routes
 
 with_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 
 
 async def test_the_page_and_its_parts_come_from_here_and_from_nowhere_else() -> None:
     app = FastAPI()
-    app.include_router(playground.router)
+    app.include_router(routes.router)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
         page = await client.get("/playground")
         assert page.headers["content-type"].startswith("text/html")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steer_engine.serving.preset_model import split_model
+from steer_engine.api.request_field import split_model
 
 SERVED = {"base", "org/model:v1", "org/model", "lora"}
 

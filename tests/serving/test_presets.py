@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import openai
 import pytest
-from serving.asking import CARRYING, MODEL, STREAMING, STRONG, TOKENS, Endpoint, events
-from serving.server_process import Server
+from helpers.asking import CARRYING, MODEL, STREAMING, STRONG, TOKENS, Endpoint, events
+from helpers.server_process import Server
 
 endpoints = pytest.mark.parametrize("endpoint", CARRYING.values(), ids=lambda each: each.path)
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from steer_engine.api.background import REFRESH_SECONDS, QueueLength
 from steer_engine.errors import CapacityError
-from steer_engine.serving.queue_length import REFRESH_SECONDS, QueueLength
 
 
 class Engine:

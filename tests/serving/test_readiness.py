@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from steer_engine.api.background import Readiness
 from steer_engine.errors import CapacityError, UnsupportedEngineError
-from steer_engine.serving.readiness import Readiness
 
 
 class Engine:

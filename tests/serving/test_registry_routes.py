@@ -17,20 +17,18 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from steer_engine.config import ALL_OPS, EngineLimits, Limits
-from steer_engine.limits import NamedLimits
+from steer_engine.api import registry_routes, routes
+from steer_engine.api.drain import Door
+from steer_engine.api.middleware import SteeringMiddleware
+from steer_engine.api.registry_routes import Uploads
+from steer_engine.api.routing import HEADER, KEYS_ENV, AdminKeys
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
-from steer_engine.runtime.door import Door
-from steer_engine.serving import preset_routes, routes, vector_routes
-from steer_engine.serving.admin_keys import HEADER, KEYS_ENV, AdminKeys
-from steer_engine.serving.api_limits import ApiLimits
-from steer_engine.serving.middleware import SteeringMiddleware
-from steer_engine.serving.upload import Uploads
+from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits, NamedLimits
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
-from steer_engine.vectors.inline import InlineVectors
+from steer_engine.vectors.loaded import InlineVectors
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
-from steer_engine.vectors.shelf import ShelfLimits
+from steer_engine.vectors.uploaded import ShelfLimits
 
 KEY = "an-admin-key-of-a-test"
 ADMIN = {HEADER: KEY}
@@ -62,7 +60,7 @@ def one(value: float, *, width: int = 8, block: int = 1) -> ControlVector:
 
 def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
     app = FastAPI()
-    for module in (routes, vector_routes, preset_routes):
+    for module in (routes, registry_routes, registry_routes):
         app.include_router(module.router)
     frontend = Frontend(registry)
     app.add_middleware(SteeringMiddleware, door=frontend.door)

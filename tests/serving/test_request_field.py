@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from steer_engine.api.request_field import mentions_steering, steering_of
 from steer_engine.errors import SteeringRequestError
-from steer_engine.serving.request_field import mentions_steering, steering_of
 
 SPEC: dict[str, Any] = {"edits": [{"vector": "cheerful"}]}
 

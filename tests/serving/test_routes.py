@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serving.asking import MODEL
-from serving.server_process import Server
+from helpers.asking import MODEL
+from helpers.server_process import Server
 
 import steer_engine
 from steer_engine.vectors import ControlVector

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from steer_engine.runtime.door import Door
-from steer_engine.serving.vllm.shutdown import LINGER_SECONDS, _wait_for_all
+from steer_engine.api.drain import Door
+from steer_engine.vllm.shutdown import LINGER_SECONDS, _wait_for_all
 
 
 @pytest.mark.parametrize("stays", [0.0, 0.6])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from steer_engine.serving.streaming import with_report
+from steer_engine.api.streaming import with_report
 
 REPORT = {"digest": "sha256:00", "edits": [{"name": "cheerful", "scale": 1.5}]}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.runtime.vllm.patching import Symbol, check_symbols
-from steer_engine.serving.vllm import symbols
-from steer_engine.serving.vllm.register import hook_serving, register
+from steer_engine.vllm import symbols
+from steer_engine.vllm.patching import Symbol, check_symbols
+from steer_engine.vllm.plugin import hook_serving
+from steer_engine.vllm.plugin import register_serving as register
 
 
 @pytest.mark.parametrize("symbol", [*symbols.WRAPPED, *symbols.USED, *symbols.COMMAND], ids=lambda s: s.path)

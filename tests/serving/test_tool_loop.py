@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.living import along, spec
-from serving.server_process import Server, steer_engine_serve
+from helpers.living import along, spec
+from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors.safetensors_format import to_bytes
 
@@ -25,7 +25,7 @@ def text_of(answer: dict[str, Any]) -> str:
 def test_every_turn_of_a_tool_loop_is_steered(tiny_llama: str, tmp_path: Path) -> None:
     vector = along(5)
     (tmp_path / "east.safetensors").write_bytes(to_bytes(vector))
-    script = Path(__file__).with_name("tool_loop_server.py")
+    script = Path(__file__).parents[1] / "helpers" / "tool_loop_server.py"
     command = steer_engine_serve(
         tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(tmp_path), "--enable-log-requests"
     )

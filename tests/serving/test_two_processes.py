@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.living import ADMIN, INFERENCE, OPERATOR, USER, Follower, along, spec
-from serving.server_process import Server, steer_engine_serve
+from helpers.living import ADMIN, INFERENCE, OPERATOR, USER, Follower, along, spec
+from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors.safetensors_format import to_bytes
 

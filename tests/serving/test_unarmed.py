@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from serving.asking import STRONG
-from serving.server_process import Server, plain_vllm_serve
+from helpers.asking import STRONG
+from helpers.server_process import Server, plain_vllm_serve
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from starlette.requests import Request
 
+from steer_engine.api.registry_routes import Uploads
 from steer_engine.errors import RegistryError, RegistryFullError
-from steer_engine.serving.upload import Uploads
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving.living import ADMIN, OPERATOR, put, spec
-from serving.server_process import Server, steer_engine_serve
+from helpers.living import ADMIN, OPERATOR, put, spec
+from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.vectors import ControlVector
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_engine.vectors.atomic_write import write_atomically
+from steer_engine.vectors.storage import write_atomically
 
 
 def test_a_write_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from steer_engine.errors import RegistryError, RegistryFullError
 from steer_engine.vectors import ControlVector, Registry
-from steer_engine.vectors.disk_errors import writing
-from steer_engine.vectors.shelf import FOLDER
+from steer_engine.vectors.storage import writing
+from steer_engine.vectors.uploaded import FOLDER
 
 NOBODY = 65534
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.gguf_format import load, save
-from steer_engine.vectors.gguf_guard import require_sane_gguf
+from steer_engine.vectors.gguf_format import load, require_sane_gguf, save
 
 
 def text(content: bytes, length: int | None = None) -> bytes:

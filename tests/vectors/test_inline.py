@@ -11,7 +11,7 @@ import pytest
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.spec import SteeringSpec, parse_spec
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.inline import InlineVectors
+from steer_engine.vectors.loaded import InlineVectors
 from steer_engine.vectors.safetensors_format import to_bytes
 
 

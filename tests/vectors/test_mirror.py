@@ -21,7 +21,7 @@ from steer_engine.errors import RegistryError, UnsupportedEngineError
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors.mirror import LOCK, STATE, Mirror
 from steer_engine.vectors.safetensors_format import to_bytes
-from steer_engine.vectors.shelf import ShelfLimits
+from steer_engine.vectors.uploaded import ShelfLimits
 
 CALM = {"edits": [{"vector": "north"}]}
 

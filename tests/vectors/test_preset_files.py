@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from steer_engine.errors import SteeringRequestError
-from steer_engine.vectors.preset_files import MAX_FILE_BYTES, PresetFiles, check_preset
+from steer_engine.vectors.folder import MAX_FILE_BYTES, PresetFiles, check_preset
 
 CALM = {"edits": [{"vector": "calm", "scale": 1.5, "blocks": "8-22"}]}
 

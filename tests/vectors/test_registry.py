@@ -10,7 +10,7 @@ import pytest
 
 from steer_engine.errors import ModelMismatchError, SteeringRequestError, UnknownVectorError, VectorFileError
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors import adopted as registry_module
+from steer_engine.vectors import folder as registry_module
 from steer_engine.vectors.registry import MAX_SUPERSEDED
 
 

@@ -16,9 +16,9 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors import shelf as shelf_module
+from steer_engine.vectors import uploaded as shelf_module
 from steer_engine.vectors.loaded import BUDGET_VARIABLE
-from steer_engine.vectors.shelf import FOLDER
+from steer_engine.vectors.uploaded import FOLDER
 
 CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
 

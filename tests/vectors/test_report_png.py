@@ -7,7 +7,7 @@ import pytest
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.report_png import png_report
+from steer_engine.vectors.report import png_report
 
 
 def test_a_picture_of_each_vector(vector: ControlVector) -> None:

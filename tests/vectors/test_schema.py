@@ -12,9 +12,8 @@ import jsonschema
 import pytest
 
 from steer_engine.vectors import ControlVector, VectorMetadata
-from steer_engine.vectors.metadata_text import JSON_FIELDS, NUMBER_FIELDS, TEXT_FIELDS
-from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
-from steer_engine.vectors.schema import header_schema
+from steer_engine.vectors.metadata import JSON_FIELDS, NUMBER_FIELDS, TEXT_FIELDS
+from steer_engine.vectors.safetensors_format import from_bytes, header_schema, to_bytes
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -26,7 +25,9 @@ def header(data: bytes) -> Any:
 
 def test_the_published_schema_is_the_generated_one() -> None:
     published = json.loads((DOCS / "vector_format.schema.json").read_text())
-    assert published == header_schema(), "run: python -m steer_engine.vectors.schema > docs/vector_format.schema.json"
+    assert published == header_schema(), (
+        "run: python -m steer_engine.vectors.safetensors_format > docs/vector_format.schema.json"
+    )
 
 
 def test_what_we_write_fits_the_schema(vector: ControlVector) -> None:

@@ -23,9 +23,9 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors import shelf as shelf_module
-from steer_engine.vectors.shelf import ANY, FOLDER, Shelf, ShelfLimits, preset_digest
-from steer_engine.vectors.under_way import mark
+from steer_engine.vectors import uploaded as shelf_module
+from steer_engine.vectors.storage import mark
+from steer_engine.vectors.uploaded import ANY, FOLDER, Shelf, ShelfLimits, preset_digest
 
 PRESET = {"edits": [{"vector": "a", "scale": 2.0}]}
 

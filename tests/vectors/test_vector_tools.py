@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from steer_engine.cli import app
+from steer_engine.cli.main import app
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector, load, save
 

@@ -119,7 +119,7 @@ class Ours:
     def _register(self, number: int) -> float:
         """Seconds until a vector that the engine has not seen is registered and shipped to the worker."""
         from steer_engine import ControlVector
-        from steer_engine.runtime.vllm.shipping import ship_sync
+        from steer_engine.vllm.engine_client import ship_sync
 
         rows_LD: np.ndarray = vector(number, self.llm.num_blocks, self.llm.hidden_size)
         start = time.perf_counter()

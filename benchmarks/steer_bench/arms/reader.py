@@ -9,15 +9,14 @@ import numpy as np
 
 from steer_bench.arms.stock import engine_facts
 from steer_bench.settings import Settings
-from steer_engine.derive.settings import READING_ENV
+from steer_engine.derive.engine_options import READING_ENV
 
 ENVIRONMENT = READING_ENV
 
 
 def load(settings: Settings) -> TextReader:
-    from steer_engine.derive.position import Position
-    from steer_engine.derive.reader import Reader, ReaderConfig
-    from steer_engine.derive.settings import engine_defaults
+    from steer_engine.derive.activations import Position, Reader, ReaderConfig
+    from steer_engine.derive.engine_options import engine_defaults
 
     args = {**engine_defaults(), "dtype": settings.dtype, "gpu_memory_utilization": settings.memory}
     config = ReaderConfig(model=settings.model, position=Position("last"), engine_args=tuple(args.items()))

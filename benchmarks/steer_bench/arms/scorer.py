@@ -61,7 +61,7 @@ class Scoring:
 
     def _score(self, questions: Sequence[dict[str, Any]], alphas: Sequence[float], scope: str) -> dict[str, Any]:
         """As `hooks_score.score`. The prefix cache begins empty."""
-        from steer_engine.evaluate.condition import Condition
+        from steer_engine.evaluate.conditions import Condition
         from steer_engine.evaluate.encode import Question
 
         asked = [

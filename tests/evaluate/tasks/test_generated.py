@@ -8,10 +8,8 @@ from collections import Counter
 import pytest
 
 from steer_engine.errors import EvaluationError
+from steer_engine.evaluate.generated_tasks import NAMES, OBJECTS, PLACES, PLURALS
 from steer_engine.evaluate.tasks import TASKS, Item, Sizes, Task, load_task
-from steer_engine.evaluate.tasks.babi15 import PLURALS
-from steer_engine.evaluate.tasks.ioi import OBJECTS, PLACES
-from steer_engine.evaluate.tasks.names import NAMES
 
 SIZES = Sizes(derive=100, validation=100, test=500)
 
@@ -104,7 +102,7 @@ def test_babi15_puzzles_differ_in_more_than_order() -> None:
 def test_a_space_that_is_used_up_says_so() -> None:
     from random import Random
 
-    from steer_engine.evaluate.tasks.draw import draw
+    from steer_engine.evaluate.generated_tasks import draw
 
     def coin(random: Random, split: str) -> tuple[int, str, list[str], str]:
         side = random.randrange(5)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.living import USER, complete, spec
-from serving.server_process import Server
+from helpers.living import USER, complete, spec
+from helpers.server_process import Server
 
 
 def state(server: Server) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.attacks.attack import PRESETS, VECTORS, ask, held, quiet, raw, send
-from serving.living import ADMIN, INFERENCE, OPERATOR, USER, along, complete
-from serving.server_process import Server
+from helpers.attack import PRESETS, VECTORS, ask, held, quiet, raw, send
+from helpers.living import ADMIN, INFERENCE, OPERATOR, USER, along, complete
+from helpers.server_process import Server
 
 from steer_engine.vectors.safetensors_format import to_bytes
 

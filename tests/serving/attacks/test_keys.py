@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from serving.attacks.attack import PRESETS, VECTORS, held, quiet, send
-from serving.living import ADMIN, INFERENCE, along
-from serving.server_process import Server
+from helpers.attack import PRESETS, VECTORS, held, quiet, send
+from helpers.living import ADMIN, INFERENCE, along
+from helpers.server_process import Server
 
 from steer_engine.vectors.safetensors_format import to_bytes
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from serving.attacks.attack import PRESETS, VECTORS, ask, held, quiet, send
-from serving.living import USER, along
-from serving.server_process import Server
+from helpers.attack import PRESETS, VECTORS, ask, held, quiet, send
+from helpers.living import USER, along
+from helpers.server_process import Server
 
 from steer_engine.vectors.safetensors_format import to_bytes
 

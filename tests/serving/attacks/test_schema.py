@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
+from helpers.living import OPERATOR
+from helpers.server_process import Server
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
-from serving.living import OPERATOR
-from serving.server_process import Server
 
-from steer_engine.serving.middleware import OWN_PREFIX
+from steer_engine.api.middleware import OWN_PREFIX
 
 OPERATIONS = {
     f"{method} {path}"

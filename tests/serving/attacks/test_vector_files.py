@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving.attacks.attack import VECTORS, ask, held, send
-from serving.living import HIDDEN_SIZE, NUM_BLOCKS, along
-from serving.server_process import Server
+from helpers.attack import VECTORS, ask, held, send
+from helpers.living import HIDDEN_SIZE, NUM_BLOCKS, along
+from helpers.server_process import Server
 
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes

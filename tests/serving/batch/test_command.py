@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving.server_process import SMALL
+from helpers.server_process import SMALL
 
 from steer_engine.vectors import ControlVector, save
 

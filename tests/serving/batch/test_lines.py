@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from steer_engine.api import batch as lines_module
+from steer_engine.api.batch import Line, answer_line, fault_line, parse_line, read_lines, resume
 from steer_engine.errors import BatchFileError
-from steer_engine.serving.batch import lines as lines_module
-from steer_engine.serving.batch.lines import Line, answer_line, fault_line, parse_line, read_lines, resume
 
 
 def request(custom_id: Any = "a", **fields: Any) -> bytes:

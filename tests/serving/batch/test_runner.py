@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from steer_engine.serving.batch import runner
-from steer_engine.serving.batch.lines import resume
-from steer_engine.serving.batch.runner import Tally, run
+from steer_engine.api import batch
+from steer_engine.api.batch import Tally, resume, run
 
 
 def write(path: Path, count: int) -> None:
@@ -84,7 +83,7 @@ async def test_going_on_asks_only_what_is_missing(tmp_path: Path) -> None:
 
 
 async def test_503_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "RETRY_SECONDS", (0.001, 0.001))
+    monkeypatch.setattr(batch, "RETRY_SECONDS", (0.001, 0.001))
     source, target = tmp_path / "in", tmp_path / "out"
     write(source, 2)
     tries: Counter[str] = Counter()

@@ -1,0 +1,1 @@
+"""The API process: what requests ask for, the routes, the middleware and the metrics. No vLLM."""

@@ -1,0 +1,250 @@
+"""The ASGI middleware: tells what was applied in the answer's headers, and refuses steering where it would be lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from steer_engine.api import answers
+from steer_engine.api.answers import envelope, envelope_of, status_of
+from steer_engine.api.drain import RETRY_AFTER_S, SHUTTING_DOWN, Door
+from steer_engine.api.request_field import FIELD, MISPLACED, XARGS, mentions_steering
+from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+
+INVOCATIONS = "/invocations"
+"""SageMaker's wrapper replaces the model's name in the body by the one in a header, or by nothing."""
+
+CARRYING_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/inference/v1/generate",
+        INVOCATIONS,
+    }
+)
+"""POST paths whose handlers pass the hook that steers; a test walks all routes and compares."""
+
+OWN_PREFIX = "/v1/steering"
+
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods of requests that a server answers to its end, which nothing waits for."""
+
+HEADER = b"x-steering"
+PRESET_HEADER = b"x-steering-preset"
+
+WORDS = (b"steer", b"hotwire", rb"\u")
+"""A body without any of these asks for nothing, in no spelling: most are not even parsed."""
+
+_FORM_FIELD = re.compile(rb'name="?(steering)"?[;\r\n]|(?:^|&)steering=')
+
+
+class SteeringMiddleware:
+    """Pure ASGI, inside vLLM's own authentication.
+
+    Every body that asks for steering ends up steered or refused: on a path that cannot carry it, before the handler
+    runs; on one that can, by the handler's hook, and should an answer begin that no hook took account of, that answer
+    is replaced by a refusal. Every request that does something passes the `door`, from when its body is there until
+    its answer is sent.
+    """
+
+    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20, door: Door | None = None) -> None:
+        self.app = app
+        self._max_body_bytes = max_body_bytes
+        self._door = door or Door()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        note = answers.Told()
+        token = answers.current.set(note)
+        try:
+            await self._handle(scope, receive, send, note)
+        finally:
+            answers.current.reset(token)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, note: answers.Told) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
+        has_body = scope["method"] in ("POST", "PUT", "PATCH") and not path.startswith(OWN_PREFIX)
+        asks = False
+        if has_body:
+            try:
+                body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
+                if path == INVOCATIONS:
+                    note.model = _model_of(body)
+                asks = _asks(body)
+            except SteeringRequestError as error:
+                await _send_error(send, error)
+                return
+            if asks and path not in CARRYING_PATHS:
+                await _refuse(send, path)
+                return
+        answer = _Answer(send, note, asks, path, self._door)
+        if scope["method"] in READING:
+            await self.app(scope, receive, answer.send)
+            return
+        try:
+            self._door.enter()
+        except CapacityError:
+            await answer.refuse_at_the_door()
+            return
+        try:
+            await self.app(scope, receive, answer.send)
+        except Exception:
+            if answer.begun or not self._door.closed:
+                raise
+            await answer.refuse_at_the_door()
+        finally:
+            self._door.leave()
+
+
+class _Answer:
+    """Wraps `send`: adds the headers to the first message, or replaces the whole answer by a refusal."""
+
+    def __init__(self, send: Send, note: answers.Told, asks: bool, path: str, door: Door) -> None:
+        self._send, self._note, self._asks, self._path, self._door = send, note, asks, path, door
+        self._replaced = False
+        self.begun = False
+
+    async def refuse_at_the_door(self) -> None:
+        """503: the server shuts down."""
+        self._replaced = self.begun = True
+        error = CapacityError(SHUTTING_DOWN, RETRY_AFTER_S)
+        self._note.retry_after = error.retry_after
+        await _send_json(self._send, envelope_of(error), 503, _headers(self._note, 503, self._door))
+
+    async def send(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] == 500 and self._door.closed:
+                # What breaks while everything ends breaks because of that.
+                await self.refuse_at_the_door()
+                return
+            self.begun = True
+            if self._asks and not self._note.seen and message["status"] < 400:
+                self._replaced = True
+                await _refuse(self._send, self._path)
+                return
+            message["headers"] = [*message.get("headers", ()), *_headers(self._note, message["status"], self._door)]
+        await self._send(message)
+
+
+def _headers(note: answers.Told, status: int, door: Door) -> list[tuple[bytes, bytes]]:
+    headers = []
+    if door.closed:
+        # A connection that is kept is soon cut, perhaps in the face of the next request on it.
+        headers.append((b"connection", b"close"))
+    if note.report is not None and status < 400:
+        headers.append((HEADER, note.report["digest"].encode("ascii")))
+        if preset := note.report.get("preset"):
+            headers.append((PRESET_HEADER, preset.encode("ascii")))
+    if note.retry_after is not None and status == 503:
+        headers.append((b"retry-after", str(max(1, round(note.retry_after))).encode("ascii")))
+    return headers
+
+
+def _declared_length(scope: Scope) -> int:
+    values = [value for name, value in scope["headers"] if name == b"content-length"]
+    return int(values[0]) if values and values[0].isdigit() else 0
+
+
+async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it out again before it goes on listening.
+
+    Raises:
+        PayloadTooLargeError: by what was declared, before anything is read, or by what is counted.
+    """
+    messages: list[Message] = []
+    counted, more = 0, True
+    while more and max(declared, counted) <= max_bytes:
+        message = await receive()
+        messages.append(message)
+        counted += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+    if max(declared, counted) > max_bytes:
+        raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
+    body = b"".join(message.get("body", b"") for message in messages)
+    replay = iter(messages)
+
+    async def again() -> Message:
+        return next(replay, None) or await receive()
+
+    return body, again
+
+
+def _asks(body: bytes) -> bool:
+    if b"\0" in body[:4] and (encoding := json.detect_encoding(body)) != "utf-8":
+        # JSON may be UTF-16 or UTF-32, which readers tell by its first bytes, as this does.
+        body = body.decode(encoding, "replace").encode("utf-8", "replace")
+    # A key may be spelled with \u escapes, and only JSON knows.
+    lower = body.lower()
+    if not any(word in lower for word in WORDS):
+        return False
+    try:
+        decoded = json.loads(body, object_pairs_hook=_Object)
+    except (ValueError, RecursionError):
+        return _FORM_FIELD.search(body) is not None
+    _check_spelling(decoded)
+    return mentions_steering(decoded)
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers how the keys were spelled that could mean our field."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.spelled = [key for key, _ in pairs if key.strip().casefold() == FIELD]
+
+
+def _check_spelling(body: Any) -> None:
+    """Refuse a field that a reader would lose without a word: given twice, or in capitals.
+
+    Only where the field may stand: deeper down, in the schema of a tool, the word is the client's own.
+    """
+    for each in body if isinstance(body, list) else [body]:
+        if not isinstance(each, _Object):
+            continue
+        for place in (each, *(each.get(name) for name in (XARGS, *MISPLACED))):
+            spelled = place.spelled if isinstance(place, _Object) else []
+            if len(spelled) > 1:
+                raise SteeringRequestError(f"'{FIELD}' is given twice in one object; give it once.", FIELD)
+            if spelled and spelled[0] != FIELD:
+                raise SteeringRequestError(f"The field is called '{FIELD}', not {spelled[0][:40]!r}.", FIELD)
+
+
+def _model_of(body: bytes) -> str | None:
+    try:
+        model = json.loads(body).get("model")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return model if isinstance(model, str) else None
+
+
+async def _refuse(send: Send, path: str) -> None:
+    carrying = ", ".join(sorted(CARRYING_PATHS - {INVOCATIONS}))
+    message = f"{path[:200]} cannot carry steering; these can: {carrying}."
+    await _send_json(send, envelope(message, 400, FIELD), 400)
+
+
+async def _send_error(send: Send, error: SteerError, headers: Headers = ()) -> None:
+    await _send_json(send, envelope_of(error), status_of(error), headers)
+
+
+async def _send_json(send: Send, content: dict[str, Any], status: int, headers: Headers = ()) -> None:
+    body = json.dumps(content).encode()
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": body})

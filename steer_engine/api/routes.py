@@ -1,0 +1,174 @@
+"""Routes of Steer Engine that are of no vector or preset: readiness, description, validation, statistics."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+import steer_engine
+from steer_engine.api import metrics
+from steer_engine.api.registry_routes import SPEC_BODY, read_json
+from steer_engine.api.request_field import FIELD, steering_of
+from steer_engine.api.routing import SteeringRoute, failed, frontend_of
+from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.resolve import ResolvedSpec
+from steer_engine.spec import Op, SteeringSpec
+
+router = APIRouter(tags=["steering"], route_class=SteeringRoute)
+
+
+@router.get("/readyz")
+async def ready(request: Request) -> JSONResponse:
+    """200 when the engine and every worker are armed as this server is; else 503 with the reason. Needs no key."""
+    try:
+        request.app.state.steering_frontend.door.refuse_if_closed()
+        await request.app.state.steering_readiness.check()
+    except SteerError as error:
+        return failed(CapacityError(error.message, retry_after=5))
+    # No more than that: whoever may probe needs no key.
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/v1/steering")
+async def describe(request: Request) -> JSONResponse:
+    """What this server can do: model, blocks, operations, scopes and the limits on what one request may ask."""
+    frontend = frontend_of(request)
+    model = frontend.model
+    state = request.app.state
+    limits = frontend.limits.model_dump() | state.steering_api_limits.model_dump()
+    limits |= state.steering_engine_limits.model_dump()
+    return JSONResponse(
+        {
+            "version": steer_engine.__version__,
+            "model": request.app.state.openai_serving_models.model_name(),
+            "hidden_size": model.hidden_size,
+            "num_blocks": model.num_blocks,
+            "armed_blocks": list(model.armed_blocks),
+            "operations": [op.value for op in Op if op in model.ops],
+            "scopes": ["all", "prompt", "generation", {"start": "integer or null", "end": "integer or null"}],
+            "limits": limits
+            | frontend.registry.limits.model_dump()
+            | {"rows": model.rows, "bank_rows": model.bank_rows},
+            "generation": await asyncio.to_thread(lambda: frontend.registry.generation),
+            "capture_blocks": list(model.capture_blocks),
+            "default_preset": frontend.default_preset,
+        }
+    )
+
+
+@router.post("/v1/steering/validate", openapi_extra=SPEC_BODY)
+async def validate(request: Request) -> JSONResponse:
+    """What a request with this spec as its `steering` would get: the digest and the edits, or the same error."""
+    frontend = frontend_of(request)
+    limits = frontend.limits
+    asked = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
+    asked = steering_of({FIELD: asked})
+    resolved = await asyncio.to_thread(frontend.resolve, asked, returns=True)
+    if resolved is None:
+        raise SteeringRequestError("The body asks for no steering.", "steering")
+    dose = await asyncio.to_thread(_dose, resolved, frontend)
+    return JSONResponse(resolved.report() | {"rows": resolved.template.rows, "dose": dose})
+
+
+@router.get("/v1/steering/stats")
+async def stats(request: Request) -> JSONResponse:
+    """Counters of this API process, and how the engine and its workers stand."""
+    frontend = frontend_of(request)
+    engine = await request.app.state.steering_readiness.check()
+    names = await asyncio.to_thread(frontend.registry.names)
+    fault = await asyncio.to_thread(lambda: frontend.registry.fault)
+    return JSONResponse(
+        {
+            "api": metrics.snapshot(),
+            "registry": {"vectors": len(names), "generation": frontend.registry.generation, "fault": fault},
+            "engine": engine,
+        }
+    )
+
+
+def _dose(resolved: ResolvedSpec, frontend: Any) -> float | None:
+    """The largest |edit| at a block in mean residual norms, of the edits whose vectors know them; None if none does."""
+    doses = []
+    for edit in (each.edit for each in resolved.edits):
+        vector = frontend.vector(edit.vector)
+        norms = vector.metadata.residual_norms
+        for block, scale in zip(edit.blocks, edit.scales, strict=True):
+            if edit.op is Op.ADD and norms.get(block):
+                doses.append(abs(scale) * vector.norms[block] / norms[block])
+    return max(doses, default=None)
+
+
+playground_router = APIRouter(include_in_schema=False)
+
+_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}
+
+HEADERS = {
+    # Nothing from elsewhere, nothing inline: what a model writes can never run here.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@playground_router.get("/playground")
+async def page() -> Response:
+    return _file("html")
+
+
+@playground_router.get("/playground.css")
+async def style() -> Response:
+    return _file("css")
+
+
+@playground_router.get("/playground.js")
+async def script() -> Response:
+    return _file("js")
+
+
+def _file(kind: str) -> Response:
+    return Response(_content(kind), media_type=_TYPES[kind], headers=HEADERS)
+
+
+@cache
+def _content(kind: str) -> bytes:
+    return files("steer_engine.api").joinpath("static", f"playground.{kind}").read_bytes()
+
+
+REQUESTS = (
+    "ChatCompletionRequest",
+    "BatchChatCompletionRequest",
+    "CompletionRequest",
+    "ResponsesRequest",
+    "AnthropicMessagesRequest",
+    "GenerateRequest",
+)
+
+
+def document_field(app: Any) -> None:
+    """Make `app.openapi()` describe the field on every request that carries it."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        page: dict[str, Any] = original()
+        schemas = page.setdefault("components", {}).setdefault("schemas", {})
+        spec = SteeringSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(spec.pop("$defs", {}))
+        schemas["SteeringSpec"] = spec
+        field = {
+            "anyOf": [{"$ref": "#/components/schemas/SteeringSpec"}, {"const": False}, {"type": "null"}],
+            "description": "Steer this request; false: not even by the server's default preset.",
+        }
+        for name in REQUESTS:
+            if name in schemas:
+                schemas[name].setdefault("properties", {})["steering"] = field
+        return page
+
+    app.openapi = openapi

@@ -1,0 +1,189 @@
+"""Who may change the registry: keys from the environment or a file, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from steer_engine.api.answers import envelope_of, status_of
+from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.spec import shown
+from steer_engine.vectors.manifest import Signature, signature_of
+
+KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
+"""Keys, separated by commas. Several at once, so that one can be replaced while the other still works."""
+
+FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
+"""A file of keys, one a line; read again whenever it is replaced."""
+
+HEADER = "x-steering-admin-key"
+MIN_KEY_CHARS = 16
+
+logger = logging.getLogger(__name__)
+
+
+class AdminKeys:
+    """Only digests are kept. Never from the command line, which other users of the machine can read."""
+
+    def __init__(self, keys: list[str], file: Path | None = None) -> None:
+        self._given = _digests(keys)
+        self._file = file
+        self._file_state: tuple[Signature | None, tuple[bytes, ...]] = (None, ())
+
+    @classmethod
+    def from_environment(cls) -> AdminKeys:
+        file = os.environ.get(FILE_ENV)
+        keys = os.environ.get(KEYS_ENV, "").split(",")
+        return cls(keys, Path(file) if file else None)
+
+    @property
+    def configured(self) -> bool:
+        """Whether anybody may change anything."""
+        return bool(self._digests())
+
+    def plain_keys(self) -> list[str]:
+        """The keys themselves, as configured now, for vLLM's own list of keys that may call `/v1`."""
+        keys = os.environ.get(KEYS_ENV, "").split(",")
+        if self._file is not None and self._file.is_file():
+            keys += self._file.read_text().splitlines()
+        return [key for key in _stripped(keys) if len(key) >= MIN_KEY_CHARS]
+
+    def allow(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request may change the registry: `X-Steering-Admin-Key`, or a bearer token."""
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [headers.get(HEADER, ""), token if scheme.lower() == "bearer" else ""]
+        known = self._digests()
+        allowed = False
+        for key in given:
+            digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+            for each in known:
+                allowed |= bool(key) and secrets.compare_digest(digest, each)
+        return allowed
+
+    def _digests(self) -> tuple[bytes, ...]:
+        if self._file is None:
+            return self._given
+        signature = signature_of(self._file)
+        if signature != self._file_state[0]:
+            try:
+                self._file_state = (signature, _digests(self._file.read_text().splitlines()))
+            except OSError as error:
+                # Keys that were revoked by removing the file must not go on working.
+                logger.error("The file of admin keys cannot be read: %s", error.strerror)
+                self._file_state = (signature, ())
+        return self._given + self._file_state[1]
+
+
+def _digests(keys: list[str]) -> tuple[bytes, ...]:
+    stripped = _stripped(keys)
+    for key in stripped:
+        if len(key) < MIN_KEY_CHARS:
+            logger.error("An admin key has %d characters and is not used; at least %d.", len(key), MIN_KEY_CHARS)
+    return tuple(hashlib.sha256(key.encode()).digest() for key in stripped if len(key) >= MIN_KEY_CHARS)
+
+
+def _stripped(keys: list[str]) -> list[str]:
+    """Without empty lines and comments: a remark in the file is nobody's key."""
+    return [key.strip() for key in keys if key.strip() and not key.strip().startswith("#")]
+
+
+class Refused(SteeringRequestError):
+    """A request that is refused for another reason than what it asks: 401, 403, 415."""
+
+    def __init__(self, message: str, status: int, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.status = status
+
+
+def failed(error: SteerError) -> JSONResponse:
+    """An error as an answer."""
+    headers = {}
+    if status_of(error) == 503:
+        headers["Retry-After"] = str(max(1, round(getattr(error, "retry_after", 1.0))))
+    if status_of(error) == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(envelope_of(error), status_code=status_of(error), headers=headers)
+
+
+class SteeringRoute(APIRoute):
+    """A route whose handler may raise a SteerError. What FastAPI refuses itself is told alike, its value cut short."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                response: Response = await handle(request)
+            except RequestValidationError as invalid:
+                response = failed(_wrong_parameter(invalid))
+            except SteerError as error:
+                response = failed(error)
+            except ClientDisconnect:
+                # Nobody reads it; without an answer the server would log 70 lines of its own stack.
+                response = failed(SteeringRequestError("The request broke off.", "body"))
+            return response
+
+        return handler
+
+
+def _wrong_parameter(invalid: RequestValidationError) -> SteeringRequestError:
+    first = invalid.errors()[0]
+    name = str(first["loc"][-1])
+    return SteeringRequestError(f"{name}: {first['msg']}, not {shown(first.get('input'))}.", name)
+
+
+def frontend_of(request: Request) -> Any:
+    """The armed `Frontend` of this process. Raises CapacityError where it is not armed."""
+    frontend = request.app.state.steering_frontend
+    if not frontend.armed:
+        raise CapacityError("This server is not armed for steering; start it with 'steer-engine serve'.")
+    return frontend
+
+
+def require_admin(request: Request) -> None:
+    """Raise unless the caller may change the registry."""
+    keys = request.app.state.steering_admin_keys
+    if not keys.configured:
+        raise Refused(
+            "Changes are switched off: this server has no admin key (STEER_ENGINE_ADMIN_KEYS or "
+            "STEER_ENGINE_ADMIN_KEY_FILE).",
+            403,
+        )
+    if not keys.allow(request.headers):
+        raise Refused("An admin key is needed: as bearer token, or in X-Steering-Admin-Key.", 401)
+
+
+def if_match(request: Request) -> str | None:
+    """The digest that the caller has seen, `*` for any, None where nothing is said."""
+    value: str | None = request.headers.get("if-match")
+    return None if value is None else value.strip().strip('"')
+
+
+def etag(digest: str) -> dict[str, str]:
+    return {"ETag": f'"{digest}"'}
+
+
+logger = logging.getLogger("steer_engine.registry")
+
+MAX_REQUEST_ID = 128
+
+
+def log_change(request: Request, change: str, what: str, name: str, digest: str) -> None:
+    """change: put, replace or delete; what: vector or preset; digest: of what is there now, or was."""
+    line = {"change": change, what: name, "digest": digest}
+    if request_id := request.headers.get("x-request-id"):
+        line["request_id"] = request_id[:MAX_REQUEST_ID]
+    logger.info("changed %s", json.dumps(line, separators=(",", ":")))

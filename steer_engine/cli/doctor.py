@@ -1,0 +1,117 @@
+"""The diagnosis as a table for people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from steer_engine.vllm.examination import Diagnosis
+
+_MEMORY = {
+    "bank": "bank",
+    "programs": "programs",
+    "routing": "routing",
+    "device": "in all on each rank's device",
+    "host_vector": "one vector of every block, in host memory",
+    "host_store": "most that vectors may take there",
+}
+
+
+def show(diagnosis: Diagnosis, console: Console) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows(diagnosis):
+        table.add_row(name, Text(value))
+    console.print(table)
+    for reason in diagnosis.against:
+        console.print(Text.assemble(("no: ", "bold red"), reason), soft_wrap=True)
+    if diagnosis.serves:
+        asked = "" if diagnosis.probed_blocks else " as far as its configuration says; nothing was loaded"
+        console.print(Text.assemble(("yes: ", "bold green"), f"it can be served steered{asked}"), soft_wrap=True)
+
+
+def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    """Name and value of each line; only what was found out."""
+    found = [("model", diagnosis.model)]
+    if diagnosis.vllm:
+        same = diagnosis.num_symbols - diagnosis.num_different
+        known = f"{same} of {diagnosis.num_symbols} symbols are as Steer Engine knows them"
+        found.append(("vLLM", f"{diagnosis.vllm}: {known}"))
+    if not diagnosis.num_blocks:
+        return found
+    armed = span_text(diagnosis.armed_blocks)
+    found += [
+        ("architecture", f"{diagnosis.architecture}, hidden size {diagnosis.hidden_size}, {diagnosis.dtype}"),
+        ("sites", f"{len(diagnosis.armed_blocks)} of {diagnosis.num_blocks} blocks: {armed}"),
+        ("operations", ", ".join(diagnosis.ops)),
+        ("model runner", f"{diagnosis.runner} on this machine: {diagnosis.runner_reason}"),
+    ]
+    if diagnosis.probed_blocks:
+        forms = "; ".join(f"{form} at {span_text(blocks)}" for form, blocks in diagnosis.forms.items())
+        of = "" if diagnosis.probed_blocks == diagnosis.num_blocks else f" (of a copy of {diagnosis.probed_blocks})"
+        found += [("stream", f"{forms}{of}"), ("kernel", diagnosis.kernel)]
+    load = (
+        f"{diagnosis.max_num_seqs} requests of {diagnosis.rows} rows, {diagnosis.max_num_batched_tokens} tokens a step"
+    )
+    found.append(("memory for", load))
+    found += [(f"  {size(diagnosis.memory[name])}", words) for name, words in _MEMORY.items()]
+    return found
+
+
+def size(num_bytes: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def span_text(blocks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1][-1:] = [block] if len(runs[-1]) > 1 else [*runs[-1], block]
+        else:
+            runs.append([block])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Examine and print. Returns the exit status: 0 if the model can be served steered, else 1.
+
+    argv: everything after `steer-engine doctor`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="steer-engine doctor",
+        usage="steer-engine doctor MODEL [--json] [--memory-only] [any flag of steer-engine serve]",
+        description="Say whether a model can be served steered with the flags given, how, what memory that takes, and "
+        "if not, why. MODEL is a packaged model, a path or a Hugging Face id; of a large one a small copy with random "
+        "weights is started. Ends with 1 if the server would refuse to start.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
+    parser.add_argument(
+        "--memory-only", action="store_true", help="read the configuration and start nothing: a config.json will do"
+    )
+    own, of_serve = parser.parse_known_args(argv)
+    if not of_serve:
+        parser.error("MODEL is missing")
+    # Before vLLM is imported. It logs to the standard output, where only the diagnosis belongs.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+    from steer_engine.vllm.examination import examine
+
+    diagnosis = examine(of_serve, probe=not own.memory_only)
+    if own.json:
+        print(json.dumps(diagnosis.to_json(), indent=2))
+    else:
+        show(diagnosis, Console(highlight=False))
+    return 0 if diagnosis.serves else 1

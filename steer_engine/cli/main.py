@@ -1,0 +1,150 @@
+"""The command line, `steer-engine`. Nothing heavy is imported until a command needs it, so help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from steer_engine import __version__
+from steer_engine.cli import models, pairs, registry, vectors
+from steer_engine.cli.registry import status
+from steer_engine.errors import SteerError
+
+app = typer.Typer(
+    name="steer-engine",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="[bold]Start here[/bold]\n\n"
+    "steer-engine derive smollm2-135m --pairs sentiment --blocks 8-19 --out vectors/cheerful.safetensors\n\n"
+    "steer-engine vectors show vectors/\n\n"
+    "steer-engine serve smollm2-135m --steering-vectors vectors/",
+)
+app.add_typer(models.app, name="models")
+app.add_typer(pairs.app, name="pairs")
+app.add_typer(registry.app, name="presets")
+app.add_typer(vectors.app, name="vectors")
+
+
+app.command()(status)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"steer-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def steer_engine(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Serve steered language models: control vectors per request, on vLLM.
+
+    MODEL is a Hugging Face id, a path, or a packaged model (`steer-engine models list`).
+    """
+
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Settings of a command that hands all its arguments to another parser, which is imported only then."""
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def serve(context: typer.Context) -> None:
+    """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering."""
+    from steer_engine.cli.serve import serve as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def doctor(context: typer.Context) -> None:
+    """Say whether MODEL can be served steered, how, what memory it takes, and if not, why."""
+    from steer_engine.cli.doctor import doctor as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def batch(context: typer.Context) -> None:
+    """Answer a file of requests in OpenAI's batch format; started again, go on where it stopped.
+
+    Example:
+
+        steer-engine batch in.jsonl out.jsonl --model smollm2-135m --steering-vectors vectors/
+    """
+    from steer_engine.cli.batch import batch as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def derive(context: typer.Context) -> None:
+    """Derive a control vector from contrast pairs, on the engine that will serve it."""
+    from steer_engine.cli.derive import derive_command
+
+    _hand_over(context, derive_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def dump(context: typer.Context) -> None:
+    """Keep the residual stream of texts in a folder; started again, go on where it stopped."""
+    from steer_engine.cli.derive import dump_command
+
+    _hand_over(context, dump_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def fit(context: typer.Context) -> None:
+    """Fit a control vector to an activation dump."""
+    from steer_engine.cli.derive import fit_command
+
+    _hand_over(context, fit_command)
+
+
+@app.command("eval", add_help_option=False, context_settings=_PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measure what a control vector does to a task, and at what price, with controls."""
+    from steer_engine.cli.evaluate import eval_command
+
+    _hand_over(context, eval_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def paper(context: typer.Context) -> None:
+    """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one beside it."""
+    from steer_engine.cli.evaluate import paper_command
+
+    _hand_over(context, paper_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON)
+def calibrate(context: typer.Context) -> None:
+    """Find the dose that helps a task most within a bound on KL, and note it in the vector's file."""
+    from steer_engine.cli.evaluate import calibrate_command
+
+    _hand_over(context, calibrate_command)
+
+
+def _hand_over(context: typer.Context, function: Callable[..., None]) -> None:
+    """Run a command whose options are read by a parser of its own."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    command.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
+    command(args=context.args, prog_name=context.command_path)
+
+
+def main() -> None:
+    """Entry point of the console script. A mistake of the user's is one line, not a traceback."""
+    try:
+        app()
+    except SteerError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/bold red]", Text(error.message))
+        raise SystemExit(1) from None

@@ -1,0 +1,176 @@
+"""`steer-engine vectors report` and `vectors import`. NumPy and the formats load only when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from steer_engine.cli.registry import DEFAULT_URL, Url, add, fetched, list_vectors, pull
+from steer_engine.cli.registry import remove_vector as remove
+from steer_engine.errors import VectorFileError
+
+if TYPE_CHECKING:
+    from steer_engine.vectors import ControlVector
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Control-vector files; several are compared.")],
+    out: Annotated[Path, typer.Option(help="Page or picture to write: .html or .png.")] = Path("report.html"),
+    dump: Annotated[
+        Path | None, typer.Option(help="Activation dump whose texts are shown as histograms along the directions.")
+    ] = None,
+) -> None:
+    """Show norms, dose, separation and cosines by block, and where to start with blocks and scale.
+
+    Example: steer-engine vectors report cheerful.safetensors --out report.html
+    """
+    from steer_engine.vectors.files import load
+    from steer_engine.vectors.storage import write_atomically
+    from steer_engine.vectors.suggestion import shown_blocks, suggest
+
+    if out.suffix not in (".html", ".png"):
+        raise VectorFileError(f"{out}: a report's name ends in .html or .png.")
+    vectors = {file.stem: load(file) for file in files}
+    if len(vectors) < len(files):
+        raise VectorFileError("Two of the files have the same name; a report tells vectors apart by it.")
+    projections = {}
+    if dump is not None:
+        from steer_engine.derive.fit_dump import project
+
+        projections = {name: project(dump, vector, shown_blocks(vector)) for name, vector in vectors.items()}
+    if out.suffix == ".html":
+        from steer_engine.vectors.report import html_report
+
+        write_atomically(out, html_report(vectors, projections).encode())
+    else:
+        from steer_engine.vectors.report import png_report
+
+        write_atomically(out, png_report(vectors, projections))
+    console = Console(soft_wrap=True, highlight=False)
+    for name, vector in vectors.items():
+        try:
+            console.print(f"{name}: start with {suggest(vector)}", markup=False)
+        except VectorFileError as error:
+            console.print(f"{name}: {error.message}", markup=False)
+    console.print(f"{out}: written", markup=False)
+
+
+def import_file(
+    path: Annotated[Path, typer.Argument(help="File of another tool (for `caa` also a folder of layers).")],
+    kind: Annotated[str, typer.Option(help="gguf, caa, persona, refusal, layers, vllm-lens.")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors or .gguf.")],
+    model: Annotated[str, typer.Option(help="Model that the vector was made for, to be noted in the file.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+) -> None:
+    """Read a vector of repeng, llama.cpp, CAA, persona vectors, refusal direction or vllm-lens, and write it as ours.
+
+    Example: steer-engine vectors import vec_layer_13.pt --kind caa --out sycophancy.safetensors
+    """
+    from steer_engine.vectors.files import SUFFIXES, save
+    from steer_engine.vectors.importers import import_vector
+
+    if out.suffix not in SUFFIXES:
+        raise VectorFileError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
+    if out.exists() and not force:
+        raise VectorFileError(f"{out}: there is such a file already; choose another name, or --force to replace it.")
+    vector = import_vector(path, kind, model=model)
+    save(vector, out)
+    Console(soft_wrap=True, highlight=False).print(
+        f"{out}: blocks {list(vector.blocks)}, {vector.digest}", markup=False
+    )
+
+
+app = typer.Typer(
+    no_args_is_help=True, help="Control vectors: files (safetensors and GGUF), and those of a running server."
+)
+app.command()(report)
+app.command("import")(import_file)
+for command, name in ((list_vectors, "list"), (add, "add"), (remove, "rm"), (pull, "pull")):
+    app.command(name)(command)
+
+
+@app.command()
+def show(
+    path: Annotated[
+        Path, typer.Argument(help="A control-vector file, a folder of them, or the name of a vector on the server.")
+    ],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Say what a file or a vector of a server holds, block by block, or list the files of a folder.
+
+    The dose is |v| over the mean residual norm |x|: what scale 1 adds, in parts of the stream.
+    Example: steer-engine vectors show vectors/cheerful.safetensors
+    """
+    from steer_engine.vectors import load  # costs half a second, which help need not wait for
+    from steer_engine.vectors.files import SUFFIXES
+
+    if path.is_dir():
+        _show_folder(path)
+    elif path.exists() or path.suffix in SUFFIXES or len(path.parts) > 1:
+        _show_file(load(path))
+    else:
+        _show_file(fetched(str(path), url))
+
+
+def _show_folder(folder: Path) -> None:
+    from steer_engine.vectors import load
+    from steer_engine.vectors.files import SUFFIXES
+
+    table = Table("name", "blocks", "D", "method", "model", "digest", title=str(folder))
+    broken: list[str] = []
+    for file in sorted(entry for entry in folder.iterdir() if entry.suffix in SUFFIXES):
+        try:
+            vector = load(file)
+        except VectorFileError as error:
+            broken.append(f"{file.name}: {error.message}")
+            continue
+        about = vector.metadata
+        blocks, size = _ranges(vector.blocks), str(vector.hidden_size)
+        table.add_row(file.stem, blocks, size, about.method, about.model, _short(vector.digest))
+    Console().print(table)
+    if broken:
+        raise VectorFileError("Not usable: " + "; ".join(broken))
+
+
+def _show_file(vector: ControlVector) -> None:
+    console = Console(soft_wrap=True)
+    about = vector.metadata
+    lines = {
+        "digest": vector.digest,
+        "model": about.model,
+        "architecture": about.architecture,
+        "hidden size": str(vector.hidden_size),
+        "method": about.method,
+        "position": about.position,
+        "data set": about.dataset_digest,
+        "made with": ", ".join(f"{name} {version}" for name, version in sorted(about.created_with.items())),
+        "notes": about.notes,
+    }
+    for name, value in lines.items():
+        if value:
+            console.print(f"{name:>12}  {value}", markup=False, highlight=False)
+    table = Table("block", "|v|", "mean |x|", "dose at scale 1")
+    for block, norm in vector.norms.items():
+        stream = about.residual_norms.get(block)
+        known = ("", "") if not stream else (f"{stream:.3f}", f"{norm / stream:.1%}")
+        table.add_row(str(block), f"{norm:.4f}", *known)
+    console.print(table)
+
+
+def _ranges(blocks: tuple[int, ...]) -> str:
+    """`(8, 9, 10, 14)` as `8-10, 14`."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _short(digest: str) -> str:
+    return digest[: len("sha256:") + 12]

@@ -1,0 +1,217 @@
+"""The vectors that an engine holds, whole, in host memory: one store per worker."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+from steer_kernels.tables import GATE_ROW, NUM_WORDS, ROW, Entry, Tables, encode_entry
+
+from steer_engine.program import Program, Row, RowKey
+from steer_engine.vectors import ControlVector
+
+
+class Store:
+    """Control vectors by digest. What is not in here cannot be steered with."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[str, ControlVector] = {}
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._vectors
+
+    def digests(self) -> list[str]:
+        return sorted(self._vectors)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(row.nbytes for vector in self._vectors.values() for row in vector.directions.values())
+
+    def put(self, vector: ControlVector) -> None:
+        self._vectors[vector.digest] = vector
+
+    def drop(self, digest: str) -> None:
+        self._vectors.pop(digest, None)
+
+    def row(self, key: RowKey, block: int) -> np.ndarray:
+        """float32 [D]: the weighted sum of the key's vectors at `block`, or its unit direction."""
+        total_D: np.ndarray | None = None
+        for digest, weight in key.terms:
+            direction_D = self._vectors[digest].directions[block]
+            # float64 sums: the order of the terms must not show in float32.
+            term_D = direction_D.astype(np.float64) * weight
+            total_D = term_D if total_D is None else total_D + term_D
+        assert total_D is not None, "a row has at least one term"
+        if key.unit:
+            total_D = total_D / np.linalg.norm(total_D)
+        return total_D.astype(np.float32)
+
+
+class Bank:
+    """Which row of `bank_RD` holds what. R rows, D hidden size.
+
+    A row whose last user left keeps its content until the place is needed, so that a vector in steady use is
+    copied to the device once. Rows are rewritten on the stream that runs the steps: a step in flight has read
+    the old content by then.
+    """
+
+    def __init__(self, bank_RD: torch.Tensor, make_row: Callable[[RowKey, int], np.ndarray]) -> None:
+        self._bank_RD = bank_RD
+        self._make_row = make_row
+        self._row_of: dict[Row, int] = {}
+        self._users: dict[int, int] = {}
+        self._idle: OrderedDict[Row, int] = OrderedDict()
+        self._never_used = list(range(bank_RD.shape[0] - 1, -1, -1))
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._bank_RD.shape[0])
+
+    @property
+    def num_pinned(self) -> int:
+        return len(self._users)
+
+    @property
+    def num_used(self) -> int:
+        """Rows that hold a vector, whether or not a request uses it now."""
+        return len(self._row_of)
+
+    def can_pin(self, rows: Sequence[Row]) -> bool:
+        """Whether `pin` would find room."""
+        wanted = set(rows)
+        new = sum(row not in self._row_of for row in wanted)
+        reused = sum(row in self._idle for row in wanted)
+        return new <= len(self._never_used) + len(self._idle) - reused
+
+    def pin(self, rows: Sequence[Row]) -> list[int]:
+        """Row numbers of `rows`, written to the device where they are new; each counts one user more."""
+        assert self.can_pin(rows), "admission keeps the bank from being full"
+        # Contents first: where one cannot be made, nothing has changed.
+        new = {row: self._make_row(*row) for row in dict.fromkeys(rows) if row not in self._row_of}
+        for row in rows:
+            # Out of the idle ones before places are taken: a row of this very request must not make way for another.
+            if row in self._idle:
+                self._users[self._idle.pop(row)] = 0
+        for row in new:
+            self._row_of[row] = self._take_place()
+            self._users[self._row_of[row]] = 0
+        if new:
+            self._write(new)
+        numbers = [self._row_of[row] for row in rows]
+        for number in numbers:
+            self._users[number] += 1
+        return numbers
+
+    def unpin(self, rows: Sequence[Row]) -> None:
+        """One user less for each of `rows`; rows without users may be overwritten from now on."""
+        for row in rows:
+            number = self._row_of[row]
+            self._users[number] -= 1
+            if self._users[number] == 0:
+                del self._users[number]
+                self._idle[row] = number
+
+    def forget(self, digest: str) -> None:
+        """Give up idle rows made from a vector that left the store."""
+        for row in [row for row in self._idle if any(term[0] == digest for term in row[0].terms)]:
+            self._never_used.append(self._idle.pop(row))
+            del self._row_of[row]
+
+    def _take_place(self) -> int:
+        if self._never_used:
+            return self._never_used.pop()
+        row, number = self._idle.popitem(last=False)
+        del self._row_of[row]
+        return number
+
+    def _write(self, new: dict[Row, np.ndarray]) -> None:
+        content_ND = torch.from_numpy(np.stack(list(new.values())))
+        index_N = torch.tensor([self._row_of[row] for row in new], dtype=torch.int64)
+        device, dtype = self._bank_RD.device, self._bank_RD.dtype
+        self._bank_RD.index_copy_(0, index_N.to(device), content_ND.to(dtype).to(device))
+
+
+class Programs:
+    """Writes a request's program into its slot when it is admitted, and clears it when it leaves.
+
+    S slots (0 = never used), L armed sites, E entries a site, W words an entry. elsewhere: blocks that other stages of
+    a pipeline arm.
+    """
+
+    def __init__(
+        self, tables: Tables, bank: Bank, armed_blocks: tuple[int, ...], elsewhere: Collection[int] = ()
+    ) -> None:
+        self._tables = tables
+        self._bank = bank
+        self._site_of = {block: site for site, block in enumerate(armed_blocks)}
+        self._elsewhere = frozenset(elsewhere)
+        self._pinned: dict[int, list[Row]] = {}
+        self._by_reference: set[int] = set()
+
+    @property
+    def steered_slots(self) -> set[int]:
+        return set(self._pinned)
+
+    def need_reference(self, slot_T: torch.Tensor) -> bool:
+        """Whether a program in these slots has a gate or keeps norms, which plans do not know (host tensors only)."""
+        return bool(self._by_reference) and not self._by_reference.isdisjoint(torch.unique(slot_T).tolist())
+
+    def admit(self, slot: int, program: Program) -> None:
+        """Write `program` into `slot`. The slot must be free; programs without sites here leave it unsteered."""
+        assert slot > 0, "slot 0 is never steered"
+        assert slot not in self._pinned, f"slot {slot} is taken"
+        here = [
+            (blocks, group.entries)
+            for group in program.sites
+            if (blocks := [block for block in group.blocks if block not in self._elsewhere])
+        ]
+        if not here:
+            return
+        _, num_sites, num_entries, _ = self._tables.entries_SLEW.shape
+        entries_LEW = np.zeros((num_sites, num_entries, NUM_WORDS), dtype=np.int32)
+        counts_L = np.zeros(num_sites, dtype=np.int32)
+        rows: list[Row] = []
+        places: list[tuple[int, int, int]] = []
+        for blocks, entries in here:
+            sites = [self._site_of[block] for block in blocks]
+            counts_L[sites] = len(entries)
+            for e, entry in enumerate(entries):
+                c0, c1, c2, c3, lo, hi = entry.coefficients
+                words = Entry(0, entry.start, entry.end, c0, c1, c2, c3, lo, hi)
+                named = {ROW: entry.row}
+                if entry.gate is not None:
+                    named[GATE_ROW], min_cos, max_cos = entry.gate
+                    words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
+                entries_LEW[sites, e] = encode_entry(words)
+                for word, key in named.items():
+                    rows += [(key, block) for block in blocks]
+                    places += [(site, e, word) for site in sites]
+        # In one go, after all that could fail: then nothing has changed, and the device is written once.
+        entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
+        self._pinned[slot] = rows
+        if program.keep_norm or any(entry.gate is not None for _, entries in here for entry in entries):
+            self._by_reference.add(slot)
+        placed = [(entry.start, entry.end) for _, entries in here for entry in entries]
+        span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
+        tables = self._tables
+        _write(tables.entries_SLEW[slot], entries_LEW)
+        _write(tables.counts_SL[slot], counts_L)
+        _write(tables.keep_norm_S[slot : slot + 1], np.array([program.keep_norm], dtype=np.int32))
+        _write(tables.span_S2[slot], np.array(span_2, dtype=np.int32))
+
+    def release(self, slot: int) -> None:
+        """The slot's request has left; nothing happens for a slot that is not steered."""
+        pinned = self._pinned.pop(slot, None)
+        if pinned is None:
+            return
+        self._by_reference.discard(slot)
+        self._bank.unpin(pinned)
+        self._tables.span_S2[slot] = 0
+        self._tables.counts_SL[slot] = 0
+
+
+def _write(target: torch.Tensor, content: np.ndarray) -> None:
+    # From pageable memory: the copy has read `content` when it returns, and is ordered after the steps in flight.
+    target.copy_(torch.from_numpy(content))

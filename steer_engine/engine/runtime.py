@@ -1,0 +1,243 @@
+"""The device buffers of an engine: allocated in one place, and counted by the same call without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from steer_kernels.reference import edit_residual_reference, route_rows_reference
+from steer_kernels.step_plan import StepPlan
+from steer_kernels.tables import Tables
+
+from steer_engine.engine.bank import Bank, Programs, Store
+from steer_engine.engine.stream import StreamForm
+from steer_engine.program import Program
+from steer_engine.settings import SteeringConfig
+
+
+def allocate_tables(
+    config: SteeringConfig,
+    *,
+    num_sites: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    max_requests: int,
+    max_tokens: int,
+    reads: bool,
+) -> Tables:
+    """Zeroed buffers of an engine with `num_sites` armed blocks, which steer nothing.
+
+    max_tokens: token rows of the largest batch. reads: whether the stream can be read.
+    """
+    return Tables.allocate(
+        num_slots=max_requests + 1,
+        num_sites=num_sites,
+        num_entries=config.rows,
+        num_rows=config.num_bank_rows(num_sites, max_requests),
+        hidden_size=hidden_size,
+        max_tokens=max_tokens,
+        bank_dtype=dtype,
+        device=device,
+        capture_rows=max_tokens if reads else 0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of device memory, on each rank: every rank holds all of it."""
+
+    bank: int
+    """Rows of the vectors in use."""
+    programs: int
+    """What each running request asks."""
+    routing: int
+    """Whose program applies to which token row of a step."""
+    reading: int
+    """Where the stream is read to."""
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    @classmethod
+    def of(cls, tables: Tables) -> Footprint:
+        return cls(
+            bank=tables.bank_RD.nbytes,
+            programs=sum(
+                part.nbytes for part in (tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S, tables.span_S2)
+            ),
+            routing=tables.slot_T.nbytes + tables.pos_T.nbytes,
+            reading=sum(part.nbytes for part in (tables.capture_T, tables.captured_LCD) if part is not None),
+        )
+
+
+class EngineRuntime:
+    """Everything that the op and the runner adapters share. Slots count from 1; slot 0 is "not steered".
+
+    forms: armed block -> how it carries the stream, as the start-up probe found. elsewhere: blocks that other stages of
+    a pipeline arm.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SteeringConfig,
+        forms: Mapping[int, StreamForm],
+        capture_blocks: tuple[int, ...],
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_requests: int,
+        max_tokens: int,
+        use_triton: bool,
+        elsewhere: tuple[int, ...] = (),
+    ) -> None:
+        self.config = config
+        self.forms = dict(forms)
+        self.armed_blocks = tuple(sorted(forms))
+        self.capture_blocks = capture_blocks
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.use_triton = use_triton
+        self.store = Store()
+        self.tables = allocate_tables(
+            config,
+            num_sites=len(self.armed_blocks),
+            hidden_size=hidden_size,
+            dtype=dtype,
+            device=device,
+            max_requests=max_requests,
+            max_tokens=max_tokens,
+            reads=bool(capture_blocks),
+        )
+        self.bank = Bank(self.tables.bank_RD, self.store.row)
+        self.programs = Programs(self.tables, self.bank, self.armed_blocks, elsewhere)
+        self.asked_blocks = tuple(sorted({*self.armed_blocks, *elsewhere}))
+        """What all workers of the engine are to arm between them."""
+        self.stage_blocks = self.armed_blocks
+        """The blocks that this worker has."""
+        self.fused_blocks: tuple[int, ...] = ()
+        """Blocks whose edit happens inside the norm that follows them."""
+        self.fused_calls = 0
+        """How often such a norm was launched from Python: each step of an eager engine, and graph captures."""
+        self._reads = bool(capture_blocks)
+        self._rows_N: torch.Tensor | None = None
+        self._plan: StepPlan | None = None
+        self._reading = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all buffers."""
+        return Footprint.of(self.tables).total
+
+    def admit(self, slot: int, program: Program) -> None:
+        self.programs.admit(slot, program)
+
+    def release(self, slot: int) -> None:
+        self.programs.release(slot)
+        # The slot may get another program, and would look the same.
+        self._plan = None
+
+    def route(
+        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor, num_tokens: int
+    ) -> None:
+        """Say which row of the coming step belongs to whose program, on the device.
+
+        idx_mapping_B: batch position -> slot - 1 (-1 = unsteered). Rows from `num_tokens` on are unsteered.
+        """
+        if not self.programs.steered_slots:
+            self.idle()
+        elif self.use_triton:
+            from steer_kernels.route_rows import route_rows
+
+            route_rows(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
+        elif not self._goes_on(query_start_loc_B1, idx_mapping_B, positions_T):
+            route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
+            self._look(query_start_loc_B1, idx_mapping_B, positions_T)
+
+    def idle(self) -> None:
+        """The coming forward pass is a dummy: nothing is steered or read in it."""
+        self.tables.slot_T.zero_()
+        self._rows_N = self._plan = None
+        self._stop_reading()
+
+    def read(self, rows: list[int], after: Sequence[bool]) -> None:
+        """Read these token rows of the coming step at every capture block (see `captured`), each before or `after`
+        the block's edit.
+        """
+        assert self.tables.capture_T is not None
+        self._stop_reading()
+        if rows:
+            index_C = torch.tensor(rows, dtype=torch.int64, device=self.tables.capture_T.device)
+            places = [-place if late else place for place, late in enumerate(after, start=1)]
+            self.tables.capture_T[index_C] = torch.tensor(places, dtype=torch.int32, device=index_C.device)
+            self._reading = True
+            if self._rows_N is None and not self.use_triton:
+                self._rows_N = index_C[:0]
+
+    def captured(self, num_rows: int) -> torch.Tensor:
+        """float32 [capture blocks, num_rows, D] on the host: what the last step read, in the order asked."""
+        assert self.tables.captured_LCD is not None
+        sites = [self.armed_blocks.index(block) for block in self.capture_blocks]
+        return self.tables.captured_LCD[sites, :num_rows].cpu()
+
+    def edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
+        """The op's body (see `op.edit_residual`)."""
+        if self.use_triton:
+            from steer_kernels.edit_residual import edit_residual
+
+            edit_residual(hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._reads)
+        elif self._plan is not None and not self._reading:
+            self._plan.apply(hidden, carried, self.tables.bank_RD, site)
+        elif self._rows_N is not None:
+            edit_residual_reference(
+                hidden,
+                carried,
+                self.tables,
+                site,
+                adds_only=self.config.adds_only,
+                capture=self._reading,
+                rows_N=self._rows_N,
+            )
+
+    def edit_and_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
+    ) -> None:
+        """The body of `op.add_rms_norm_edit`; only where the kernels are Triton's."""
+        from steer_kernels.add_rms_norm_edit import add_rms_norm_edit
+
+        self.fused_calls += 1
+        add_rms_norm_edit(
+            hidden,
+            residual,
+            weight,
+            self.tables,
+            site,
+            epsilon=epsilon,
+            adds_only=self.config.adds_only,
+            capture=self._reads,
+        )
+
+    def _goes_on(self, *routed: torch.Tensor) -> bool:
+        """Whether the last step's plan serves the coming one too. Its rows are the same; only positions moved on."""
+        decoding = None if self._plan is None else self._plan.decoding
+        # Reading goes through the reference, which wants to know positions.
+        return decoding is not None and not self._reads and decoding.goes_on(*routed)
+
+    def _look(self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """Without a device queue the host may look: what a step does is worked out once, not per site."""
+        slot_T = self.tables.slot_T[: positions_T.shape[0]]
+        rows_N = slot_T.nonzero().squeeze(1)
+        self._rows_N = rows_N if rows_N.numel() else None
+        self._plan = None
+        if self._rows_N is not None and not self.programs.need_reference(slot_T):
+            self._plan = StepPlan.of_step(self.tables, rows_N, query_start_loc_B1, idx_mapping_B, positions_T)
+
+    def _stop_reading(self) -> None:
+        if self._reading and self.tables.capture_T is not None:
+            self.tables.capture_T.zero_()
+        self._reading = False

@@ -1,1 +1,0 @@
-"""What steers inside an engine: store, bank, programs, routing and the op. Only `runtime.vllm` knows vLLM."""

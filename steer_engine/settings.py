@@ -1,0 +1,171 @@
+"""Limits with names: each can be set by the environment, and `GET /v1/steering` publishes all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from steer_engine.errors import UnsupportedEngineError
+from steer_engine.spec import MAX_SPEC_CHARS, Op, parse_blocks
+
+PREFIX = "STEER_ENGINE_"
+
+
+class NamedLimits(BaseModel):
+    """A group of limits; `STEER_ENGINE_MAX_EDITS=4` in the environment sets the field `max_edits`, and so on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """The environment variable of a field."""
+        return PREFIX + name.upper()
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Defaults, and what the environment says otherwise. Raises UnsupportedEngineError for a bad number."""
+        named = {name: os.environ.get(cls.variable(name)) for name in cls.model_fields}
+        try:
+            return cls.model_validate({name: value for name, value in named.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UnsupportedEngineError(f"{cls.variable(str(first['loc'][0]))}: {first['msg']}.") from None
+
+
+CONFIG_KEY = "steer_engine"
+"""Key of our settings in vLLM's `additional_config`, which reaches every process and enters the compile-cache key."""
+
+ALL_OPS = tuple(Op)
+
+
+class SteeringConfig(BaseModel):
+    """What is armed. Everything in here changes the compiled graph or device memory; nothing else belongs here.
+
+    blocks: `"all"`, `"8-22"` or a list; sites that exist in the graph.
+    ops: operations that a request may use; `("add",)` compiles to a graph without any reduction of ours.
+    rows: bank rows (and program entries) that one request may need per block after adds are merged.
+    bank_rows: rows of the bank in all. Default: as many as all requests at once could need, so that none ever waits for
+        one; with fewer, requests wait in the scheduler.
+    capture: blocks whose residual stream can be read (empty: reading is not armed).
+    fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). One launch
+        less per block, but silence is then plain vLLM to within rounding, not bit for bit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blocks: str | tuple[int, ...] = "all"
+    ops: tuple[Op, ...] = ALL_OPS
+    rows: int = Field(default=4, ge=1, le=16)
+    bank_rows: int | None = Field(default=None, ge=1)
+    capture: str | tuple[int, ...] = ()
+    fuse_norm: bool = False
+
+    @field_validator("ops")
+    @classmethod
+    def _some_operation(cls, ops: tuple[Op, ...]) -> tuple[Op, ...]:
+        if not ops:
+            raise ValueError("at least one operation must be armed; the smallest set is ['add']")
+        return tuple(op for op in Op if op in ops)
+
+    @property
+    def adds_only(self) -> bool:
+        return self.ops == (Op.ADD,)
+
+    def armed_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The armed block numbers of a model with `num_blocks` blocks, ascending."""
+        return _select(self.blocks, num_blocks, "--steering-blocks")
+
+    def capture_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The block numbers whose stream can be read, ascending; always a subset of the armed ones."""
+        if self.capture == ():
+            return ()
+        wanted = _select(self.capture, num_blocks, "capture blocks")
+        unarmed = set(wanted) - set(self.armed_blocks(num_blocks))
+        if unarmed:
+            raise UnsupportedEngineError(
+                f"Reading is asked at blocks {sorted(unarmed)} which are not armed; arm them with --steering-blocks."
+            )
+        return wanted
+
+    def num_bank_rows(self, num_armed_blocks: int, max_requests: int) -> int:
+        """Rows of the bank of an engine that runs at most `max_requests` at once."""
+        most = max_requests * num_armed_blocks * self.rows
+        return most if self.bank_rows is None else min(self.bank_rows, most)
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """Plain JSON for `VllmConfig.additional_config`."""
+        return {CONFIG_KEY: self.model_dump(mode="json")}
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> SteeringConfig | None:
+        """The settings if this engine is armed, else None.
+
+        Armed means: `additional_config` has our key, or the environment says STEER_ENGINE=1 (all defaults).
+        """
+        raw = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+        if raw is None:
+            return cls() if os.environ.get("STEER_ENGINE", "") == "1" else None
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(["additional_config", CONFIG_KEY, *(str(part) for part in first["loc"])])
+            raise UnsupportedEngineError(f"{where}: {first['msg']}. Valid keys: {sorted(cls.model_fields)}.") from None
+
+
+class Limits(NamedLimits):
+    """What one request may ask; `GET /v1/steering` publishes these numbers."""
+
+    max_edits: int = 8
+    max_request_vectors: int = Field(default=16, ge=1)
+    """Different vectors that one request may name, those of gates included."""
+    max_abs_scale: float = 1000.0
+    max_dose: float = 100.0
+    """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
+    max_spec_bytes: int = MAX_SPEC_CHARS
+    """Of a spec as JSON text; `parse_spec` holds to it."""
+    max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
+    """Decoded bytes of all vectors that come in one request itself; 0 switches them off."""
+    max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
+    """Of the rows that one request reads: float32, blocks x positions x hidden size. With --steering-capture only."""
+    max_captures: int = Field(default=4, ge=1)
+    """Requests of one API process that read at once; others wait. Bounds what the workers hold of them."""
+
+
+class EngineLimits(NamedLimits):
+    """Of one engine; its processes read it from the environment, as the API does that publishes it."""
+
+    store_bytes: int = Field(default=4 * 2**30, ge=0)
+    """Host memory of each worker for vectors; what no request names makes room."""
+
+
+def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:
+    if wanted == "all":
+        return tuple(range(num_blocks))
+    try:
+        blocks = parse_blocks(wanted if isinstance(wanted, str) else list(wanted))
+    except ValueError as error:
+        raise UnsupportedEngineError(f"{what}: {error}") from None
+    assert blocks is not None
+    if blocks[-1] >= num_blocks:
+        raise UnsupportedEngineError(
+            f"{what} names block {blocks[-1]}, but the model has {num_blocks} blocks: 0 to {num_blocks - 1}."
+        )
+    return blocks
+
+
+class ApiLimits(NamedLimits):
+    """Of one API process."""
+
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Body of any request; vLLM itself has no limit."""
+    max_upload_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Body of a vector that is put: 80 blocks of 8192 are 2.6 MB."""
+    max_uploads: int = Field(default=4, ge=1)
+    """Uploads at once; another one is asked to come again."""
+    max_bank_queue: int = Field(default=256, ge=1)
+    """Steered requests that may wait in the engine before the next one is sent away; where the bank is smaller than all
+    requests could need (--steering-bank-rows)."""

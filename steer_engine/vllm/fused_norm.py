@@ -1,0 +1,100 @@
+"""Edits inside the fused add and norm that follows a block: one launch less per site, one rounding less per row.
+
+Only on request (`SteeringConfig.fuse_norm`), because vLLM's own norm rounds otherwise: an engine that is asked nothing
+is then no longer plain vLLM bit for bit. Wraps `RMSNorm` instances of `vllm.model_executor.layers.layernorm`; which
+norm belongs to which block is seen in the start-up probe: the one that is called with the very tensors that the block
+returned. Known for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from steer_kernels.launch_table import MAX_NORMED_BYTES
+from torch import nn
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+from steer_engine.engine import op
+from steer_engine.engine.stream import StreamForm
+from steer_engine.vllm.patching import Symbol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm.config import VllmConfig
+
+
+SYMBOLS: Final = (
+    Symbol("vllm.model_executor.layers.layernorm:RMSNorm.__init__", ("hidden_size", "eps", "var_hidden_size")),
+    Symbol("vllm.model_executor.layers.layernorm:RMSNorm.forward_native", ("x", "residual")),
+)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def reason_against(vllm_config: VllmConfig) -> str | None:
+    """Why this engine must keep vLLM's own norm, or None."""
+    model_config = vllm_config.model_config
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        return "tensor parallelism fuses the norm with its all-reduce"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "the norm behind a block may be on the next stage of the pipeline"
+    if model_config.quantization is not None:
+        return "quantised models fuse the norm with quantisation"
+    if vllm_config.speculative_config is not None:
+        return "draft models may read the stream between a block and the next norm"
+    if model_config.get_hidden_size() * model_config.dtype.itemsize > MAX_NORMED_BYTES:
+        return f"a row of more than {MAX_NORMED_BYTES:,} bytes doesn't fit in the kernel's registers"
+    return None
+
+
+@contextmanager
+def watching(model: nn.Module, outputs: Mapping[int, Pair]) -> Iterator[dict[int, RMSNorm]]:
+    """While the probe runs: block -> the norm that was called with the pair which the block returned."""
+    found: dict[int, RMSNorm] = {}
+
+    def watched(norm: RMSNorm) -> Callable[..., Any]:
+        original = norm.forward
+
+        def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+            for block, pair in outputs.items():
+                if x is pair[0] and residual is pair[1]:
+                    found[block] = norm
+            return original(x, residual)
+
+        return forward
+
+    with ExitStack() as stack:
+        for norm in [module for module in model.modules() if type(module) is RMSNorm]:
+            norm.forward = watched(norm)
+            stack.callback(norm.__dict__.pop, "forward")
+        yield found
+
+
+def fusible(norms: Mapping[int, RMSNorm], forms: Mapping[int, StreamForm]) -> dict[int, RMSNorm]:
+    """The blocks whose edit can move into their norm: a split stream, a plain weighted norm, nobody else's norm."""
+    owners = list(norms.values())
+    return {
+        block: norm
+        for block, norm in norms.items()
+        if forms[block] is StreamForm.SPLIT
+        and norm.has_weight
+        and norm.variance_size_override is None
+        and owners.count(norm) == 1
+    }
+
+
+def fuse(norm: RMSNorm, site: int) -> None:
+    """Let `norm` edit the stream of `site` on its way. Without a residual it is what it was."""
+    original = norm.forward
+
+    def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if residual is None:
+            return original(x)
+        op.add_rms_norm_edit(x, residual, norm.weight, site, norm.variance_epsilon)
+        return x, residual
+
+    norm.forward = forward

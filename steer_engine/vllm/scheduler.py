@@ -1,0 +1,100 @@
+"""The scheduler: where the bank is small, a steered request waits until the rows that it needs are free.
+
+Wraps `vllm.v1.core.sched.scheduler.Scheduler.{schedule, _handle_blocked_waiting_request}`. The latter is asked for each
+waiting request in each step, beside vLLM's own test of `max_loras`; whom it turns away keeps its place in the queue.
+Known for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from steer_engine.engine.admission import BankQueue
+from steer_engine.program import PROGRAM_KEY, Program, Row, block_key
+from steer_engine.settings import SteeringConfig
+from steer_engine.vllm.patching import Symbol, wrap
+
+_CLASS = "vllm.v1.core.sched.scheduler:Scheduler"
+SCHEDULE = Symbol(f"{_CLASS}.schedule")
+HANDLE_WAITING = Symbol(f"{_CLASS}._handle_blocked_waiting_request", ("request",))
+_NAME = "generate_block_hash_extra_keys"
+EXTRA_KEYS = Symbol(f"vllm.v1.core.kv_cache_utils:{_NAME}", ("request", "start_token_idx", "end_token_idx"))
+IMPORTED = (Symbol(f"vllm.v1.core.block_pool:{_NAME}"), Symbol(f"vllm.v1.simple_kv_offload.manager:{_NAME}"))
+SYMBOLS = (SCHEDULE, HANDLE_WAITING, EXTRA_KEYS, *IMPORTED)
+
+_QUEUE = "_steer_bank_queue"
+_ROWS = "_steer_bank_rows"
+
+
+def hook() -> None:
+    wrap(SCHEDULE, _schedule)
+    wrap(HANDLE_WAITING, _handle_blocked_waiting_request)
+    for symbol in (EXTRA_KEYS, *IMPORTED):
+        wrap(symbol, _with_steering)
+
+
+def num_waiting(scheduler: Any) -> int:
+    """Steered requests that the engine has taken and that do not run, for want of rows or of anything else."""
+    running = set(scheduler.running)
+    # Copied first: another thread adds to it.
+    requests = list(scheduler.requests.values())
+    return sum(1 for request in requests if request not in running and rows_of(request))
+
+
+def rows_of(request: Any) -> frozenset[Row]:
+    """The bank rows of a request, read once from its program."""
+    rows: frozenset[Row] | None = getattr(request, _ROWS, None)
+    if rows is None:
+        params = request.sampling_params
+        wire = params.extra_args.get(PROGRAM_KEY) if params is not None and params.extra_args else None
+        rows = frozenset() if wire is None else Program.from_wire(wire).bank_rows
+        setattr(request, _ROWS, rows)
+    return rows
+
+
+def _queue_of(scheduler: Any) -> BankQueue[Any] | None:
+    """None where the engine is not armed, or its bank has room for whatever may run."""
+    if not hasattr(scheduler, _QUEUE):
+        vllm_config = scheduler.vllm_config
+        config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+        queue = None
+        if config is not None and config.bank_rows is not None:
+            queue = BankQueue(config.bank_rows, rows_of, lambda request: time.time() - request.arrival_time)
+        setattr(scheduler, _QUEUE, queue)
+    found: BankQueue[Any] | None = getattr(scheduler, _QUEUE)
+    return found
+
+
+def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (queue := _queue_of(self)) is not None:
+            queue.begin_step()
+        return original(self, *args, **kwargs)
+
+    return schedule
+
+
+def _handle_blocked_waiting_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _handle_blocked_waiting_request(self: Any, request: Any) -> bool:
+        ready: bool = original(self, request)
+        if ready and (queue := _queue_of(self)) is not None:
+            ready = queue.may_start(request, self.running)
+        return ready
+
+    return _handle_blocked_waiting_request
+
+
+def _with_steering(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx, *args, **kwargs)
+        if request.sampling_params is not None:
+            key = block_key(request.sampling_params.extra_args, start_token_idx, end_token_idx)
+            if key is not None:
+                keys = (*(keys or ()), key)
+        return keys, next_mm_idx
+
+    return generate_block_hash_extra_keys

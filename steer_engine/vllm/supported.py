@@ -1,0 +1,72 @@
+"""Which engine configurations can be armed. What is not known to be exact is refused at start-up, with the reason."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from steer_engine.errors import UnsupportedEngineError
+from steer_engine.resolve import ModelShape
+from steer_engine.settings import SteeringConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Raise UnsupportedEngineError for a setting under which token rows are not the scheduler's, or state is lost."""
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    refused = {
+        "VLLM_USE_RUST_FRONTEND=1 (it bypasses Python plugins)": os.environ.get("VLLM_USE_RUST_FRONTEND") == "1",
+        "micro-batching (--enable-dbo, --ubatch-size)": getattr(parallel, "use_ubatching", False)
+        or getattr(parallel, "enable_dbo", False),
+        "sequence-parallel MoE": bool(getattr(parallel, "use_sequence_parallel_moe", False)),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "elastic expert parallelism": bool(getattr(parallel, "enable_elastic_ep", False)),
+        "kv_sharing_fast_prefill": bool(vllm_config.cache_config.kv_sharing_fast_prefill),
+        "sleep mode (--enable-sleep-mode)": bool(getattr(model, "enable_sleep_mode", False)),
+        "a KV connector (--kv-transfer-config): its keys do not know of steering": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        f"runner type {model.runner_type!r}": model.runner_type != "generate",
+        "an encoder-decoder model": bool(model.is_encoder_decoder),
+        "float16 with DeepSeek models (their stream is scaled there); use bfloat16": (
+            "deepseek" in str(model.hf_text_config.model_type) and str(model.dtype) == "torch.float16"
+        ),
+    }
+    found = [what for what, applies in refused.items() if applies]
+    if found:
+        raise UnsupportedEngineError(
+            f"An engine with {'; '.join(found)} cannot be armed for steering yet. Change the setting, or start it "
+            "without steering."
+        )
+
+
+def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
+    """What requests are checked against, from the configuration alone."""
+    model = vllm_config.model_config
+    num_blocks = model.get_total_num_hidden_layers()
+    return ModelShape(
+        hidden_size=model.get_hidden_size(),
+        num_blocks=num_blocks,
+        armed_blocks=config.armed_blocks(num_blocks),
+        ops=config.ops,
+        rows=config.rows,
+        dtype=str(model.dtype).removeprefix("torch."),
+        bank_rows=config.bank_rows,
+        capture_blocks=config.capture_blocks(num_blocks),
+    )
+
+
+def longest_seeded_prompt(vllm_config: VllmConfig) -> int | None:
+    """Tokens of the longest prompt that a request with `seed` may have; None where any is right.
+
+    vLLM's V1 runner rewinds a request's generator after each chunk but the last, which generators of a CPU cannot do:
+    the engine dies (0.32, 0.33).
+    """
+    if vllm_config.device_config.device_type != "cpu" or vllm_config.use_v2_model_runner:
+        return None
+    scheduler = vllm_config.scheduler_config
+    chunks: tuple[int, ...] = (scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold)
+    return min(chunk for chunk in chunks if chunk > 0)

@@ -1,0 +1,92 @@
+"""A page in headless Chromium, driven by its debugging protocol."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import shutil
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from websockets.sync.client import ClientConnection, connect
+
+from helpers.server_process import free_port
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page:
+    """Opens `url`; `evaluate` runs JavaScript in it and returns its (awaited) value."""
+
+    def __init__(self, url: str, profile: Path) -> None:
+        assert CHROMIUM is not None
+        port = free_port()
+        self._process = subprocess.Popen(
+            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--remote-debugging-port={port}",
+             f"--user-data-dir={profile}", "--window-size=1100,900", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._numbers = itertools.count(1)
+        self._ending = ExitStack()
+        self._ending.callback(self._process.wait, 20)
+        self._ending.callback(self._process.kill)
+        try:
+            self._socket = self._connect(port)
+            self._call("Page.enable")
+            self._call("Page.navigate", url=url)
+        except BaseException:
+            self._ending.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ending.close()
+
+    def evaluate(self, script: str) -> Any:
+        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait_for(self, script: str, seconds: float = 60) -> Any:
+        """The value of `script` as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if found := self.evaluate(script):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{script} stayed false; the page says: {self.evaluate('document.body.innerText')}")
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+
+    def _connect(self, port: int) -> ClientConnection:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                targets = httpx.get(f"http://127.0.0.1:{port}/json", timeout=5).json()
+                page = next(target for target in targets if target["type"] == "page")
+                return self._ending.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None))
+            except (httpx.TransportError, StopIteration):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=120))
+            if message.get("id") == number:
+                assert "error" not in message, message["error"]
+                result: dict[str, Any] = message["result"]
+                return result

@@ -1,0 +1,63 @@
+"""Comparing what a kernel or a reference left behind with the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from steer_kernels.reference import rows_view
+
+from helpers.cases import SITE, Case
+from helpers.kernel_oracle import Expected, expect, store_error, to_float64
+
+# An effect must exceed the bound of its error by this factor, or the comparison would show nothing. An edit as large as
+# what it leaves behind exceeds it by 128 at the most in a bfloat16 that may round to either neighbour.
+FAR_ABOVE = 50
+
+
+def oracle_of(case: Case) -> Expected:
+    """What `case` must become; call it before the case is edited."""
+    hidden_TD = None if case.hidden is None else rows_view(case.hidden)
+    return expect(hidden_TD, rows_view(case.carried), case.tables, SITE, adds_only=case.adds_only)
+
+
+def assert_matches(case: Case, edited: torch.Tensor, expected: Expected, *, ulps: float) -> NDArray[np.float64]:
+    """Every row within its bound, untouched rows to the bit. Returns effect / bound of each touched, decided row.
+
+    case.carried is the stream before the edit; ulps is how the side under test rounds to the stream's dtype.
+    """
+    assert torch.isfinite(edited.float()).all()
+    assert expected.decided_T.sum() * 2 >= len(expected.decided_T), "too many gates are too close to call"
+    before_TD, edited_TD = rows_view(case.carried), rows_view(edited)
+    bound_TD = store_error(expected.carried_TD, expected.error_TD, edited.dtype, ulps=ulps)
+    wrong_TD = np.abs(to_float64(edited_TD) - expected.carried_TD) > bound_TD
+    wrong_TD[~expected.decided_T] = False
+    assert not wrong_TD.any(), f"rows {np.flatnonzero(wrong_TD.any(1))} are beyond their bound"
+    silent_T = torch.from_numpy(expected.decided_T & ~expected.touched_T)
+    assert torch.equal(before_TD[silent_T], edited_TD[silent_T]), "a row without an edit has changed"
+    if case.capture:
+        after_TD = edited_TD.float() if case.hidden is None else rows_view(case.hidden).float() + edited_TD.float()
+        assert_captured(case, expected, after_TD, ulps=ulps)
+    shown_T = expected.decided_T & expected.touched_T
+    return np.abs(expected.delta_TD[shown_T]).max(1) / bound_TD[shown_T].max(1)
+
+
+def assert_captured(case: Case, expected: Expected, after_TD: torch.Tensor, *, ulps: float) -> None:
+    """The rows that were asked for hold x before the edit, or to the bit what it left; nothing else was written.
+
+    after_TD: float32, the stream that the side under test left behind.
+    """
+    captured_LCD, capture_T = case.tables.captured_LCD, case.tables.capture_T
+    assert captured_LCD is not None
+    assert capture_T is not None
+    asked_T = capture_T[: len(expected.x_TD)]
+    late_N = (asked_T < 0).nonzero().squeeze(1)
+    assert torch.equal(captured_LCD[SITE, -asked_T[late_N].long() - 1], after_TD[late_N])
+    rows_N = (asked_T > 0).nonzero().squeeze(1)
+    assert len(rows_N) > 0
+    places_N = asked_T[rows_N].long() - 1
+    bound_ND = store_error(expected.x_TD, expected.x_error_TD, captured_LCD.dtype, ulps=ulps)[rows_N]
+    assert (np.abs(to_float64(captured_LCD[SITE, places_N]) - expected.x_TD[rows_N]) <= bound_ND).all()
+    rest_LCD = captured_LCD.clone()
+    rest_LCD[SITE, asked_T[asked_T != 0].abs().long() - 1] = 0
+    assert not rest_LCD.any()

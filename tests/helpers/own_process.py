@@ -1,0 +1,57 @@
+"""Runs prompts on an engine in a process of its own and saves what came out.
+
+    python own_process.py SETTINGS.json OUT.npz
+
+Plain vLLM, without our plugin, unless SETTINGS["armed"]: then Steer Engine, asked nothing, after steered requests.
+SETTINGS: {"model", "llm": {...}, "prompts": [[...]], "params": {...}, "armed"}. OUT: ids and logprobs [N, M].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def plain(settings: dict[str, Any]) -> Any:
+    import vllm
+
+    llm = vllm.LLM(settings["model"], **settings["llm"])
+    assert not any(name == "steer_engine" or name.startswith("steer_engine.") for name in sys.modules)
+    return llm
+
+
+def armed(settings: dict[str, Any]) -> Any:
+    from helpers.driving import fill_the_bank
+    from helpers.engines import random_vector
+    from steer_engine import LLM
+
+    vectors = {f"r{seed}": random_vector(seed) for seed in range(32)}
+    llm = LLM(settings["model"], vectors=vectors, **settings["llm"])
+    fill_the_bank(llm, settings["prompts"], **settings["params"])
+    return llm
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    if not settings["armed"]:
+        os.environ["VLLM_PLUGINS"] = ""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        from helpers.interpreted import use_v2_runner
+
+        use_v2_runner()
+    from helpers.driving import silent
+
+    llm = (armed if settings["armed"] else plain)(settings)
+    ids, logprobs = silent(llm, settings["prompts"], **settings["params"])
+    np.savez(sys.argv[2], ids=ids, logprobs=logprobs)
+
+
+if __name__ == "__main__":
+    main()

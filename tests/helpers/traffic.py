@@ -1,0 +1,120 @@
+"""Mixed traffic, and what the oracle says of each answer: exact positions, whatever the engine does with the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from helpers.driving import edit, params, steering, tokens
+from helpers.oracle import Oracle
+from steer_engine import LLM
+
+
+class Start(Protocol):
+    """The fixture `start`."""
+
+    def __call__(self, **settings: Any) -> LLM: ...
+
+
+BOUND = 1e-4
+"""Of a float32 logprob against the oracle; edits make the stream a few times larger than its own rounding assumes."""
+
+SPECS: tuple[dict[str, Any] | None, ...] = (
+    None,
+    steering(edit("r0", 1.5)),
+    steering(edit("r1", 1.5, scope="generation")),
+    None,
+    steering(edit("r2", 1.5, scope="prompt"), edit("r3", -1.0, blocks=1)),
+    steering(edit("r4", op="ablate"), edit("r5", 1.0, scope={"start": 3, "end": -2})),
+    steering({"vector": "r6", "op": "set", "target": 4.0, "scope": {"start": -5}}),
+    steering({"vector": "r7", "op": "add_relative", "scale": 0.3}, preserve_norm=True),
+)
+"""Every kind of scope, sums over D, and plain requests in between."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    prompt: list[int]
+    spec: dict[str, Any] | None
+    max_tokens: int
+
+
+def asks(num: int, *, shared: int = 40, longest: int = 60, max_tokens: int = 8, seed: int = 0) -> list[Ask]:
+    """`num` requests over SPECS, every second one behind a prefix of `shared` tokens that they have in common."""
+    prefix = tokens(7_000 + seed, shared)
+    return [
+        Ask(
+            prompt=[*(prefix if i % 2 else []), *tokens(8_000 + 100 * seed + i, 5 + (11 * i) % longest)],
+            spec=SPECS[i % len(SPECS)],
+            max_tokens=1 + (3 * i + max_tokens - 1) % max_tokens,
+        )
+        for i in range(num)
+    ]
+
+
+def run(llm: LLM, asked: Sequence[Ask], **fields: Any) -> list[Any]:
+    """vLLM's outputs of one batch of `asked`."""
+    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in asked]
+    wanted = [params(ask.spec, max_tokens=ask.max_tokens, **fields) for ask in asked]
+    return list(llm.generate(inputs, wanted, use_tqdm=False))
+
+
+def assert_right(
+    oracle: Oracle, asked: Sequence[Ask], outputs: Sequence[Any], allowed: Sequence[int] | None = None
+) -> None:
+    """Every sampled token of every answer has the logprob that the oracle computes for it under its own steering.
+
+    allowed: the tokens that a grammar leaves, where one does.
+    """
+    shown = 0
+    for ask, output in zip(asked, outputs, strict=True):
+        for completion in output.outputs:
+            shown += assert_completion(oracle, ask, completion, allowed)
+    assert shown == sum(len(o.outputs) for a, o in zip(asked, outputs, strict=True) if a.spec and len(o.outputs))
+
+
+def assert_completion(oracle: Oracle, ask: Ask, completion: Any, allowed: Sequence[int] | None = None) -> bool:
+    """One answer; True if steering shows in it far above the bound."""
+    ids = list(completion.token_ids)
+    reported = np.array([step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)])
+    whole = [*ask.prompt, *ids]
+    expected, plain = (
+        oracle.logprobs(whole, spec, prompt_len=len(ask.prompt))[len(ask.prompt) - 1 : -1] for spec in (ask.spec, None)
+    )
+    if allowed is not None:
+        expected, plain = (among(rows_MV, allowed) for rows_MV in (expected, plain))
+    rows = np.arange(len(ids))
+    assert np.abs(reported - expected[rows, ids]).max() <= BOUND, ask
+    return bool(np.abs(expected - plain).max() >= 100 * BOUND) if ask.spec else False
+
+
+def among(logprobs_MV: np.ndarray, allowed: Sequence[int]) -> np.ndarray:
+    """Logprobs if only `allowed` tokens can be sampled; 0 for the others."""
+    result_MV = np.zeros_like(logprobs_MV)
+    allowed_MA = logprobs_MV[:, allowed]
+    result_MV[:, allowed] = allowed_MA - np.logaddexp.reduce(allowed_MA, axis=1, keepdims=True)
+    return result_MV
+
+
+def core_of(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
+def drafts_of(llm: LLM, asked: list[Ask]) -> tuple[list[Any], int]:
+    """The outputs, and how many drafted tokens were accepted."""
+    accepted = 0
+    scheduler = core_of(llm).scheduler
+    original = scheduler.make_spec_decoding_stats
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal accepted
+        accepted += kwargs.get("num_accepted_tokens", args[2] if len(args) > 2 else 0)
+        return original(*args, **kwargs)
+
+    scheduler.make_spec_decoding_stats = counted
+    outputs = run(llm, asked)
+    del scheduler.make_spec_decoding_stats
+    return outputs, accepted

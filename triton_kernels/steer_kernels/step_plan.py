@@ -1,0 +1,260 @@
+"""What a step edits where, worked out once for all sites and kept while nothing changes: the quick way of a CPU engine.
+
+Without a device queue the host may look at the routing buffers. A site then needs a handful of torch calls on the
+steered rows, where the plain reference needs some forty; gates, kept norms and reading go through the reference.
+Both round alike, bit for bit: what a neighbour asks for cannot be seen in a row.
+
+Legend: N steered rows (of what they all have in common, there may be one), L sites, E entries a site, T rows of the
+batch, B its requests, D hidden size, W words of an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from steer_kernels import tables as tb
+from steer_kernels.reference import rows_view
+from steer_kernels.tables import MAX_POSITION, Tables
+
+KEPT_NUMBERS = 2**18
+"""Rows of the bank that a plan gathers for all sites at once: at most 1 MiB, where calls cost more than memory does.
+Larger ones would have to be found a place anew with every plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One entry at one site, over the steered rows. Coefficients are float32 [N, 1], 0 where the entry does not apply.
+
+    Terms of g(x) that no row has are None.
+    """
+
+    row_N: torch.Tensor
+    kept_ND: torch.Tensor | None
+    """The rows, where they are kept."""
+    c0: torch.Tensor
+    c1: torch.Tensor | None
+    c2: torch.Tensor | None
+    c3: torch.Tensor | None
+    lo: torch.Tensor
+    hi: torch.Tensor
+    applies: torch.Tensor | None
+    """bool [N, 1]; None: everywhere."""
+
+    @property
+    def only_adds(self) -> bool:
+        return self.c1 is None and self.c2 is None and self.c3 is None
+
+    def delta(self, x_ND: torch.Tensor | None, bank_RD: torch.Tensor) -> torch.Tensor:
+        """g(x) * w, float32 [N, D]; x may be missing where the step only adds."""
+        w_ND = bank_RD.index_select(0, self.row_N).float() if self.kept_ND is None else self.kept_ND
+        g_N1 = self.c0
+        if not self.only_adds:
+            assert x_ND is not None
+            if self.c1 is not None:
+                g_N1 = g_N1 + self.c1 * x_ND.norm(dim=1, keepdim=True)
+            if self.c2 is not None or self.c3 is not None:
+                dot_N1 = (x_ND * w_ND).sum(1, keepdim=True)
+                if self.c2 is not None:
+                    g_N1 = g_N1 + self.c2 * dot_N1
+                if self.c3 is not None:
+                    g_N1 = g_N1 + self.c3 * (torch.minimum(torch.maximum(dot_N1, self.lo), self.hi) - dot_N1)
+            if self.applies is not None:
+                g_N1 = torch.where(self.applies, g_N1, 0.0)
+        if self.kept_ND is None and w_ND.shape[0] == g_N1.shape[0]:
+            return w_ND.mul_(g_N1)  # many rows: a place for the product would have to be found at every site
+        return w_ND * g_N1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """A batch in which every request has one row, and the positions [since, until) of each between which no entry
+    of its program begins or ends. As long as programs stay what they are, such a batch is steered in the same way.
+    """
+
+    query_start_loc_B1: np.ndarray
+    idx_mapping_B: np.ndarray
+    since_B: np.ndarray
+    until_B: np.ndarray
+
+    @classmethod
+    def of_step(
+        cls, tables: Tables, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor
+    ) -> Decoding | None:
+        num_requests = idx_mapping_B.shape[0]
+        if positions_B.shape[0] != num_requests or bool((query_start_loc_B1.diff() != 1).any()):
+            return None
+        # Requests outside of their program's span too: they are not routed, until they enter it.
+        bounds_BX = tables.entries_SLEW[..., tb.START : tb.END + 1][(idx_mapping_B + 1).long()].flatten(1)
+        passed_BX = bounds_BX <= positions_B.unsqueeze(1)
+        return cls(
+            query_start_loc_B1=query_start_loc_B1.numpy().copy(),
+            idx_mapping_B=idx_mapping_B.numpy().copy(),
+            since_B=torch.where(passed_BX, bounds_BX, 0).amax(1).numpy(),
+            until_B=torch.where(passed_BX, MAX_POSITION, bounds_BX).amin(1).numpy(),
+        )
+
+    def goes_on(self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor) -> bool:
+        """Whether this step's batch is steered as that one was."""
+        # Asked in every step, with cold caches: numpy's calls take half as long as torch's.
+        if idx_mapping_B.shape[0] != len(self.idx_mapping_B) or positions_B.shape[0] != len(self.since_B):
+            return False
+        at_B = positions_B.numpy()
+        return bool(
+            (self.idx_mapping_B == idx_mapping_B.numpy()).all()
+            and (self.query_start_loc_B1 == query_start_loc_B1.numpy()).all()
+            and (self.since_B <= at_B).all()
+            and (at_B < self.until_B).all()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The steps of every site, for the steered rows of one step of the engine."""
+
+    decoding: Decoding | None
+    """None: the batch still reads prompts, and the next one will look different."""
+    rows_N: torch.Tensor
+    """int64: which rows of the batch are steered."""
+    all_rows: bool
+    """Whether these are all rows of the batch, in order."""
+    edits_L: list[bool]
+    """At which sites there is something to do."""
+    delta_LND: torch.Tensor | None
+    """What is added, where that is known beforehand: the bank's rows are kept, and no entry asks for x."""
+    steps_at_L: list[list[Step]]
+    """How it is worked out at each site where it is not."""
+
+    @classmethod
+    def of_step(
+        cls,
+        tables: Tables,
+        rows_N: torch.Tensor,
+        query_start_loc_B1: torch.Tensor,
+        idx_mapping_B: torch.Tensor,
+        positions_T: torch.Tensor,
+    ) -> StepPlan:
+        """The plan of a step that `route_rows` has routed from these; rows_N: its steered rows, at least one."""
+        slot_N = tables.slot_T[rows_N].long()
+        if bool((slot_N == slot_N[0]).all()):
+            slot_N = slot_N[:1]  # the rows of one request have its entries in common
+        most = int(tables.counts_SL[slot_N].max())
+        entries = _Entries.of(tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N])
+        kept_LEND = entries.bank_rows(tables.bank_RD)
+        delta_LND = None if kept_LEND is None or not entries.only_add else entries.added(kept_LEND)
+        return cls(
+            decoding=Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T),
+            rows_N=rows_N,
+            all_rows=rows_N.shape[0] == positions_T.shape[0],
+            edits_L=entries.applies_LEN1.flatten(1).any(1).tolist(),
+            delta_LND=delta_LND,
+            steps_at_L=entries.steps(kept_LEND) if delta_LND is None else [],
+        )
+
+    def apply(self, hidden: torch.Tensor | None, carried: torch.Tensor, bank_RD: torch.Tensor, site: int) -> None:
+        """Edit `carried` [..., T, D] in place; x = hidden + carried, or carried alone."""
+        if not self.edits_L[site]:
+            return
+        carried_TD = rows_view(carried)
+        every = self.all_rows and carried_TD.shape[0] == self.rows_N.shape[0]
+        delta_ND = self._delta(hidden, carried_TD, bank_RD, site, every=every)
+        if carried_TD.dtype != torch.float32:
+            carried_TD[self.rows_N] = (carried_TD[self.rows_N].float() + delta_ND).to(carried_TD.dtype)
+        elif every:
+            carried_TD += delta_ND
+        else:
+            carried_TD.index_add_(0, self.rows_N, delta_ND.expand(self.rows_N.shape[0], -1))
+
+    def _delta(
+        self, hidden: torch.Tensor | None, carried_TD: torch.Tensor, bank_RD: torch.Tensor, site: int, *, every: bool
+    ) -> torch.Tensor:
+        """float32 [N or 1, D]."""
+        if self.delta_LND is not None:
+            return self.delta_LND[site]
+        steps = self.steps_at_L[site]
+        x_ND = None
+        if not all(step.only_adds for step in steps):
+            x_ND = self._rows(carried_TD, every)
+            if hidden is not None:
+                x_ND = self._rows(rows_view(hidden), every) + x_ND
+        delta_ND = steps[0].delta(x_ND, bank_RD)
+        for step in steps[1:]:
+            delta_ND = delta_ND + step.delta(None if x_ND is None else x_ND + delta_ND, bank_RD)
+        return delta_ND
+
+    def _rows(self, stream_TD: torch.Tensor, every: bool) -> torch.Tensor:
+        return (stream_TD if every else stream_TD.index_select(0, self.rows_N)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """All entries of the steered rows, entry by entry in one piece of memory."""
+
+    row_LEN: torch.Tensor
+    floats_LECN1: torch.Tensor
+    """C0, C1, C2, C3, LO, HI; the first four are 0 where the entry does not apply."""
+    applies_LEN1: torch.Tensor
+
+    @classmethod
+    def of(cls, words_NLEW: torch.Tensor, pos_N: torch.Tensor) -> _Entries:
+        """words: one row's, or one that stands for all rows; then so do the entries, where no edit begins or ends."""
+        pos_N11 = pos_N.view(-1, 1, 1)
+        applies_NLE = (words_NLEW[..., tb.START] <= pos_N11) & (pos_N11 < words_NLEW[..., tb.END])
+        if words_NLEW.shape[0] == 1 and bool((applies_NLE == applies_NLE[0]).all()):
+            applies_NLE = applies_NLE[:1]
+        applies_LEN1 = applies_NLE.permute(1, 2, 0).contiguous().unsqueeze(-1)
+        floats_NLEC = words_NLEW[..., tb.C0 : tb.HI + 1]
+        floats_LECN1 = floats_NLEC.permute(1, 2, 3, 0).contiguous().view(torch.float32).unsqueeze(-1)
+        coefficients_LECN1 = floats_LECN1[:, :, :4] * applies_LEN1.unsqueeze(2)
+        bounds_LECN1 = floats_LECN1[:, :, 4:].expand(*coefficients_LECN1.shape[:2], 2, *coefficients_LECN1.shape[3:])
+        return cls(
+            row_LEN=words_NLEW[..., tb.ROW].permute(1, 2, 0).contiguous().long(),
+            floats_LECN1=torch.cat([coefficients_LECN1, bounds_LECN1], dim=2),
+            applies_LEN1=applies_LEN1,
+        )
+
+    @property
+    def only_add(self) -> bool:
+        return not bool(self.floats_LECN1[:, :, 1:4].any())
+
+    def bank_rows(self, bank_RD: torch.Tensor) -> torch.Tensor | None:
+        """float32 [L, E, N, D], or None where they are too many to keep."""
+        if self.row_LEN.numel() * bank_RD.shape[1] > KEPT_NUMBERS:
+            return None
+        return bank_RD.index_select(0, self.row_LEN.flatten()).view(*self.row_LEN.shape, -1).float()
+
+    def added(self, kept_LEND: torch.Tensor) -> torch.Tensor:
+        """float32 [L, N, D]: the sum over entries that only add, in their order."""
+        parts_ELND = (kept_LEND * self.floats_LECN1[:, :, 0]).unbind(1)
+        total_LND = parts_ELND[0]
+        for part_LND in parts_ELND[1:]:
+            total_LND = total_LND + part_LND
+        return total_LND
+
+    def steps(self, kept_LEND: torch.Tensor | None) -> list[list[Step]]:
+        """Site by site, of entries that apply somewhere."""
+        has_LEC = (self.floats_LECN1[:, :, 1:4] != 0).flatten(3).any(3).tolist()
+        any_LE = self.applies_LEN1.flatten(2).any(2).tolist()
+        all_LE = self.applies_LEN1.flatten(2).all(2).tolist()
+
+        def steps_of(site: int) -> Iterator[Step]:
+            for e, used in enumerate(any_LE[site]):
+                if used:
+                    c0, c1, c2, c3, lo, hi = self.floats_LECN1[site, e].unbind()
+                    has_c1, has_c2, has_c3 = has_LEC[site][e]
+                    yield Step(
+                        row_N=self.row_LEN[site, e],
+                        kept_ND=None if kept_LEND is None else kept_LEND[site, e],
+                        c0=c0,
+                        c1=c1 if has_c1 else None,
+                        c2=c2 if has_c2 else None,
+                        c3=c3 if has_c3 else None,
+                        lo=lo,
+                        hi=hi,
+                        applies=None if all_LE[site][e] else self.applies_LEN1[site, e],
+                    )
+
+        return [list(steps_of(site)) for site in range(len(any_LE))]
