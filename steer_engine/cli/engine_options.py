@@ -1,0 +1,42 @@
+"""Command-line options of the engine that a command starts, shared by `derive`, `dump`, `pairs answers` and `eval`.
+
+Each name is a type for one parameter of a typer command; its default stands in the command:
+
+    def command(model: Model, dtype: DType = "auto", max_model_len: MaxModelLen = None) -> None: ...
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Path, Hugging Face id, or a packaged model.", metavar="MODEL")]
+ModelOption = Annotated[str, typer.Option("--model", help="Path, Hugging Face id, or a packaged model.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the texts.")]
+
+DType = Annotated[str, typer.Option(help="The engine's dtype: auto, float32, bfloat16, float16.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        min=-1,
+        help="Longest sequence in tokens; -1: as long as fits in memory "
+        "(default: -1 where vectors are derived, the model's own limit where they are evaluated).",
+    ),
+]
+TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that one engine is split over.")]
+
+Actors = Annotated[int, typer.Option(min=1, help="Number of engines that run in parallel.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to run on, such as `auto` or `ray://head:10001` (default: start a local Ray)."),
+]
+GpusPerActor = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of one engine (default: 1 if Ray has enough, else 0).")
+]
+
+
+def engine_args(*, dtype: str, tensor_parallel_size: int, max_model_len: int | None) -> dict[str, Any]:
+    """Keyword arguments of `steer_engine.LLM`. An option that was not given is left out."""
+    given: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": tensor_parallel_size}
+    return given if max_model_len is None else given | {"max_model_len": max_model_len}
