@@ -1,28 +1,30 @@
-"""The offline engine: `vllm.LLM`, armed. Steers per request, and reads the residual stream."""
+"""The offline engine: `vllm.LLM`, armed. It steers per request, captures the residual stream, and scores prompts."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import vllm
 
-from steer_engine.api.frontend import STEERING_KEY, Frontend
-from steer_engine.capture import CAPTURE_KEY, WORDS, CaptureRequest
+from steer_engine.capture import WORDS, CaptureRequest
 from steer_engine.errors import SteeringRequestError
 from steer_engine.models import resolve_model
 from steer_engine.program import SCORE_KEY, Score
+from steer_engine.resolve import ResolvedSpec
 from steer_engine.settings import SteeringConfig
 from steer_engine.vectors import ControlVector, Registry
-from steer_engine.vllm import engine_client
 from steer_engine.vllm.plugin import register
 
 register()
 
+import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM is imported)
+
+from steer_engine.api.frontend import STEERING_KEY, Frontend  # noqa: E402
+from steer_engine.vllm import engine_client  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
@@ -34,8 +36,8 @@ Position = str | list[int]
 class Numbers:
     """About one next-token distribution P, in float64.
 
-    answers: log-probabilities (nats) of the tokens that were asked for. kl: KL(P_0 || P) in nats, P_0 being the
-    baseline's. entropy: of P, in nats. top_changed: P and P_0 have different most probable tokens.
+    answers: log-probabilities (nats) of the requested tokens. kl: KL(P_0 || P) in nats, with P_0 the baseline's
+    distribution. entropy: of P, in nats. top_changed: P and P_0 have different most probable tokens.
     """
 
     answers: list[float]
@@ -45,7 +47,7 @@ class Numbers:
 
 
 class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
-    """A `vllm.LLM` whose requests can be steered and read.
+    """A `vllm.LLM` whose requests can be steered and captured.
 
         llm = LLM("smollm2-135m", vectors={"cheerful": vector})
         params = vllm.SamplingParams(extra_args={"steering": {"edits": [{"vector": "cheerful", "scale": 0.3}]}})
@@ -54,9 +56,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
     Args:
         model: a path, a Hugging Face id, or the name of a packaged model.
         vectors: a folder of vector files, or vectors by name.
-        steering: what is armed (all blocks and operations by default).
-        capture: arm reading of the residual stream; `capture_blocks` says where (all armed blocks by default).
-        kwargs: anything that `vllm.LLM` takes.
+        steering: what is armed (default: all blocks and operations).
+        capture: arm capture of the residual stream, at `capture_blocks` (default: all armed blocks).
+        kwargs: passed to `vllm.LLM`.
 
     Raises:
         UnsupportedEngineError: this model or configuration cannot be armed.
@@ -83,7 +85,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 self.vectors.add(name, vector)
         elif vectors is not None:
             self._frontend.registry = Registry(Path(vectors))
-        self._status = engine_client.check_status([engine_client.call(self.llm_engine, "steer_status")])
+        self._status = engine_client.check_status([engine_client.call(self.llm_engine, "status")])
 
     @property
     def _frontend(self) -> Frontend:
@@ -91,7 +93,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
 
     @property
     def vectors(self) -> Registry:
-        """The vectors that requests can name; `add(name, vector)` registers one."""
+        """The registered vectors; `add(name, vector)` registers another."""
         return self._frontend.registry
 
     @property
@@ -108,18 +110,18 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
 
     @property
     def capture_blocks(self) -> tuple[int, ...]:
-        """The blocks that `capture` reads, in the order of its first axis."""
+        """The blocks on the first axis of `capture`, ascending."""
         return tuple(sorted({block for worker in self._status["workers"] for block in worker["capture_blocks"]}))
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in vLLM. Raises SteeringRequestError if `params` ask for steering: its steps would be unsteered."""
+        """As in vLLM. Raises SteeringRequestError if `params` request steering: its steps would be unsteered."""
         if (getattr(params, "extra_args", None) or {}).get(STEERING_KEY):
             raise SteeringRequestError("Beam search cannot be steered; use generate.", STEERING_KEY)
         return super().beam_search(prompts, params, *args, **kwargs)
 
     def steering_status(self) -> dict[str, Any]:
-        """How the workers are armed right now, as they say themselves."""
-        return engine_client.check_status([engine_client.call(self.llm_engine, "steer_status")])
+        """How the workers are armed, and what they hold now."""
+        return engine_client.check_status([engine_client.call(self.llm_engine, "status")])
 
     def capture(
         self,
@@ -130,26 +132,30 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         after: bool = False,
         use_tqdm: bool = False,
     ) -> list[np.ndarray]:
-        """Read the residual stream of prompts at `capture_blocks`, before any edit of the same block.
+        """Capture the residual stream of prompts at `capture_blocks`, before the edit of the same block.
 
         position: "last" token, "mean" over the prompt, "all" tokens, or a list of positions (negative: from the end).
-        steering: steer the prompts while they are read. after: read the stream as the block's edit leaves it.
+        steering: a spec that steers the prompts meanwhile. after: capture the stream after the block's edit instead.
 
         Returns one float32 array per prompt: [blocks, positions, D]; one position for "last" and "mean".
         """
         if isinstance(position, str) and position not in WORDS:
             raise SteeringRequestError(f"position {position!r} is none of 'last', 'mean', 'all', or a list of numbers.")
-        positions = position if isinstance(position, str) else tuple(position)
-        captures = [CaptureRequest(key=uuid.uuid4().hex, positions=positions, after=after) for _ in prompts]
-        params = []
-        for capture in captures:
-            extra_args: dict[str, Any] = {CAPTURE_KEY: capture}
-            if steering is not None:
-                extra_args[STEERING_KEY] = dict(steering)
-            params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
+        if not self.capture_blocks:
+            raise SteeringRequestError("Capture is not armed on this engine: steer_engine.LLM(..., capture=True).")
+        resolved = self._frontend.resolve(steering) or ResolvedSpec()
+        captures = [
+            CaptureRequest(
+                key=uuid.uuid4().hex,
+                positions=position if isinstance(position, str) else tuple(position),
+                after=after,
+            )
+            for _ in prompts
+        ]
+        params = [self._one_token({STEERING_KEY: replace(resolved, capture=capture)}) for capture in captures]
         inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
         outputs = self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
-        return [self._take(capture, output) for capture, output in zip(captures, outputs, strict=True)]
+        return [self._fetch(capture, output) for capture, output in zip(captures, outputs, strict=True)]
 
     def score(
         self,
@@ -159,14 +165,14 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         baselines: Sequence[int],
         answers: Sequence[Sequence[int]],
     ) -> list[Numbers]:
-        """Numbers about the distribution of the token after each prompt, reduced by the worker that has the logits.
+        """Numbers about the next-token distribution of each prompt, computed in the worker that has the logits.
 
-        steering: of each prompt, as in a request. baselines: for each prompt, which of `prompts` is its P_0: itself, or
-        one that comes before it. answers: token ids whose log-probabilities are wanted.
+        steering: the spec of each prompt. baselines: for each prompt, the index of the prompt that gives P_0: its own,
+        or an earlier one. answers: token ids whose log-probabilities are returned.
         """
         if wrong := [number for number, baseline in enumerate(baselines) if not 0 <= baseline <= number]:
             raise ValueError(
-                f"Prompt {wrong[0]} has the baseline {baselines[wrong[0]]}, which does not come before it."
+                f"Prompt {wrong[0]} has baseline {baselines[wrong[0]]}; it must be the prompt itself or an earlier one."
             )
         size = int(self.model_config.get_vocab_size())
         if unknown := [token for tokens in answers for token in tokens if not 0 <= token < size]:
@@ -179,13 +185,17 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
             extra_args: dict[str, Any] = {SCORE_KEY: score}
             if spec is not None:
                 extra_args[STEERING_KEY] = dict(spec)
-            params.append(vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args))
+            params.append(self._one_token(extra_args))
         self.generate(cast(Any, [{"prompt_token_ids": prompt} for prompt in prompts]), params, use_tqdm=False)
-        reply = engine_client.call(self.llm_engine, "steer_scores", keys)
+        reply = engine_client.call(self.llm_engine, "scores", keys)
         if not reply["ok"] or None in reply["numbers"]:
             raise RuntimeError(f"Scoring failed in the worker: {reply.get('reason', 'not every prompt was scored')}")
         return [Numbers(**numbers) for numbers in reply["numbers"]]
 
-    def _take(self, capture: CaptureRequest, output: Any) -> np.ndarray:
-        reply = engine_client.call(self.llm_engine, "steer_take", capture.key)
+    @staticmethod
+    def _one_token(extra_args: dict[str, Any]) -> Any:
+        return vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args)
+
+    def _fetch(self, capture: CaptureRequest, output: Any) -> np.ndarray:
+        reply = engine_client.call(self.llm_engine, "fetch_capture", capture.key)
         return capture.arranged(engine_client.rows_of(reply), len(output.prompt_token_ids))[1]

@@ -1,7 +1,8 @@
-"""The compiled form of a spec: per block, which bank rows apply with which coefficients, at which positions.
+"""The compiled form of a spec: per block, which bank rows apply, with which coefficients, at which positions.
 
-A `ProgramTemplate` is compiled once per spec; `at(prompt_len)` gives the `Program` of one request. A program is
-plain data (ints, floats, digests) on the wire: it travels inside `SamplingParams.extra_args`.
+A `ProgramTemplate` is compiled once per spec. `at(prompt_len)` returns the `Program` of one request, which travels to
+the engine as plain data (ints, floats, digests) inside `SamplingParams.extra_args`. The prefix cache reads the program
+too: `block_key` names each edit that touches a KV block.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from steer_engine.capture import CaptureRequest
 from steer_engine.edit import Edit, Scope
 from steer_engine.spec import Op
 
 PROGRAM_KEY = "_steer_program"
-"""Reserved key of `SamplingParams.extra_args`; refused when a client writes it."""
+"""Reserved key of `SamplingParams.extra_args` for a program in wire form. A client that writes it is refused."""
+
+KEY_TAG = "steering"
+"""First part of our extra key of a KV block."""
 
 SCORE_KEY = "_steer_score"
-"""Reserved key of `SamplingParams.extra_args`: a `Score`, put there by the offline engine."""
+"""Reserved key of `SamplingParams.extra_args` for a `Score`, set by `steer_engine.LLM.score`."""
 
 Row = tuple["RowKey", int]
-"""What a bank row holds, and the block it is for."""
+"""The content of a bank row, and the block that it belongs to."""
 
 LARGEST = 3.4028234663852886e38
 """An open bound of a clamp: float32's largest number, since JSON has no infinity."""
@@ -38,9 +43,9 @@ class RowKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """g(x) * row added to x, where g(x) = c0 + c1*|x| + c2*<x,u> + c3*(clip(<x,u>, lo, hi) - <x,u>) and u is the row.
+    """Adds g(x) * u to x, with u the row and g(x) = c0 + c1*|x| + c2*<x,u> + c3*(clip(<x,u>, lo, hi) - <x,u>).
 
-    start, end: absolute positions once the prompt's length is known. gate: row and bounds on cos(x, row).
+    start, end: absolute positions, start <= p < end. gate: a row and bounds on cos(x, row).
     """
 
     row: RowKey
@@ -68,55 +73,10 @@ class Sites:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capture:
-    """Positions start <= p < end of a request are read; what was read is fetched by `key`.
-
-    only: of those positions, ascending (None: all). blocks: where (None: all that can be read).
-    after: the stream as the edit of the block leaves it, not as it finds it.
-    """
-
-    key: str
-    start: int
-    end: int
-    only: tuple[int, ...] | None = None
-    blocks: tuple[int, ...] | None = None
-    after: bool = False
-
-    def within(self, first: int, count: int) -> Sequence[int]:
-        """The positions that are read, of `count` from `first` on."""
-        span = range(max(first, self.start), min(first + count, self.end))
-        return span if self.only is None else [position for position in self.only if position in span]
-
-    def to_wire(self) -> list[Any]:
-        only, blocks = self.only, self.blocks
-        return [
-            self.key,
-            self.start,
-            self.end,
-            None if only is None else list(only),
-            None if blocks is None else list(blocks),
-            self.after,
-        ]
-
-    @classmethod
-    def from_wire(cls, wire: list[Any]) -> Capture:
-        key, start, end, only, blocks, after = wire
-        return cls(
-            key=key,
-            start=start,
-            end=end,
-            only=None if only is None else tuple(only),
-            blocks=None if blocks is None else tuple(blocks),
-            after=after,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Score:
-    """The next-token distribution after a request's prompt is reduced to numbers, fetched by `key`.
+    """Numbers about the next-token distribution after a prompt; the worker computes them, `key` fetches them.
 
-    baseline: key of the request that it is compared with, which comes before it; its own key for that one itself.
-    answers: token ids whose log-probabilities are wanted.
+    baseline: key of an earlier request to compare with, or the own key. answers: token ids to report.
     """
 
     key: str
@@ -134,21 +94,21 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What one request carries to the workers.
+    """What one request asks of the workers.
 
-    identity: (edit digest, start, end) in canonical order: what the prefix cache must know.
+    vectors: digests. identity: (edit digest, start, end) of each edit in canonical order, for the prefix cache.
     """
 
     sites: tuple[Sites, ...] = ()
     vectors: tuple[str, ...] = ()
     identity: tuple[tuple[str, int, int], ...] = ()
     keep_norm: bool = False
-    capture: Capture | None = None
+    capture: CaptureRequest | None = None
     score: Score | None = None
 
     @property
     def bank_rows(self) -> frozenset[Row]:
-        """The rows that are pinned while the request runs."""
+        """The rows that stay pinned while the request runs."""
         return frozenset((key, block) for site in self.sites for key in _keys(site.entries) for block in site.blocks)
 
     def to_wire(self) -> dict[str, Any]:
@@ -176,14 +136,14 @@ class Program:
             vectors=tuple(wire["vectors"]),
             identity=tuple((digest, start, end) for digest, start, end in wire["identity"]),
             keep_norm=wire["keep_norm"],
-            capture=Capture.from_wire(capture) if capture else None,
+            capture=CaptureRequest.from_wire(capture) if capture else None,
             score=Score.from_wire(score) if score else None,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramTemplate:
-    """A program but for the prompt's length: entries with symbolic scopes, blocks with equal entries grouped."""
+    """A program before the prompt length is known: entries with symbolic scopes, blocks with equal entries grouped."""
 
     sites: tuple[tuple[tuple[int, ...], tuple[tuple[Entry, Scope], ...]], ...]
     edits: tuple[Edit, ...]
@@ -192,12 +152,12 @@ class ProgramTemplate:
 
     @classmethod
     def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
-        """`edits` in canonical order."""
+        """Compile `edits`, which are in canonical order."""
         doses_at: dict[int, list[tuple[int, float]]] = {}
         for number, edit in enumerate(edits):
             for block, scale in zip(edit.blocks, edit.scales, strict=True):
                 doses_at.setdefault(block, []).append((number, scale))
-        # Most blocks get the same doses: their entries are worked out once.
+        # Most blocks get the same scales: their entries are computed once.
         blocks_of: dict[tuple[tuple[int, float], ...], list[int]] = {}
         for block in sorted(doses_at):
             blocks_of.setdefault(tuple(doses_at[block]), []).append(block)
@@ -216,16 +176,16 @@ class ProgramTemplate:
 
     @property
     def rows(self) -> int:
-        """The most rows or entries that any block needs."""
+        """Rows or entries at the block that needs most."""
         return max((_rows_of(entries) for _, entries in self.sites), default=0)
 
     @property
     def num_bank_rows(self) -> int:
-        """Rows of the bank that a request needs at most, over all blocks."""
+        """Bank rows that a request needs at most, over all blocks."""
         return sum(len(blocks) * len(_keys([entry for entry, _ in placed])) for blocks, placed in self.sites)
 
     def at(self, prompt_len: int) -> Program:
-        """The program of a request whose prompt has `prompt_len` tokens; what covers no position vanishes."""
+        """The program for a prompt of `prompt_len` tokens, without the edits that cover no position."""
         sites = []
         for blocks, symbolic in self.sites:
             entries = []
@@ -245,7 +205,7 @@ class ProgramTemplate:
 
 
 def _entries_of(doses: Sequence[tuple[Edit, float]]) -> list[tuple[Entry, Scope]]:
-    """The entries of a block with these edits and scales: in a run of ungated adds, those of one scope share a row."""
+    """The entries of one block. In a run of ungated adds, those of one scope are summed into one row."""
     entries: list[tuple[Entry, Scope]] = []
     for commutes, run in groupby(doses, key=lambda dose: dose[0].commutes):
         if not commutes:
@@ -258,7 +218,7 @@ def _entries_of(doses: Sequence[tuple[Edit, float]]) -> list[tuple[Entry, Scope]
         for scope, terms in sorted(sums.items()):
             weighted = tuple(sorted((vector, scale) for vector, scale in terms.items() if scale))
             if len(weighted) == 1:
-                # One vector: its row holds it as it is, so that all scales of it share the row.
+                # A single vector: the row holds it unscaled, so that all its scales share the row.
                 entries.append((Entry(row=RowKey(terms=((weighted[0][0], 1.0),)), c0=weighted[0][1]), scope))
             elif weighted:
                 entries.append((Entry(row=RowKey(terms=weighted), c0=1.0), scope))
@@ -321,11 +281,14 @@ def _entry_from_wire(wire: list[Any]) -> Entry:
     )
 
 
-KEY_TAG = "steering"
 
 
 def block_key(extra_args: Mapping[str, Any] | None, start: int, end: int) -> tuple[Any, ...] | None:
-    """The extra key of the block of positions start <= p < end, or None. Cheap and pure: called often per block."""
+    """The extra prefix-cache key of the KV block with positions start <= p < end, or None if no edit touches it.
+
+    For each edit that touches the block: (edit digest, first offset, last offset). Equal steering shares a block, and
+    unsteered blocks are shared with plain traffic. vLLM calls this several times per block: it is cheap and pure.
+    """
     if not extra_args or (program := extra_args.get(PROGRAM_KEY)) is None:
         return None
     touching = tuple(
@@ -335,5 +298,5 @@ def block_key(extra_args: Mapping[str, Any] | None, start: int, end: int) -> tup
     )
     if not touching:
         return None
-    # A tagged pair, as vLLM's own keys are. Preserving norms changes what every edit of the request does.
+    # A tagged pair, like vLLM's own keys. `keep_norm` changes the result of every edit of the request.
     return (KEY_TAG, (*touching, "keep_norm") if program["keep_norm"] else touching)

@@ -1,16 +1,18 @@
-"""From what a request says to what it means: names become digests, every number is checked against the model.
+"""Resolving a spec: names become digests, and every number is checked against the model and the limits.
 
-After this a name cannot come to mean something else, and nothing that a client wrote is left unchecked.
+A spec is resolved exactly once per request, in the API process. The `ResolvedSpec` then travels inside
+`SamplingParams.extra_args` to the point where the prompt length is known and the program is compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from steer_engine.capture import PARAM, Positions
+from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.containment import check_dose, check_held
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
@@ -22,101 +24,81 @@ from steer_engine.vectors import ControlVector
 MAX_RUNS_SHOWN = 8
 
 VectorSource = Callable[[str], ControlVector]
-"""Name or `sha256:...` digest -> vector; raises UnknownVectorError."""
+"""Name or `sha256:...` digest -> vector. Raises UnknownVectorError."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The facts of a served model that a spec is checked against."""
+    """The facts about a served model that a spec is checked against."""
 
     hidden_size: int
     num_blocks: int
     armed_blocks: tuple[int, ...]
     ops: tuple[Op, ...]
     rows: int
+    """Bank rows that one request may need per block."""
     dtype: str
-    """The stream's dtype: "float32", "float16" or "bfloat16"."""
+    """Of the residual stream: "float32", "float16" or "bfloat16"."""
     bank_rows: int | None = None
-    """Rows of a bank that can be full; None where every request finds room."""
+    """Rows of a bank that can fill up; None if the bank has room for every request."""
     capture_blocks: tuple[int, ...] = ()
-    """Where the stream can be read; empty where reading is off."""
+    """Where the stream can be captured; empty if capture is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedEdit:
-    """What was asked, and what it is."""
+    """One edit as requested, and as resolved."""
 
-    asked: EditSpec
+    requested: EditSpec
     edit: Edit
 
     def report(self) -> dict[str, Any]:
-        """What the answer says about this edit."""
-        asked, edit = self.asked, self.edit
-        named = isinstance(asked.vector, str) and not asked.vector.startswith("sha256:")
-        entry: dict[str, Any] = {"name": asked.vector} if named else {}
+        """This edit in the `steering` object of an answer."""
+        requested, edit = self.requested, self.edit
+        named = isinstance(requested.vector, str) and not requested.vector.startswith("sha256:")
+        entry: dict[str, Any] = {"name": requested.vector} if named else {}
         entry |= {
             "vector": edit.vector,
-            "op": asked.op.value,
-            "scale": asked.scale,
-            "unit": asked.unit,
+            "op": requested.op.value,
+            "scale": requested.scale,
+            "unit": requested.unit,
             "blocks": list(edit.blocks),
-            "scope": asked.scope if isinstance(asked.scope, str) else asked.scope.model_dump(),
+            "scope": requested.scope if isinstance(requested.scope, str) else requested.scope.model_dump(),
             "digest": edit.digest,
         }
-        extras = {"lo": asked.lo, "hi": asked.hi, "target": asked.target}
+        extras = {"lo": requested.lo, "hi": requested.hi, "target": requested.target}
         entry |= {key: value for key, value in extras.items() if value is not None}
-        if asked.gate is not None and edit.gate is not None:
-            entry["gate"] = asked.gate.model_dump(exclude_none=True) | {"vector": edit.gate.vector}
+        if requested.gate is not None and edit.gate is not None:
+            entry["gate"] = requested.gate.model_dump(exclude_none=True) | {"vector": edit.gate.vector}
         return entry
 
-    def by_digest(self) -> EditSpec:
-        """The same request with vectors named by content and blocks spelled out."""
-        update: dict[str, Any] = {"vector": self.edit.vector, "blocks": list(self.edit.blocks)}
-        if self.asked.gate is not None and self.edit.gate is not None:
-            update["gate"] = self.asked.gate.model_copy(update={"vector": self.edit.gate.vector})
-        return self.asked.model_copy(update=update)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ResolvedCapture:
-    """What is to be read, its blocks checked."""
-
-    blocks: tuple[int, ...]
-    positions: Positions
-    after: bool
-
-    def report(self) -> dict[str, Any]:
-        positions = self.positions if isinstance(self.positions, str) else list(self.positions)
-        return {"blocks": list(self.blocks), "positions": positions, "after": self.after}
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ResolvedSpec:
-    """A whole spec, resolved. Specs that steer alike have one digest, whatever their vectors are called."""
+    """A whole spec, resolved. Specs that steer alike have equal digests, whatever their vectors are called.
 
-    edits: tuple[ResolvedEdit, ...]
+    vectors: every vector that an engine needs, by digest; kept with the request, so that no cache can evict them
+        before they are shipped.
+    """
+
+    edits: tuple[ResolvedEdit, ...] = ()
     preserve_norm: bool = False
     preset: str | None = None
-    capture: ResolvedCapture | None = None
-    template: ProgramTemplate = field(repr=False)
+    capture: CaptureRequest | None = None
+    template: ProgramTemplate = field(default_factory=lambda: ProgramTemplate.compile(()), repr=False)
+    vectors: Mapping[str, ControlVector] = field(default_factory=dict, repr=False)
 
-    @property
-    def vectors(self) -> tuple[str, ...]:
-        """Digests of the vectors that an engine needs for this spec, sorted."""
-        return self.template.vectors
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedSpec:
+        """vLLM copies the sampling parameters of each request; a resolved spec never changes, so it is shared."""
+        return self
 
     @cached_property
     def digest(self) -> str:
         placed = [[edit.digest, edit.scope.wire] for edit in self.template.edits]
         return sha256_of([placed, self.preserve_norm and bool(placed)])
 
-    def to_wire(self) -> str:
-        """The edits by digests only, as compact JSON: what travels to the compile step, which reads it as a spec."""
-        spec = SteeringSpec(edits=[edit.by_digest() for edit in self.edits], preserve_norm=self.preserve_norm)
-        return spec.model_dump_json(exclude_defaults=True)
-
     def report(self) -> dict[str, Any]:
-        """The `steering` object of an answer's body; edits that do nothing are left out."""
+        """The `steering` object of an answer. Edits without effect are left out."""
         body: dict[str, Any] = {"digest": self.digest}
         if self.preset is not None:
             body["preset"] = self.preset
@@ -127,29 +109,77 @@ class ResolvedSpec:
 def resolve(
     spec: SteeringSpec, vectors: VectorSource, model: ModelShape, limits: Limits, *, preset: str | None = None
 ) -> ResolvedSpec:
-    """Check `spec` against the model and the limits, and name its vectors by content.
+    """Check `spec` against the model and the limits, and name its vectors by digest.
+
+    preset: the name of the preset that `spec` was expanded from.
 
     Raises:
         UnknownVectorError: a vector or the preset is not registered.
-        SteeringRequestError: anything else that the request asks wrongly; `param` says where.
+        SteeringRequestError: any other error of the request; `param` names the field.
     """
     if spec.preset is not None:
         raise UnknownVectorError(f"There is no preset named {shown(spec.preset)}.", "steering.preset")
-    asked = spec.edits or []
-    if len(asked) > limits.max_edits:
+    requested = spec.edits or []
+    if len(requested) > limits.max_edits:
         raise SteeringRequestError(
-            f"{len(asked)} edits asked, at most {limits.max_edits} are allowed in one request.", "steering.edits"
+            f"{len(requested)} edits requested; one request may have at most {limits.max_edits}.", "steering.edits"
         )
     if spec.preserve_norm and model.ops == (Op.ADD,):
         raise SteeringRequestError(
-            "Preserving norms needs more than op 'add' armed (--steering-ops).", "steering.preserve_norm"
+            "preserve_norm needs more than op 'add' armed (--steering-ops).", "steering.preserve_norm"
         )
+    used: dict[str, ControlVector] = {}
+
+    def lookup(name: str) -> ControlVector:
+        vector = vectors(name)
+        used[vector.digest] = vector
+        return vector
+
     edits = tuple(
-        ResolvedEdit(asked=edit, edit=_resolve_edit(edit, f"steering.edits[{i}]", vectors, model, limits))
-        for i, edit in enumerate(asked)
+        ResolvedEdit(requested=edit, edit=_resolve_edit(edit, f"steering.edits[{i}]", lookup, model, limits))
+        for i, edit in enumerate(requested)
     )
-    canonical = canonical_order([edit.edit for edit in edits])
-    template = ProgramTemplate.compile(canonical, keep_norm=spec.preserve_norm)
+    template = ProgramTemplate.compile(canonical_order([edit.edit for edit in edits]), keep_norm=spec.preserve_norm)
+    _check_room(template, model, limits)
+    return ResolvedSpec(
+        edits=edits,
+        preserve_norm=spec.preserve_norm,
+        preset=preset,
+        capture=resolve_capture(spec.capture, model, limits),
+        template=template,
+        vectors={digest: used[digest] for digest in template.vectors},
+    )
+
+
+def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Limits) -> CaptureRequest | None:
+    """Check a capture against what this engine captures, and give it a key.
+
+    Raises:
+        SteeringRequestError: capture is off on this server, or at these blocks.
+    """
+    if requested is None:
+        return None
+    if not model.capture_blocks:
+        raise SteeringRequestError("Capture is switched off on this server (--steering-capture).", PARAM)
+    blocks = parse_blocks(requested.blocks) or model.capture_blocks
+    missing = tuple(sorted(set(blocks) - set(model.capture_blocks)))
+    if missing:
+        raise SteeringRequestError(
+            f"Blocks {describe_blocks(missing)} cannot be captured here; available: "
+            f"{describe_blocks(model.capture_blocks)} (--steering-capture).",
+            f"{PARAM}.blocks",
+        )
+    row_bytes = 4 * model.hidden_size * len(blocks)  # float32
+    return CaptureRequest(
+        key=uuid.uuid4().hex,
+        positions=requested.positions if isinstance(requested.positions, str) else tuple(requested.positions),
+        blocks=blocks,
+        after=requested.after,
+        max_rows=limits.max_capture_bytes // row_bytes,
+    )
+
+
+def _check_room(template: ProgramTemplate, model: ModelShape, limits: Limits) -> None:
     if len(template.vectors) > limits.max_request_vectors:
         raise SteeringRequestError(
             f"The edits name {len(template.vectors)} different vectors; one request may name at most "
@@ -165,69 +195,37 @@ def resolve(
     if model.bank_rows is not None and template.num_bank_rows > model.bank_rows:
         raise SteeringRequestError(
             f"The edits need {template.num_bank_rows} rows over all blocks; this server's bank has {model.bank_rows} "
-            "(--steering-bank-rows). Steer at fewer blocks, or by fewer vectors.",
+            "(--steering-bank-rows). Steer at fewer blocks, or with fewer vectors.",
             "steering.edits",
         )
-    return ResolvedSpec(
-        edits=edits,
-        preserve_norm=spec.preserve_norm,
-        preset=preset,
-        capture=resolve_capture(spec.capture, model),
-        template=template,
-    )
 
 
-def resolve_capture(asked: CaptureSpec | None, model: ModelShape) -> ResolvedCapture | None:
-    """Check what is to be read against what this engine reads.
-
-    Raises:
-        SteeringRequestError: reading is off, or off at these blocks.
-    """
-    if asked is None:
-        return None
-    if not model.capture_blocks:
-        raise SteeringRequestError(
-            "Reading the residual stream is switched off on this server (--steering-capture).", PARAM
-        )
-    blocks = parse_blocks(asked.blocks) or model.capture_blocks
-    unread = tuple(sorted(set(blocks) - set(model.capture_blocks)))
-    if unread:
-        raise SteeringRequestError(
-            f"Blocks {describe_blocks(unread)} cannot be read here; these can: "
-            f"{describe_blocks(model.capture_blocks)} (--steering-capture).",
-            f"{PARAM}.blocks",
-        )
-    positions = asked.positions if isinstance(asked.positions, str) else tuple(asked.positions)
-    return ResolvedCapture(blocks=blocks, positions=positions, after=asked.after)
-
-
-def _resolve_edit(asked: EditSpec, param: str, vectors: VectorSource, model: ModelShape, limits: Limits) -> Edit:
-    if asked.op not in model.ops:
+def _resolve_edit(requested: EditSpec, param: str, vectors: VectorSource, model: ModelShape, limits: Limits) -> Edit:
+    if requested.op not in model.ops:
         armed = ", ".join(op.value for op in model.ops)
         raise SteeringRequestError(
-            f"Operation {asked.op.value!r} is not armed here; armed: {armed} (--steering-ops).", f"{param}.op"
+            f"Operation {requested.op.value!r} is not armed here; armed: {armed} (--steering-ops).", f"{param}.op"
         )
-    if asked.gate is not None and model.ops == (Op.ADD,):
+    if requested.gate is not None and model.ops == (Op.ADD,):
         raise SteeringRequestError("Gates need more than op 'add' armed (--steering-ops).", f"{param}.gate")
-    if abs(asked.scale) > limits.max_abs_scale:
+    if abs(requested.scale) > limits.max_abs_scale:
         raise SteeringRequestError(
-            f"scale {asked.scale:g} is out of bounds: |scale| may be at most {limits.max_abs_scale:g}.",
+            f"scale {requested.scale:g} is out of bounds: |scale| may be at most {limits.max_abs_scale:g}.",
             f"{param}.scale",
         )
-    if not isinstance(asked.vector, str):
-        raise SteeringRequestError("Inline vectors are not supported by this server yet.", f"{param}.vector")
-    vector = _lookup(asked.vector, f"{param}.vector", vectors, model)
-    blocks = parse_blocks(asked.blocks) or vector.blocks
+    assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
+    vector = _lookup(requested.vector, f"{param}.vector", vectors, model)
+    blocks = parse_blocks(requested.blocks) or vector.blocks
     _check_blocks(blocks, vector, f"{param}.blocks", model)
     edit = Edit(
-        op=asked.op,
+        op=requested.op,
         vector=vector.digest,
         blocks=blocks,
-        scales=_scales(asked, vector, blocks, param),
-        scope=_scope(asked.scope),
-        lo=asked.target if asked.op is Op.SET else asked.lo,
-        hi=asked.target if asked.op is Op.SET else asked.hi,
-        gate=_gate(asked, blocks, param, vectors, model),
+        scales=_scales(requested, vector, blocks, param),
+        scope=_scope(requested.scope),
+        lo=requested.target if requested.op is Op.SET else requested.lo,
+        hi=requested.target if requested.op is Op.SET else requested.hi,
+        gate=_gate(requested, blocks, param, vectors, model),
     )
     if edit.op is not Op.ADD:
         _check_direction(vector, blocks, f"{param}.vector")
@@ -237,14 +235,14 @@ def _resolve_edit(asked: EditSpec, param: str, vectors: VectorSource, model: Mod
 
 
 def _gate(
-    asked: EditSpec, blocks: tuple[int, ...], param: str, vectors: VectorSource, model: ModelShape
+    requested: EditSpec, blocks: tuple[int, ...], param: str, vectors: VectorSource, model: ModelShape
 ) -> GateBounds | None:
-    if asked.gate is None:
+    if requested.gate is None:
         return None
-    vector = _lookup(asked.gate.vector, f"{param}.gate.vector", vectors, model)
+    vector = _lookup(requested.gate.vector, f"{param}.gate.vector", vectors, model)
     _check_blocks(blocks, vector, f"{param}.gate.vector", model)
     _check_direction(vector, blocks, f"{param}.gate.vector")
-    bounds = {"min_cos": asked.gate.min_cos, "max_cos": asked.gate.max_cos}
+    bounds = {"min_cos": requested.gate.min_cos, "max_cos": requested.gate.max_cos}
     return GateBounds(vector=vector.digest, **{key: value for key, value in bounds.items() if value is not None})
 
 
@@ -291,9 +289,9 @@ def _check_direction(vector: ControlVector, blocks: tuple[int, ...], param: str)
         )
 
 
-def _scales(asked: EditSpec, vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[float, ...]:
-    if asked.unit == "vector":
-        return (float(asked.scale),) * len(blocks)
+def _scales(requested: EditSpec, vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[float, ...]:
+    if requested.unit == "vector":
+        return (float(requested.scale),) * len(blocks)
     norms = vector.metadata.residual_norms
     unknown = tuple(block for block in blocks if not norms.get(block))
     if unknown:
@@ -303,7 +301,7 @@ def _scales(asked: EditSpec, vector: ControlVector, blocks: tuple[int, ...], par
             f"{param}.unit",
         )
     _check_direction(vector, blocks, f"{param}.vector")
-    return tuple(float(asked.scale) * norms[block] / vector.norms[block] for block in blocks)
+    return tuple(float(requested.scale) * norms[block] / vector.norms[block] for block in blocks)
 
 
 def _scope(scope: str | Span) -> Scope:

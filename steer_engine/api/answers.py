@@ -1,4 +1,5 @@
-"""Errors as OpenAI clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+"""What an answer says about steering, and errors in OpenAI's format: `{"error": {"message", "type", "param",
+"code"}}`."""
 
 from __future__ import annotations
 
@@ -19,8 +20,44 @@ from steer_engine.errors import (
 
 MAX_MESSAGE_CHARS = 600
 
-# The names that vLLM itself uses, so that a client needs one table.
+# vLLM's own names, so that clients need one table.
 _TYPES = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
+
+
+@dataclass
+class RequestNote:
+    """What the current request's answer must say. One object per HTTP request.
+
+    vLLM runs handlers in child tasks, whose context variables their parent does not see; the object is shared instead.
+
+    seen: the check of the request's steering has run, even if there is none.
+    report: the `steering` object of the answer's body; None for unsteered requests.
+    model: the model name in the answer, where it differs from vLLM's (`BASE:PRESET`).
+    body_model: the model name in the request's body, on a path that loses it before the check (SageMaker).
+    retry_after: seconds for a `Retry-After` header.
+    captured: rows of this request are being captured; a second prompt is refused.
+    """
+
+    seen: bool = False
+    report: dict[str, Any] | None = None
+    model: str | None = None
+    body_model: str | None = None
+    retry_after: float | None = None
+    captured: bool = False
+
+
+current_note: ContextVar[RequestNote | None] = ContextVar("steer_engine_note", default=None)
+"""Set by the middleware, or by the check itself where there is no middleware (batch files)."""
+
+
+def begin_note() -> RequestNote:
+    """The current request's note, reset; a new one where no middleware made one."""
+    note = current_note.get()
+    if note is None:
+        note = RequestNote()
+        current_note.set(note)
+    note.seen, note.report, note.model, note.retry_after, note.captured = True, None, None, None, False
+    return note
 
 
 def status_of(error: SteerError) -> int:
@@ -29,7 +66,7 @@ def status_of(error: SteerError) -> int:
         return error.status
     if isinstance(error, UnusableVectorError | ModelMismatchError):
         return HTTPStatus.UNPROCESSABLE_ENTITY
-    assert isinstance(error, VectorFileError), f"{type(error).__name__} is no request's fault"
+    assert isinstance(error, VectorFileError), f"{type(error).__name__} is not caused by a request"
     return HTTPStatus.BAD_REQUEST
 
 
@@ -42,33 +79,3 @@ def envelope(message: str, status: int, param: str | None = None) -> dict[str, A
 def envelope_of(error: SteerError) -> dict[str, Any]:
     """The body for an error that a request caused."""
     return envelope(error.message, status_of(error), getattr(error, "param", None))
-
-
-@dataclass
-class Told:
-    """Filled by the hook that resolves a request, read by the middleware that sends the answer's headers.
-
-    One object per HTTP request. It is shared by reference, since vLLM runs the handler in a child task whose own
-    context variables the middleware would not see.
-
-    seen: some hook took account of the request's steering (even if there was none).
-    report: the `steering` object of the answer's body, or None where no steering was asked.
-    retry_after: seconds for a `Retry-After` header.
-    model: what the body names, on a path where that is lost before the hook (SageMaker's `/invocations`).
-    """
-
-    seen: bool = False
-    report: dict[str, Any] | None = None
-    retry_after: float | None = None
-    model: str | None = None
-
-
-current: ContextVar[Told | None] = ContextVar("steer_engine_told", default=None)
-"""Set by the middleware; None outside of HTTP (batch files)."""
-
-
-def begin() -> Told:
-    """The note of the request in hand, emptied: a fresh one where no middleware made one."""
-    told = current.get() or Told()
-    told.seen, told.report, told.retry_after = True, None, None
-    return told

@@ -1,48 +1,54 @@
-"""Is every engine and worker behind this server armed alike? Asked anew for each probe, one question at a time."""
+"""What an API process does beside requests: readiness checks, gauges, and keeping the mirror in sync."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from steer_engine.api import metrics
 from steer_engine.errors import CapacityError, RegistryError, SteerError
+from steer_engine.vectors import Registry
 from steer_engine.vectors.mirror import Mirror
 
-PROBE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_SECONDS = 5.0
+GAUGE_SECONDS = 10.0
+
+MIRROR_URL_ENV = "STEER_ENGINE_MIRROR"
+MIRROR_SECONDS_ENV = "STEER_ENGINE_MIRROR_SECONDS"
+MIRROR_SECONDS = 60.0
 
 Handshake = Callable[[], Awaitable[dict[str, Any]]]
 
+logger = logging.getLogger(__name__)
+
 
 class Readiness:
-    """Runs the handshake for however many probes arrive together, and never gives it up half way.
+    """Whether every engine and worker behind this server is armed like it. Concurrent probes share one handshake.
 
-    A call to the workers that is abandoned leaves its reply unread for the next caller: the timeout is around a
-    shielded task that goes on.
+    A handshake is never cancelled: the workers' reply would stay unread, and the next caller would read it. So the
+    timeout is around a shielded task.
     """
 
-    def __init__(self, handshake: Handshake, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+    def __init__(self, handshake: Handshake, timeout: float = PROBE_TIMEOUT_SECONDS) -> None:
         self._handshake = handshake
-        self._timeout_s = timeout_s
+        self._timeout = timeout
         self._running: asyncio.Task[dict[str, Any]] | None = None
 
     async def check(self) -> dict[str, Any]:
-        """What the engine says of itself.
+        """The status of the engines.
 
         Raises:
-            SteerError: it is not armed as this server is, or it does not answer; the message says why.
+            SteerError: an engine is not armed like this server, or it does not answer; the message gives the reason.
         """
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._ask())
         try:
-            return await asyncio.wait_for(asyncio.shield(self._running), self._timeout_s)
+            return await asyncio.wait_for(asyncio.shield(self._running), self._timeout)
         except TimeoutError:
-            raise CapacityError(f"The engine has not answered for {self._timeout_s:g} s.") from None
+            raise CapacityError(f"The engine has not answered for {self._timeout:g} s.") from None
 
     async def _ask(self) -> dict[str, Any]:
         try:
@@ -50,82 +56,36 @@ class Readiness:
         except SteerError:
             raise
         except Exception as error:
-            # A dead engine raises vLLM's own errors here: not ready, and the reason is theirs.
+            # A dead engine raises vLLM's own errors here.
             raise CapacityError(f"The engine does not answer: {type(error).__name__}.") from error
 
 
-REFRESH_SECONDS = 0.25
-"""How old the engine's own number may be. It answers between two steps, so it is not asked for each request."""
+async def refresh_gauges(readiness: Readiness, registry: Registry, period: float = GAUGE_SECONDS) -> None:
+    """Update the gauges of engine and registry every `period` seconds, until cancelled."""
+    from steer_engine.api import metrics  # in API processes only: vLLM chooses the metrics mode before this import
 
-RETRY_AFTER_SECONDS = 2.0
-
-
-class QueueLength:
-    """The engine's number, and those that have come in since it was asked, against a limit.
-
-    ask: how many steered requests of all engines wait now.
-    """
-
-    def __init__(
-        self, ask: Callable[[], Awaitable[int]], limit: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._ask = ask
-        self._limit = limit
-        self._clock = clock
-        self._known = 0
-        self._entered = 0
-        self._asked_at = float("-inf")
-        self._lock = asyncio.Lock()
-
-    async def enter(self) -> None:
-        """One request more. Raises CapacityError where as many wait as may."""
-        async with self._lock:
-            if self._clock() - self._asked_at >= REFRESH_SECONDS:
-                self._known = await self._ask()
-                self._entered = 0
-                self._asked_at = self._clock()
-        if self._known + self._entered >= self._limit:
-            raise CapacityError(
-                f"{self._limit} steered requests wait for room already (max_bank_queue); try again.",
-                RETRY_AFTER_SECONDS,
-            )
-        self._entered += 1
-
-
-logger = logging.getLogger(__name__)
-
-PERIOD_S = 10.0
-
-
-async def poll(readiness: Readiness, registry: Any, period_s: float = PERIOD_S) -> None:
-    """For ever, until cancelled."""
     while True:
         try:
             status = await readiness.check()
-            metrics.engine_polled(status["workers"], status["waiting"])
+            metrics.engine_refreshed(status["workers"], status["waiting"])
         except SteerError as error:
-            metrics.engine_polled([])
+            metrics.engine_refreshed([])
             logger.warning("Not ready: %s", error.message)
         try:
             names, generation, fault = await asyncio.to_thread(
                 lambda: (registry.names(), registry.generation, registry.fault)
             )
-            metrics.registry_polled(len(names), generation, readable=fault is None)
+            metrics.registry_refreshed(len(names), generation, readable=fault is None)
         except SteerError as error:
             logger.error("The registry cannot be read: %s", error.message)
-        await asyncio.sleep(period_s)
+        await asyncio.sleep(period)
 
 
-URL_ENV = "STEER_ENGINE_MIRROR"
-SECONDS_ENV = "STEER_ENGINE_MIRROR_SECONDS"
-DEFAULT_SECONDS = 60.0
-
-
-def copy_first(url: str, folder: Path) -> None:
-    """Copy `url` into `folder`. An URL that is away is no fault where there are copies of before.
+def copy_mirror(url: str, folder: Path) -> None:
+    """Copy `url` into `folder`. An unreachable URL is not an error if an earlier copy exists.
 
     Raises:
-        SteerError: it can't be read and never was.
+        SteerError: the URL cannot be read, and there is no earlier copy.
     """
     mirror = Mirror(url, folder)
     try:
@@ -133,15 +93,15 @@ def copy_first(url: str, folder: Path) -> None:
     except RegistryError as error:
         if not mirror.has_copies:
             raise
-        logger.error("%s The copies of before are served.", error.message)
+        logger.error("%s Serving the earlier copy.", error.message)
 
 
-async def keep_alike(url: str, folder: Path, seconds: float) -> None:
-    """For ever, until cancelled; API processes that share the folder take turns."""
-    from steer_engine.api import metrics  # in API processes only: vLLM chooses its mode before it is imported
+async def sync_mirror(url: str, folder: Path, seconds: float) -> None:
+    """Keep `folder` in sync with `url` until cancelled. API processes that share the folder take turns."""
+    from steer_engine.api import metrics
 
     mirror = Mirror(url, folder)
-    said: str | None = None
+    reported: str | None = None
     while True:
         fault = None
         try:
@@ -149,15 +109,15 @@ async def keep_alike(url: str, folder: Path, seconds: float) -> None:
         except RegistryError as error:
             fault = error.message
         metrics.mirror_failing.set(fault is not None)
-        if fault != said:
+        if fault != reported:
             logger.error("%s", fault) if fault else logger.info("%s can be read again.", url)
-        said = fault
+        reported = fault
         await asyncio.sleep(seconds)
 
 
-def from_environment(folder: Path | None) -> asyncio.Task[None] | None:
-    """The task that keeps this process's folder alike, where the operator gave a URL."""
-    url = os.environ.get(URL_ENV)
+def start_mirror(folder: Path | None) -> asyncio.Task[None] | None:
+    """The task that keeps this process's folder in sync, if the operator configured a mirror."""
+    url = os.environ.get(MIRROR_URL_ENV)
     if not url or folder is None:
         return None
-    return asyncio.create_task(keep_alike(url, folder, float(os.environ.get(SECONDS_ENV) or DEFAULT_SECONDS)))
+    return asyncio.create_task(sync_mirror(url, folder, float(os.environ.get(MIRROR_SECONDS_ENV) or MIRROR_SECONDS)))

@@ -1,39 +1,160 @@
-"""Which vectors an API process believes its engines hold, and since when it has not asked."""
+"""Steering in the API process: resolves what a request asks for, compiles it, and knows what the engines hold.
+
+One `Frontend` per API process or offline engine, made by `vllm/intake.py` and reachable as `input_processor.steering`.
+"""
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from steer_engine.api.drain import Door
-from steer_engine.capture import CAPTURE_KEY, PARAM, CaptureRequest
-from steer_engine.engine.admission import PIN_SECONDS
+from steer_engine.api.gates import DrainGate, QueueLimit
+from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
-from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Capture, Score
-from steer_engine.resolve import ResolvedSpec, resolve, resolve_capture
-from steer_engine.settings import Limits, SteeringConfig
+from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
+from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, resolve_capture
+from steer_engine.settings import PIN_SECONDS, Limits, SteeringConfig
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry
 from steer_engine.vectors.loaded import InlineVectors
-from steer_engine.vllm.supported import check_supported, longest_seeded_prompt, model_shape
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+STEERING_KEY = "steering"
+"""Key of `SamplingParams.extra_args`: a spec as the client wrote it, or a `ResolvedSpec`, which no client can write."""
 
+RESERVED_PREFIX = "_steer"
+"""Keys of `SamplingParams.extra_args` that only Steer Engine writes."""
+
+NOT_ARMED = "This server is not armed for steering: start it with 'steer-engine serve', or set STEER_ENGINE=1."
 
 FRESH_SECONDS = PIN_SECONDS / 2
-"""An engine keeps what it was given or asked for PIN_SECONDS; half of it is left for the request to arrive."""
+"""An engine keeps a vector for PIN_SECONDS after it was shipped or confirmed. Half of that remains for the request."""
 
 
-class Held:
-    """A hint: the engine core decides. Other API processes of the same engines, and each of several engines, make room
-    for their own vectors, and only the one who asked hears of it: so a belief is good for FRESH_SECONDS.
+class Frontend:
+    """Resolves, compiles and tracks. An unarmed frontend (`config` None) refuses steering and does nothing else.
+
+    model: what requests are checked against. max_seeded_prompt: longest prompt in tokens that a steered request with
+    `seed` may have (None: no limit).
+    """
+
+    def __init__(
+        self, config: SteeringConfig | None, model: ModelShape | None, *, max_seeded_prompt: int | None = None
+    ) -> None:
+        self.config = config
+        self.limits = Limits.from_environment()
+        self.max_seeded_prompt = max_seeded_prompt
+        self.inline = InlineVectors(self.limits.max_inline_bytes)
+        self.shipped = ShippedVectors()
+        self.drain = DrainGate()
+        """Closed when the engine client shuts down: the server admits nothing new."""
+        self.queue_limit: QueueLimit | None = None
+        """Set by a server whose bank can fill up."""
+        self.log_requests = False
+        """Log each steered request at level INFO (`--enable-log-requests`) instead of DEBUG."""
+        self.default_preset: str | None = None
+        """Preset for requests that do not mention steering."""
+        self.registry = Registry(None)
+        self._model = model
+        if config is not None:
+            self.default_preset = os.environ.get("STEER_ENGINE_DEFAULT_PRESET") or None
+            folder = os.environ.get("STEER_ENGINE_VECTORS")
+            strict = os.environ.get("STEER_ENGINE_STRICT") == "1"
+            self.registry = Registry(Path(folder) if folder else None, strict=strict)
+
+    @property
+    def armed(self) -> bool:
+        return self.config is not None
+
+    @property
+    def model(self) -> ModelShape:
+        """Raises SteeringRequestError where the engine is not armed."""
+        if self._model is None:
+            raise SteeringRequestError(NOT_ARMED, STEERING_KEY)
+        return self._model
+
+    @cached_property
+    def capture_slots(self) -> asyncio.Semaphore:
+        """A capturing request holds one, so that the workers keep the rows of a few requests at most."""
+        return asyncio.Semaphore(self.limits.max_captures)
+
+    def vector(self, name_or_digest: str) -> ControlVector:
+        """The registered vector, or an inline vector seen before. Raises UnknownVectorError."""
+        try:
+            return self.registry.get(name_or_digest)
+        except UnknownVectorError:
+            if (inline := self.inline.find(name_or_digest)) is not None:
+                return inline
+            raise
+
+    def resolve(self, requested: Any, *, can_capture: bool = False) -> ResolvedSpec | None:
+        """What `requested` means now: a spec as a mapping or JSON text, None or False for no steering.
+
+        A `ResolvedSpec` is returned as it is. can_capture: the caller delivers captured rows to the client.
+
+        Raises:
+            SteeringRequestError: the request is wrong, or this engine is not armed.
+        """
+        if isinstance(requested, ResolvedSpec):
+            return requested
+        spec = parse_spec(requested)
+        if spec is None:
+            return None
+        model = self.model
+        if spec.capture is not None and not can_capture:
+            raise SteeringRequestError("Captured rows cannot be returned this way; offline, use LLM.capture.", PARAM)
+        if spec.preset is None:
+            return resolve(self.inline.take(spec), self.vector, model, self.limits)
+        capture = resolve_capture(spec.capture, model, self.limits)
+        return replace(self._resolve_preset(spec.preset, model), capture=capture)
+
+    def _resolve_preset(self, name: str, model: ModelShape) -> ResolvedSpec:
+        try:
+            spec = parse_spec(self.registry.preset(name))
+        except UnknownVectorError as error:
+            raise UnknownVectorError(error.message, "steering.preset") from None
+        assert spec is not None
+        assert spec.capture is None
+        try:
+            return resolve(spec, self.vector, model, self.limits, preset=name)
+        except SteeringRequestError as error:
+            # The client wrote the preset's name only; what is wrong inside is its author's.
+            raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None
+
+    def missing(self, resolved: ResolvedSpec) -> list[str]:
+        """Digests that must be shipped or confirmed before the request is sent to the engines."""
+        return [digest for digest in resolved.vectors if not self.shipped.is_fresh(digest)]
+
+    def compile(self, extra_args: Mapping[str, Any], prompt_len: int) -> dict[str, Any]:
+        """New `extra_args` with the program for a prompt of `prompt_len` tokens, in plain data.
+
+        Raises:
+            SteeringRequestError: as `resolve`; or the client wrote a reserved key.
+        """
+        check_reserved_keys(extra_args)
+        rest = {key: value for key, value in extra_args.items() if key not in (STEERING_KEY, SCORE_KEY)}
+        resolved = self.resolve(extra_args.get(STEERING_KEY))
+        score: Score | None = extra_args.get(SCORE_KEY)
+        if resolved is None and score is None:
+            return rest
+        program = Program() if resolved is None else resolved.template.at(prompt_len)
+        if resolved is not None and resolved.capture is not None:
+            program = replace(program, capture=resolved.capture.at(prompt_len))
+        if score is not None:
+            program = replace(program, score=score)
+        return rest | {PROGRAM_KEY: program.to_wire()}
+
+
+class ShippedVectors:
+    """Which vectors this process believes its engines hold, and when they confirmed it last.
+
+    Only a hint; the engine core decides. Other API processes make room for vectors of their own without telling this
+    one, so a confirmation counts for FRESH_SECONDS.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,16 +162,16 @@ class Held:
         self._confirmed: dict[str, float] = {}
 
     def __contains__(self, digest: str) -> bool:
-        """Whether the engines had it when they were last asked."""
+        """Whether the engines held the vector when they were last asked."""
         return digest in self._confirmed
 
     def is_fresh(self, digest: str) -> bool:
-        """Whether the engines keep it for a request that is sent now."""
+        """Whether the engines will keep the vector for a request that is sent now."""
         confirmed = self._confirmed.get(digest)
         return confirmed is not None and self._clock() - confirmed < FRESH_SECONDS
 
     def confirm(self, digest: str, asked: float) -> None:
-        """All engines held it when they were asked at `asked`, and keep it for PIN_SECONDS from then on."""
+        """All engines held the vector when they were asked at `asked`, and keep it for PIN_SECONDS from then on."""
         self._confirmed[digest] = asked
 
     def forget(self, digests: Iterable[str]) -> None:
@@ -61,145 +182,10 @@ class Held:
         return self._clock()
 
 
-logger = logging.getLogger(__name__)
-
-STEERING_KEY = "steering"
-_RESERVED_PREFIX = "_steer"
-_SPEC_CACHE = 1024
-
-
-class Frontend:
-    """One per `InputProcessor`, as `input_processor.steering`. Not armed: refuses steering, does nothing else."""
-
-    def __init__(self, vllm_config: VllmConfig) -> None:
-        self.config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-        self.armed = self.config is not None
-        self.limits = Limits.from_environment()
-        self.registry = Registry(None)
-        self.inline = InlineVectors(self.limits.max_inline_bytes)
-        self.default_preset: str | None = None
-        """Applied by the server to requests that say nothing of steering."""
-        self.door = Door()
-        """Closed when the engine client shuts down: the server takes nothing new."""
-        self.queue_length: Any = None
-        """Set by the server where the bank can be full: its `enter()` refuses requests while too many wait."""
-        self.log_requests = False
-        """Set by `--enable-log-requests`: a line for each steered request at level INFO instead of DEBUG."""
-        self.captures: Any = None
-        """Set by a server with the first request that reads: the rows on their way into the answers."""
-        self.held = Held()
-        """What this process believes the engines hold."""
-        self._resolved: OrderedDict[str, ResolvedSpec] = OrderedDict()
-        if self.config is not None:
-            check_supported(vllm_config)
-            self.model = model_shape(vllm_config, self.config)
-            self.seeded_tokens = longest_seeded_prompt(vllm_config)
-            self.default_preset = os.environ.get("STEER_ENGINE_DEFAULT_PRESET") or None
-            folder = os.environ.get("STEER_ENGINE_VECTORS")
-            strict = os.environ.get("STEER_ENGINE_STRICT") == "1"
-            self.registry = Registry(Path(folder) if folder else None, strict=strict)
-
-    def vector(self, name_or_digest: str) -> ControlVector:
-        """The registered vector; raises UnknownVectorError."""
-        try:
-            return self.registry.get(name_or_digest)
-        except UnknownVectorError:
-            if (inline := self.inline.find(name_or_digest)) is not None:
-                return inline
-            raise
-
-    def resolve(self, raw: Any, *, returns: bool = False) -> ResolvedSpec | None:
-        """What `raw` (a spec as a mapping or JSON text; None or False = not asked) means now.
-
-        returns: the caller sees to it that what is read reaches whoever asks.
-
-        Raises:
-            SteeringRequestError: what is asked is wrong, or this engine is not armed.
-        """
-        spec = parse_spec(raw)
-        if spec is None:
-            return None
-        if not self.armed:
-            raise SteeringRequestError(
-                "This server is not armed for steering: start it with 'steer-engine serve', or set STEER_ENGINE=1.",
-                "steering",
-            )
-        if spec.capture is not None and not returns:
-            raise SteeringRequestError("What is read cannot be returned this way; offline, use LLM.capture.", PARAM)
-        if spec.preset is None:
-            return resolve(self.inline.take(spec), self.vector, self.model, self.limits)
-        return replace(self._resolve_preset(spec.preset), capture=resolve_capture(spec.capture, self.model))
-
-    def _resolve_preset(self, name: str) -> ResolvedSpec:
-        try:
-            spec = parse_spec(self.registry.preset(name))
-        except UnknownVectorError as error:
-            raise UnknownVectorError(error.message, "steering.preset") from None
-        assert spec is not None
-        assert spec.capture is None
-        try:
-            return resolve(spec, self.vector, self.model, self.limits, preset=name)
-        except SteeringRequestError as error:
-            # The caller's field is the preset; what is wrong inside is its author's.
-            raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None
-
-    def missing(self, resolved: ResolvedSpec) -> list[str]:
-        """Digests that the engines may lack: they are to be shipped, or confirmed, before the request is sent."""
-        return [digest for digest in resolved.vectors if not self.held.is_fresh(digest)]
-
-    def compile(self, extra_args: dict[str, Any], prompt_len: int) -> dict[str, Any]:
-        """A new `extra_args` in which the request's steering is compiled for a prompt of `prompt_len` tokens.
-
-        Raises:
-            SteeringRequestError: as `resolve`; or the client wrote a key of ours.
-        """
-        check_reserved_keys(extra_args)
-        rest = {key: value for key, value in extra_args.items() if key not in (STEERING_KEY, CAPTURE_KEY, SCORE_KEY)}
-        resolved = self._resolve_cached(extra_args.get(STEERING_KEY))
-        capture = self._capture(extra_args.get(CAPTURE_KEY), prompt_len)
-        score: Score | None = extra_args.get(SCORE_KEY)
-        if resolved is None and capture is None and score is None:
-            return rest
-        program: dict[str, Any] = {"sites": [], "vectors": [], "identity": [], "keep_norm": False}
-        if resolved is not None:
-            program = resolved.template.at(prompt_len).to_wire()
-        if capture is not None:
-            program["capture"] = capture.to_wire()
-        if score is not None:
-            program["score"] = score.to_wire()
-        return rest | {PROGRAM_KEY: program}
-
-    def _resolve_cached(self, raw: Any) -> ResolvedSpec | None:
-        # By digest a spec means the same for ever, so its compiled form is kept; by name it does not.
-        if not isinstance(raw, str):
-            return self.resolve(raw)
-        cached = self._resolved.get(raw)
-        if cached is not None:
-            self._resolved.move_to_end(raw)
-            return cached
-        resolved = self.resolve(raw)
-        if resolved is not None and resolved.to_wire() == raw:
-            self._resolved[raw] = resolved
-            if len(self._resolved) > _SPEC_CACHE:
-                self._resolved.popitem(last=False)
-        return resolved
-
-    def _capture(self, raw: Any, prompt_len: int) -> Capture | None:
-        if raw is None:
-            return None
-        if self.config is None or self.config.capture == ():
-            raise SteeringRequestError("Reading is not armed on this engine: steer_engine.LLM(..., capture=True).")
-        assert isinstance(raw, CaptureRequest)  # others are refused as a reserved key
-        return raw.at(prompt_len)
-
-
-def check_reserved_keys(extra_args: dict[str, Any]) -> None:
-    """Raise SteeringRequestError for a key that only we may write."""
+def check_reserved_keys(extra_args: Mapping[str, Any]) -> None:
+    """Raise SteeringRequestError for a key that only Steer Engine may write."""
     for key, value in extra_args.items():
-        # No client can write these objects.
-        if (key == CAPTURE_KEY and isinstance(value, CaptureRequest)) or (
-            key == SCORE_KEY and isinstance(value, Score)
-        ):
+        if key == SCORE_KEY and isinstance(value, Score):  # no client can write this object
             continue
-        if isinstance(key, str) and key.startswith(_RESERVED_PREFIX):
-            raise SteeringRequestError(f"{key[:80]!r} is a reserved key; ask for steering with 'steering'.", key[:80])
+        if isinstance(key, str) and key.startswith(RESERVED_PREFIX):
+            raise SteeringRequestError(f"{key[:80]!r} is a reserved key; use the field 'steering'.", key[:80])

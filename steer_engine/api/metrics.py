@@ -13,31 +13,29 @@ from prometheus_client import Counter, Gauge, Histogram
 from steer_engine.resolve import ResolvedSpec
 
 MAX_VECTOR_LABELS = 100
-"""Names that have a time series of their own; whatever is used after them counts as `other`."""
+"""Names with a time series of their own; later names count as `other`."""
 
 MAX_DIGEST_LABELS = 20
-"""The same for digests, which clients make up with vectors of their own: they leave the names their places."""
+"""The same for digests, which clients create with inline vectors; they do not displace names."""
 
 OTHER = "other"
 
-requests = Counter(
-    "steer_engine_requests", "Generating requests by what became of their steering.", labelnames=("outcome",)
-)
+requests = Counter("steer_engine_requests", "Generating requests by steering outcome.", labelnames=("outcome",))
 vector_requests = Counter(
     "steer_engine_vector_requests",
     "Steered requests by a vector's name (or short digest).",
     labelnames=("vector",),
 )
 upload_rejections = Counter(
-    "steer_engine_upload_rejections", "Vectors that were not registered, by HTTP status.", labelnames=("status",)
+    "steer_engine_upload_rejections", "Rejected uploads by HTTP status.", labelnames=("status",)
 )
 shipped_bytes = Counter("steer_engine_shipped_bytes", "Bytes of vectors sent to the engines.")
 admission_seconds = Histogram(
     "steer_engine_admission_seconds",
-    "From a steered request's arrival until its vectors are with the engine.",
+    "Time from a steered request's check until its vectors are in the engine.",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
-armed = Gauge("steer_engine_armed", "1 where this server's engines are armed.", multiprocess_mode="mostrecent")
+armed = Gauge("steer_engine_armed", "1 if this server's engines are armed.", multiprocess_mode="mostrecent")
 registered_vectors = Gauge("steer_engine_registered_vectors", "Names in the registry.", multiprocess_mode="mostrecent")
 registry_readable = Gauge(
     "steer_engine_registry_readable", "0 while the registry's folder cannot be read.", multiprocess_mode="mostrecent"
@@ -52,7 +50,7 @@ registry_generation = Gauge(
 )
 bank_rows = Gauge(
     "steer_engine_bank_rows",
-    "Rows of the bank, of the fullest worker; idle ones hold a vector that no request uses.",
+    "Bank rows of the fullest worker; idle rows hold a vector that no request uses.",
     ("state",),
     multiprocess_mode="mostrecent",
 )
@@ -63,23 +61,23 @@ steered_requests = Gauge(
     "steer_engine_steered_requests", "Steered requests that run in the engine now.", multiprocess_mode="mostrecent"
 )
 store_bytes = Gauge(
-    "steer_engine_store_bytes", "Host memory of a worker that vectors take.", multiprocess_mode="mostrecent"
+    "steer_engine_store_bytes", "Host memory that vectors take in a worker.", multiprocess_mode="mostrecent"
 )
 
 _labels: dict[int, set[str]] = {MAX_VECTOR_LABELS: set(), MAX_DIGEST_LABELS: set()}
-"""By how many there may be."""
+"""Limit -> labels in use."""
 
 
 def request_steered(resolved: ResolvedSpec, seconds: float) -> None:
-    """A request whose steering is resolved and shipped."""
+    """Count a request whose steering is resolved and shipped. seconds: admission time."""
     requests.labels("steered").inc()
     admission_seconds.observe(seconds)
-    for label in {_label_of(edit.asked.vector, edit.edit.vector) for edit in resolved.edits}:
+    for label in {_label_of(edit.requested.vector, edit.edit.vector) for edit in resolved.edits}:
         vector_requests.labels(label).inc()
 
 
 def request_refused(status: int) -> None:
-    """A request whose steering is refused: for what it asks (4xx), or for want of room (503)."""
+    """Count a refused request: its own error (4xx), or no capacity (503)."""
     requests.labels("unavailable" if status >= 500 else "refused").inc()
 
 
@@ -87,21 +85,21 @@ def upload_rejected(status: int) -> None:
     upload_rejections.labels(str(int(status))).inc()
 
 
-def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
-    """What the workers said of themselves, or an empty list if they did not answer as armed.
+def engine_refreshed(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
+    """Update the engine gauges. statuses: one per worker; empty if the workers are not armed or do not answer.
 
-    waiting: steered requests that the engine has not begun.
+    waiting: steered requests that the engine has not started.
     """
     bank_waiting.set(waiting)
     armed.set(bool(statuses))
     if not statuses:
         return
     fullest = max(statuses, key=lambda worker: worker["bank_rows_pinned"])
-    # They add up to all rows, as dashboards and alerts take them.
+    # The three states add up to all rows, as dashboards and alerts expect.
     bank_rows.labels("pinned").set(fullest["bank_rows_pinned"])
     bank_rows.labels("idle").set(fullest["bank_rows_used"] - fullest["bank_rows_pinned"])
     bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_used"])
-    # The engines share the requests. Each rank of one runs all of its own, and counts those that steer its blocks.
+    # Engines share the requests. Each rank of an engine runs all of its requests; it counts those that steer its blocks.
     slots: dict[int, int] = {}
     for worker in statuses:
         slots[worker["engine"]] = max(slots.get(worker["engine"], 0), worker["steered_slots"])
@@ -109,7 +107,7 @@ def engine_polled(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
     store_bytes.set(max(worker["store_bytes"] for worker in statuses))
 
 
-def registry_polled(num_vectors: int, generation: int, *, readable: bool) -> None:
+def registry_refreshed(num_vectors: int, generation: int, *, readable: bool) -> None:
     registered_vectors.set(num_vectors)
     registry_readable.set(readable)
     registry_generation.set(generation)
@@ -127,9 +125,9 @@ def snapshot() -> dict[str, float]:
     return found
 
 
-def _label_of(asked: Any, digest: str) -> str:
-    named = isinstance(asked, str) and not asked.startswith("sha256:")
-    label, most = (asked, MAX_VECTOR_LABELS) if named else (digest[: len("sha256:") + 12], MAX_DIGEST_LABELS)
+def _label_of(requested: Any, digest: str) -> str:
+    named = isinstance(requested, str) and not requested.startswith("sha256:")
+    label, most = (requested, MAX_VECTOR_LABELS) if named else (digest[: len("sha256:") + 12], MAX_DIGEST_LABELS)
     if label not in _labels[most]:
         if len(_labels[most]) >= most:
             return OTHER

@@ -1,4 +1,4 @@
-"""The ASGI middleware: tells what was applied in the answer's headers, and refuses steering where it would be lost."""
+"""The ASGI middleware: adds the steering headers, and refuses steering on paths where it would be lost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from steer_engine.api import answers
-from steer_engine.api.answers import envelope, envelope_of, status_of
-from steer_engine.api.drain import RETRY_AFTER_S, SHUTTING_DOWN, Door
+from steer_engine.api.answers import RequestNote, current_note, envelope, envelope_of, status_of
+from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
 from steer_engine.api.request_field import FIELD, MISPLACED, XARGS, mentions_steering
 from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
 
@@ -21,7 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 
 INVOCATIONS = "/invocations"
-"""SageMaker's wrapper replaces the model's name in the body by the one in a header, or by nothing."""
+"""SageMaker's wrapper replaces the body's model name by the one in a header, or removes it."""
 
 CARRYING_PATHS = frozenset(
     {
@@ -34,18 +33,18 @@ CARRYING_PATHS = frozenset(
         INVOCATIONS,
     }
 )
-"""POST paths whose handlers pass the hook that steers; a test walks all routes and compares."""
+"""POST paths whose handlers check steering. A test compares them with all routes."""
 
 OWN_PREFIX = "/v1/steering"
 
-READING = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods of requests that a server answers to its end, which nothing waits for."""
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that a draining server answers until its end; the shutdown does not wait for them."""
 
 HEADER = b"x-steering"
 PRESET_HEADER = b"x-steering-preset"
 
 WORDS = (b"steer", b"hotwire", rb"\u")
-"""A body without any of these asks for nothing, in no spelling: most are not even parsed."""
+"""A body without any of these words requests no steering in any spelling. Most bodies need no parsing."""
 
 _FORM_FIELD = re.compile(rb'name="?(steering)"?[;\r\n]|(?:^|&)steering=')
 
@@ -53,99 +52,98 @@ _FORM_FIELD = re.compile(rb'name="?(steering)"?[;\r\n]|(?:^|&)steering=')
 class SteeringMiddleware:
     """Pure ASGI, inside vLLM's own authentication.
 
-    Every body that asks for steering ends up steered or refused: on a path that cannot carry it, before the handler
-    runs; on one that can, by the handler's hook, and should an answer begin that no hook took account of, that answer
-    is replaced by a refusal. Every request that does something passes the `door`, from when its body is there until
-    its answer is sent.
+    A body that requests steering is steered or refused. A path that cannot carry steering is refused before its handler
+    runs; elsewhere the handler's check decides, and an answer that passed no check is replaced by a refusal. Requests
+    that change or generate something are counted by the drain gate, from their whole body to the end of their answer.
     """
 
-    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20, door: Door | None = None) -> None:
+    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20, drain: DrainGate | None = None) -> None:
         self.app = app
         self._max_body_bytes = max_body_bytes
-        self._door = door or Door()
+        self._drain = drain or DrainGate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        note = answers.Told()
-        token = answers.current.set(note)
+        note = RequestNote()
+        token = current_note.set(note)
         try:
             await self._handle(scope, receive, send, note)
         finally:
-            answers.current.reset(token)
+            current_note.reset(token)
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send, note: answers.Told) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, note: RequestNote) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         has_body = scope["method"] in ("POST", "PUT", "PATCH") and not path.startswith(OWN_PREFIX)
-        asks = False
+        steers = False
         if has_body:
             try:
                 body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
                 if path == INVOCATIONS:
-                    note.model = _model_of(body)
-                asks = _asks(body)
+                    note.body_model = _model_of(body)
+                steers = _requests_steering(body)
             except SteeringRequestError as error:
                 await _send_error(send, error)
                 return
-            if asks and path not in CARRYING_PATHS:
+            if steers and path not in CARRYING_PATHS:
                 await _refuse(send, path)
                 return
-        answer = _Answer(send, note, asks, path, self._door)
-        if scope["method"] in READING:
+        answer = _Answer(send, note, steers, path, self._drain)
+        if scope["method"] in SAFE_METHODS:
             await self.app(scope, receive, answer.send)
             return
         try:
-            self._door.enter()
+            self._drain.enter()
         except CapacityError:
-            await answer.refuse_at_the_door()
+            await answer.refuse_for_shutdown()
             return
         try:
             await self.app(scope, receive, answer.send)
         except Exception:
-            if answer.begun or not self._door.closed:
+            if answer.begun or not self._drain.closed:
                 raise
-            await answer.refuse_at_the_door()
+            await answer.refuse_for_shutdown()
         finally:
-            self._door.leave()
+            self._drain.leave()
 
 
 class _Answer:
     """Wraps `send`: adds the headers to the first message, or replaces the whole answer by a refusal."""
 
-    def __init__(self, send: Send, note: answers.Told, asks: bool, path: str, door: Door) -> None:
-        self._send, self._note, self._asks, self._path, self._door = send, note, asks, path, door
+    def __init__(self, send: Send, note: RequestNote, steers: bool, path: str, drain: DrainGate) -> None:
+        self._send, self._note, self._steers, self._path, self._drain = send, note, steers, path, drain
         self._replaced = False
         self.begun = False
 
-    async def refuse_at_the_door(self) -> None:
-        """503: the server shuts down."""
+    async def refuse_for_shutdown(self) -> None:
+        """Send a 503: the server is shutting down."""
         self._replaced = self.begun = True
-        error = CapacityError(SHUTTING_DOWN, RETRY_AFTER_S)
+        error = CapacityError(SHUTTING_DOWN, RETRY_AFTER_SECONDS)
         self._note.retry_after = error.retry_after
-        await _send_json(self._send, envelope_of(error), 503, _headers(self._note, 503, self._door))
+        await _send_json(self._send, envelope_of(error), 503, _headers(self._note, 503, self._drain))
 
     async def send(self, message: Message) -> None:
         if self._replaced:
             return
         if message["type"] == "http.response.start":
-            if message["status"] == 500 and self._door.closed:
-                # What breaks while everything ends breaks because of that.
-                await self.refuse_at_the_door()
+            if message["status"] == 500 and self._drain.closed:
+                # An error during the shutdown is caused by it.
+                await self.refuse_for_shutdown()
                 return
             self.begun = True
-            if self._asks and not self._note.seen and message["status"] < 400:
+            if self._steers and not self._note.seen and message["status"] < 400:
                 self._replaced = True
                 await _refuse(self._send, self._path)
                 return
-            message["headers"] = [*message.get("headers", ()), *_headers(self._note, message["status"], self._door)]
+            message["headers"] = [*message.get("headers", ()), *_headers(self._note, message["status"], self._drain)]
         await self._send(message)
 
 
-def _headers(note: answers.Told, status: int, door: Door) -> list[tuple[bytes, bytes]]:
+def _headers(note: RequestNote, status: int, drain: DrainGate) -> list[tuple[bytes, bytes]]:
     headers = []
-    if door.closed:
-        # A connection that is kept is soon cut, perhaps in the face of the next request on it.
+    if drain.closed:
+        # A kept connection would soon be cut, perhaps during the next request on it.
         headers.append((b"connection", b"close"))
     if note.report is not None and status < 400:
         headers.append((HEADER, note.report["digest"].encode("ascii")))
@@ -162,10 +160,10 @@ def _declared_length(scope: Scope) -> int:
 
 
 async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that gives it out again before it goes on listening.
+    """The whole body, and a `receive` that replays it before it waits for further messages.
 
     Raises:
-        PayloadTooLargeError: by what was declared, before anything is read, or by what is counted.
+        PayloadTooLargeError: the declared length, before anything is read, or the counted length is too large.
     """
     messages: list[Message] = []
     counted, more = 0, True
@@ -185,11 +183,11 @@ async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes,
     return body, again
 
 
-def _asks(body: bytes) -> bool:
+def _requests_steering(body: bytes) -> bool:
     if b"\0" in body[:4] and (encoding := json.detect_encoding(body)) != "utf-8":
-        # JSON may be UTF-16 or UTF-32, which readers tell by its first bytes, as this does.
+        # JSON may be UTF-16 or UTF-32; parsers detect it by the first bytes, like this.
         body = body.decode(encoding, "replace").encode("utf-8", "replace")
-    # A key may be spelled with \u escapes, and only JSON knows.
+    # A key may be spelled with \u escapes, which only a JSON parser resolves.
     lower = body.lower()
     if not any(word in lower for word in WORDS):
         return False
@@ -202,7 +200,7 @@ def _asks(body: bytes) -> bool:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that remembers how the keys were spelled that could mean our field."""
+    """A JSON object that keeps the spelling of every key that could mean our field."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -210,9 +208,9 @@ class _Object(dict[str, Any]):
 
 
 def _check_spelling(body: Any) -> None:
-    """Refuse a field that a reader would lose without a word: given twice, or in capitals.
+    """Refuse a field that a JSON parser would drop silently: given twice, or in capitals.
 
-    Only where the field may stand: deeper down, in the schema of a tool, the word is the client's own.
+    Only where the field may stand. Deeper down, for example in a tool's schema, the word belongs to the client.
     """
     for each in body if isinstance(body, list) else [body]:
         if not isinstance(each, _Object):
@@ -220,9 +218,9 @@ def _check_spelling(body: Any) -> None:
         for place in (each, *(each.get(name) for name in (XARGS, *MISPLACED))):
             spelled = place.spelled if isinstance(place, _Object) else []
             if len(spelled) > 1:
-                raise SteeringRequestError(f"'{FIELD}' is given twice in one object; give it once.", FIELD)
+                raise SteeringRequestError(f"'{FIELD}' is specified twice in one object; specify it once.", FIELD)
             if spelled and spelled[0] != FIELD:
-                raise SteeringRequestError(f"The field is called '{FIELD}', not {spelled[0][:40]!r}.", FIELD)
+                raise SteeringRequestError(f"The field is named '{FIELD}', not {spelled[0][:40]!r}.", FIELD)
 
 
 def _model_of(body: bytes) -> str | None:

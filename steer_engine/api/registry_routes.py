@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from steer_engine.api import metrics
 from steer_engine.api.answers import status_of
+from steer_engine.api.frontend import Frontend
 from steer_engine.api.routing import Refused, SteeringRoute, etag, frontend_of, if_match, log_change, require_admin
 from steer_engine.errors import (
     CapacityError,
@@ -254,7 +255,7 @@ async def delete_preset(request: Request, name: Name) -> JSONResponse:
     return JSONResponse({"name": name, "digest": preset_digest(spec)})
 
 
-def _check_kept(spec: dict[str, Any], frontend: Any) -> None:
+def _check_kept(spec: dict[str, Any], frontend: Frontend) -> None:
     """It resolves, and by vectors that are kept: not by one that came in a request and is soon forgotten."""
     frontend.resolve(spec)
     for name in sorted(vectors_of(spec)):

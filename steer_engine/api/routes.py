@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 import steer_engine
 from steer_engine.api import metrics
+from steer_engine.api.frontend import Frontend
 from steer_engine.api.registry_routes import SPEC_BODY, read_json
 from steer_engine.api.request_field import FIELD, steering_of
 from steer_engine.api.routing import SteeringRoute, failed, frontend_of
@@ -27,7 +28,7 @@ router = APIRouter(tags=["steering"], route_class=SteeringRoute)
 async def ready(request: Request) -> JSONResponse:
     """200 when the engine and every worker are armed as this server is; else 503 with the reason. Needs no key."""
     try:
-        request.app.state.steering_frontend.door.refuse_if_closed()
+        request.app.state.steering_frontend.drain.check_open()
         await request.app.state.steering_readiness.check()
     except SteerError as error:
         return failed(CapacityError(error.message, retry_after=5))
@@ -69,7 +70,7 @@ async def validate(request: Request) -> JSONResponse:
     limits = frontend.limits
     asked = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
     asked = steering_of({FIELD: asked})
-    resolved = await asyncio.to_thread(frontend.resolve, asked, returns=True)
+    resolved = await asyncio.to_thread(frontend.resolve, asked, can_capture=True)
     if resolved is None:
         raise SteeringRequestError("The body asks for no steering.", "steering")
     dose = await asyncio.to_thread(_dose, resolved, frontend)
@@ -92,7 +93,7 @@ async def stats(request: Request) -> JSONResponse:
     )
 
 
-def _dose(resolved: ResolvedSpec, frontend: Any) -> float | None:
+def _dose(resolved: ResolvedSpec, frontend: Frontend) -> float | None:
     """The largest |edit| at a block in mean residual norms, of the edits whose vectors know them; None if none does."""
     doses = []
     for edit in (each.edit for each in resolved.edits):

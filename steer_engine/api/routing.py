@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from steer_engine.api.answers import envelope_of, status_of
+from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 from steer_engine.spec import shown
 from steer_engine.vectors.manifest import Signature, signature_of
@@ -145,9 +146,9 @@ def _wrong_parameter(invalid: RequestValidationError) -> SteeringRequestError:
     return SteeringRequestError(f"{name}: {first['msg']}, not {shown(first.get('input'))}.", name)
 
 
-def frontend_of(request: Request) -> Any:
-    """The armed `Frontend` of this process. Raises CapacityError where it is not armed."""
-    frontend = request.app.state.steering_frontend
+def frontend_of(request: Request) -> Frontend:
+    """The armed frontend of this process. Raises CapacityError where it is not armed."""
+    frontend: Frontend = request.app.state.steering_frontend
     if not frontend.armed:
         raise CapacityError("This server is not armed for steering; start it with 'steer-engine serve'.")
     return frontend

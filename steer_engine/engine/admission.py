@@ -1,4 +1,4 @@
-"""Which vectors an engine holds on all its workers, within a budget of host memory. One per engine core."""
+"""Admission in the engine core: which vectors all workers hold, and which waiting request gets bank rows."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from steer_engine.program import Row
-from steer_engine.settings import EngineLimits
-
-PIN_SECONDS = 60.0
-"""How long a vector stays after it was shipped or named: the scheduler may not know its request yet."""
+from steer_engine.settings import PIN_SECONDS, EngineLimits
 
 
 @dataclass
-class _Held:
+class _Resident:
     num_bytes: int
     pinned_until: float
 
 
 @dataclass
-class Resident:
-    """Digests in the order of their last use. What a running request names is never given up. Thread-safe: requests are
-    prepared in another thread than vectors arrive in.
+class ResidentVectors:
+    """The vectors that all workers of an engine hold, least recently used first, within a budget of host memory.
 
-    budget: bytes of vectors in host memory of each worker; more is taken only while everything else is in use.
+    A vector that a request names is never dropped. Thread-safe: requests are preprocessed in another thread than
+    vectors arrive in. budget: bytes per worker; exceeded only while every vector is in use.
     """
 
     budget: int = field(default_factory=lambda: EngineLimits.from_environment().store_bytes)
-    _held: dict[str, _Held] = field(default_factory=dict)
+    _held: dict[str, _Resident] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __contains__(self, digest: str) -> bool:
@@ -46,20 +43,20 @@ class Resident:
             return sum(held.num_bytes for held in self._held.values())
 
     def put(self, digest: str, num_bytes: int, now: float) -> None:
-        """All workers hold `digest` now; it is kept for its request for a while."""
+        """All workers hold `digest` now; it is pinned for PIN_SECONDS."""
         with self._lock:
             self._held.pop(digest, None)
-            self._held[digest] = _Held(num_bytes, now + PIN_SECONDS)
+            self._held[digest] = _Resident(num_bytes, now + PIN_SECONDS)
 
     def touch(self, digests: Collection[str], now: float) -> None:
-        """A request that names these is on its way into the scheduler."""
+        """Pin vectors again: a request that names them is on its way into the scheduler."""
         with self._lock:
             for digest in digests:
                 if digest in self._held:
                     self.put(digest, self._held[digest].num_bytes, now)
 
     def hold(self, digest: str, now: float) -> bool:
-        """Keep `digest` for a while more, if it is here."""
+        """Whether `digest` is resident; if so it is pinned again."""
         with self._lock:
             self.touch([digest], now)
             return digest in self._held
@@ -69,7 +66,7 @@ class Resident:
             self._held.pop(digest, None)
 
     def make_room(self, num_bytes: int, in_use: Collection[str], now: float) -> list[str] | None:
-        """Digests to give up before `num_bytes` more are taken, least recently used first; None if it can't be done."""
+        """Digests to drop before `num_bytes` are added, least recently used first; None if there is not enough room."""
         excess = self.num_bytes + num_bytes - self.budget
         victims = []
         with self._lock:

@@ -1,78 +1,95 @@
-"""What the workers have read for requests that asked for it, until somebody takes it.
+"""The rows of the residual stream that a worker has captured, until they are fetched.
 
-Nothing here bounds it: offline, the caller reads in chunks; a server lets only so many requests read at once, and takes
-what was read even of those that are aborted.
+Nothing here bounds them: offline, the caller captures in chunks; a server admits a few capturing requests at a time,
+and drops the rows of aborted ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from steer_engine.capture import CaptureRequest
 from steer_engine.engine.runtime import EngineRuntime
-from steer_engine.program import Capture
 
 
-@dataclass(frozen=True)
-class _Planned:
-    capture: Capture
-    position: int
+class CaptureBuffer:
+    """Plans which token rows of a step are captured, and keeps them by the key of their capture request.
 
+    The device buffer of a step is read when the next step is prepared, or when rows are fetched, whichever is first.
 
-class Reader:
-    """Plans which token rows of a step are read, and keeps what was read by the request's capture key.
-
-    L capture blocks, P positions, D hidden size.
+    Shape suffixes: L capture blocks, P positions, D hidden size, C captured rows of a step.
     """
 
     def __init__(self, runtime: EngineRuntime) -> None:
         self._runtime = runtime
-        self._planned: list[_Planned] = []
-        self._read: dict[str, dict[int, np.ndarray]] = {}
+        self._requests: dict[str, CaptureRequest] = {}
+        self._planned: list[tuple[CaptureRequest, int]] = []
+        """The rows of the last step in order: capture request and position."""
+        self._rows: dict[str, dict[int, np.ndarray]] = {}
 
-    def plan(self, captures: Sequence[Capture | None], first_positions: Sequence[int], counts: Sequence[int]) -> None:
-        """Before a step. Per request of the batch, in row order: what it reads, its first position, its rows."""
+    def start(self, request_id: str, capture: CaptureRequest | None) -> None:
+        """A request enters the batch."""
+        if capture is not None and self._runtime.capture_blocks:
+            self._requests[request_id] = capture
+
+    def stop(self, request_id: str) -> None:
+        """A request leaves the batch."""
+        self._requests.pop(request_id, None)
+
+    def plan(self, request_ids: Sequence[str], first_positions: Callable[[], np.ndarray], counts: np.ndarray) -> None:
+        """Before a step: mark the rows to capture.
+
+        request_ids: the batch in row order. first_positions: first computed position of each request. counts: token
+        rows of each request.
+        """
+        if not self._runtime.capture_blocks:
+            return
         rows: list[int] = []
-        after: list[bool] = []
         self._planned = []
-        start_row = 0
-        for capture, first, count in zip(captures, first_positions, counts, strict=True):
-            if capture is not None:
-                for position in capture.within(first, count):
-                    rows.append(start_row + position - first)
-                    after.append(capture.after)
-                    self._planned.append(_Planned(capture, position))
-            start_row += count
-        self._runtime.read(rows, after)
+        if self._requests:
+            start_row = 0
+            for request_id, first, count in zip(request_ids, first_positions().tolist(), counts.tolist(), strict=True):
+                capture = self._requests.get(request_id)
+                if capture is not None:
+                    for position in capture.within(first, count):
+                        rows.append(start_row + position - first)
+                        self._planned.append((capture, position))
+                start_row += count
+        self._runtime.capture(rows, [capture.after for capture, _ in self._planned])
 
     def collect(self) -> None:
-        """After a step: fetch what it read. A position that is computed again (preemption) is overwritten."""
+        """After a step: copy its rows to the host. A position that is computed again (preemption) is overwritten."""
         if not self._planned:
             return
         rows_LCD = self._runtime.captured(len(self._planned)).numpy()
-        for c, planned in enumerate(self._planned):
-            rows_LD = rows_LCD[self._places(planned.capture), c]
-            self._read.setdefault(planned.capture.key, {})[planned.position] = rows_LD.copy()
+        for c, (capture, position) in enumerate(self._planned):
+            rows_LD = rows_LCD[self._places(capture), c]
+            self._rows.setdefault(capture.key, {})[position] = rows_LD.copy()
         self._planned = []
 
     def take(self, key: str) -> tuple[list[int], np.ndarray]:
-        """Positions in order, and float32 [L, P, D] with L the blocks that were asked; gone from here afterwards."""
-        rows = self._read.pop(key, {})
+        """Positions in order, and float32 [L, P, D] with L the requested blocks of this worker.
+
+        The rows are forgotten, and nothing more is captured under the key.
+        """
+        self.collect()
+        self._requests = {name: capture for name, capture in self._requests.items() if capture.key != key}
+        rows = self._rows.pop(key, {})
         positions = sorted(rows)
-        num_blocks, hidden_size = len(self._runtime.capture_blocks), self._runtime.hidden_size
         if not positions:
-            return [], np.zeros((num_blocks, 0, hidden_size), dtype=np.float32)
+            shape = (len(self._runtime.capture_blocks), 0, self._runtime.hidden_size)
+            return [], np.zeros(shape, dtype=np.float32)
         return positions, np.stack([rows[position] for position in positions], axis=1)
 
     @property
     def num_bytes(self) -> int:
-        """What is held of requests whose rows nobody has taken yet."""
-        return sum(rows_LD.nbytes for rows in list(self._read.values()) for rows_LD in list(rows.values()))
+        """Host memory of rows that were not fetched yet."""
+        return sum(rows_LD.nbytes for rows in list(self._rows.values()) for rows_LD in list(rows.values()))
 
-    def _places(self, capture: Capture) -> slice | list[int]:
-        """Where the blocks of a capture are among those that this worker reads; the others belong to other stages."""
+    def _places(self, capture: CaptureRequest) -> slice | list[int]:
+        """Where the requested blocks are among those that this worker captures; others belong to other stages."""
         if capture.blocks is None:
             return slice(None)
         here = self._runtime.capture_blocks

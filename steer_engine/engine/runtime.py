@@ -1,4 +1,4 @@
-"""The device buffers of an engine: allocated in one place, and counted by the same call without a device."""
+"""The steering state of one engine in one worker: buffers, store, bank, programs, and the routing of each step."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def allocate_tables(
     device: torch.device | str,
     max_requests: int,
     max_tokens: int,
-    reads: bool,
+    captures: bool,
 ) -> Tables:
-    """Zeroed buffers of an engine with `num_sites` armed blocks, which steer nothing.
+    """Zeroed device buffers of an engine with `num_sites` armed blocks. On device "meta" they only count bytes.
 
-    max_tokens: token rows of the largest batch. reads: whether the stream can be read.
+    max_tokens: token rows of the largest batch. captures: whether the stream can be captured.
     """
     return Tables.allocate(
         num_slots=max_requests + 1,
@@ -40,22 +40,22 @@ def allocate_tables(
         max_tokens=max_tokens,
         bank_dtype=dtype,
         device=device,
-        capture_rows=max_tokens if reads else 0,
+        capture_rows=max_tokens if captures else 0,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of device memory, on each rank: every rank holds all of it."""
+    """Bytes of device memory per rank."""
 
     bank: int
     """Rows of the vectors in use."""
     programs: int
-    """What each running request asks."""
+    """The programs of running requests."""
     routing: int
-    """Whose program applies to which token row of a step."""
-    reading: int
-    """Where the stream is read to."""
+    """Which program applies to which token row of a step."""
+    capture: int
+    """The captured rows of a step."""
 
     @property
     def total(self) -> int:
@@ -69,14 +69,14 @@ class Footprint:
                 part.nbytes for part in (tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S, tables.span_S2)
             ),
             routing=tables.slot_T.nbytes + tables.pos_T.nbytes,
-            reading=sum(part.nbytes for part in (tables.capture_T, tables.captured_LCD) if part is not None),
+            capture=sum(part.nbytes for part in (tables.capture_T, tables.captured_LCD) if part is not None),
         )
 
 
 class EngineRuntime:
-    """Everything that the op and the runner adapters share. Slots count from 1; slot 0 is "not steered".
+    """What the op and the runner adapters share. Slots count from 1; slot 0 means "not steered".
 
-    forms: armed block -> how it carries the stream, as the start-up probe found. elsewhere: blocks that other stages of
+    forms: armed block -> how it carries the stream, as the startup probe found. elsewhere: blocks that other stages of
     a pipeline arm.
     """
 
@@ -112,22 +112,22 @@ class EngineRuntime:
             device=device,
             max_requests=max_requests,
             max_tokens=max_tokens,
-            reads=bool(capture_blocks),
+            captures=bool(capture_blocks),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
         self.programs = Programs(self.tables, self.bank, self.armed_blocks, elsewhere)
-        self.asked_blocks = tuple(sorted({*self.armed_blocks, *elsewhere}))
-        """What all workers of the engine are to arm between them."""
+        self.requested_blocks = tuple(sorted({*self.armed_blocks, *elsewhere}))
+        """The blocks that all workers of the engine arm between them."""
         self.stage_blocks = self.armed_blocks
-        """The blocks that this worker has."""
+        """The blocks of this worker's pipeline stage."""
         self.fused_blocks: tuple[int, ...] = ()
-        """Blocks whose edit happens inside the norm that follows them."""
+        """Blocks that are edited inside the norm that follows them."""
         self.fused_calls = 0
-        """How often such a norm was launched from Python: each step of an eager engine, and graph captures."""
-        self._reads = bool(capture_blocks)
+        """Launches of such a norm from Python: every step of an eager engine, and graph captures."""
+        self._can_capture = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
         self._plan: StepPlan | None = None
-        self._reading = False
+        self._capturing = False
 
     @property
     def num_bytes(self) -> int:
@@ -139,15 +139,16 @@ class EngineRuntime:
 
     def release(self, slot: int) -> None:
         self.programs.release(slot)
-        # The slot may get another program, and would look the same.
+        # The slot may get another program; the plan could not tell.
         self._plan = None
 
     def route(
         self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor, num_tokens: int
     ) -> None:
-        """Say which row of the coming step belongs to whose program, on the device.
+        """Write which program applies to each token row of the coming step, on the device.
 
-        idx_mapping_B: batch position -> slot - 1 (-1 = unsteered). Rows from `num_tokens` on are unsteered.
+        query_start_loc_B1: first row of each request. idx_mapping_B: batch position -> slot - 1 (-1 = unsteered). Rows
+        from `num_tokens` on are unsteered.
         """
         if not self.programs.steered_slots:
             self.idle()
@@ -155,32 +156,30 @@ class EngineRuntime:
             from steer_kernels.route_rows import route_rows
 
             route_rows(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
-        elif not self._goes_on(query_start_loc_B1, idx_mapping_B, positions_T):
+        elif not self._plan_continues(query_start_loc_B1, idx_mapping_B, positions_T):
             route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
-            self._look(query_start_loc_B1, idx_mapping_B, positions_T)
+            self._make_plan(query_start_loc_B1, idx_mapping_B, positions_T)
 
     def idle(self) -> None:
-        """The coming forward pass is a dummy: nothing is steered or read in it."""
+        """The coming forward pass is a dummy: it steers and captures nothing."""
         self.tables.slot_T.zero_()
         self._rows_N = self._plan = None
-        self._stop_reading()
+        self._stop_capturing()
 
-    def read(self, rows: list[int], after: Sequence[bool]) -> None:
-        """Read these token rows of the coming step at every capture block (see `captured`), each before or `after`
-        the block's edit.
-        """
+    def capture(self, rows: list[int], after: Sequence[bool]) -> None:
+        """Capture these token rows of the coming step at every capture block, each before or `after` the edit."""
         assert self.tables.capture_T is not None
-        self._stop_reading()
+        self._stop_capturing()
         if rows:
             index_C = torch.tensor(rows, dtype=torch.int64, device=self.tables.capture_T.device)
             places = [-place if late else place for place, late in enumerate(after, start=1)]
             self.tables.capture_T[index_C] = torch.tensor(places, dtype=torch.int32, device=index_C.device)
-            self._reading = True
+            self._capturing = True
             if self._rows_N is None and not self.use_triton:
                 self._rows_N = index_C[:0]
 
     def captured(self, num_rows: int) -> torch.Tensor:
-        """float32 [capture blocks, num_rows, D] on the host: what the last step read, in the order asked."""
+        """float32 [capture blocks, num_rows, D] on the host: the rows of the last step, in the order of `capture`."""
         assert self.tables.captured_LCD is not None
         sites = [self.armed_blocks.index(block) for block in self.capture_blocks]
         return self.tables.captured_LCD[sites, :num_rows].cpu()
@@ -190,8 +189,10 @@ class EngineRuntime:
         if self.use_triton:
             from steer_kernels.edit_residual import edit_residual
 
-            edit_residual(hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._reads)
-        elif self._plan is not None and not self._reading:
+            edit_residual(
+                hidden, carried, self.tables, site, adds_only=self.config.adds_only, capture=self._can_capture
+            )
+        elif self._plan is not None and not self._capturing:
             self._plan.apply(hidden, carried, self.tables.bank_RD, site)
         elif self._rows_N is not None:
             edit_residual_reference(
@@ -200,7 +201,7 @@ class EngineRuntime:
                 self.tables,
                 site,
                 adds_only=self.config.adds_only,
-                capture=self._reading,
+                capture=self._capturing,
                 rows_N=self._rows_N,
             )
 
@@ -219,17 +220,19 @@ class EngineRuntime:
             site,
             epsilon=epsilon,
             adds_only=self.config.adds_only,
-            capture=self._reads,
+            capture=self._can_capture,
         )
 
-    def _goes_on(self, *routed: torch.Tensor) -> bool:
-        """Whether the last step's plan serves the coming one too. Its rows are the same; only positions moved on."""
+    def _plan_continues(self, *routed: torch.Tensor) -> bool:
+        """Whether the last step's plan fits the coming step: the same rows, with only positions advanced."""
         decoding = None if self._plan is None else self._plan.decoding
-        # Reading goes through the reference, which wants to know positions.
-        return decoding is not None and not self._reads and decoding.goes_on(*routed)
+        # A capture goes through the reference, which needs positions.
+        return decoding is not None and not self._can_capture and decoding.goes_on(*routed)
 
-    def _look(self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor) -> None:
-        """Without a device queue the host may look: what a step does is worked out once, not per site."""
+    def _make_plan(
+        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor
+    ) -> None:
+        """On a CPU the host may read the tables: the step is planned once, not once per site."""
         slot_T = self.tables.slot_T[: positions_T.shape[0]]
         rows_N = slot_T.nonzero().squeeze(1)
         self._rows_N = rows_N if rows_N.numel() else None
@@ -237,7 +240,7 @@ class EngineRuntime:
         if self._rows_N is not None and not self.programs.need_reference(slot_T):
             self._plan = StepPlan.of_step(self.tables, rows_N, query_start_loc_B1, idx_mapping_B, positions_T)
 
-    def _stop_reading(self) -> None:
-        if self._reading and self.tables.capture_T is not None:
+    def _stop_capturing(self) -> None:
+        if self._capturing and self.tables.capture_T is not None:
             self.tables.capture_T.zero_()
-        self._reading = False
+        self._capturing = False

@@ -1,8 +1,7 @@
-"""Keeps the memory of a step on a processor for the next step.
+"""Arms one worker: probes the model, allocates the buffers, and puts the op behind every armed block.
 
-The stream has to lie in memory wherever an armed block ends, so the compiled graph of an armed model asks for more
-buffers than a plain one. glibc gives freed memory at the end of its heap back to the system and gets it page by page
-again, step by step: some 4 % of the time of 128 requests. Told to keep it, an armed engine is as fast as a plain one.
+Runs right after the model is loaded: before the first profile run, so that the op is part of the compiled graph, and
+before vLLM sizes its KV cache, so that the buffers are counted.
 """
 
 from __future__ import annotations
@@ -28,20 +27,22 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Of <malloc.h>."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, from <malloc.h>."""
 
 KEPT_BYTES = 2**31 - 1
-"""Freed memory at the end of the heap that is kept: the most that mallopt takes."""
+"""Free memory kept at the end of the heap: mallopt's maximum."""
 MAPPED_BYTES = 2**25
-"""What is larger is mapped, and unmapped when freed: the most that glibc takes."""
+"""Larger blocks are mapped, and unmapped when freed: glibc's maximum."""
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library of this process to keep what is freed; whether it does.
+    """Tell the C library to keep the freed memory of a step for the next one. Returns whether it does.
 
-    Where the environment sets the trimming of memory, or the C library has no such setting, nothing is changed; under
-    a preloaded allocator it has no effect.
+    An armed model's compiled graph needs more buffers than a plain one, since the stream is written to memory after
+    every armed block. By default glibc returns freed memory at the end of its heap to the system and fetches it again
+    page by page, which costs 4 % of a step with 128 requests on a CPU. Nothing changes where the environment sets
+    glibc's thresholds, or the C library has none; with a preloaded allocator the setting has no effect.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
         return False
@@ -49,15 +50,15 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    # As soon as one is set, glibc stops to adapt the other by itself.
-    return bool(mallopt(TRIM_THRESHOLD, KEPT_BYTES)) and bool(mallopt(MMAP_THRESHOLD, MAPPED_BYTES))
+    # Once one threshold is set, glibc no longer adapts the other by itself.
+    return bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES))
 
 
 SET_ADAPTERS = Symbol(
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
     ("prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
 )
-SYMBOLS = (
+USED = (
     SET_ADAPTERS,
     Symbol("vllm.forward_context:get_forward_context"),
     Symbol("vllm.forward_context:set_forward_context", ("attn_metadata", "num_tokens", "skip_compiled")),
@@ -66,24 +67,24 @@ SYMBOLS = (
 logger = logging.getLogger(__name__)
 
 
-def arm(runner: Any) -> None:
-    """Arm the model of a runner that has just loaded it; does nothing where the engine is not armed.
+def arm(runner: Any) -> EngineRuntime | None:
+    """Arm the model that a runner has just loaded. None where the engine is not armed.
 
-    The runtime ends up in `static_forward_context`, where vLLM's own attention op finds its layers: one per engine,
-    so that several engines in a process do not meet.
+    The runtime is kept in `static_forward_context`, where vLLM's own attention op finds its layers: one per engine, so
+    that several engines in a process do not share state.
     """
     vllm_config: VllmConfig = runner.vllm_config
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
     if config is None:
-        return
+        return None
     check_supported(vllm_config)
     num_blocks = vllm_config.model_config.get_total_num_hidden_layers()
     blocks = find_blocks(runner.model, num_blocks)
     stage = Stage.of(blocks)
-    asked = config.armed_blocks(num_blocks)
-    armed = stage.among(asked)
+    requested = config.armed_blocks(num_blocks)
+    armed = stage.among(requested)
     if vllm_config.lora_config is not None:
-        # No adapter on any row of the probe: what vLLM has there before its first step is uninitialised.
+        # No adapter on any row of the probe: vLLM's mapping is uninitialised before the first step.
         none = (0,) * ProbeRows(num_blocks=num_blocks).num_rows
         runner._set_active_loras(none, none, set())
     forms, norms = probe_forms(runner.model, blocks, armed, vllm_config, runner.device)
@@ -97,7 +98,7 @@ def arm(runner: Any) -> None:
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=most_rows(vllm_config),
         use_triton=vllm_config.use_v2_model_runner or runner.device.type != "cpu",
-        elsewhere=tuple(block for block in asked if block not in armed),
+        elsewhere=tuple(block for block in requested if block not in armed),
     )
     fused = norms if _fuses(config, runtime, vllm_config) else {}
     for site, block in enumerate(armed):
@@ -117,6 +118,7 @@ def arm(runner: Any) -> None:
         len(armed), num_blocks, ", ".join(sorted({form.value for form in forms.values()})),
         ", ".join(config.ops), runtime.num_bytes / 2**20,
     )  # fmt: skip
+    return runtime
 
 
 def _fuses(config: SteeringConfig, runtime: EngineRuntime, vllm_config: VllmConfig) -> bool:
@@ -126,7 +128,7 @@ def _fuses(config: SteeringConfig, runtime: EngineRuntime, vllm_config: VllmConf
     if reason is None and not runtime.use_triton:
         reason = "there is no Triton on this device"
     if reason is not None:
-        logger.warning("Edits are not fused with the norms behind them: %s.", reason)
+        logger.warning("Edits are not fused with the norms that follow: %s.", reason)
     return reason is None
 
 
@@ -150,7 +152,7 @@ def most_rows(vllm_config: VllmConfig) -> int:
 
 
 def _edited(original: Callable[..., Any], form: StreamForm, site: int) -> Callable[..., Any]:
-    """`original` with the op behind it. No data-dependent Python: Dynamo traces through."""
+    """`original` followed by the op. No data-dependent Python: Dynamo traces it."""
     if form is StreamForm.SPLIT:
 
         def forward(*args: Any, **kwargs: Any) -> Any:

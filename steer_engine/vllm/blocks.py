@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.layernorm import RMSNorm
 
 
-SYMBOLS = (
+USED = (
     Symbol("vllm.model_executor.models.utils:PPMissingLayer"),
     Symbol("vllm.sequence:IntermediateTensors"),
 )

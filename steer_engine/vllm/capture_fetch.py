@@ -1,126 +1,132 @@
-"""Reading for clients: what may read, and the rows on their way into the answer.
+"""Captured rows on their way from the workers into an answer.
 
-`fetching` goes around `AsyncLLM.generate` (set by `shutdown`, which wraps it): when a reading request is finished, its
-rows are fetched from the workers before its last output is handed on; when it is aborted, they are given up there. By
-then the engine has been told of the abort, and hears of this after it. Known for vLLM 0.32, 0.33.
+`fetching` goes around `AsyncLLM.generate` (`shutdown` wraps it). When a capturing request finishes, its rows are
+fetched from the workers before its last output is passed on. When it is aborted, the rows are dropped there; by then the engine
+knows of the abort. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from steer_engine.api.captures import Captured, Captures
-from steer_engine.capture import CAPTURE_KEY, PARAM, CaptureRequest
+import numpy as np
+from safetensors.numpy import save
+
+from steer_engine.api.answers import RequestNote, current_note
+from steer_engine.api.frontend import STEERING_KEY
+from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.errors import SteeringRequestError
-from steer_engine.resolve import ResolvedCapture
+from steer_engine.resolve import ResolvedSpec
+from steer_engine.vllm import engine_client
+from steer_engine.vllm.intake import frontend_of
 
-CAPTURED = "_steer_engine_captured"
-"""Attribute of a request object; keeps its `Captured` alive."""
+FORMAT = "steer-engine/capture/1"
 
-ONE_PROMPT = "A request that reads has one prompt and one answer to it."
+ONE_PROMPT = "A request with a capture has one prompt and one answer."
 
 logger = logging.getLogger(__name__)
 
-_forgetting: set[asyncio.Task[Any]] = set()
-"""Kept: a task that nothing refers to may be collected."""
+_dropping: set[asyncio.Task[None]] = set()
+"""Kept: a task without a reference may be collected."""
 
 
-def admit(frontend: Any, serving: Any, request: Any, asked: ResolvedCapture, report: dict[str, Any]) -> CaptureRequest:
-    """Let a request read: what goes into its extra arguments. Its report will get the rows.
-
-    Raises:
-        SteeringRequestError: its answer could not carry them.
-    """
-    _check_answer(serving, request)
-    if frontend.captures is None:
-        frontend.captures = Captures(
-            max_bytes=frontend.limits.max_capture_bytes,
-            max_at_once=frontend.limits.max_captures,
-            hidden_size=frontend.model.hidden_size,
-        )
-    captured: Captured = frontend.captures.begin(asked, report)
-    object.__setattr__(request, CAPTURED, captured)
-    return captured.request
-
-
-def check_delivered(request: Any) -> None:
-    """Raise where an answer is made before its rows are there: no request that reads comes back without."""
-    captured: Captured | None = getattr(request, CAPTURED, None)
-    if captured is not None and not captured.delivered:
-        raise RuntimeError("What the request asked to read is not there.")
-
-
-def fetching(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
-    def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        stream = original(self, *args, **kwargs)
-        params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
-        asked = (getattr(params, "extra_args", None) or {}).get(CAPTURE_KEY)
-        # Anything else under that key is refused where the request is compiled.
-        return _fetching(self, asked, stream) if isinstance(asked, CaptureRequest) else stream
-
-    return generate
-
-
-async def _fetching(async_llm: Any, asked: CaptureRequest, stream: Any) -> AsyncGenerator[Any, None]:
-    from vllm.exceptions import VLLMValidationError
-
-    from steer_engine.vllm.engine_client import take
-
-    captures = async_llm.input_processor.steering.captures
-    captured = captures.find(asked.key)
-    if captured is None or captured.begun:
-        await stream.aclose()
-        raise VLLMValidationError(ONE_PROMPT, parameter=PARAM)
-    captured.begun = True
-    async with captures.places:
-        try:
-            async with aclosing(stream):
-                async for output in stream:
-                    if output.finished and all(choice.finish_reason != "abort" for choice in output.outputs):
-                        rows_LPD = await take(async_llm, asked.key)
-                        await asyncio.to_thread(captured.deliver, rows_LPD, len(output.prompt_token_ids))
-                    yield output
-        finally:
-            if not captured.delivered:
-                await _forget(async_llm, asked.key)
-
-
-async def _forget(async_llm: Any, key: str) -> None:
-    """Also where the caller is cancelled once more while it waits."""
-    from steer_engine.vllm.engine_client import take
-
-    async def forget() -> None:
-        try:
-            await take(async_llm, key, wanted=False)
-        except Exception as error:
-            logger.debug("The engine was not told to give up what was read: %r", error)  # it has ended
-
-    task = asyncio.ensure_future(forget())
-    _forgetting.add(task)
-    task.add_done_callback(_forgetting.discard)
-    await asyncio.shield(task)
-
-
-def _check_answer(serving: Any, request: Any) -> None:
+def check_endpoint(serving: Any, request: Any) -> None:
+    """Raise SteeringRequestError where an answer cannot carry captured rows."""
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 
     if isinstance(serving, AnthropicServingMessages | OpenAIServingChatBatch):
         raise SteeringRequestError(
-            "This endpoint's answer cannot carry what is read; chat completions, completions, responses and "
+            "This endpoint's answer cannot carry captured rows; chat completions, completions, responses and "
             "/inference/v1/generate can.",
             PARAM,
         )
     for field in ("stream", "background"):
         if getattr(request, field, False):
-            raise SteeringRequestError(f"What is read is returned in a whole answer only; leave '{field}' out.", PARAM)
+            raise SteeringRequestError(
+                f"Captured rows are returned in a whole answer only; leave '{field}' out.", PARAM
+            )
     params = getattr(request, "sampling_params", None)
     choices = [getattr(holder, field, None) or 1 for holder in (request, params) for field in ("n", "best_of")]
     prompt = getattr(request, "prompt", None)
     several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
     if several or any(number > 1 for number in choices):
         raise SteeringRequestError(ONE_PROMPT, PARAM)
+
+
+def fetching(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        stream = original(self, *args, **kwargs)
+        params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
+        resolved = (getattr(params, "extra_args", None) or {}).get(STEERING_KEY)
+        capture = resolved.capture if isinstance(resolved, ResolvedSpec) else None
+        # A capture that is not resolved yet is refused there: nobody would deliver its rows.
+        return stream if capture is None else _fetching(self, capture, stream)
+
+    return generate
+
+
+async def _fetching(async_llm: Any, capture: CaptureRequest, stream: Any) -> AsyncGenerator[Any, None]:
+    from vllm.exceptions import VLLMValidationError
+
+    note, frontend = current_note.get(), frontend_of(async_llm)
+    if note is None or note.report is None or note.captured or frontend is None:
+        await stream.aclose()
+        raise VLLMValidationError(ONE_PROMPT, parameter=PARAM)
+    note.captured = True
+    fetched = False
+    async with frontend.capture_slots:
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    if output.finished and all(choice.finish_reason != "abort" for choice in output.outputs):
+                        rows_LPD = await engine_client.fetch_capture(async_llm, capture.key)
+                        await asyncio.to_thread(deliver, note, capture, rows_LPD, len(output.prompt_token_ids))
+                        fetched = True
+                    yield output
+        finally:
+            if not fetched:
+                await _drop(async_llm, capture.key)
+
+
+def deliver(note: RequestNote, capture: CaptureRequest, rows_LPD: np.ndarray, prompt_len: int) -> None:
+    """Put captured rows into the note's report: base64 of a safetensors file.
+
+    rows_LPD: float32 [blocks, positions, D], as the workers return them.
+    """
+    assert note.report is not None
+    assert capture.blocks is not None
+    positions, rows_LPD = capture.arranged(rows_LPD, prompt_len)
+    tensors = {
+        f"residual.{block}": np.ascontiguousarray(rows) for block, rows in zip(capture.blocks, rows_LPD, strict=True)
+    }
+    metadata = {
+        "format": FORMAT,
+        "positions": ",".join(map(str, positions)),
+        "edit": "after" if capture.after else "before",
+    }
+    if capture.positions == "mean":
+        metadata["mean"] = "true"
+    data = base64.b64encode(save(tensors, metadata=metadata)).decode("ascii")
+    rows = {"positions": positions, "prompt_tokens": prompt_len, "data": data}
+    note.report["capture"] = note.report["capture"] | rows
+
+
+async def _drop(async_llm: Any, key: str) -> None:
+    """Tell the engines to drop the rows, even if the caller is cancelled once more while it waits."""
+
+    async def drop() -> None:
+        try:
+            await engine_client.drop_capture(async_llm, key)
+        except Exception as error:
+            logger.debug("The engine could not drop captured rows: %r", error)  # it has ended
+
+    task = asyncio.ensure_future(drop())
+    _dropping.add(task)
+    task.add_done_callback(_dropping.discard)
+    await asyncio.shield(task)

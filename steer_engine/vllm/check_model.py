@@ -1,103 +1,63 @@
-"""The model that a request names: `BASE:PRESET` becomes the base for vLLM, and stands in the answer as it was asked."""
+"""Where a server accepts or refuses a request's steering.
+
+Wraps `BaseServing._check_model` and `PoolingBaseServing._check_model`, the one asynchronous step that every endpoint
+takes before rendering and before a stream's status line, and `BatchChatCompletionRequest.to_chat_completion_request`,
+which would copy the resolved spec as plain data. Known for vLLM 0.32 and 0.33.
+
+Here steering is resolved, once, and its vectors are shipped. The `ResolvedSpec` replaces what the client wrote, so that
+the loops of a responses request and further prompts cannot resolve it differently. Endpoints that cannot carry steering
+refuse it here.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from steer_engine.api import answers, metrics
-from steer_engine.api.answers import envelope_of, status_of
+from steer_engine.api import metrics
+from steer_engine.api.answers import RequestNote, begin_note, current_note, envelope_of, status_of
 from steer_engine.api.foreign_forms import XARGS_FORMS
+from steer_engine.api.frontend import NOT_ARMED, Frontend
 from steer_engine.api.request_field import FIELD, MISPLACED, XARGS, split_model, steering_of
-from steer_engine.capture import CAPTURE_KEY
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
-from steer_engine.vllm import capture_fetch, symbols
-from steer_engine.vllm.patching import wrap
-
-_ASKED = "_steer_engine_asked_model"
-"""Attribute of a request object; set past pydantic, so that no dump shows it."""
-
-
-def frontend_of(serving: Any) -> Any:
-    """The `Frontend` behind a handler; None where it has no engine, or the general plugin is not loaded."""
-    client = getattr(serving, "engine_client", None) or getattr(serving.models, "engine_client", None)
-    return getattr(getattr(client, "input_processor", None), "steering", None)
-
-
-def take_preset(serving: Any, request: Any) -> str | None:
-    """The preset that the request chooses by its model's name; the name left on the request is then vLLM's own.
-
-    An unknown preset is an unknown model: vLLM answers that, with the names that it has.
-    """
-    note = answers.current.get()
-    model = getattr(request, "model", None) or (note and note.model)
-    if not isinstance(model, str):
-        return None
-    served = {path.name for path in serving.models.base_model_paths} | set(serving.models.lora_requests)
-    chosen = split_model(model, served)
-    frontend = frontend_of(serving)
-    if chosen is None or frontend is None or not frontend.armed:
-        return None
-    base, preset = chosen
-    try:
-        frontend.registry.preset(preset)
-    except UnknownVectorError:
-        if not request.model:
-            request.model = model  # the wrapper took it off: vLLM must see it to refuse it
-        return None
-    object.__setattr__(request, _ASKED, model)
-    request.model = base
-    return preset
-
-
-def tell_asked_model(original: Callable[..., Any], request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call `original(*args, **kwargs)` with its parameter `model_name` as the client asked for it."""
-    asked = getattr(request, _ASKED, None)
-    if asked is None:
-        return original(*args, **kwargs)
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.arguments["model_name"] = asked
-    return original(*bound.args, **bound.kwargs)
-
-
-REPORT = "_steer_engine_report"
-"""Attribute of a request object: the `steering` object of its answer. Set past pydantic, so that no dump shows it."""
+from steer_engine.resolve import ResolvedSpec
+from steer_engine.vllm import capture_fetch
+from steer_engine.vllm.engine_client import ship
+from steer_engine.vllm.intake import frontend_of
+from steer_engine.vllm.patching import Patch, Symbol, apply
 
 MAX_REFUSAL_CHARS = 200
 
+USED = (
+    Symbol("vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"),
+    Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
+    Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
+)
 
-def hook() -> None:
-    wrap(symbols.CHECK_MODEL, _steering)
-    wrap(symbols.POOLING_CHECK_MODEL, _refusing)
 
-
-def report_of(request: Any) -> dict[str, Any] | None:
-    """What the answer to `request` says about steering; None where none was asked."""
-    capture_fetch.check_delivered(request)
-    report: dict[str, Any] | None = getattr(request, REPORT, None)
-    return report
+def serving_frontend(serving: Any) -> Frontend | None:
+    """The frontend behind an endpoint's handler; None where it has no engine, or the general plugin is not loaded."""
+    return frontend_of(getattr(serving, "engine_client", None) or getattr(serving.models, "engine_client", None))
 
 
 def _steering(original: Any) -> Any:
     async def _check_model(self: Any, request: Any) -> Any:
-        preset = take_preset(self, request)
+        preset, model = _take_preset(self, request)
         refusal = await original(self, request)
         if refusal is not None:
             return _clipped(refusal)
-        note = answers.begin()
+        note = begin_note()
+        note.model = model
         try:
-            if (frontend := frontend_of(self)) is not None:
-                frontend.door.refuse_if_closed()
-            note.report = await _steer(self, request, preset)
+            if (frontend := serving_frontend(self)) is not None:
+                frontend.drain.check_open()
+            note.report = await _admit(self, request, preset)
         except SteerError as error:
             note.retry_after = getattr(error, "retry_after", None)
             metrics.request_refused(status_of(error))
             return _error_response(error)
-        if note.report is not None:
-            object.__setattr__(request, REPORT, note.report)
         return None
 
     return _check_model
@@ -105,9 +65,9 @@ def _steering(original: Any) -> Any:
 
 def _refusing(original: Any) -> Any:
     async def _check_model(self: Any, request: Any) -> Any:
-        answers.begin()
-        # vLLM's pooling endpoints ignore a returned error: this one has to be raised.
-        if steering_asked(request) not in (None, False):
+        begin_note()
+        # vLLM's pooling endpoints ignore a returned error: this one must be raised.
+        if requested_steering(request) not in (None, False):
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(f"{type(self).__name__} cannot carry steering.", parameter=FIELD)
@@ -116,24 +76,67 @@ def _refusing(original: Any) -> Any:
     return _check_model
 
 
-async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, Any] | None:
-    """Resolve and ship what `request` asks, and leave it by digests in `vllm_xargs`. Returns the report.
+def _keep_resolved(original: Any) -> Any:
+    def to_chat_completion_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        xargs = self.vllm_xargs or {}
+        resolved = xargs.get(FIELD)
+        if not isinstance(resolved, ResolvedSpec):
+            return original(self, *args, **kwargs)
+        self.vllm_xargs = {key: value for key, value in xargs.items() if key != FIELD} or None
+        try:
+            single = original(self, *args, **kwargs)
+        finally:
+            self.vllm_xargs = xargs
+        single.vllm_xargs = {**(single.vllm_xargs or {}), FIELD: resolved}
+        return single
 
-    preset: chosen by the model's name.
+    return to_chat_completion_request
+
+
+def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
+    """The preset that the request chooses by the model name `BASE:PRESET`, and that name; (None, None) otherwise.
+
+    The base name replaces it on the request. An unknown preset is an unknown model, which vLLM refuses itself.
+    """
+    note: RequestNote | None = current_note.get()
+    model = getattr(request, "model", None) or (note and note.body_model)
+    if not isinstance(model, str):
+        return None, None
+    served = {path.name for path in serving.models.base_model_paths} | set(serving.models.lora_requests)
+    chosen = split_model(model, served)
+    frontend = serving_frontend(serving)
+    if chosen is None or frontend is None or not frontend.armed:
+        return None, None
+    base, preset = chosen
+    try:
+        frontend.registry.preset(preset)
+    except UnknownVectorError:
+        if not request.model:
+            request.model = model  # the wrapper removed it; vLLM must see it to refuse it
+        return None, None
+    request.model = base
+    return preset, model
+
+
+async def _admit(serving: Any, request: Any, preset: str | None) -> dict[str, Any] | None:
+    """Resolve the request's steering, ship its vectors, and leave the resolved spec on the request.
+
+    preset: chosen by the model name. Returns the report for the answer; None for an unsteered request.
     """
     began = time.monotonic()
-    asked = steering_asked(request)
+    requested = requested_steering(request)
     if preset is not None:
-        if asked is not None:
+        if requested is not None:
             raise SteeringRequestError(
-                f"Steering is asked twice, in '{FIELD}' and by the preset in the model's name; give one of them.", FIELD
+                f"Steering is specified twice, in '{FIELD}' and by the preset in the model name; specify it once.",
+                FIELD,
             )
-        asked = {"preset": preset}
-    frontend = frontend_of(serving)
-    if asked is None and frontend is not None and frontend.default_preset is not None and _carries(serving):
-        asked = {"preset": frontend.default_preset}
-    if asked in (None, False):
-        _forget(request)
+        requested = {"preset": preset}
+    frontend = serving_frontend(serving)
+    if requested is None and frontend is not None and frontend.default_preset is not None and _carries(serving):
+        requested = {"preset": frontend.default_preset}
+    if requested in (None, False):
+        _remove_field(request)
         return None
     if not _carries(serving):
         raise SteeringRequestError(f"This endpoint ({type(serving).__name__}) cannot carry steering.", FIELD)
@@ -142,31 +145,27 @@ async def _steer(serving: Any, request: Any, preset: str | None) -> dict[str, An
             'Beam search cannot be steered; send "steering": false where a default preset is set.', "use_beam_search"
         )
     if frontend is None:
-        raise SteeringRequestError("This server is not armed for steering; start it with 'steer-engine serve'.", FIELD)
-    # Decoding megabytes would hold up every other request of this process.
-    if _has_inline(asked):
-        resolved = await asyncio.to_thread(frontend.resolve, asked, returns=True)
+        raise SteeringRequestError(NOT_ARMED, FIELD)
+    # Decoding megabytes would block every other request of this process.
+    if _has_inline(requested):
+        resolved = await asyncio.to_thread(frontend.resolve, requested, can_capture=True)
     else:
-        resolved = frontend.resolve(asked, returns=True)
-    _forget(request)
+        resolved = frontend.resolve(requested, can_capture=True)
+    _remove_field(request)
     if resolved is None:
         return None
-    report: dict[str, Any] = resolved.report()
-    extra: dict[str, Any] = {FIELD: resolved.to_wire()} if resolved.edits else {}
     if resolved.capture is not None:
-        extra[CAPTURE_KEY] = capture_fetch.admit(frontend, serving, request, resolved.capture, report)
-    if frontend.queue_length is not None:
-        await frontend.queue_length.enter()
-    if missing := frontend.missing(resolved):
-        from steer_engine.vllm.engine_client import ship
-
-        metrics.shipped_bytes.inc(await ship(serving.engine_client, missing))
+        capture_fetch.check_endpoint(serving, request)
+    if frontend.queue_limit is not None:
+        await frontend.queue_limit.enter()
+    if frontend.missing(resolved):
+        metrics.shipped_bytes.inc(await ship(serving.engine_client, resolved))
     metrics.request_steered(resolved, time.monotonic() - began)
-    _leave(serving, request, extra)
-    return report
+    _leave(serving, request, resolved)
+    return resolved.report()
 
 
-def steering_asked(request: Any) -> Any:
+def requested_steering(request: Any) -> Any:
     """`steering_of` for a request object of vLLM: typed fields, and the extra ones that pydantic kept."""
     fields = {key: getattr(request, key, None) for key in (FIELD, XARGS, *MISPLACED)}
     params = fields["sampling_params"]
@@ -175,15 +174,15 @@ def steering_asked(request: Any) -> Any:
     return steering_of(fields)
 
 
-def _has_inline(asked: Any) -> bool:
-    edits = asked.get("edits") if isinstance(asked, dict) else None
+def _has_inline(requested: Any) -> bool:
+    edits = requested.get("edits") if isinstance(requested, dict) else None
     return isinstance(edits, list) and any(
         isinstance(edit, dict) and isinstance(edit.get("vector"), dict) for edit in edits
     )
 
 
-def _forget(request: Any) -> None:
-    """Take the client's spelling off the request: the field, and the JSON text among the extra arguments."""
+def _remove_field(request: Any) -> None:
+    """Remove what the client wrote: the field, and the JSON text among the extra arguments."""
     if extra := getattr(request, "__pydantic_extra__", None):
         extra.pop(FIELD, None)
     xargs = getattr(request, XARGS, None)
@@ -192,13 +191,13 @@ def _forget(request: Any) -> None:
             xargs.pop(key, None)
 
 
-def _leave(serving: Any, request: Any, extra: dict[str, Any]) -> None:
-    """Put what is asked where vLLM takes a request's extra arguments from."""
+def _leave(serving: Any, request: Any, resolved: ResolvedSpec) -> None:
+    """Put the resolved spec where vLLM takes a request's extra arguments from."""
     if _takes_tokens(serving):
         params = request.sampling_params
-        params.extra_args = {**(params.extra_args or {}), **extra}
+        params.extra_args = {**(params.extra_args or {}), FIELD: resolved}
     else:
-        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), **extra}
+        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: resolved}
 
 
 def _takes_tokens(serving: Any) -> bool:
@@ -220,7 +219,7 @@ def _carries(serving: Any) -> bool:
 
 
 def _clipped(refusal: Any) -> Any:
-    """vLLM's own error says the whole name of a model that it does not know, however long that is."""
+    """vLLM's own error repeats the whole name of an unknown model, however long it is."""
     if len(refusal.error.message) > MAX_REFUSAL_CHARS:
         refusal.error.message = refusal.error.message[:MAX_REFUSAL_CHARS] + "..."
     return refusal
@@ -230,3 +229,20 @@ def _error_response(error: SteerError) -> Any:
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
     return ErrorResponse(error=ErrorInfo(**envelope_of(error)["error"]))
+
+
+PATCHES = (
+    Patch(Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",)), _steering),
+    Patch(Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",)), _refusing),
+    Patch(
+        Symbol(
+            "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest.to_chat_completion_request",
+            ("messages",),
+        ),
+        _keep_resolved,
+    ),
+)
+
+
+def install() -> None:
+    apply(PATCHES)

@@ -1,7 +1,11 @@
-"""Wraps `AnthropicServingMessages._build_base_request` and opens `AnthropicMessagesRequest`. Known for vLLM 0.32, 0.33.
+"""Endpoints that need more than the shared check: their request classes drop unknown fields, or list models.
 
-Why: `/v1/messages` is answered by the chat handler, but its own request class drops unknown fields: with extra fields
-allowed, `steering` reaches the chat request, and with it the hook that steers. The answer tells by its header only.
+* `/v1/messages` is answered by the chat handler, but its request class drops unknown fields: the class is opened, and
+  `AnthropicServingMessages._build_base_request` (wrapped) copies the field to the chat request.
+* `/inference/v1/generate`: its request and answer classes are opened.
+* `OpenAIServingModels.show_available_models` (wrapped) lists presets as models, for clients that choose from a list.
+
+Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -9,18 +13,31 @@ from __future__ import annotations
 from typing import Any
 
 from steer_engine.api.request_field import FIELD, MISPLACED, SEPARATOR
-from steer_engine.vllm import symbols, told
-from steer_engine.vllm.patching import wrap
+from steer_engine.vllm.intake import frontend_of
+from steer_engine.vllm.patching import Patch, Symbol, apply
+
+USED = (
+    Symbol("vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateRequest"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateResponseBase"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateStreamResponseBase"),
+)
 
 
-def hook_messages() -> None:
-    """Must run before vLLM imports the route, which copies the class's schema."""
+def _open_classes() -> None:
+    """Let request and answer classes keep extra fields. Must run before vLLM imports the routes, which copy schemas."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.scale_out.token_in_token_out import protocol
 
-    if AnthropicMessagesRequest.model_config.get("extra") != "allow":
-        AnthropicMessagesRequest.model_config["extra"] = "allow"
-        AnthropicMessagesRequest.model_rebuild(force=True)
-    wrap(symbols.MESSAGES_BASE_REQUEST, _build_base_request)
+    answers = (protocol.GenerateResponseBase, protocol.GenerateStreamResponseBase)
+    for opened in (
+        AnthropicMessagesRequest,
+        protocol.GenerateRequest,
+        *(each for base in answers for each in base.__subclasses__()),
+    ):
+        if opened.model_config.get("extra") != "allow":
+            opened.model_config["extra"] = "allow"
+            opened.model_rebuild(force=True)
 
 
 def _build_base_request(original: Any) -> Any:
@@ -35,36 +52,13 @@ def _build_base_request(original: Any) -> Any:
     return build
 
 
-def hook_tokens() -> None:
-    """Must run before vLLM imports the route, which copies the classes' schemas."""
-    from vllm.entrypoints.scale_out.token_in_token_out import protocol
-
-    # One class of answers for each output mode; 0.33 has one more.
-    for opened in (protocol.GenerateRequest, *protocol.GenerateResponseBase.__subclasses__()):
-        if opened.model_config.get("extra") != "allow":
-            opened.model_config["extra"] = "allow"
-            opened.model_rebuild(force=True)
-    wrap(symbols.TOKENS_FULL, told.whole(_answer))
-    wrap(symbols.TOKENS_STREAM, told.stream)
-
-
-def _answer() -> Any:
-    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateResponseBase
-
-    return GenerateResponseBase
-
-
-def hook_models() -> None:
-    wrap(symbols.SHOW_MODELS, _with_presets)
-
-
 def _with_presets(original: Any) -> Any:
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
-        frontend = getattr(self.input_processor, "steering", None)
+        frontend = frontend_of(self)
         if frontend is None or not frontend.armed:
             return models
-        bases = {path.name: path for path in self.base_model_paths}
+        bases = {path.name for path in self.base_model_paths}
         presets = list(frontend.registry.presets())
         models.data += [
             card.model_copy(update={"id": f"{card.id}{SEPARATOR}{preset}", "parent": card.id, "permission": []})
@@ -77,7 +71,18 @@ def _with_presets(original: Any) -> Any:
     return show_available_models
 
 
-def hook() -> None:
-    hook_messages()
-    hook_tokens()
-    hook_models()
+PATCHES = (
+    Patch(
+        Symbol(
+            "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._build_base_request",
+            ("anthropic_request", "openai_messages"),
+        ),
+        _build_base_request,
+    ),
+    Patch(Symbol("vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models"), _with_presets),
+)
+
+
+def install() -> None:
+    _open_classes()
+    apply(PATCHES)

@@ -1,12 +1,12 @@
-"""Brings vectors into an engine before a request needs them, and asks how its workers are armed.
+"""Talks to the engines from the API process: ships vectors, and asks how the workers are armed.
 
-Vectors travel by vLLM's own RPC, as the bytes of our own safetensors file; an engine has them on all ranks or on none.
+Vectors travel by vLLM's own RPC as the bytes of our safetensors format. An engine has a vector on all ranks or on none.
+Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,110 +14,114 @@ import numpy as np
 from steer_engine import __version__
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, UnsupportedEngineError
+from steer_engine.resolve import ResolvedSpec
 from steer_engine.vectors import safetensors_format
 from steer_engine.vllm.patching import Symbol
 
-SYMBOLS = (
+USED = (
     Symbol("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method", "args")),
     Symbol("vllm.v1.engine.core_client:SyncMPClient.call_utility", ("method", "args")),
     Symbol("vllm.v1.engine.core_client:InprocClient.__init__"),
 )
 
 HANDSHAKE_SECONDS = 30.0
-"""How long a readiness check waits for the engine. The call itself is never cut: its reply would be left unread."""
+"""How long a readiness check waits. The call itself is never cancelled: its reply would stay unread."""
 
 
-async def ship(async_llm: Any, digests: Iterable[str]) -> int:
-    """Put vectors into every engine of `async_llm`; returns the bytes sent to each.
+async def ship(async_llm: Any, resolved: ResolvedSpec) -> int:
+    """Put the vectors of a request into every engine of `async_llm`. Returns the bytes sent to each engine.
 
     Raises:
-        CapacityError: an engine cannot take one.
+        CapacityError: an engine cannot take a vector.
     """
     frontend: Frontend = async_llm.input_processor.steering
-
-    async def ask(method: str, *args: Any) -> list[Any]:
-        replies: list[Any] = await asyncio.shield(async_llm.engine_core.call_utility_all_async(method, *args))
-        return replies
-
     sent = 0
-    for digest in digests:
-        asked = frontend.held.now()
-        if digest not in frontend.held or not all(await ask("steer_hold", digest)):
-            asked = frontend.held.now()
-            payload = _payload(frontend, digest)
-            _settle(frontend, digest, await ask("steer_put", digest, payload))
+    for digest in frontend.missing(resolved):
+        asked = frontend.shipped.now()
+        if digest not in frontend.shipped or not all(await call_all(async_llm, "hold", digest)):
+            asked = frontend.shipped.now()
+            payload = safetensors_format.to_bytes(resolved.vectors[digest])
+            _settle(frontend, digest, await call_all(async_llm, "put", digest, payload))
             sent += len(payload)
-        frontend.held.confirm(digest, asked)
+        frontend.shipped.confirm(digest, asked)
     return sent
 
 
-def ship_sync(llm_engine: Any, digests: Iterable[str]) -> None:
+def ship_sync(llm_engine: Any, resolved: ResolvedSpec) -> None:
     """The same for an offline engine."""
     frontend: Frontend = llm_engine.input_processor.steering
-    for digest in digests:
-        asked = frontend.held.now()
-        if digest not in frontend.held or not call(llm_engine, "steer_hold", digest):
-            asked = frontend.held.now()
-            _settle(frontend, digest, [call(llm_engine, "steer_put", digest, _payload(frontend, digest))])
-        frontend.held.confirm(digest, asked)
+    for digest in frontend.missing(resolved):
+        asked = frontend.shipped.now()
+        if digest not in frontend.shipped or not call(llm_engine, "hold", digest):
+            asked = frontend.shipped.now()
+            payload = safetensors_format.to_bytes(resolved.vectors[digest])
+            _settle(frontend, digest, [call(llm_engine, "put", digest, payload)])
+        frontend.shipped.confirm(digest, asked)
 
 
-def call(llm_engine: Any, method: str, *args: Any) -> Any:
-    """A utility method of an offline engine's core, in this process or another."""
+def call(llm_engine: Any, action: str, *args: Any) -> Any:
+    """Run an action of `engine_core` on an offline engine, in this process or another."""
     client = llm_engine.engine_core
     if hasattr(client, "call_utility"):
-        return client.call_utility(method, *args)
-    return getattr(client.engine_core, method)(*args)
+        return client.call_utility("steer", action, *args)
+    return client.engine_core.steer(action, *args)
+
+
+async def call_all(async_llm: Any, action: str, *args: Any) -> list[Any]:
+    """Run an action of `engine_core` on every engine of a server. The caller may be cancelled, the call is not."""
+    replies: list[Any] = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer", action, *args))
+    return replies
 
 
 async def in_flight(async_llm: Any, digest: str) -> int:
     """How many requests name a vector, over all engines."""
-    counts = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_in_flight", digest))
-    return sum(counts)
+    return sum(await call_all(async_llm, "in_flight", digest))
 
 
 async def num_waiting(async_llm: Any) -> int:
-    """How many steered requests wait to be run, over all engines."""
-    counts = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_waiting"))
-    return sum(counts)
+    """How many steered requests wait to run, over all engines."""
+    return sum(await call_all(async_llm, "waiting"))
 
 
 async def handshake(async_llm: Any) -> dict[str, Any]:
     """How the engines are armed: the status of the first, after comparing all of them.
 
     Raises:
-        UnsupportedEngineError: an engine or worker is not armed, not alike, or of another version.
+        UnsupportedEngineError: an engine or worker is not armed, armed differently, or of another version.
         CapacityError: no answer in time.
     """
-    client = async_llm.engine_core
-    task = asyncio.ensure_future(client.call_utility_all_async("steer_status"))
+    task = asyncio.ensure_future(async_llm.engine_core.call_utility_all_async("steer", "status"))
     done, _ = await asyncio.wait({task}, timeout=HANDSHAKE_SECONDS)
     if not done:
         raise CapacityError(f"The engine did not answer within {HANDSHAKE_SECONDS:g} s.", retry_after=5)
     return check_status(task.result())
 
 
-async def take(async_llm: Any, key: str, *, wanted: bool = True) -> np.ndarray | None:
-    """What was read under a capture key, as `rows_of`; nothing more is read under it, and nothing is held any more.
-
-    wanted: send it; else it is only given up, and the answer is None.
-    """
-    replies = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer_take", key, wanted))
-    if not wanted:
-        return None
-    # One of several engines ran the request; the others know nothing of the key.
+async def fetch_capture(async_llm: Any, key: str) -> np.ndarray:
+    """The rows captured under a key, as `rows_of`. The workers forget them."""
+    replies = await call_all(async_llm, "fetch_capture", key, True)
+    # One of several engines ran the request; the others do not know the key.
     return rows_of(max(replies, key=lambda reply: len(reply.get("positions", ()))))
 
 
+async def drop_capture(async_llm: Any, key: str) -> None:
+    """Make the workers forget the rows of a key, and capture nothing more under it."""
+    await call_all(async_llm, "fetch_capture", key, False)
+
+
 def rows_of(reply: dict[str, Any]) -> np.ndarray:
-    """float32 `[blocks, positions, D]` of an answer to `steer_take`."""
+    """float32 `[blocks, positions, D]` of a reply to `fetch_capture`."""
     if not reply["ok"]:
-        raise RuntimeError(f"Reading failed in the worker: {reply['reason']}")
+        raise RuntimeError(f"Capture failed in the worker: {reply['reason']}")
     return np.frombuffer(reply["rows"], dtype=np.float32).reshape(reply["shape"])
 
 
 def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first status, if all engines and workers are armed alike, with the workers of all: `engine` numbers them."""
+    """The first status, with the workers of all engines; `engine` numbers them.
+
+    Raises:
+        UnsupportedEngineError: the engines or workers are not all armed in the same way.
+    """
     for status in statuses:
         if not status["ok"]:
             raise UnsupportedEngineError(status["reason"])
@@ -135,28 +139,24 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _check_stages(workers: list[dict[str, Any]]) -> None:
-    """The workers of one engine arm all blocks between them, and those that have the same blocks arm them alike."""
-    asked = workers[0]["asked_blocks"]
+    """The workers of one engine arm all blocks between them; workers with equal blocks arm them in the same form."""
+    requested = workers[0]["asked_blocks"]
     armed: set[int] = set()
     for worker in workers:
-        here = [block for block in asked if block in worker["stage_blocks"]]
+        here = [block for block in requested if block in worker["stage_blocks"]]
         if worker["armed_blocks"] != here:
             raise UnsupportedEngineError(f"A worker arms blocks {worker['armed_blocks']} and should arm {here}.")
-        alike = next(other for other in workers if other["stage_blocks"] == worker["stage_blocks"])
-        if worker["forms"] != alike["forms"]:
-            raise UnsupportedEngineError(f"Workers differ in forms: {alike['forms']} and {worker['forms']}.")
+        same_stage = next(other for other in workers if other["stage_blocks"] == worker["stage_blocks"])
+        if worker["forms"] != same_stage["forms"]:
+            raise UnsupportedEngineError(f"Workers differ in forms: {same_stage['forms']} and {worker['forms']}.")
         armed.update(here)
-    if absent := sorted(set(asked) - armed):
-        raise UnsupportedEngineError(f"No worker has blocks {absent}, which are to be armed.")
-
-
-def _payload(frontend: Frontend, digest: str) -> bytes:
-    return safetensors_format.to_bytes(frontend.vector(digest))
+    if absent := sorted(set(requested) - armed):
+        raise UnsupportedEngineError(f"No worker has blocks {absent}, which must be armed.")
 
 
 def _settle(frontend: Frontend, digest: str, replies: list[dict[str, Any]]) -> None:
     failed = [reply["reason"] for reply in replies if not reply["ok"]]
     if failed:
-        frontend.held.forget([digest])
+        frontend.shipped.forget([digest])
         raise CapacityError(f"The engine could not take vector {digest}: {failed[0]}.")
-    frontend.held.forget(dropped for reply in replies for dropped in reply["dropped"])
+    frontend.shipped.forget(dropped for reply in replies for dropped in reply["dropped"])

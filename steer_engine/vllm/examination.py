@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-SYMBOLS = (
+USED = (
     Symbol("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("usage_context",)),
     Symbol("vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",)),
     Symbol("vllm.triton_utils:HAS_TRITON"),
@@ -79,7 +79,7 @@ def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
         device="meta",
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=most_rows(vllm_config),
-        reads=config.capture != (),
+        captures=config.capture != (),
     )
     return Footprint.of(tables)
 
@@ -109,7 +109,7 @@ def start_small(asked: EngineArgs, shrink: Callable[[Any], Any]) -> dict[str, An
     overrides = asked.hf_overrides or shrink
     copy = dataclasses.replace(asked, **PROBE_SETTINGS, hf_overrides=overrides, additional_config=settings)
     engine = LLMEngine.from_engine_args(copy, usage_context=UsageContext.LLM_CLASS)
-    status = engine_client.check_status([engine_client.call(engine, "steer_status")])
+    status = engine_client.check_status([engine_client.call(engine, "status")])
     worker: dict[str, Any] = status["workers"][0]
     return worker
 
@@ -239,10 +239,9 @@ def _check_symbols(diagnosis: Diagnosis) -> None:
 
     hide_kernel_folder()
 
-    from steer_engine.vllm.engine_symbols import all_symbols, vllm_version
-    from steer_engine.vllm.symbols import ALL, COMMAND
+    from steer_engine.vllm.symbols import all_symbols, vllm_version
 
-    symbols = (*all_symbols(), *ALL, *COMMAND)
+    symbols = all_symbols()
     diagnosis.vllm, diagnosis.num_symbols = vllm_version(), len(symbols)
     problems = [problem for symbol in symbols if (problem := symbol.problem()) is not None]
     diagnosis.num_different = len(problems)

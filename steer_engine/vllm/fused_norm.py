@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-SYMBOLS: Final = (
+USED: Final = (
     Symbol("vllm.model_executor.layers.layernorm:RMSNorm.__init__", ("hidden_size", "eps", "var_hidden_size")),
     Symbol("vllm.model_executor.layers.layernorm:RMSNorm.forward_native", ("x", "residual")),
 )

@@ -1,6 +1,11 @@
-"""The one way in for server and offline alike: compiles a request's steering, once per prompt.
+"""How a request enters an engine, on a server and offline: its steering is resolved, shipped and compiled here.
 
-Wraps `vllm.v1.engine.input_processor.InputProcessor.{__init__, process_inputs}`. Known for vLLM 0.32 and 0.33.
+Wraps, known for vLLM 0.32 and 0.33:
+
+* `InputProcessor.__init__`: makes the `Frontend`.
+* `InputProcessor.process_inputs`: compiles the program, once per prompt, when the prompt's length is known.
+* `AsyncLLM.add_request`, `LLMEngine.add_request`: resolve what is not resolved yet (a server has done it by then), and
+  ship the vectors, before the request enters.
 """
 
 from __future__ import annotations
@@ -14,24 +19,22 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
+from steer_engine.api.answers import current_note
 from steer_engine.api.frontend import STEERING_KEY, Frontend, check_reserved_keys
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY
+from steer_engine.resolve import ResolvedSpec
+from steer_engine.settings import SteeringConfig
 from steer_engine.vllm.engine_client import ship, ship_sync
-from steer_engine.vllm.patching import Symbol, wrap
+from steer_engine.vllm.patching import Patch, Symbol, apply
+from steer_engine.vllm.supported import check_supported, longest_seeded_prompt, model_shape
 
 logger = logging.getLogger("steer_engine.requests")
 
-_CLASS = "vllm.v1.engine.input_processor:InputProcessor"
-INIT = Symbol(f"{_CLASS}.__init__", ("vllm_config",))
-PROCESS_INPUTS = Symbol(f"{_CLASS}.process_inputs", ("request_id", "prompt", "params", "resumable"))
-ADD_REQUEST_ASYNC = Symbol("vllm.v1.engine.async_llm:AsyncLLM.add_request", ("request_id", "prompt", "params"))
-ADD_REQUEST = Symbol("vllm.v1.engine.llm_engine:LLMEngine.add_request", ("request_id", "prompt", "params"))
-SYMBOLS = (
-    INIT,
-    PROCESS_INPUTS,
-    ADD_REQUEST_ASYNC,
-    ADD_REQUEST,
+REPORT = "_steer_engine_report"
+"""Attribute of vLLM's output queue of a request: what its answer says about steering, for tracing."""
+
+USED = (
     Symbol("vllm.sampling_params:SamplingParams"),
     Symbol("vllm.utils:length_from_prompt_token_ids_or_embeds"),
     Symbol("vllm.exceptions:VLLMNotFoundError"),
@@ -39,20 +42,27 @@ SYMBOLS = (
 )
 
 
-def hook() -> None:
-    wrap(INIT, _init)
-    wrap(PROCESS_INPUTS, _process_inputs)
-    wrap(ADD_REQUEST_ASYNC, _async_add_request)
-    wrap(ADD_REQUEST, _add_request)
+def frontend_of(holder: Any) -> Frontend | None:
+    """The frontend of an `AsyncLLM`, an `LLMEngine` or another holder of an input processor; None without one."""
+    found: Frontend | None = getattr(getattr(holder, "input_processor", None), "steering", None)
+    return found
 
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        # First: a configuration that cannot be armed is refused before anything is started.
-        self.steering = Frontend(vllm_config)
+        # First: a configuration that cannot be armed is refused before anything starts.
+        self.steering = _make_frontend(vllm_config)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
+
+
+def _make_frontend(vllm_config: Any) -> Frontend:
+    config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+    if config is None:
+        return Frontend(None, None)
+    check_supported(vllm_config)
+    return Frontend(config, model_shape(vllm_config, config), max_seeded_prompt=longest_seeded_prompt(vllm_config))
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +70,6 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         sampling = request.sampling_params
         if isinstance(sampling, SamplingParams) and sampling.extra_args:
-            # vLLM cloned the params, but not the dict in them: several prompts share it.
             sampling.extra_args = _compile(self.steering, request, bool(kwargs.get("resumable")))
         return request
 
@@ -73,64 +82,78 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
     try:
         extra_args = frontend.compile(sampling.extra_args, prompt_len)
         if PROGRAM_KEY in extra_args and resumable:
-            raise SteeringRequestError("Streaming input cannot be steered: its prompt's length changes.", "steering")
+            raise SteeringRequestError("Streaming input cannot be steered: its prompt length changes.", "steering")
         if PROGRAM_KEY in extra_args and sampling.seed is not None:
             _check_seeded(frontend, prompt_len)
     except UnknownVectorError as error:
         raise VLLMNotFoundError(error.message) from error
     except SteeringRequestError as error:
         raise VLLMValidationError(error.message, parameter=error.param) from error
-    level = logging.INFO if frontend.log_requests else logging.DEBUG
-    _log(level, request.request_id, extra_args.get(PROGRAM_KEY))
-    if "capture" in extra_args.get(PROGRAM_KEY, {}):
-        # A cached position is never computed, so it could not be read.
-        sampling.skip_reading_prefix_cache = True
+    program = extra_args.get(PROGRAM_KEY)
+    if program is not None:
+        _log(logging.INFO if frontend.log_requests else logging.DEBUG, request.request_id, program)
+        if "capture" in program:
+            # A position that comes from the cache is never computed, so it could not be captured.
+            sampling.skip_reading_prefix_cache = True
     return extra_args
 
 
 def _check_seeded(frontend: Frontend, prompt_len: int) -> None:
-    longest = frontend.seeded_tokens
+    longest = frontend.max_seeded_prompt
     if longest is not None and prompt_len > longest:
         raise SteeringRequestError(
-            f"A prompt of {prompt_len} tokens is read in several steps, and vLLM cannot do that with a seed on this "
-            f"device; leave the seed out, or send at most {longest} tokens.",
+            f"A prompt of {prompt_len} tokens is processed in several chunks, which vLLM cannot combine with a seed "
+            f"on this device; leave the seed out, or send at most {longest} tokens.",
             "seed",
         )
 
 
-def _log(level: int, request_id: str, program: dict[str, Any] | None) -> None:
-    """One line of JSON for each steered request: what is applied where, by digest."""
-    if program is not None and logger.isEnabledFor(level):
+def _log(level: int, request_id: str, program: dict[str, Any]) -> None:
+    """One line of JSON per steered request: what is applied where, by digest."""
+    if logger.isEnabledFor(level):
         line = {"request_id": request_id, "vectors": program["vectors"], "edits": program["identity"]}
         logger.log(level, "steered %s", json.dumps(line, separators=(",", ":")))
 
 
-def _async_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+def _resolved(frontend: Frontend | None, params: Any) -> ResolvedSpec | None:
+    """The resolved steering of a request that is about to enter; None if it has none."""
+    extra_args = params.extra_args if isinstance(params, SamplingParams) else None
+    if frontend is None or not extra_args or not extra_args.get(STEERING_KEY):
+        return None
+    check_reserved_keys(extra_args)
+    return frontend.resolve(extra_args[STEERING_KEY])
+
+
+def _with(params: Any, resolved: ResolvedSpec) -> Any:
+    """`params` with the resolved spec in place of what was written; the caller's own object does not change."""
+    if params.extra_args[STEERING_KEY] is resolved:
+        return params
+    params = params.clone()
+    params.extra_args = {**params.extra_args, STEERING_KEY: resolved}
+    return params
+
+
+def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_request(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(params, SamplingParams) and params.extra_args and params.extra_args.get(STEERING_KEY):
-            frontend: Frontend = self.input_processor.steering
-            check_reserved_keys(params.extra_args)
-            resolved = frontend.resolve(params.extra_args[STEERING_KEY])
-            if resolved is not None:
-                await ship(self, frontend.missing(resolved))
-                params = params.clone()
-                params.extra_args = {**(params.extra_args or {}), STEERING_KEY: resolved.to_wire()}
-        return await original(self, request_id, prompt, params, *args, **kwargs)
+        resolved = _resolved(frontend_of(self), params)
+        if resolved is not None:
+            await ship(self, resolved)
+            params = _with(params, resolved)
+        queue = await original(self, request_id, prompt, params, *args, **kwargs)
+        note = current_note.get()
+        if note is not None and note.report is not None:
+            setattr(queue, REPORT, note.report)
+        return queue
 
     return add_request
 
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(params, SamplingParams) and params.extra_args and params.extra_args.get(STEERING_KEY):
-            frontend: Frontend = self.input_processor.steering
-            check_reserved_keys(params.extra_args)
-            resolved = frontend.resolve(params.extra_args[STEERING_KEY])
-            if resolved is not None:
-                ship_sync(self, frontend.missing(resolved))
-                # The names are gone from here on; the caller's own params stay as they are.
-                params = params.clone()
-                params.extra_args = {**(params.extra_args or {}), STEERING_KEY: resolved.to_wire()}
+        resolved = _resolved(frontend_of(self), params)
+        if resolved is not None:
+            ship_sync(self, resolved)
+            params = _with(params, resolved)
         try:
             return original(self, request_id, prompt, params, *args, **kwargs)
         except SteerError:
@@ -139,3 +162,17 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return add_request
+
+
+_PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
+_REQUEST = ("request_id", "prompt", "params")
+PATCHES = (
+    Patch(Symbol(f"{_PROCESSOR}.__init__", ("vllm_config",)), _init),
+    Patch(Symbol(f"{_PROCESSOR}.process_inputs", (*_REQUEST, "resumable")), _process_inputs),
+    Patch(Symbol("vllm.v1.engine.async_llm:AsyncLLM.add_request", _REQUEST), _add_request_async),
+    Patch(Symbol("vllm.v1.engine.llm_engine:LLMEngine.add_request", _REQUEST), _add_request),
+)
+
+
+def install() -> None:
+    apply(PATCHES)

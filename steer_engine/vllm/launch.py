@@ -16,6 +16,23 @@ import httpx
 
 from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Ask
+from steer_engine.vllm.patching import Symbol
+
+CLI_ENV_SETUP = Symbol(
+    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup", moved_to="vllm.entrypoints.common.startup:cli_env_setup"
+)
+USED = (
+    Symbol("vllm.entrypoints.launchers.api_server.entry:build_async_engine_client", ("args",)),
+    Symbol("vllm.entrypoints.launchers.app:build_app", ("args", "supported_tasks", "model_config")),
+    Symbol("vllm.entrypoints.launchers.api_server.app_state:init_app_state", ("engine_client", "state", "args")),
+    Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init", ("subparsers",)),
+    Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.validate", ("args",)),
+    Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
+    CLI_ENV_SETUP,
+    Symbol("vllm.logger:configure_logging_from_args"),
+    Symbol("vllm.platforms:current_platform"),
+    Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
+)
 
 MAX_ECHO_CHARS = 200
 

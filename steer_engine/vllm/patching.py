@@ -1,11 +1,11 @@
-"""How vLLM's methods are wrapped: by name, once, and only where the symbol looks as we know it."""
+"""How vLLM's functions are wrapped: by name, once, and only where the symbol looks as we know it."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ _MARK = "__steer_engine_wrapped__"
 
 @dataclass(frozen=True)
 class Symbol:
-    """A function or method of vLLM that we wrap or call.
+    """A function, method or class of vLLM that we wrap or use.
 
     path: `module:Class.method` or `module:function`. parameters: the names that we rely on, in any position.
-    moved_to: where a later release that we know has it.
+    moved_to: where a later known release has it.
     """
 
     path: str
@@ -45,7 +45,7 @@ class Symbol:
         return getattr(owner, name)
 
     def problem(self) -> str | None:
-        """What is different from the symbol that we know, or None."""
+        """How the symbol differs from the one that we know, or None."""
         try:
             function = inspect.unwrap(self.get())
         except (ImportError, AttributeError) as error:
@@ -57,17 +57,32 @@ class Symbol:
         return f"{self.path} has no parameter {', '.join(missing)}" if missing else None
 
 
-def _owner(path: str) -> tuple[Any, str]:
-    module, _, qualified = path.partition(":")
-    owner: Any = importlib.import_module(module)
-    *parents, name = qualified.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    getattr(owner, name)  # an AttributeError here, not later
-    return owner, name
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Takes the original function, returns its replacement."""
 
 
-def check_symbols(symbols: tuple[Symbol, ...], vllm_version: str) -> None:
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped symbol: `make(original)` replaces it."""
+
+    symbol: Symbol
+    make: Make
+
+
+def apply(patches: Iterable[Patch]) -> None:
+    """Wrap every symbol. A second call changes nothing. Class methods stay class methods."""
+    for patch in patches:
+        owner, name = patch.symbol.owner()
+        found = owner.__dict__.get(name, getattr(owner, name))
+        original = found.__func__ if isinstance(found, classmethod) else found
+        if getattr(original, _MARK, False):
+            continue
+        wrapped = functools.wraps(original)(patch.make(original))
+        setattr(wrapped, _MARK, True)
+        setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
+
+
+def check_symbols(symbols: Iterable[Symbol], vllm_version: str) -> None:
     """Raise UnsupportedEngineError that names vLLM's version and every symbol that differs."""
     problems = [problem for symbol in symbols if (problem := symbol.problem())]
     if problems:
@@ -77,13 +92,11 @@ def check_symbols(symbols: tuple[Symbol, ...], vllm_version: str) -> None:
         )
 
 
-def wrap(symbol: Symbol, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the symbol by `make(original)`. A second call changes nothing. Class methods stay class methods."""
-    owner, name = symbol.owner()
-    found = owner.__dict__.get(name, getattr(owner, name))
-    original = found.__func__ if isinstance(found, classmethod) else found
-    if getattr(original, _MARK, False):
-        return
-    wrapped = functools.wraps(original)(make(original))
-    setattr(wrapped, _MARK, True)
-    setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
+def _owner(path: str) -> tuple[Any, str]:
+    module, _, qualified = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = qualified.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    getattr(owner, name)  # an AttributeError here, not later
+    return owner, name

@@ -1,15 +1,11 @@
-"""Keeps the repository's folder `triton_kernels/` from being taken for the third-party package of that name.
+"""Both plugin entry points: `register` patches every process, `SteerEndpointPlugin` equips an API server.
 
-Wraps no symbol. vLLM asks `vllm.utils.import_utils.has_triton_kernels()` when its fused-MoE modules are imported (0.32:
-at model load, after the general plugins), and an importable folder without `__init__.py` is enough for a yes: it then
-logs an error and turns its own MoE kernels off. An install of ours never makes the folder importable, but a process
-started in the repository root (`python -c`, `python -m`, a script there, and every child spawned from one) has the root
-on `sys.path`.
+vLLM skips a plugin whose import fails, with a log line, and would then serve unsteered. So importing this module
+imports nothing that can fail; whatever can fail does so inside a call, which stops the process.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from argparse import Namespace
@@ -21,117 +17,68 @@ from typing import Any
 
 from steer_engine.errors import UnsupportedEngineError
 
-_NAME = "triton_kernels"
-
-
-def hide_kernel_folder() -> bool:
-    """Make `import triton_kernels` fail where it would find our folder; leave a real package alone.
-
-    True if this call hid it.
-    """
-    spec = _spec()
-    if spec is None or not _is_our_folder(spec):
-        return False
-    sys.modules[_NAME] = None  # type: ignore[assignment]  # the documented way to block an import
-    _forget_vllm_answers()
-    return True
-
-
-def _spec() -> ModuleSpec | None:
-    if _NAME in sys.modules:
-        return getattr(sys.modules[_NAME], "__spec__", None)  # None once hidden
-    return find_spec(_NAME)
-
-
-def _is_our_folder(spec: ModuleSpec) -> bool:
-    """A namespace package (no file of its own) that holds `steer_kernels`."""
-    return spec.origin is None and any(
-        Path(folder, "steer_kernels", "__init__.py").is_file() for folder in spec.submodule_search_locations or ()
-    )
-
-
-def _forget_vllm_answers() -> None:
-    """vLLM caches its look-ups; a yes from before the folder was hidden would make its next import of the name fail."""
-    import_utils = sys.modules.get("vllm.utils.import_utils")
-    for cached in ("_has_module", "get_triton_kernels_version"):
-        clear = getattr(getattr(import_utils, cached, None), "cache_clear", None)
-        if clear is not None:
-            clear()
-
-
-def log_with_vllm() -> None:
-    """Hang the logger `steer_engine` below `vllm`, so that whatever vLLM sets up later holds for both."""
-    logging.getLogger("steer_engine").parent = logging.getLogger("vllm")
+KERNEL_FOLDER = "triton_kernels"
 
 
 def register() -> None:
-    """Check vLLM's version and engine_symbols, then patch. Calling it again changes nothing.
+    """The `vllm.general_plugins` entry point: check vLLM's symbols and patch. Calling it again changes nothing.
 
     Raises:
-        UnsupportedEngineError: this vLLM is not one that we know; names it, and what differs.
+        UnsupportedEngineError: an unknown vLLM; names its version and what differs.
     """
+    import logging
 
     hide_kernel_folder()
-    log_with_vllm()
+    # vLLM configures its own logger only: our lines go through it, in its format and at its level.
+    logging.getLogger("steer_engine").parent = logging.getLogger("vllm")
 
-    from vllm import __version__ as vllm_version
-
-    from steer_engine.vllm import engine_symbols
-    from steer_engine.vllm.patching import check_symbols
-
-    check_symbols(engine_symbols.all_symbols(), vllm_version)
-    for module in engine_symbols.MODULES:
-        module.hook()
-
-    register_serving()
-
-
-def register_serving() -> None:
-    """Called by the general plugin in every process."""
     from steer_engine.vllm import symbols
-    from steer_engine.vllm.patching import wrap
+    from steer_engine.vllm.patching import Patch, apply, check_symbols
 
-    wrap(symbols.ASYNC_LLM_INIT, _init)
+    check_symbols(symbols.engine_symbols(), symbols.vllm_version())
+    for module in symbols.ENGINE_MODULES:
+        module.install()
+    # Every front end (`vllm serve`, `run-batch`, Ray Serve) makes an AsyncLLM before it builds its routes. Importing
+    # the routes costs seconds, which workers need not spend.
+    apply([Patch(symbols.ASYNC_LLM_INIT, _register_api_first)])
 
 
-def _init(original: Any) -> Any:
+def _register_api_first(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        hook_serving()
+        register_api()
         original(self, *args, **kwargs)
 
     return __init__
 
 
-def hook_serving() -> None:
-    """Check vLLM's API side and wrap it. Safe to call more than once.
+def register_api() -> None:
+    """Check and patch the API side. Calling it again changes nothing.
 
     Raises:
-        UnsupportedEngineError: this vLLM is not as expected; says what differs.
+        UnsupportedEngineError: as `register`.
     """
-    import vllm
-
-    from steer_engine.vllm import check_model, endpoints, shutdown, symbols, told, tracing
+    from steer_engine.vllm import symbols
     from steer_engine.vllm.patching import check_symbols
 
-    check_symbols(symbols.ALL, vllm.__version__)
-    for module in (check_model, tracing, shutdown):
-        module.hook()
-    for module in (told, endpoints):
-        module.hook()
+    check_symbols(symbols.api_symbols(), symbols.vllm_version())
+    for module in symbols.api_modules():
+        module.install()
 
 
 class SteerEndpointPlugin:
-    """Loaded where `VLLM_PLUGINS` names `steer_engine`, which `steer-engine serve` does."""
+    """The `vllm.endpoint_plugins` entry point: routes, middleware and readiness.
+
+    Loaded where `VLLM_PLUGINS` names `steer_engine`, which `steer-engine serve` does.
+    """
 
     name = "steer_engine"
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        """Add our routes and the middleware; called once while vLLM builds its app, after all its own routes."""
+        """Add our routes and the middleware. vLLM calls this once, after it has added its own routes."""
         from steer_engine.api import registry_routes, routes
-        from steer_engine.api.drain import Door
+        from steer_engine.api.gates import DrainGate
         from steer_engine.api.middleware import SteeringMiddleware
-        from steer_engine.api.routes import document_field
         from steer_engine.api.routing import AdminKeys
         from steer_engine.settings import ApiLimits, EngineLimits
 
@@ -142,25 +89,26 @@ class SteerEndpointPlugin:
         app.state.steering_api_limits = ApiLimits.from_environment()
         app.state.steering_engine_limits = EngineLimits.from_environment()
         app.state.steering_admin_keys = keys = AdminKeys.from_environment()
-        app.state.steering_door = door = Door()
-        app.add_middleware(SteeringMiddleware, max_body_bytes=app.state.steering_api_limits.max_body_bytes, door=door)
-        document_field(app)
-        _let_admins_in(app.state.args, keys.plain_keys())
+        app.state.steering_drain = drain = DrainGate()
+        app.add_middleware(SteeringMiddleware, max_body_bytes=app.state.steering_api_limits.max_body_bytes, drain=drain)
+        routes.document_field(app)
+        _admit_admin_keys(app.state.args, keys.plain_keys())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Prove that every engine and worker is armed as this process is.
+        """Check that every engine and worker is armed like this process, and start the background tasks.
 
         Raises:
             UnsupportedEngineError, CapacityError: they are not; the server does not start.
         """
         import asyncio
 
-        from steer_engine.api import background
-        from steer_engine.api.background import QueueLength, Readiness, poll
+        from steer_engine.api.background import Readiness, refresh_gauges, start_mirror
+        from steer_engine.api.gates import QueueLimit
         from steer_engine.api.registry_routes import Uploads
         from steer_engine.vllm.engine_client import handshake, in_flight, num_waiting
+        from steer_engine.vllm.intake import frontend_of
 
-        frontend = getattr(getattr(engine_client, "input_processor", None), "steering", None)
+        frontend = frontend_of(engine_client)
         if frontend is None:
             raise UnsupportedEngineError(
                 "The general plugin 'steer_engine' is not loaded in the API process; start with 'steer-engine serve', "
@@ -169,24 +117,58 @@ class SteerEndpointPlugin:
         limits = state.steering_api_limits
         state.steering_frontend = frontend
         frontend.log_requests = bool(args.enable_log_requests)
-        frontend.door = state.steering_door
+        frontend.drain = state.steering_drain
         state.steering_readiness = Readiness(partial(handshake, engine_client))
         state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
         state.steering_in_flight = partial(in_flight, engine_client)
         if frontend.armed:
-            # The first answer may wait for the engine's first step; the probe's own timeout would be too short.
+            # The first reply may wait for the engine's first step; a probe's own timeout would be too short.
             await handshake(engine_client)
             if frontend.default_preset is not None:
                 frontend.resolve({"preset": frontend.default_preset})
             if frontend.model.bank_rows is not None:
-                frontend.queue_length = QueueLength(partial(num_waiting, engine_client), limits.max_bank_queue)
-            # Kept on the state: a task that nothing refers to may be collected.
-            state.steering_poll = asyncio.create_task(poll(state.steering_readiness, frontend.registry))
-            state.steering_mirror = background.from_environment(frontend.registry.directory)
+                frontend.queue_limit = QueueLimit(partial(num_waiting, engine_client), limits.max_bank_queue)
+            # Kept on the state: a task without a reference may be collected.
+            state.steering_gauges = asyncio.create_task(refresh_gauges(state.steering_readiness, frontend.registry))
+            state.steering_mirror = start_mirror(frontend.registry.directory)
 
 
-def _let_admins_in(args: Namespace, admin_keys: list[str]) -> None:
-    """Where vLLM asks for a key below `/v1`, an admin key is one too; it reads the list after this."""
+def _admit_admin_keys(args: Namespace, admin_keys: list[str]) -> None:
+    """Where vLLM asks for a key below `/v1`, an admin key is valid too; vLLM reads the list after this."""
     inference_keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
     if inference_keys and admin_keys:
         args.api_key = inference_keys + admin_keys
+
+
+def hide_kernel_folder() -> bool:
+    """Make `import triton_kernels` fail where it would find this repository's folder. True if this call hid it.
+
+    vLLM asks whether the third-party package `triton_kernels` can be imported (0.32: when a fused-MoE model loads), and
+    a folder of that name without `__init__.py` is enough for a yes. It then logs an error and disables its own MoE
+    kernels. An install never makes the folder importable, but a process started in the repository root, and every child
+    of it, has the root on `sys.path`. A real package is left alone.
+    """
+    spec = _kernel_spec()
+    if spec is None or not _is_our_folder(spec):
+        return False
+    sys.modules[KERNEL_FOLDER] = None  # type: ignore[assignment]  # the documented way to block an import
+    # vLLM caches its look-ups: a yes from before would make its next import of the name fail.
+    import_utils = sys.modules.get("vllm.utils.import_utils")
+    for cached in ("_has_module", "get_triton_kernels_version"):
+        clear = getattr(getattr(import_utils, cached, None), "cache_clear", None)
+        if clear is not None:
+            clear()
+    return True
+
+
+def _kernel_spec() -> ModuleSpec | None:
+    if KERNEL_FOLDER in sys.modules:
+        return getattr(sys.modules[KERNEL_FOLDER], "__spec__", None)  # None once hidden
+    return find_spec(KERNEL_FOLDER)
+
+
+def _is_our_folder(spec: ModuleSpec) -> bool:
+    """A namespace package (no file of its own) that holds `steer_kernels`."""
+    return spec.origin is None and any(
+        Path(folder, "steer_kernels", "__init__.py").is_file() for folder in spec.submodule_search_locations or ()
+    )

@@ -1,8 +1,12 @@
-"""The scheduler: where the bank is small, a steered request waits until the rows that it needs are free.
+"""The scheduler and the prefix cache: bank rows decide who may start, steering enters the keys of KV blocks.
 
-Wraps `vllm.v1.core.sched.scheduler.Scheduler.{schedule, _handle_blocked_waiting_request}`. The latter is asked for each
-waiting request in each step, beside vLLM's own test of `max_loras`; whom it turns away keeps its place in the queue.
-Known for vLLM 0.32 and 0.33.
+Wraps, known for vLLM 0.32 and 0.33:
+
+* `Scheduler.{schedule, _handle_blocked_waiting_request}`: with a small bank, a steered request waits until its rows are
+  free. vLLM calls the second for each waiting request in each step, beside its own `max_loras` check; a refused request
+  keeps its place in the queue.
+* `kv_cache_utils.generate_block_hash_extra_keys`, also where it was imported by name: `program.block_key` is added. KV
+  events keep their format, since `to_event_extra_keys` publishes known tags only.
 """
 
 from __future__ import annotations
@@ -14,29 +18,16 @@ from typing import Any
 from steer_engine.engine.admission import BankQueue
 from steer_engine.program import PROGRAM_KEY, Program, Row, block_key
 from steer_engine.settings import SteeringConfig
-from steer_engine.vllm.patching import Symbol, wrap
+from steer_engine.vllm.patching import Patch, Symbol, apply
 
-_CLASS = "vllm.v1.core.sched.scheduler:Scheduler"
-SCHEDULE = Symbol(f"{_CLASS}.schedule")
-HANDLE_WAITING = Symbol(f"{_CLASS}._handle_blocked_waiting_request", ("request",))
-_NAME = "generate_block_hash_extra_keys"
-EXTRA_KEYS = Symbol(f"vllm.v1.core.kv_cache_utils:{_NAME}", ("request", "start_token_idx", "end_token_idx"))
-IMPORTED = (Symbol(f"vllm.v1.core.block_pool:{_NAME}"), Symbol(f"vllm.v1.simple_kv_offload.manager:{_NAME}"))
-SYMBOLS = (SCHEDULE, HANDLE_WAITING, EXTRA_KEYS, *IMPORTED)
+USED: tuple[Symbol, ...] = ()
 
 _QUEUE = "_steer_bank_queue"
 _ROWS = "_steer_bank_rows"
 
 
-def hook() -> None:
-    wrap(SCHEDULE, _schedule)
-    wrap(HANDLE_WAITING, _handle_blocked_waiting_request)
-    for symbol in (EXTRA_KEYS, *IMPORTED):
-        wrap(symbol, _with_steering)
-
-
 def num_waiting(scheduler: Any) -> int:
-    """Steered requests that the engine has taken and that do not run, for want of rows or of anything else."""
+    """Steered requests that the engine has accepted and that do not run, for lack of rows or anything else."""
     running = set(scheduler.running)
     # Copied first: another thread adds to it.
     requests = list(scheduler.requests.values())
@@ -44,7 +35,7 @@ def num_waiting(scheduler: Any) -> int:
 
 
 def rows_of(request: Any) -> frozenset[Row]:
-    """The bank rows of a request, read once from its program."""
+    """The bank rows of a request, taken once from its program."""
     rows: frozenset[Row] | None = getattr(request, _ROWS, None)
     if rows is None:
         params = request.sampling_params
@@ -55,10 +46,9 @@ def rows_of(request: Any) -> frozenset[Row]:
 
 
 def _queue_of(scheduler: Any) -> BankQueue[Any] | None:
-    """None where the engine is not armed, or its bank has room for whatever may run."""
+    """None where the engine is not armed, or its bank has room for everything that may run."""
     if not hasattr(scheduler, _QUEUE):
-        vllm_config = scheduler.vllm_config
-        config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+        config = SteeringConfig.from_additional_config(scheduler.vllm_config.additional_config)
         queue = None
         if config is not None and config.bank_rows is not None:
             queue = BankQueue(config.bank_rows, rows_of, lambda request: time.time() - request.arrival_time)
@@ -98,3 +88,20 @@ def _with_steering(original: Callable[..., Any]) -> Callable[..., Any]:
         return keys, next_mm_idx
 
     return generate_block_hash_extra_keys
+
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_KEYS = "generate_block_hash_extra_keys"
+PATCHES = (
+    Patch(Symbol(f"{_SCHEDULER}.schedule"), _schedule),
+    Patch(Symbol(f"{_SCHEDULER}._handle_blocked_waiting_request", ("request",)), _handle_blocked_waiting_request),
+    Patch(
+        Symbol(f"vllm.v1.core.kv_cache_utils:{_KEYS}", ("request", "start_token_idx", "end_token_idx")), _with_steering
+    ),
+    Patch(Symbol(f"vllm.v1.core.block_pool:{_KEYS}"), _with_steering),
+    Patch(Symbol(f"vllm.v1.simple_kv_offload.manager:{_KEYS}"), _with_steering),
+)
+
+
+def install() -> None:
+    apply(PATCHES)

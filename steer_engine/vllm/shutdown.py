@@ -1,9 +1,11 @@
-"""Wraps `vllm.v1.engine.async_llm.AsyncLLM.{shutdown, generate}`. Known for vLLM 0.32, 0.33.
+"""A shutdown answers every request.
 
-Why: vLLM stops its engine first. A request that is between its admission and the engine by then comes back aborted, as
-a 200 without a token; what the engine has written and the server has not read is lost; new requests get a 500; and who
-is left when `--shutdown-timeout` is up hears nothing until the client gives up. Here the door is closed first (503),
-the engine goes on until everybody inside is answered or the time is up, who is left is told, and then the engine ends.
+Wraps `vllm.v1.engine.async_llm.AsyncLLM.{shutdown, generate}`. Known for vLLM 0.32 and 0.33.
+
+vLLM stops its engine first. Then a request between its check and the engine comes back aborted, as a 200 without
+tokens; output that the server has not read is lost; new requests get a 500; and requests that outlive
+`--shutdown-timeout` get no answer at all. Here the drain gate closes first (503 for new requests), the engine runs
+until all requests are answered or the time is up, the remaining ones get an error, and then the engine ends.
 """
 
 from __future__ import annotations
@@ -16,101 +18,106 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
-from steer_engine.api import answers
-from steer_engine.api.drain import RETRY_AFTER_S, SHUTTING_DOWN, Door
-from steer_engine.vllm import capture_fetch, symbols
-from steer_engine.vllm.patching import wrap
+from steer_engine.api.answers import current_note
+from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
+from steer_engine.vllm import capture_fetch
+from steer_engine.vllm.intake import frontend_of
+from steer_engine.vllm.patching import Patch, Symbol, apply
 
 OPEN_SECONDS = 1.0
-"""How long at least new requests hear a 503 before the port is closed, within `--shutdown-timeout`."""
+"""Minimum time in which new requests get a 503 before the port closes, within `--shutdown-timeout`."""
 
 LINGER_SECONDS = 0.3
-"""How long the port stays open after the last answer: who has just got it hears a 503 to its next request, not a reset
-connection."""
+"""How long the port stays open after the last answer, so that a client's next request gets a 503, not a reset."""
 
-TELLING_SECONDS = 2.0
-"""Kept of `--shutdown-timeout` (at most a quarter of it) to tell who is left: with several API processes, their parent
-kills them when it is up."""
+NOTIFY_SECONDS = 2.0
+"""Reserved from `--shutdown-timeout` (at most a quarter) to end the remaining requests: with several API processes,
+their parent kills them when the time is up."""
 
 SIGNAL_SECONDS = 0.5
-"""An engine that hears of the end first (Ctrl-C reaches every process) aborts requests; this process soon knows why."""
+"""An engine that receives the signal first (Ctrl-C reaches every process) aborts requests; this process follows
+soon."""
 
 _POLL_SECONDS = 0.02
 
 logger = logging.getLogger(__name__)
 
-
-def hook() -> None:
-    wrap(symbols.ASYNC_LLM_SHUTDOWN, _draining)
-    wrap(symbols.ASYNC_LLM_GENERATE, lambda original: _told_of_the_end(capture_fetch.fetching(original)))
+USED = (
+    Symbol("vllm.exceptions:VLLMClientError"),
+    Symbol("vllm.exceptions:GracefulHTTPError.__init__", ("message", "http_status")),
+    Symbol("vllm.v1.engine.async_llm:AsyncLLM.abort", ("request_id", "internal")),
+    Symbol("vllm.v1.engine.output_processor:OutputProcessor.abort_requests", ("request_ids", "internal")),
+    Symbol("vllm.v1.engine.output_processor:OutputProcessor.get_num_unfinished_requests"),
+)
 
 
 def _draining(original: Any) -> Any:
     def shutdown(self: Any, timeout: float | None = None) -> None:
         began = time.monotonic()
-        door, loop = _door_of(self), _loop_of(self)
-        # The event loop can't wait for itself; it comes here too, when nobody is left.
-        waits = door is not None and not door.closed and bool(timeout) and not _runs_here(loop)
-        if door is not None:
-            door.close()
-        if waits and timeout is not None:
-            _wait_for_all(self, door, min(OPEN_SECONDS, timeout), timeout - min(TELLING_SECONDS, timeout / 4))
-            _tell_who_is_left(self, loop)
-            timeout = max(0.0, timeout - (time.monotonic() - began))
+        gate, loop = _gate_of(self), _loop_of(self)
+        # The event loop cannot wait for itself; it comes here too, when no request is left.
+        waits = gate is not None and not gate.closed and bool(timeout) and not _is_current(loop)
+        if gate is not None:
+            gate.close()
+            if waits and timeout is not None:
+                reserved = min(NOTIFY_SECONDS, timeout / 4)
+                _wait_for_requests(self, gate, min(OPEN_SECONDS, timeout), timeout - reserved)
+                _end_remaining(self, loop)
+                timeout = max(0.0, timeout - (time.monotonic() - began))
         original(self, timeout=timeout)
-        if door is not None:
-            _tell_who_is_left(self, loop)
+        if gate is not None:
+            _end_remaining(self, loop)
 
     return shutdown
 
 
-def _wait_for_all(async_llm: Any, door: Any, at_least: float, at_most: float) -> None:
-    """Until every request has its answer and a little longer, for at least and at most so many seconds."""
+def _wait_for_requests(async_llm: Any, gate: DrainGate, at_least: float, at_most: float) -> None:
+    """Wait until every request has its answer, and a little longer; bounds in seconds."""
     began = last_busy = time.monotonic()
-    logger.info("Shutting down: %d requests are under way.", door.inside)
+    logger.info("Shutting down: %d requests are running.", gate.running)
     while (now := time.monotonic()) - began < at_most:
-        if door.inside or async_llm.output_processor.get_num_unfinished_requests():
+        if gate.running or async_llm.output_processor.get_num_unfinished_requests():
             last_busy = now
         elif now - began >= at_least and now - last_busy >= LINGER_SECONDS:
             return
         time.sleep(_POLL_SECONDS)
 
 
-def _tell_who_is_left(async_llm: Any, loop: Any) -> None:
-    """End what is unfinished: each `generate` sees that it was cut."""
-    left = list(async_llm.output_processor.request_states)
-    if not left or loop is None or loop.is_closed():
+def _end_remaining(async_llm: Any, loop: Any) -> None:
+    """End unfinished requests: each `generate` sees that it was cut."""
+    remaining = list(async_llm.output_processor.request_states)
+    if not remaining or loop is None or loop.is_closed():
         return
-    logger.warning("Shutting down: %d requests did not finish in time and are answered with 503.", len(left))
-    if _runs_here(loop):
-        async_llm.output_processor.abort_requests(left, internal=True)
+    logger.warning("Shutting down: %d requests did not finish in time and get a 503.", len(remaining))
+    if _is_current(loop):
+        async_llm.output_processor.abort_requests(remaining, internal=True)
         return
     try:
-        asyncio.run_coroutine_threadsafe(async_llm.abort(left, internal=True), loop).result(TELLING_SECONDS / 2)
+        asyncio.run_coroutine_threadsafe(async_llm.abort(remaining, internal=True), loop).result(NOTIFY_SECONDS / 2)
     except Exception as error:
-        logger.debug("The engine was not told: %r", error)  # it ends anyway
+        logger.debug("The engine could not abort the remaining requests: %r", error)  # it ends anyway
 
 
-def _told_of_the_end(original: Any) -> Any:
-    """While the server shuts down, what fails or is cut short does so because of that: a 503, an error in a stream."""
+def _ending_with_503(original: Any) -> Any:
+    """During a shutdown, a request that fails or is cut short gets a 503, or an error in its stream."""
 
     async def outputs(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
-        door = _door_of(self)
+        gate = _gate_of(self)
         try:
             async with aclosing(original(self, *args, **kwargs)) as stream:
                 async for output in stream:
-                    if door is not None and _is_cut(output) and await _closes_soon(door):
+                    if gate is not None and _is_cut(output) and await _closes_soon(gate):
                         raise _shutting_down()
                     yield output
         except VLLMClientError:
             raise
         except Exception as error:
-            if door is None or not door.closed:
+            if gate is None or not gate.closed:
                 raise
-            if (note := answers.current.get()) is not None:
-                note.retry_after = RETRY_AFTER_S
+            if (note := current_note.get()) is not None:
+                note.retry_after = RETRY_AFTER_SECONDS
             if isinstance(error, GracefulHTTPError):
                 raise
             raise _shutting_down() from error
@@ -122,11 +129,11 @@ def _is_cut(output: Any) -> bool:
     return any(choice.finish_reason == "abort" for choice in output.outputs)
 
 
-async def _closes_soon(door: Door) -> bool:
+async def _closes_soon(gate: DrainGate) -> bool:
     deadline = time.monotonic() + SIGNAL_SECONDS
-    while not door.closed and time.monotonic() < deadline:
+    while not gate.closed and time.monotonic() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
-    return door.closed
+    return gate.closed
 
 
 def _shutting_down() -> Exception:
@@ -136,20 +143,34 @@ def _shutting_down() -> Exception:
     return error
 
 
-def _door_of(async_llm: Any) -> Door | None:
-    """The door of an armed engine's client."""
-    frontend = getattr(getattr(async_llm, "input_processor", None), "steering", None)
-    return frontend.door if frontend is not None and frontend.armed else None
+def _gate_of(async_llm: Any) -> DrainGate | None:
+    """The drain gate of an armed engine's client."""
+    frontend = frontend_of(async_llm)
+    return frontend.drain if frontend is not None and frontend.armed else None
 
 
 def _loop_of(async_llm: Any) -> Any:
-    """The event loop that waits for the requests; None before the first."""
+    """The event loop of the running requests; None before the first request."""
     handler = getattr(async_llm, "output_handler", None)
     return None if handler is None else handler.get_loop()
 
 
-def _runs_here(loop: Any) -> bool:
+def _is_current(loop: Any) -> bool:
     try:
         return asyncio.get_running_loop() is loop
     except RuntimeError:
         return False
+
+
+_ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
+PATCHES = (
+    Patch(Symbol(f"{_ASYNC_LLM}.shutdown", ("timeout",)), _draining),
+    Patch(
+        Symbol(f"{_ASYNC_LLM}.generate", ("prompt", "sampling_params", "request_id")),
+        lambda original: _ending_with_503(capture_fetch.fetching(original)),
+    ),
+)
+
+
+def install() -> None:
+    apply(PATCHES)

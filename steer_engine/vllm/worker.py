@@ -1,54 +1,37 @@
-"""Methods that every worker answers: put a vector, drop one, say how it is armed, hand out what was read.
+"""The worker: arms the model after it is loaded, and answers the engine core's actions.
 
-Set on `vllm.v1.worker.worker_base.WorkerBase`, reached by `collective_rpc`. They never raise: with several workers an
-exception leaves replies unread, and the next call would read them.
+Wraps `vllm.v1.worker.gpu_worker.Worker.load_model`, which every runner and device passes, and adds one method,
+`steer(action, *args)`, to `WorkerBase`; `collective_rpc` reaches it. It never raises: with several workers an exception
+leaves replies unread, and the next call would read them. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config import set_current_vllm_config
+
 from steer_engine import __version__
 from steer_engine.vectors import safetensors_format
-from steer_engine.vllm import runner_v1, runner_v2
-from steer_engine.vllm.patching import Symbol
+from steer_engine.vllm.arming import arm
+from steer_engine.vllm.patching import Patch, Symbol, apply
+from steer_engine.vllm.runner import ADAPTER, RunnerAdapter, adapter_of
+from steer_engine.vllm.runner_v1 import V1Adapter
+from steer_engine.vllm.runner_v2 import V2Adapter
 
 logger = logging.getLogger(__name__)
-
-WORKER_BASE = Symbol("vllm.v1.worker.worker_base:WorkerBase.__init__", ("vllm_config",))
-SYMBOLS = (WORKER_BASE,)
 
 Reply = dict[str, Any]
 """`{"ok": True, ...}` or `{"ok": False, "reason": ...}`; plain data only."""
 
-
-def hook() -> None:
-    owner, _ = WORKER_BASE.owner()
-    for method in (steer_put, steer_drop, steer_status, steer_take, steer_scores):
-        setattr(owner, method.__name__, method)
+WORKER_BASE = Symbol("vllm.v1.worker.worker_base:WorkerBase.__init__", ("vllm_config",))
+USED = (WORKER_BASE, Symbol("vllm.config:set_current_vllm_config", ("vllm_config",)))
 
 
-def _total(method: Callable[..., Reply]) -> Callable[..., Reply]:
-    @functools.wraps(method)
-    def answered(self: Any, *args: Any) -> Reply:
-        try:
-            return method(self, *args)
-        except Exception as error:
-            logger.exception("Worker method %s failed.", method.__name__)
-            return {"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}
-
-    return answered
-
-
-@_total
-def steer_put(self: Any, digest: str, payload: bytes) -> Reply:
-    """Hold a vector: `payload` is its safetensors file, `digest` what its content must hash to."""
-    adapter = _adapter(self)
-    if adapter is None:
-        return {"ok": False, "reason": "this worker is not armed"}
+def put(adapter: RunnerAdapter, digest: str, payload: bytes) -> Reply:
+    """Store a vector. payload: its safetensors file. digest: what its content must hash to."""
     vector = safetensors_format.from_bytes(payload)
     if vector.digest != digest:
         return {"ok": False, "reason": f"content hashes to {vector.digest}, not to {digest}"}
@@ -56,29 +39,22 @@ def steer_put(self: Any, digest: str, payload: bytes) -> Reply:
     return {"ok": True}
 
 
-@_total
-def steer_drop(self: Any, digest: str) -> Reply:
-    """Give up a vector that no request of the engine names any more."""
-    adapter = _adapter(self)
-    if adapter is not None:
-        adapter.runtime.bank.forget(digest)
-        adapter.runtime.store.drop(digest)
+def drop(adapter: RunnerAdapter, digest: str) -> Reply:
+    """Drop a vector that no request of the engine names any more."""
+    adapter.runtime.bank.forget(digest)
+    adapter.runtime.store.drop(digest)
     return {"ok": True}
 
 
-@_total
-def steer_status(self: Any) -> Reply:
+def status(adapter: RunnerAdapter) -> Reply:
     """How this worker is armed, and what it holds."""
-    adapter = _adapter(self)
-    if adapter is None:
-        return {"ok": False, "reason": "this worker is not armed"}
     runtime = adapter.runtime
     return {
         "ok": True,
         "version": __version__,
-        "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}",
+        "runner": adapter.runner_name,
         "stage_blocks": list(runtime.stage_blocks),
-        "asked_blocks": list(runtime.asked_blocks),
+        "asked_blocks": list(runtime.requested_blocks),
         "armed_blocks": list(runtime.armed_blocks),
         "forms": {str(block): form.value for block, form in runtime.forms.items()},
         "capture_blocks": list(runtime.capture_blocks),
@@ -96,23 +72,18 @@ def steer_status(self: Any) -> Reply:
         "steered_slots": len(runtime.programs.steered_slots),
         "table_bytes": runtime.num_bytes,
         "store_bytes": runtime.store.num_bytes,
-        "captured_bytes": adapter.reader.num_bytes,
+        "captured_bytes": adapter.captures.num_bytes,
         "vectors": runtime.store.digests(),
     }
 
 
-@_total
-def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
-    """What was read under a capture key at this worker's blocks: positions, float32 [blocks, positions, D] as bytes.
+def fetch_capture(adapter: RunnerAdapter, key: str, wanted: bool = True) -> Reply:
+    """The rows captured under a key at this worker's blocks: positions, float32 [blocks, positions, D] as bytes.
 
-    wanted: give it; else it is only forgotten. A request that still runs (it was aborted, and the next step will say
-    so) reads nothing more.
+    wanted: return them; otherwise they are only dropped. A request that still runs (it was aborted, and the next step
+    will say so) captures nothing more.
     """
-    adapter = _adapter(self)
-    if adapter is None:
-        return {"ok": False, "reason": "this worker is not armed"}
-    adapter.stop_reading(key)
-    positions, rows_LPD = adapter.reader.take(key)
+    positions, rows_LPD = adapter.captures.take(key)
     if not wanted:
         return {"ok": True}
     return {
@@ -124,17 +95,44 @@ def steer_take(self: Any, key: str, wanted: bool = True) -> Reply:
     }
 
 
-@_total
-def steer_scores(self: Any, keys: list[str]) -> Reply:
-    """The numbers of scored requests, in the order of their keys; None for what was not scored."""
-    adapter = _adapter(self)
-    if adapter is None:
-        return {"ok": False, "reason": "this worker is not armed"}
+def scores(adapter: RunnerAdapter, keys: list[str]) -> Reply:
+    """The numbers of scored requests in the order of their keys; None for a request that was not scored."""
     return {"ok": True, "numbers": adapter.scores.take(keys)}
 
 
-def _adapter(worker: Any) -> runner_v1.V1Adapter | runner_v2.V2Adapter | None:
-    runner = worker.model_runner
-    if runner_v1.LOAD_MODEL.owner()[0] in type(runner).__mro__:
-        return runner_v1.adapter_of(runner)
-    return runner_v2.adapter_of(runner)
+_ACTIONS: dict[str, Callable[..., Reply]] = {
+    action.__name__: action for action in (put, drop, status, fetch_capture, scores)
+}
+
+
+def steer(self: Any, action: str, *args: Any) -> Reply:
+    """Run one of the actions above. Set on `WorkerBase`."""
+    try:
+        adapter = adapter_of(self.model_runner)
+        if adapter is None:
+            return {"ok": True} if action == "drop" else {"ok": False, "reason": "this worker is not armed"}
+        return _ACTIONS[action](adapter, *args)
+    except Exception as error:
+        logger.exception("Worker action %s failed.", action)
+        return {"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        with set_current_vllm_config(self.vllm_config):
+            runtime = arm(self.model_runner)
+        if runtime is not None:
+            adapter = V2Adapter if self.vllm_config.use_v2_model_runner else V1Adapter
+            setattr(self.model_runner, ADAPTER, adapter(self.model_runner, runtime))
+
+    return load_model
+
+
+PATCHES = (Patch(Symbol("vllm.v1.worker.gpu_worker:Worker.load_model"), _load_model),)
+
+
+def install() -> None:
+    apply(PATCHES)
+    owner, _ = WORKER_BASE.owner()
+    owner.steer = steer

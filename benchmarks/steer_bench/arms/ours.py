@@ -125,7 +125,8 @@ class Ours:
         start = time.perf_counter()
         made = ControlVector(directions=dict(enumerate(rows_LD)))
         self.llm.vectors.add(f"v{number}", made)
-        ship_sync(self.engine, [made.digest])
+        resolved = self.engine.input_processor.steering.resolve({"edits": [{"vector": made.digest}]})
+        ship_sync(self.engine, resolved)
         return time.perf_counter() - start
 
     def _submitting(self, num_requests: int) -> dict[str, float]:
