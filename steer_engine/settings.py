@@ -40,6 +40,9 @@ CONFIG_KEY = "steer_engine"
 
 ALL_OPS = tuple(Op)
 
+PIN_SECONDS = 60.0
+"""How long an engine keeps a vector after it was shipped or named: the scheduler may not know its request yet."""
+
 
 class SteeringConfig(BaseModel):
     """What is armed. Everything in here changes the compiled graph or device memory; nothing else belongs here.

@@ -70,7 +70,7 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
 
-    from steer_engine.vllm.symbols import CLI_ENV_SETUP
+    from steer_engine.vllm.launch import CLI_ENV_SETUP
 
     CLI_ENV_SETUP.get()()
     command = ServeSubcommand()
@@ -234,10 +234,10 @@ def _copy_mirror(args: argparse.Namespace) -> None:
             raise UnsupportedEngineError(
                 f"--steering-mirror-seconds {args.steering_mirror_seconds:g}: at least {MIN_MIRROR_SECONDS:g}."
             )
-        os.environ[background.SECONDS_ENV] = str(args.steering_mirror_seconds)
-    if url := args.steering_mirror or os.environ.get(background.URL_ENV):
-        background.copy_first(url, Path(os.environ[VECTORS_ENV]))
-        os.environ[background.URL_ENV] = url
+        os.environ[background.MIRROR_SECONDS_ENV] = str(args.steering_mirror_seconds)
+    if url := args.steering_mirror or os.environ.get(background.MIRROR_URL_ENV):
+        background.copy_mirror(url, Path(os.environ[VECTORS_ENV]))
+        os.environ[background.MIRROR_URL_ENV] = url
 
 
 def _check_folder(folder: Path) -> None:
