@@ -99,7 +99,8 @@ def engine_refreshed(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
     bank_rows.labels("pinned").set(fullest["bank_rows_pinned"])
     bank_rows.labels("idle").set(fullest["bank_rows_used"] - fullest["bank_rows_pinned"])
     bank_rows.labels("free").set(fullest["bank_rows"] - fullest["bank_rows_used"])
-    # Engines share the requests. Each rank of an engine runs all of its requests; it counts those that steer its blocks.
+    # Engines share the requests. Each rank of an engine runs all of its requests; it counts those that steer its
+    # blocks.
     slots: dict[int, int] = {}
     for worker in statuses:
         slots[worker["engine"]] = max(slots.get(worker["engine"], 0), worker["steered_slots"])

@@ -1,4 +1,4 @@
-"""Where a request may say its steering, and the refusal of every other place."""
+"""Where a request may specify steering: the field, the extra arguments, or the model name. Other places are refused."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from steer_engine.api import foreign_forms
+from steer_engine.api.frontend import RESERVED_PREFIX
 from steer_engine.errors import SteeringRequestError
 
 FIELD = "steering"
 XARGS = "vllm_xargs"
 MISPLACED = ("extra_body", "extra_args", "sampling_params")
-"""Objects in which clients put the field by mistake, and where no carrying endpoint would read it."""
-
-RESERVED_PREFIX = "_steer"
-"""Keys of `SamplingParams.extra_args` that only Steer Engine writes."""
+"""Objects where clients put the field by mistake. No endpoint reads it there."""
 
 MAX_KEY_ECHO = 80
 
+SEPARATOR = ":"
+"""Between base and preset in a model name."""
+
 
 def steering_of(body: Mapping[str, Any]) -> Any:
-    """The steering that a request asks; None = not asked, False = none, not even a default.
+    """The steering that a request specifies. None: not specified. False: none, not even the server's default.
 
-    `body` holds the request's fields: `steering`, or its JSON text in `vllm_xargs.steering`. `null` is the same as
-    leaving it out. Forms of other servers (`foreign_forms`) come out in ours.
+    body: the request's fields; steering is in `steering`, or as JSON text in `vllm_xargs.steering`. `null` means not
+    specified. Forms of other servers (`foreign_forms`) are translated.
 
     Raises:
-        SteeringRequestError: asked in two ways, in a place that nothing would read, or with a reserved key.
+        SteeringRequestError: specified twice, in a place that nothing reads, or with a reserved key.
     """
     xargs = body.get(XARGS)
     in_xargs = None
@@ -40,20 +41,22 @@ def steering_of(body: Mapping[str, Any]) -> Any:
                 "top-level field 'steering'.",
                 f"{XARGS}.{FIELD}",
             )
-        in_xargs = _read(in_xargs)
+        in_xargs = _parsed_null(in_xargs)
         foreign = [(form, xargs[form]) for form in foreign_forms.XARGS_FORMS if xargs.get(form) is not None]
-    top = _read(body.get(FIELD))
+    top = _parsed_null(body.get(FIELD))
     ways = [
         *([FIELD] if top is not None else ()),
         *([f"{XARGS}.{FIELD}"] if in_xargs is not None else ()),
         *(f"{XARGS}.{form}" for form, _ in foreign),
     ]
     if len(ways) > 1:
-        raise SteeringRequestError(f"Steering is asked twice, in {' and in '.join(ways)}; give one of them.", ways[0])
+        raise SteeringRequestError(
+            f"Steering is specified twice, in {' and in '.join(ways)}; specify it once.", ways[0]
+        )
     for place in MISPLACED:
         if mentions_steering({place: body.get(place)}):
             raise SteeringRequestError(
-                f"Steering inside '{place}' would not be read; 'steering' is a field of the request itself.", place
+                f"Steering inside '{place}' would be ignored; 'steering' is a field of the request itself.", place
             )
     for form, text in foreign:
         return foreign_forms.from_hotwire(text) if form == foreign_forms.HOTWIRE else foreign_forms.from_vllm_lens(text)
@@ -63,12 +66,12 @@ def steering_of(body: Mapping[str, Any]) -> Any:
 
 
 def mentions_steering(body: Any) -> bool:
-    """Whether a decoded JSON body asks for steering in any place where a client could think that it is read."""
+    """Whether a decoded JSON body specifies steering in any place where a client could expect it to work."""
     if isinstance(body, list):
         return any(mentions_steering(item) for item in body if isinstance(item, dict))
     if not isinstance(body, Mapping):
         return False
-    if _read(body.get(FIELD)) not in (None, False) or any(
+    if _parsed_null(body.get(FIELD)) not in (None, False) or any(
         body.get(form) is not None for form in foreign_forms.XARGS_FORMS
     ):
         return True
@@ -79,25 +82,22 @@ def mentions_steering(body: Any) -> bool:
     )
 
 
-def _read(said: Any) -> Any:
-    """What JSON text says, where it says that nothing is asked; everything else as it is."""
-    return {"null": None, "false": False}.get(said.strip(), said) if isinstance(said, str) else said
+def _parsed_null(value: Any) -> Any:
+    """None and False for the JSON texts of null and false; every other value as it is."""
+    return {"null": None, "false": False}.get(value.strip(), value) if isinstance(value, str) else value
 
 
 def _refuse_reserved_keys(xargs: Mapping[Any, Any]) -> None:
     for key in xargs:
         if isinstance(key, str) and key.startswith(RESERVED_PREFIX):
             param = f"{XARGS}.{key[:MAX_KEY_ECHO]}"
-            raise SteeringRequestError(f"{param} is reserved; ask with the field 'steering' instead.", param)
-
-
-SEPARATOR = ":"
+            raise SteeringRequestError(f"{param} is reserved; use the field 'steering'.", param)
 
 
 def split_model(model: str | None, served: Collection[str]) -> tuple[str, str] | None:
-    """`(served name, preset)` where `model` is such a name; None where it is a served name itself, or neither.
+    """`(served name, preset)` for a model name `BASE:PRESET`; None for a served name, or an unknown one.
 
-    Served names may hold the separator: an exact match comes first, then the longest served name before one.
+    Served names may contain the separator: an exact match wins, then the longest served name before a separator.
     """
     if not model or model in served:
         return None

@@ -1,4 +1,4 @@
-"""Routes of Steer Engine that are of no vector or preset: readiness, description, validation, statistics."""
+"""Routes for readiness, description, validation, statistics and the playground; the field in the OpenAPI page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 import steer_engine
 from steer_engine.api import metrics
-from steer_engine.api.frontend import Frontend
 from steer_engine.api.registry_routes import SPEC_BODY, read_json
 from steer_engine.api.request_field import FIELD, steering_of
 from steer_engine.api.routing import SteeringRoute, failed, frontend_of
@@ -26,19 +25,19 @@ router = APIRouter(tags=["steering"], route_class=SteeringRoute)
 
 @router.get("/readyz")
 async def ready(request: Request) -> JSONResponse:
-    """200 when the engine and every worker are armed as this server is; else 503 with the reason. Needs no key."""
+    """200 if the engine and every worker are armed like this server, otherwise 503 with the reason. Needs no key."""
     try:
         request.app.state.steering_frontend.drain.check_open()
         await request.app.state.steering_readiness.check()
     except SteerError as error:
         return failed(CapacityError(error.message, retry_after=5))
-    # No more than that: whoever may probe needs no key.
+    # Nothing more: this route needs no key.
     return JSONResponse({"status": "ready"})
 
 
 @router.get("/v1/steering")
 async def describe(request: Request) -> JSONResponse:
-    """What this server can do: model, blocks, operations, scopes and the limits on what one request may ask."""
+    """What this server can do: model, blocks, operations, scopes, and the limits on a request."""
     frontend = frontend_of(request)
     model = frontend.model
     state = request.app.state
@@ -65,21 +64,19 @@ async def describe(request: Request) -> JSONResponse:
 
 @router.post("/v1/steering/validate", openapi_extra=SPEC_BODY)
 async def validate(request: Request) -> JSONResponse:
-    """What a request with this spec as its `steering` would get: the digest and the edits, or the same error."""
+    """What a request with this spec would get: the digest and the edits, or the same error."""
     frontend = frontend_of(request)
     limits = frontend.limits
-    asked = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
-    asked = steering_of({FIELD: asked})
-    resolved = await asyncio.to_thread(frontend.resolve, asked, can_capture=True)
+    body = await read_json(request, limits.max_spec_bytes + limits.max_inline_bytes // 3 * 4)
+    resolved = await asyncio.to_thread(frontend.resolve, steering_of({FIELD: body}), can_capture=True)
     if resolved is None:
-        raise SteeringRequestError("The body asks for no steering.", "steering")
-    dose = await asyncio.to_thread(_dose, resolved, frontend)
-    return JSONResponse(resolved.report() | {"rows": resolved.template.rows, "dose": dose})
+        raise SteeringRequestError("The body specifies no steering.", "steering")
+    return JSONResponse(resolved.report() | {"rows": resolved.template.rows, "dose": _dose(resolved)})
 
 
 @router.get("/v1/steering/stats")
 async def stats(request: Request) -> JSONResponse:
-    """Counters of this API process, and how the engine and its workers stand."""
+    """Counters of this API process, and the state of the engine and its workers."""
     frontend = frontend_of(request)
     engine = await request.app.state.steering_readiness.check()
     names = await asyncio.to_thread(frontend.registry.names)
@@ -93,24 +90,27 @@ async def stats(request: Request) -> JSONResponse:
     )
 
 
-def _dose(resolved: ResolvedSpec, frontend: Frontend) -> float | None:
-    """The largest |edit| at a block in mean residual norms, of the edits whose vectors know them; None if none does."""
+def _dose(resolved: ResolvedSpec) -> float | None:
+    """The largest |edit| at a block, in mean residual norms; None if no vector's file has them."""
     doses = []
     for edit in (each.edit for each in resolved.edits):
-        vector = frontend.vector(edit.vector)
+        vector = resolved.vectors.get(edit.vector)
+        if vector is None or edit.op is not Op.ADD:
+            continue
         norms = vector.metadata.residual_norms
         for block, scale in zip(edit.blocks, edit.scales, strict=True):
-            if edit.op is Op.ADD and norms.get(block):
+            if norms.get(block):
                 doses.append(abs(scale) * vector.norms[block] / norms[block])
     return max(doses, default=None)
 
 
 playground_router = APIRouter(include_in_schema=False)
+"""One static page that compares plain and steered answers. It needs no key; the requests it sends may."""
 
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}
 
 HEADERS = {
-    # Nothing from elsewhere, nothing inline: what a model writes can never run here.
+    # Nothing from other origins and nothing inline: a model's text can never run as code here.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -154,7 +154,7 @@ REQUESTS = (
 
 
 def document_field(app: Any) -> None:
-    """Make `app.openapi()` describe the field on every request that carries it."""
+    """Make `app.openapi()` describe the field `steering` on every request that carries it."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -165,7 +165,7 @@ def document_field(app: Any) -> None:
         schemas["SteeringSpec"] = spec
         field = {
             "anyOf": [{"$ref": "#/components/schemas/SteeringSpec"}, {"const": False}, {"type": "null"}],
-            "description": "Steer this request; false: not even by the server's default preset.",
+            "description": "Steer this request. false: no steering, not even the server's default preset.",
         }
         for name in REQUESTS:
             if name in schemas:

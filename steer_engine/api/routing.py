@@ -1,4 +1,4 @@
-"""Who may change the registry: keys from the environment or a file, compared in constant time."""
+"""What the handlers of our own routes share: admin keys, errors as answers, conditional requests, the change log."""
 
 from __future__ import annotations
 
@@ -25,19 +25,25 @@ from steer_engine.spec import shown
 from steer_engine.vectors.manifest import Signature, signature_of
 
 KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
-"""Keys, separated by commas. Several at once, so that one can be replaced while the other still works."""
+"""Keys separated by commas. Two at once let an operator replace one while the other works."""
 
 FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
-"""A file of keys, one a line; read again whenever it is replaced."""
+"""A file with one key per line, read again whenever it changes."""
 
 HEADER = "x-steering-admin-key"
 MIN_KEY_CHARS = 16
 
+MAX_REQUEST_ID_CHARS = 128
+
 logger = logging.getLogger(__name__)
+change_log = logging.getLogger("steer_engine.registry")
 
 
 class AdminKeys:
-    """Only digests are kept. Never from the command line, which other users of the machine can read."""
+    """The keys that may change the registry, from the environment or a file, compared in constant time.
+
+    Only digests are kept. Keys never come from the command line, which other users of the machine can read.
+    """
 
     def __init__(self, keys: list[str], file: Path | None = None) -> None:
         self._given = _digests(keys)
@@ -52,18 +58,18 @@ class AdminKeys:
 
     @property
     def configured(self) -> bool:
-        """Whether anybody may change anything."""
+        """Whether there is any key."""
         return bool(self._digests())
 
     def plain_keys(self) -> list[str]:
-        """The keys themselves, as configured now, for vLLM's own list of keys that may call `/v1`."""
+        """The keys as configured now, for vLLM's own list of keys that may call `/v1`."""
         keys = os.environ.get(KEYS_ENV, "").split(",")
         if self._file is not None and self._file.is_file():
             keys += self._file.read_text().splitlines()
         return [key for key in _stripped(keys) if len(key) >= MIN_KEY_CHARS]
 
     def allow(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request may change the registry: `X-Steering-Admin-Key`, or a bearer token."""
+        """Whether the headers hold an admin key: in `X-Steering-Admin-Key`, or as bearer token."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [headers.get(HEADER, ""), token if scheme.lower() == "bearer" else ""]
         known = self._digests()
@@ -82,8 +88,8 @@ class AdminKeys:
             try:
                 self._file_state = (signature, _digests(self._file.read_text().splitlines()))
             except OSError as error:
-                # Keys that were revoked by removing the file must not go on working.
-                logger.error("The file of admin keys cannot be read: %s", error.strerror)
+                # Removing the file revokes its keys.
+                logger.error("The admin key file cannot be read: %s", error.strerror)
                 self._file_state = (signature, ())
         return self._given + self._file_state[1]
 
@@ -92,17 +98,17 @@ def _digests(keys: list[str]) -> tuple[bytes, ...]:
     stripped = _stripped(keys)
     for key in stripped:
         if len(key) < MIN_KEY_CHARS:
-            logger.error("An admin key has %d characters and is not used; at least %d.", len(key), MIN_KEY_CHARS)
+            logger.error("An admin key has %d characters and is ignored; the minimum is %d.", len(key), MIN_KEY_CHARS)
     return tuple(hashlib.sha256(key.encode()).digest() for key in stripped if len(key) >= MIN_KEY_CHARS)
 
 
 def _stripped(keys: list[str]) -> list[str]:
-    """Without empty lines and comments: a remark in the file is nobody's key."""
+    """The keys without empty lines and comments."""
     return [key.strip() for key in keys if key.strip() and not key.strip().startswith("#")]
 
 
 class Refused(SteeringRequestError):
-    """A request that is refused for another reason than what it asks: 401, 403, 415."""
+    """A refusal that is not about the request's content: 401, 403, 415."""
 
     def __init__(self, message: str, status: int, param: str | None = None) -> None:
         super().__init__(message, param)
@@ -110,7 +116,7 @@ class Refused(SteeringRequestError):
 
 
 def failed(error: SteerError) -> JSONResponse:
-    """An error as an answer."""
+    """The answer for an error."""
     headers = {}
     if status_of(error) == 503:
         headers["Retry-After"] = str(max(1, round(getattr(error, "retry_after", 1.0))))
@@ -120,7 +126,8 @@ def failed(error: SteerError) -> JSONResponse:
 
 
 class SteeringRoute(APIRoute):
-    """A route whose handler may raise a SteerError. What FastAPI refuses itself is told alike, its value cut short."""
+    """A route whose handler may raise a SteerError. FastAPI's own validation errors get the same form, with short
+    values."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()
@@ -133,8 +140,8 @@ class SteeringRoute(APIRoute):
             except SteerError as error:
                 response = failed(error)
             except ClientDisconnect:
-                # Nobody reads it; without an answer the server would log 70 lines of its own stack.
-                response = failed(SteeringRequestError("The request broke off.", "body"))
+                # Nobody reads this answer; without one the server would log a stack of 70 lines.
+                response = failed(SteeringRequestError("The client closed the connection.", "body"))
             return response
 
         return handler
@@ -159,16 +166,16 @@ def require_admin(request: Request) -> None:
     keys = request.app.state.steering_admin_keys
     if not keys.configured:
         raise Refused(
-            "Changes are switched off: this server has no admin key (STEER_ENGINE_ADMIN_KEYS or "
+            "Changes are disabled: this server has no admin key (STEER_ENGINE_ADMIN_KEYS or "
             "STEER_ENGINE_ADMIN_KEY_FILE).",
             403,
         )
     if not keys.allow(request.headers):
-        raise Refused("An admin key is needed: as bearer token, or in X-Steering-Admin-Key.", 401)
+        raise Refused("This request needs an admin key, as bearer token or in X-Steering-Admin-Key.", 401)
 
 
 def if_match(request: Request) -> str | None:
-    """The digest that the caller has seen, `*` for any, None where nothing is said."""
+    """The digest in `If-Match`, `*` for any version, None without the header."""
     value: str | None = request.headers.get("if-match")
     return None if value is None else value.strip().strip('"')
 
@@ -177,14 +184,12 @@ def etag(digest: str) -> dict[str, str]:
     return {"ETag": f'"{digest}"'}
 
 
-logger = logging.getLogger("steer_engine.registry")
-
-MAX_REQUEST_ID = 128
-
-
 def log_change(request: Request, change: str, what: str, name: str, digest: str) -> None:
-    """change: put, replace or delete; what: vector or preset; digest: of what is there now, or was."""
+    """Log a change of the registry as one line of JSON.
+
+    change: put, replace or delete. what: vector or preset. digest: the new content, or the deleted one.
+    """
     line = {"change": change, what: name, "digest": digest}
     if request_id := request.headers.get("x-request-id"):
-        line["request_id"] = request_id[:MAX_REQUEST_ID]
-    logger.info("changed %s", json.dumps(line, separators=(",", ":")))
+        line["request_id"] = request_id[:MAX_REQUEST_ID_CHARS]
+    change_log.info("changed %s", json.dumps(line, separators=(",", ":")))
