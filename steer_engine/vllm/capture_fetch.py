@@ -1,8 +1,8 @@
 """Captured rows on their way from the workers into an answer.
 
 `fetching` goes around `AsyncLLM.generate` (`shutdown` wraps it). When a capturing request finishes, its rows are
-fetched from the workers before its last output is passed on. When it is aborted, the rows are dropped there; by then the engine
-knows of the abort. Known for vLLM 0.32 and 0.33.
+fetched from the workers before its last output is passed on. When it is aborted, the rows are dropped there; by
+then the engine knows of the abort. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
