@@ -140,7 +140,7 @@ class Replica:
         if self.held.is_fresh(digest):
             return True
         self.counts.asked += 1
-        if not self.resident.hold(digest, self.now):
+        if not self.resident.pin_if_resident(digest, self.now):
             victims = self.resident.make_room(self.fleet.vector_bytes, self._in_use, self.now)
             if victims is None:
                 return False

@@ -14,7 +14,7 @@ SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 """The spacing of numbers near zero."""
 
 
-def check_held(edit: Edit, vector: ControlVector, param: str, dtype: str, limits: Limits) -> None:
+def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: str, limits: Limits) -> None:
     """Bank rows (in the stream's dtype), coefficients and bounds (in float32) can hold what the edit needs.
 
     Raises:

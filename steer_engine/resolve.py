@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from steer_engine.capture import PARAM, CaptureRequest
-from steer_engine.containment import check_dose, check_held
+from steer_engine.containment import check_dose, check_representable
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import ProgramTemplate
@@ -229,7 +229,7 @@ def _resolve_edit(requested: EditSpec, param: str, vectors: VectorSource, model:
     )
     if edit.op is not Op.ADD:
         _check_direction(vector, blocks, f"{param}.vector")
-    check_held(edit, vector, param, model.dtype, limits)
+    check_representable(edit, vector, param, model.dtype, limits)
     check_dose(edit, vector, param, limits)
     return edit
 

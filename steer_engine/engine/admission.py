@@ -1,4 +1,8 @@
-"""Admission in the engine core: which vectors all workers hold, and which waiting request gets bank rows."""
+"""Admission in the engine core: which vectors the workers store, and which waiting requests may start.
+
+`ResidentVectors` keeps the vectors that all workers store within a budget of host memory. `BankQueue` lets a request
+start only if the bank has rows for it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ from typing import Generic, TypeVar
 from steer_engine.program import Row
 from steer_engine.settings import PIN_SECONDS, EngineLimits
 
+PATIENCE_SECONDS = 1.0
+"""Once a request has waited this long for bank rows, no other steered request may overtake it."""
+
+Request = TypeVar("Request", bound=Hashable)
+
 
 @dataclass
 class _Resident:
@@ -20,75 +29,71 @@ class _Resident:
 
 @dataclass
 class ResidentVectors:
-    """The vectors that all workers of an engine hold, least recently used first, within a budget of host memory.
+    """The vectors that all workers of an engine store, least recently used first.
 
-    A vector that a request names is never dropped. Thread-safe: requests are preprocessed in another thread than
-    vectors arrive in. budget: bytes per worker; exceeded only while every vector is in use.
+    A vector that a request names is never dropped. Thread-safe: vLLM preprocesses requests in a different thread than
+    the one in which vectors arrive. Times (`now`) are seconds of a monotonic clock.
+
+    budget: bytes per worker. It is exceeded only while every vector is in use.
     """
 
     budget: int = field(default_factory=lambda: EngineLimits.from_environment().store_bytes)
-    _held: dict[str, _Resident] = field(default_factory=dict)
+    _resident: dict[str, _Resident] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._held
+        return digest in self._resident
 
     def digests(self) -> list[str]:
         with self._lock:
-            return sorted(self._held)
+            return sorted(self._resident)
 
     @property
     def num_bytes(self) -> int:
         with self._lock:
-            return sum(held.num_bytes for held in self._held.values())
+            return sum(vector.num_bytes for vector in self._resident.values())
 
     def put(self, digest: str, num_bytes: int, now: float) -> None:
-        """All workers hold `digest` now; it is pinned for PIN_SECONDS."""
+        """All workers store `digest` now. It is pinned for PIN_SECONDS."""
         with self._lock:
-            self._held.pop(digest, None)
-            self._held[digest] = _Resident(num_bytes, now + PIN_SECONDS)
+            self._resident.pop(digest, None)
+            self._resident[digest] = _Resident(num_bytes, now + PIN_SECONDS)
 
     def touch(self, digests: Collection[str], now: float) -> None:
-        """Pin vectors again: a request that names them is on its way into the scheduler."""
+        """Pin vectors again: a request that names them is about to enter the scheduler."""
         with self._lock:
             for digest in digests:
-                if digest in self._held:
-                    self.put(digest, self._held[digest].num_bytes, now)
+                if digest in self._resident:
+                    self.put(digest, self._resident[digest].num_bytes, now)
 
-    def hold(self, digest: str, now: float) -> bool:
-        """Whether `digest` is resident; if so it is pinned again."""
+    def pin_if_resident(self, digest: str, now: float) -> bool:
+        """Whether `digest` is resident. If it is, it is pinned again."""
         with self._lock:
             self.touch([digest], now)
-            return digest in self._held
+            return digest in self._resident
 
     def drop(self, digest: str) -> None:
         with self._lock:
-            self._held.pop(digest, None)
+            self._resident.pop(digest, None)
 
     def make_room(self, num_bytes: int, in_use: Collection[str], now: float) -> list[str] | None:
         """Digests to drop before `num_bytes` are added, least recently used first; None if there is not enough room."""
         excess = self.num_bytes + num_bytes - self.budget
         victims = []
         with self._lock:
-            for digest, held in self._held.items():
+            for digest, vector in self._resident.items():
                 if excess <= 0:
                     break
-                if digest not in in_use and held.pinned_until <= now:
+                if digest not in in_use and vector.pinned_until <= now:
                     victims.append(digest)
-                    excess -= held.num_bytes
+                    excess -= vector.num_bytes
         return victims if excess <= 0 else None
 
 
-PATIENCE_SECONDS = 1.0
-"""No steered request overtakes one of this age that waits for rows: rows in steady use become free for it."""
-
-Request = TypeVar("Request", bound=Hashable)
-
-
 class BankQueue(Generic[Request]):
-    """Lets a request start if the rows of all that run, and its own, fit `num_rows`.
+    """Lets a request start if its rows and those of all running requests fit in `num_rows`.
 
-    rows_of: the rows that a request pins while it runs; none for an unsteered one, which never waits here.
+    rows_of: the rows that a request pins while it runs. An unsteered request has none and never waits here.
     age_of: seconds since a request arrived.
     """
 
@@ -105,12 +110,12 @@ class BankQueue(Generic[Request]):
         self._closed = False
 
     def begin_step(self) -> None:
-        """A new step is planned: requests may have left since the one before."""
+        """The scheduler plans a new step. Requests may have finished since the last one."""
         self._new_step = True
         self._closed = False
 
     def may_start(self, request: Request, running: Sequence[Request]) -> bool:
-        """Whether `request` fits beside `running`, which only grows, at its end, while a step is planned."""
+        """Whether `request` fits beside `running`. While a step is planned, `running` only grows at its end."""
         rows = self._rows_of(request)
         if not rows:
             return True
@@ -122,16 +127,17 @@ class BankQueue(Generic[Request]):
         return False
 
     def _follow(self, running: Sequence[Request]) -> None:
-        arrived = set(running[self._num_seen :])
+        """Bring the count of users per row in sync with `running`."""
+        started = set(running[self._num_seen :])
         if self._new_step:
             now = set(running)
-            for gone in self._running - now:
-                self._users.subtract(self._rows_of(gone))
-            self._users += Counter()  # rows without users vanish
-            arrived = now - self._running
+            for finished in self._running - now:
+                self._users.subtract(self._rows_of(finished))
+            self._users += Counter()  # removes rows without users
+            started = now - self._running
             self._running &= now
             self._new_step = False
-        for request in arrived:
+        for request in started:
             self._users.update(self._rows_of(request))
-        self._running |= arrived
+        self._running |= started
         self._num_seen = len(running)

@@ -1,4 +1,12 @@
-"""The vectors that an engine holds, whole, in host memory: one store per worker."""
+"""The steering state of a worker: vectors in host memory, their rows on the device, and the programs of the slots.
+
+    Store       vectors by digest, in host memory
+    Bank        which row of the device's `bank_RD` holds which direction, with a count of its users
+    Programs    writes a request's program into the tables of its slot, and clears it
+
+Shape suffixes: R bank rows, D hidden size, N rows written at once, S slots (0 = not steered), L armed sites, E entries
+per site, W words per entry.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ from steer_engine.vectors import ControlVector
 
 
 class Store:
-    """Control vectors by digest. What is not in here cannot be steered with."""
+    """Control vectors by digest. A worker can steer with these vectors only."""
 
     def __init__(self) -> None:
         self._vectors: dict[str, ControlVector] = {}
@@ -27,6 +35,7 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all directions."""
         return sum(row.nbytes for vector in self._vectors.values() for row in vector.directions.values())
 
     def put(self, vector: ControlVector) -> None:
@@ -36,11 +45,11 @@ class Store:
         self._vectors.pop(digest, None)
 
     def row(self, key: RowKey, block: int) -> np.ndarray:
-        """float32 [D]: the weighted sum of the key's vectors at `block`, or its unit direction."""
+        """float32 [D]: the weighted sum of the key's vectors at `block`; normalised to length 1 if `key.unit`."""
         total_D: np.ndarray | None = None
         for digest, weight in key.terms:
             direction_D = self._vectors[digest].directions[block]
-            # float64 sums: the order of the terms must not show in float32.
+            # Summed in float64, so that the order of the terms does not change the float32 result.
             term_D = direction_D.astype(np.float64) * weight
             total_D = term_D if total_D is None else total_D + term_D
         assert total_D is not None, "a row has at least one term"
@@ -50,11 +59,13 @@ class Store:
 
 
 class Bank:
-    """Which row of `bank_RD` holds what. R rows, D hidden size.
+    """Assigns rows of `bank_RD` to directions, and counts the users of each row.
 
-    A row whose last user left keeps its content until the place is needed, so that a vector in steady use is
-    copied to the device once. Rows are rewritten on the stream that runs the steps: a step in flight has read
-    the old content by then.
+    A row without users keeps its content until its place is needed, so a vector in steady use is copied to the device
+    once. Rows are written on the stream that runs the steps, so a step that is already launched reads the old content.
+
+    bank_RD: [R, D] on the device, in the dtype of the residual stream.
+    make_row: the content of a row, float32 [D].
     """
 
     def __init__(self, bank_RD: torch.Tensor, make_row: Callable[[RowKey, int], np.ndarray]) -> None:
@@ -63,7 +74,7 @@ class Bank:
         self._row_of: dict[Row, int] = {}
         self._users: dict[int, int] = {}
         self._idle: OrderedDict[Row, int] = OrderedDict()
-        self._never_used = list(range(bank_RD.shape[0] - 1, -1, -1))
+        self._free = list(range(bank_RD.shape[0] - 1, -1, -1))
 
     @property
     def num_rows(self) -> int:
@@ -71,27 +82,28 @@ class Bank:
 
     @property
     def num_pinned(self) -> int:
+        """Rows with at least one user."""
         return len(self._users)
 
     @property
     def num_used(self) -> int:
-        """Rows that hold a vector, whether or not a request uses it now."""
+        """Rows that contain a direction, with or without users."""
         return len(self._row_of)
 
     def can_pin(self, rows: Sequence[Row]) -> bool:
         """Whether `pin` would find room."""
-        wanted = set(rows)
-        new = sum(row not in self._row_of for row in wanted)
-        reused = sum(row in self._idle for row in wanted)
-        return new <= len(self._never_used) + len(self._idle) - reused
+        distinct = set(rows)
+        new = sum(row not in self._row_of for row in distinct)
+        reused = sum(row in self._idle for row in distinct)
+        return new <= len(self._free) + len(self._idle) - reused
 
     def pin(self, rows: Sequence[Row]) -> list[int]:
-        """Row numbers of `rows`, written to the device where they are new; each counts one user more."""
-        assert self.can_pin(rows), "admission keeps the bank from being full"
-        # Contents first: where one cannot be made, nothing has changed.
+        """Row numbers of `rows`, each with one more user. New rows are written to the device."""
+        assert self.can_pin(rows), "admission prevents a full bank"
+        # Contents first: if one of them cannot be made, nothing has changed.
         new = {row: self._make_row(*row) for row in dict.fromkeys(rows) if row not in self._row_of}
         for row in rows:
-            # Out of the idle ones before places are taken: a row of this very request must not make way for another.
+            # Before places are taken, so that no row of this request is evicted for another one of it.
             if row in self._idle:
                 self._users[self._idle.pop(row)] = 0
         for row in new:
@@ -105,7 +117,7 @@ class Bank:
         return numbers
 
     def unpin(self, rows: Sequence[Row]) -> None:
-        """One user less for each of `rows`; rows without users may be overwritten from now on."""
+        """Remove one user from each of `rows`. Rows without users may be overwritten from now on."""
         for row in rows:
             number = self._row_of[row]
             self._users[number] -= 1
@@ -114,14 +126,15 @@ class Bank:
                 self._idle[row] = number
 
     def forget(self, digest: str) -> None:
-        """Give up idle rows made from a vector that left the store."""
+        """Free the rows without users that were made from a vector that has been dropped from the store."""
         for row in [row for row in self._idle if any(term[0] == digest for term in row[0].terms)]:
-            self._never_used.append(self._idle.pop(row))
+            self._free.append(self._idle.pop(row))
             del self._row_of[row]
 
     def _take_place(self) -> int:
-        if self._never_used:
-            return self._never_used.pop()
+        """The number of a free row, or of the row that has been without users for the longest time."""
+        if self._free:
+            return self._free.pop()
         row, number = self._idle.popitem(last=False)
         del self._row_of[row]
         return number
@@ -134,10 +147,9 @@ class Bank:
 
 
 class Programs:
-    """Writes a request's program into its slot when it is admitted, and clears it when it leaves.
+    """Writes a request's program into its slot when the request is admitted, and clears the slot when it leaves.
 
-    S slots (0 = never used), L armed sites, E entries a site, W words an entry. elsewhere: blocks that other stages of
-    a pipeline arm.
+    elsewhere: blocks that other pipeline stages arm. Their entries are skipped here.
     """
 
     def __init__(
@@ -148,18 +160,21 @@ class Programs:
         self._site_of = {block: site for site, block in enumerate(armed_blocks)}
         self._elsewhere = frozenset(elsewhere)
         self._pinned: dict[int, list[Row]] = {}
-        self._by_reference: set[int] = set()
+        self._reference_slots: set[int] = set()
 
     @property
     def steered_slots(self) -> set[int]:
         return set(self._pinned)
 
     def need_reference(self, slot_T: torch.Tensor) -> bool:
-        """Whether a program in these slots has a gate or keeps norms, which plans do not know (host tensors only)."""
-        return bool(self._by_reference) and not self._by_reference.isdisjoint(torch.unique(slot_T).tolist())
+        """Whether a program in these slots has a gate or keeps norms. A `StepPlan` supports neither.
+
+        slot_T: [T] slot of each token row, in host memory.
+        """
+        return bool(self._reference_slots) and not self._reference_slots.isdisjoint(torch.unique(slot_T).tolist())
 
     def admit(self, slot: int, program: Program) -> None:
-        """Write `program` into `slot`. The slot must be free; programs without sites here leave it unsteered."""
+        """Write `program` into `slot`, which must be free. A program without sites here leaves the slot unsteered."""
         assert slot > 0, "slot 0 is never steered"
         assert slot not in self._pinned, f"slot {slot} is taken"
         here = [
@@ -180,21 +195,21 @@ class Programs:
             for e, entry in enumerate(entries):
                 c0, c1, c2, c3, lo, hi = entry.coefficients
                 words = Entry(0, entry.start, entry.end, c0, c1, c2, c3, lo, hi)
-                named = {ROW: entry.row}
+                row_words = {ROW: entry.row}
                 if entry.gate is not None:
-                    named[GATE_ROW], min_cos, max_cos = entry.gate
+                    row_words[GATE_ROW], min_cos, max_cos = entry.gate
                     words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
                 entries_LEW[sites, e] = encode_entry(words)
-                for word, key in named.items():
+                for word, key in row_words.items():
                     rows += [(key, block) for block in blocks]
                     places += [(site, e, word) for site in sites]
-        # In one go, after all that could fail: then nothing has changed, and the device is written once.
+        # After everything that could fail, so that a failure changes nothing; and with one copy to the device.
         entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
         self._pinned[slot] = rows
         if program.keep_norm or any(entry.gate is not None for _, entries in here for entry in entries):
-            self._by_reference.add(slot)
-        placed = [(entry.start, entry.end) for _, entries in here for entry in entries]
-        span_2 = [min(start for start, _ in placed), max(end for _, end in placed)]
+            self._reference_slots.add(slot)
+        bounds = [(entry.start, entry.end) for _, entries in here for entry in entries]
+        span_2 = [min(start for start, _ in bounds), max(end for _, end in bounds)]
         tables = self._tables
         _write(tables.entries_SLEW[slot], entries_LEW)
         _write(tables.counts_SL[slot], counts_L)
@@ -202,16 +217,16 @@ class Programs:
         _write(tables.span_S2[slot], np.array(span_2, dtype=np.int32))
 
     def release(self, slot: int) -> None:
-        """The slot's request has left; nothing happens for a slot that is not steered."""
+        """Clear the slot of a request that has left. Does nothing if the slot is not steered."""
         pinned = self._pinned.pop(slot, None)
         if pinned is None:
             return
-        self._by_reference.discard(slot)
+        self._reference_slots.discard(slot)
         self._bank.unpin(pinned)
         self._tables.span_S2[slot] = 0
         self._tables.counts_SL[slot] = 0
 
 
 def _write(target: torch.Tensor, content: np.ndarray) -> None:
-    # From pageable memory: the copy has read `content` when it returns, and is ordered after the steps in flight.
+    # `content` is pageable memory: the copy has finished reading it on return, and runs after the launched steps.
     target.copy_(torch.from_numpy(content))

@@ -1,8 +1,10 @@
-"""Where a transformer block carries the residual stream, and the probe that finds out.
+"""Where a transformer block carries the residual stream, and the probe that detects it at startup.
 
-The return shape of a block does not tell: a pair (hidden, residual) may carry the stream as their sum (Llama), or in
-its first part alone, with a second part that nobody reads (StableLM): a write there silently does nothing. So an
-armed engine asks the model itself, once, at start-up.
+The type that a block returns does not decide this. In a pair (hidden, residual) the stream may be the sum of both
+(Llama), or the first part alone while the second is never used again (StableLM); an edit of that second part would
+have no effect. So an armed engine runs the model once at startup with noise in each part, and compares the effects.
+
+Shape suffixes: T rows of the probe's batch, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from steer_engine.errors import UnsupportedEngineError
 
 
 class StreamForm(StrEnum):
-    """How a block hands on the residual stream."""
+    """How a block returns the residual stream."""
 
     SPLIT = "split"
-    """(hidden, residual): the stream is their sum; we write into residual."""
+    """(hidden, residual): the stream is their sum. Edits go into residual."""
     HIDDEN_ONLY = "hidden-only"
     """(hidden, leftover): the stream is the first part."""
     ONE = "one"
-    """one tensor, or (hidden, None)."""
+    """One tensor, or (hidden, None)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRows:
-    """The batch of the probe: equal tokens at equal positions, one row for each thing that is disturbed.
+    """The batch of the probe: the same token at the same position in every row, one row per perturbed part.
 
-    Row 0 is left alone. Attention and its like are off, so rows do not see each other and one forward pass answers for
-    all blocks.
+    Row 0 is not perturbed. Attention and similar layers return zeros, so rows do not affect each other, and a single
+    forward pass covers all blocks.
     """
 
     num_blocks: int
@@ -44,12 +46,12 @@ class ProbeRows:
         return 1 + 2 * self.num_blocks
 
     def row(self, block: int, part: int) -> int:
-        """The row in which part 0 (hidden) or 1 (residual) of the block's output is disturbed."""
+        """The row in which part 0 (hidden) or 1 (residual) of the block's output is perturbed."""
         return 1 + 2 * block + part
 
 
-def disturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> Any:
-    """The block's output with `noise_D` added to each of its parts, each in a row of its own."""
+def perturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> Any:
+    """A copy of the block's output with `noise_D` added to each part, each in its own row."""
     hidden, residual = _parts(output)
     if hidden is None or hidden.shape[-2:] != (rows.num_rows, noise_D.shape[0]):
         return output
@@ -64,8 +66,8 @@ def disturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> 
     return (hidden, residual, *output[2:])
 
 
-def shape_of(output: Any, rows: ProbeRows, hidden_size: int) -> str:
-    """ "pair", "one", or a description of an output that does not carry one stream per token row."""
+def classify_output(output: Any, rows: ProbeRows, hidden_size: int) -> str:
+    """ "pair" or "one"; otherwise a description of an output that does not carry one stream per token row."""
     hidden, residual = _parts(output)
     second = output[1] if isinstance(output, tuple) and len(output) == 2 else None
     extra = isinstance(output, tuple) and len(output) > 2
@@ -79,23 +81,25 @@ def shape_of(output: Any, rows: ProbeRows, hidden_size: int) -> str:
 
 
 def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor, class_name: str) -> StreamForm:
-    """What the final hidden states of the probe say about one block.
+    """The form of one block, from the effects of the noise on the model's final hidden states.
 
-    final_TD: [rows.num_rows, D] last hidden states of the disturbed forward pass, float32.
+    shape: the result of `classify_output` for this block.
+    final_TD: [rows.num_rows, D] last hidden states of the perturbed forward pass, float32.
 
     Raises:
-        UnsupportedEngineError: neither part acts like a residual stream; names the class.
+        UnsupportedEngineError: neither part acts like a residual stream. The message names the class.
     """
     if shape not in ("pair", "one"):
         raise UnsupportedEngineError(
             f"Block {block} ({class_name}) returns {shape}, not one residual stream per token; such models cannot be "
-            "steered yet. Start it unarmed (without --steering-* flags), or leave the block out of --steering-blocks."
+            "steered yet. Start the model unarmed (without --steering-* flags), or leave the block out of "
+            "--steering-blocks."
         )
     baseline_D = final_TD[0]
     by_hidden_D = final_TD[rows.row(block, 0)] - baseline_D
     by_residual_D = final_TD[rows.row(block, 1)] - baseline_D
     size = float(by_hidden_D.norm())
-    # Rounding of the model's dtype makes equal rows differ a little; an effect is far above that.
+    # Rounding in the model's dtype makes equal rows differ slightly; a real effect is far larger.
     if math.isfinite(size) and size > 1e-3 * float(baseline_D.norm()):
         if shape == "one":
             return StreamForm.ONE
@@ -104,8 +108,8 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
         if float((by_hidden_D - by_residual_D).norm()) < 0.2 * size:
             return StreamForm.SPLIT
     raise UnsupportedEngineError(
-        f"Block {block} ({class_name}) carries its residual stream in no known form: a change of its output's parts "
-        f"moved the result by {size:.3g} and {float(by_residual_D.norm()):.3g}. Leave the block out of "
+        f"Block {block} ({class_name}) carries its residual stream in no known form: noise in the parts of its output "
+        f"changed the final hidden states by {size:.3g} and {float(by_residual_D.norm()):.3g}. Leave the block out of "
         "--steering-blocks, or start the model unarmed."
     )
 

@@ -19,7 +19,7 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.stream import ProbeRows, StreamForm
 from steer_engine.settings import CONFIG_KEY, SteeringConfig
 from steer_engine.vllm.blocks import Stage, find_blocks, probe_forms
-from steer_engine.vllm.fused_norm import fuse, reason_against
+from steer_engine.vllm.fused_norm import fuse, reason_not_to_fuse
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.supported import check_supported
 
@@ -124,7 +124,7 @@ def arm(runner: Any) -> EngineRuntime | None:
 def _fuses(config: SteeringConfig, runtime: EngineRuntime, vllm_config: VllmConfig) -> bool:
     if not config.fuse_norm:
         return False
-    reason = reason_against(vllm_config)
+    reason = reason_not_to_fuse(vllm_config)
     if reason is None and not runtime.use_triton:
         reason = "there is no Triton on this device"
     if reason is not None:

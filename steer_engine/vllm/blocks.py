@@ -14,7 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from steer_engine.engine.stream import ProbeRows, StreamForm, disturb, shape_of, stream_form
+from steer_engine.engine.stream import ProbeRows, StreamForm, classify_output, perturb, stream_form
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.vllm.fused_norm import Pair, fusible, watching
 from steer_engine.vllm.patching import Symbol
@@ -57,7 +57,7 @@ class Stage:
         return self.num_blocks - 1 in self.blocks
 
     @property
-    def hands_on(self) -> int | None:
+    def handover_block(self) -> int | None:
         """The block whose output goes to the next stage."""
         return None if self.is_last or not self.blocks else self.blocks[-1]
 
@@ -77,7 +77,7 @@ class Stage:
         return incoming
 
 
-def stream_after(output: Any) -> torch.Tensor:
+def summed_stream(output: Any) -> torch.Tensor:
     """The stream that a stage hands on, as the sum that the next one takes it for; other outputs as they are.
 
     Raises:
@@ -146,8 +146,8 @@ def probe_forms(
     def disturbing(block: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            shapes[block] = shape_of(output, rows, hidden_size)
-            disturbed = disturb(output, block, rows, noise_D)
+            shapes[block] = classify_output(output, rows, hidden_size)
+            disturbed = perturb(output, block, rows, noise_D)
             if shapes[block] == "pair":
                 pairs[block] = disturbed[:2]
             return disturbed
@@ -159,7 +159,7 @@ def probe_forms(
             stack.enter_context(_forward_replaced(blocks[block], disturbing))(block)
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if isinstance(layer, nn.Module):
-                stack.enter_context(silenced(layer))
+                stack.enter_context(returning_zeros(layer))
         final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
     told = {
         block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
@@ -178,7 +178,7 @@ def _witness(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> dic
 
     What the next stage makes of the two parts is not seen here: only a block that is followed by another tells.
     """
-    last = stage.hands_on
+    last = stage.handover_block
     if last is None or last not in armed:
         return {}
     for witness in reversed(stage.blocks[:-1]):
@@ -201,7 +201,7 @@ def _forward(
     with torch.inference_mode(), set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True):
         incoming = stage.incoming(model, num_tokens, vllm_config.model_config.dtype, device)
         output = model(input_ids=input_ids, positions=positions, intermediate_tensors=incoming, inputs_embeds=None)
-    return stream_after(output).reshape(num_tokens, -1).float().cpu()
+    return summed_stream(output).reshape(num_tokens, -1).float().cpu()
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _forward_replaced(
 
 
 @contextmanager
-def silenced(layer: nn.Module) -> Iterator[None]:
+def returning_zeros(layer: nn.Module) -> Iterator[None]:
     """An attention-like layer whose output is zero: without metadata the real one returns uninitialised memory."""
 
     signature = inspect.signature(layer.forward)

@@ -304,7 +304,7 @@ def _configure(diagnosis: Diagnosis, asked: Any) -> Any:
 
 
 def _probe(diagnosis: Diagnosis, asked: Any, vllm_config: Any) -> None:
-    from steer_engine.vllm.fused_norm import reason_against
+    from steer_engine.vllm.fused_norm import reason_not_to_fuse
 
     worker = start_small(asked, shrunken)
     diagnosis.probed_blocks = len(worker["armed_blocks"])
@@ -314,7 +314,7 @@ def _probe(diagnosis: Diagnosis, asked: Any, vllm_config: Any) -> None:
     diagnosis.kernel = "PyTorch" if worker["kernel"] == "torch" else "Triton"
     wanted = (asked.additional_config or {})["steer_engine"].get("fuse_norm", False)
     if wanted and not worker["fused_blocks"]:
-        reason = reason_against(vllm_config) or "there is no Triton here, or no norm takes the stream as it is"
+        reason = reason_not_to_fuse(vllm_config) or "there is no Triton here, or no norm takes the stream as it is"
         diagnosis.kernel += f", not fused: {reason}"
     elif worker["fused_blocks"]:
         diagnosis.kernel += ", fused with the norms"

@@ -35,7 +35,7 @@ USED: Final = (
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def reason_against(vllm_config: VllmConfig) -> str | None:
+def reason_not_to_fuse(vllm_config: VllmConfig) -> str | None:
     """Why this engine must keep vLLM's own norm, or None."""
     model_config = vllm_config.model_config
     if vllm_config.parallel_config.tensor_parallel_size > 1:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from steer_engine.vllm.blocks import silenced
+from steer_engine.vllm.blocks import returning_zeros
 
 pytestmark = pytest.mark.v1_only  # no engine
 
@@ -19,14 +19,14 @@ class Attention(nn.Module):
     num_heads, head_size = 2, 3
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, output_shape: torch.Size | None = None) -> torch.Tensor:
-        raise AssertionError("it is silenced")
+        raise AssertionError("it is replaced")
 
 
 class Convolution(nn.Module):
     """Writes its answer where it is told, and returns nothing."""
 
     def forward(self, hidden: torch.Tensor, output: torch.Tensor) -> None:
-        raise AssertionError("it is silenced")
+        raise AssertionError("it is replaced")
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -34,7 +34,7 @@ def test_what_writes_where_it_is_told_leaves_no_old_memory_there(by_name: bool) 
     """LFM2 tells its short convolution by position, Granite its mixer by name; old memory differs from row to row."""
     layer, output = Convolution(), torch.full((5, 8), torch.nan)
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {"output": output}) if by_name else ((output,), {})
-    with silenced(layer):
+    with returning_zeros(layer):
         layer(torch.ones(5, 8), *arguments[0], **arguments[1])
     assert torch.equal(output, torch.zeros(5, 8))
 
@@ -44,8 +44,8 @@ def test_what_writes_where_it_is_told_leaves_no_old_memory_there(by_name: bool) 
 )
 def test_what_returns_its_answer_returns_zeros(asked: torch.Size | None, shape: tuple[int, ...]) -> None:
     layer = Attention()
-    with silenced(layer):
+    with returning_zeros(layer):
         answer = layer(torch.ones(5, 12), torch.ones(5, 6), output_shape=asked)
     assert torch.equal(answer, torch.zeros(shape))
-    with pytest.raises(AssertionError, match="silenced"):
+    with pytest.raises(AssertionError, match="replaced"):
         layer(torch.ones(5, 12), torch.ones(5, 6))

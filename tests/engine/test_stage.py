@@ -21,7 +21,7 @@ from steer_engine.engine.stream import StreamForm
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.settings import SteeringConfig
 from steer_engine.vllm.arming import arm, runtime_of
-from steer_engine.vllm.blocks import Stage, find_blocks, stream_after
+from steer_engine.vllm.blocks import Stage, find_blocks, summed_stream
 
 pytestmark = pytest.mark.v1_only  # loading a model is the same for both runners
 
@@ -90,9 +90,9 @@ def test_the_block_that_ends_a_stage_needs_another_of_its_kind(load: Load) -> No
 def test_the_stream_that_is_handed_on_is_the_sum() -> None:
     hidden, residual = torch.ones(2, 4), torch.full((2, 4), 3.0)
     assert (
-        stream_after(IntermediateTensors({"hidden_states": hidden, "residual": residual})).tolist() == [[4.0] * 4] * 2
+        summed_stream(IntermediateTensors({"hidden_states": hidden, "residual": residual})).tolist() == [[4.0] * 4] * 2
     )
-    assert stream_after(IntermediateTensors({"hidden_states": hidden})).tolist() == [[1.0] * 4] * 2
-    assert stream_after((hidden, [])) is hidden
+    assert summed_stream(IntermediateTensors({"hidden_states": hidden})).tolist() == [[1.0] * 4] * 2
+    assert summed_stream((hidden, [])) is hidden
     with pytest.raises(UnsupportedEngineError, match="deepstack"):
-        stream_after(IntermediateTensors({"hidden_states": hidden, "deepstack_input_embeds_0": hidden}))
+        summed_stream(IntermediateTensors({"hidden_states": hidden, "deepstack_input_embeds_0": hidden}))

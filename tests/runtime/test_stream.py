@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from steer_engine.engine.stream import ProbeRows, StreamForm, disturb, shape_of, stream_form
+from steer_engine.engine.stream import ProbeRows, StreamForm, classify_output, perturb, stream_form
 from steer_engine.errors import UnsupportedEngineError
 
 HIDDEN_SIZE = 48
@@ -103,7 +103,7 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def probe(self, rows: ProbeRows, armed: Sequence[int]) -> tuple[torch.Tensor, dict[int, str]]:
-        """Final hidden states float32 [T, D] of the disturbed pass, and the shapes of the armed blocks' outputs."""
+        """Final hidden states float32 [T, D] of the perturbed pass, and the shapes of the armed blocks' outputs."""
         hidden = self.embedding_D.expand(*(1,) * self.leading_ones, rows.num_rows, HIDDEN_SIZE).clone()
         residual: Any = None
         noise_D = torch.randn(HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
@@ -111,8 +111,8 @@ class Model(nn.Module):
         for number, block in enumerate(self.blocks):
             output = block(hidden, residual)
             if number in armed:
-                shapes[number] = shape_of(output, rows, HIDDEN_SIZE)
-                output = disturb(output, number, rows, noise_D)
+                shapes[number] = classify_output(output, rows, HIDDEN_SIZE)
+                output = perturb(output, number, rows, noise_D)
             hidden, residual = (*output, None)[:2] if isinstance(output, tuple) else (output, None)
         split = isinstance(self.blocks[0], Split)
         final = self.norm(hidden + residual if split else hidden)
@@ -184,7 +184,7 @@ T, D = ROWS.num_rows, 8
     ],
 )
 def test_shapes_that_carry_a_stream(output: Any, shape: str) -> None:
-    assert shape_of(output, ROWS, D) == shape
+    assert classify_output(output, ROWS, D) == shape
 
 
 @pytest.mark.parametrize(
@@ -218,20 +218,20 @@ def test_shapes_that_carry_a_stream(output: Any, shape: str) -> None:
     ids=str,
 )
 def test_unrelated_shapes_are_refused(output: Any) -> None:
-    """Neither describing nor disturbing such an output fails: the refusal names the class."""
-    disturb(output, 0, ROWS, torch.ones(D))
-    described = shape_of(output, ROWS, D)
+    """Describing or perturbing such an output does not fail; the error names the class."""
+    perturb(output, 0, ROWS, torch.ones(D))
+    described = classify_output(output, ROWS, D)
     assert described not in ("pair", "one")
     with pytest.raises(UnsupportedEngineError, match=r"Block 1 \(OddBlock\) returns") as caught:
         stream_form(1, described, ROWS, torch.ones(T, D), "OddBlock")
     assert described in caught.value.message
 
 
-def test_a_disturbance_is_in_its_own_rows_and_a_copy() -> None:
+def test_noise_is_in_its_own_rows_of_a_copy() -> None:
     hidden, residual = tensor(T, D), tensor(T, D)
     noise_D = torch.arange(D) + 1.0
-    disturbed = disturb((hidden, residual), 1, ROWS, noise_D)
-    for part, (before, after) in enumerate(zip((hidden, residual), disturbed, strict=True)):
+    perturbed = perturb((hidden, residual), 1, ROWS, noise_D)
+    for part, (before, after) in enumerate(zip((hidden, residual), perturbed, strict=True)):
         changed_T = (after != before).any(1)
         assert changed_T.nonzero().squeeze(1).tolist() == [ROWS.row(1, part)]
         assert torch.equal(after[ROWS.row(1, part)], noise_D)
