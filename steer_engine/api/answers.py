@@ -17,6 +17,7 @@ from steer_engine.errors import (
     UnusableVectorError,
     VectorFileError,
 )
+from steer_engine.resolve import ResolvedSpec
 
 MAX_MESSAGE_CHARS = 600
 
@@ -31,6 +32,7 @@ class RequestNote:
     vLLM runs handlers in child tasks, whose context variables their parent does not see; the object is shared instead.
 
     seen: the check of the request's steering has run, even if there is none.
+    resolved: the request's steering; the engine client takes it from here. None for unsteered requests.
     report: the `steering` object of the answer's body; None for unsteered requests.
     model: the model name in the answer, where it differs from vLLM's (`BASE:PRESET`).
     body_model: the model name in the request's body, on a path that loses it before the check (SageMaker).
@@ -39,6 +41,7 @@ class RequestNote:
     """
 
     seen: bool = False
+    resolved: ResolvedSpec | None = None
     report: dict[str, Any] | None = None
     model: str | None = None
     body_model: str | None = None
@@ -56,7 +59,14 @@ def begin_note() -> RequestNote:
     if note is None:
         note = RequestNote()
         current_note.set(note)
-    note.seen, note.report, note.model, note.retry_after, note.captured = True, None, None, None, False
+    note.seen, note.resolved, note.report, note.model, note.retry_after, note.captured = (
+        True,
+        None,
+        None,
+        None,
+        None,
+        False,
+    )
     return note
 
 

@@ -18,12 +18,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from steer_engine.api.answers import RequestNote, current_note
-from steer_engine.api.frontend import STEERING_KEY
 from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.errors import SteeringRequestError
-from steer_engine.resolve import ResolvedSpec
 from steer_engine.vllm import engine_client
-from steer_engine.vllm.intake import frontend_of
+from steer_engine.vllm.intake import checked_steering, frontend_of
 
 FORMAT = "steer-engine/capture/1"
 
@@ -63,10 +61,11 @@ def fetching(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
     def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         stream = original(self, *args, **kwargs)
         params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
-        resolved = (getattr(params, "extra_args", None) or {}).get(STEERING_KEY)
-        capture = resolved.capture if isinstance(resolved, ResolvedSpec) else None
-        # A capture that is not resolved yet is refused there: nobody would deliver its rows.
-        return stream if capture is None else _fetching(self, capture, stream)
+        # A capture that no check resolved is refused where it is resolved: nobody would deliver its rows.
+        resolved = checked_steering(getattr(params, "extra_args", None))
+        if resolved is None or resolved.capture is None:
+            return stream
+        return _fetching(self, resolved.capture, stream)
 
     return generate
 

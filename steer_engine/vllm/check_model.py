@@ -1,12 +1,11 @@
 """Where a server accepts or refuses a request's steering.
 
 Wraps `BaseServing._check_model` and `PoolingBaseServing._check_model`, the one asynchronous step that every endpoint
-takes before rendering and before a stream's status line, and `BatchChatCompletionRequest.to_chat_completion_request`,
-which would copy the resolved spec as plain data. Known for vLLM 0.32 and 0.33.
+takes before rendering and before a stream's status line. Known for vLLM 0.32 and 0.33.
 
-Here steering is resolved, once, and its vectors are shipped. The `ResolvedSpec` replaces what the client wrote, so that
-the loops of a responses request and further prompts cannot resolve it differently. Endpoints that cannot carry steering
-refuse it here.
+Here steering is resolved, once, and its vectors are shipped. The `ResolvedSpec` waits in the request's note; its digest
+replaces what the client wrote, so that a request whose note gets lost fails instead of running unsteered (`intake`).
+Endpoints that cannot carry steering refuse it here.
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ def _steering(original: Any) -> Any:
         try:
             if (frontend := serving_frontend(self)) is not None:
                 frontend.drain.check_open()
-            note.report = await _admit(self, request, preset)
+            note.resolved = await _admit(self, request, preset)
+            note.report = None if note.resolved is None else note.resolved.report()
         except SteerError as error:
             note.retry_after = getattr(error, "retry_after", None)
             metrics.request_refused(status_of(error))
@@ -74,23 +74,6 @@ def _refusing(original: Any) -> Any:
         return await original(self, request)
 
     return _check_model
-
-
-def _keep_resolved(original: Any) -> Any:
-    def to_chat_completion_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        xargs = self.vllm_xargs or {}
-        resolved = xargs.get(FIELD)
-        if not isinstance(resolved, ResolvedSpec):
-            return original(self, *args, **kwargs)
-        self.vllm_xargs = {key: value for key, value in xargs.items() if key != FIELD} or None
-        try:
-            single = original(self, *args, **kwargs)
-        finally:
-            self.vllm_xargs = xargs
-        single.vllm_xargs = {**(single.vllm_xargs or {}), FIELD: resolved}
-        return single
-
-    return to_chat_completion_request
 
 
 def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
@@ -118,10 +101,10 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     return preset, model
 
 
-async def _admit(serving: Any, request: Any, preset: str | None) -> dict[str, Any] | None:
-    """Resolve the request's steering, ship its vectors, and leave the resolved spec on the request.
+async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec | None:
+    """Resolve the request's steering, ship its vectors, and leave its digest on the request.
 
-    preset: chosen by the model name. Returns the report for the answer; None for an unsteered request.
+    preset: chosen by the model name. None for an unsteered request.
     """
     began = time.monotonic()
     requested = requested_steering(request)
@@ -161,8 +144,8 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> dict[str, An
     if frontend.missing(resolved):
         metrics.shipped_bytes.inc(await ship(serving.engine_client, resolved))
     metrics.request_steered(resolved, time.monotonic() - began)
-    _leave(serving, request, resolved)
-    return resolved.report()
+    _leave(serving, request, resolved.digest)
+    return resolved
 
 
 def requested_steering(request: Any) -> Any:
@@ -191,13 +174,13 @@ def _remove_field(request: Any) -> None:
             xargs.pop(key, None)
 
 
-def _leave(serving: Any, request: Any, resolved: ResolvedSpec) -> None:
-    """Put the resolved spec where vLLM takes a request's extra arguments from."""
+def _leave(serving: Any, request: Any, digest: str) -> None:
+    """Put the digest where vLLM takes a request's extra arguments from."""
     if _takes_tokens(serving):
         params = request.sampling_params
-        params.extra_args = {**(params.extra_args or {}), FIELD: resolved}
+        params.extra_args = {**(params.extra_args or {}), FIELD: digest}
     else:
-        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: resolved}
+        request.vllm_xargs = {**(getattr(request, XARGS, None) or {}), FIELD: digest}
 
 
 def _takes_tokens(serving: Any) -> bool:
@@ -234,13 +217,6 @@ def _error_response(error: SteerError) -> Any:
 PATCHES = (
     Patch(Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",)), _steering),
     Patch(Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",)), _refusing),
-    Patch(
-        Symbol(
-            "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest.to_chat_completion_request",
-            ("messages",),
-        ),
-        _keep_resolved,
-    ),
 )
 
 

@@ -63,13 +63,13 @@ def call(llm_engine: Any, action: str, *args: Any) -> Any:
     """Run an action of `engine_core` on an offline engine, in this process or another."""
     client = llm_engine.engine_core
     if hasattr(client, "call_utility"):
-        return client.call_utility("steer", action, *args)
-    return client.engine_core.steer(action, *args)
+        return client.call_utility("steer", action, list(args))
+    return client.engine_core.steer(action, list(args))
 
 
 async def call_all(async_llm: Any, action: str, *args: Any) -> list[Any]:
     """Run an action of `engine_core` on every engine of a server. The caller may be cancelled, the call is not."""
-    replies: list[Any] = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer", action, *args))
+    replies: list[Any] = await asyncio.shield(async_llm.engine_core.call_utility_all_async("steer", action, list(args)))
     return replies
 
 
@@ -90,7 +90,7 @@ async def handshake(async_llm: Any) -> dict[str, Any]:
         UnsupportedEngineError: an engine or worker is not armed, armed differently, or of another version.
         CapacityError: no answer in time.
     """
-    task = asyncio.ensure_future(async_llm.engine_core.call_utility_all_async("steer", "status"))
+    task = asyncio.ensure_future(async_llm.engine_core.call_utility_all_async("steer", "status", []))
     done, _ = await asyncio.wait({task}, timeout=HANDSHAKE_SECONDS)
     if not done:
         raise CapacityError(f"The engine did not answer within {HANDSHAKE_SECONDS:g} s.", retry_after=5)

@@ -1,7 +1,7 @@
 """The engine core: tracks which vectors all workers hold, and admits only what they can steer.
 
 Wraps `vllm.v1.engine.core.EngineCore.preprocess_add_request` (an exception there fails that request alone) and adds one
-utility method, `steer(action, *args)`, which clients reach by name. Known for vLLM 0.32 and 0.33.
+utility method, `steer(action, args)`, which clients reach by name. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def put(core: Any, digest: str, payload: bytes) -> Reply:
 
 def hold(core: Any, digest: str) -> bool:
     """Whether all workers hold a vector. If so, it is kept for the request that is on its way."""
-    return _resident(core).hold(digest, time.monotonic())
+    return _resident(core).pin_if_resident(digest, time.monotonic())
 
 
 def drop(core: Any, digest: str) -> Reply:
@@ -120,8 +120,8 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def steer(self: Any, action: str, *args: Any) -> Any:
-    """Run one of the actions above. Set on `EngineCore`."""
+def steer(self: Any, action: str, args: list[Any]) -> Any:
+    """Run one of the actions above. Set on `EngineCore`; vLLM's RPC takes no variable arguments."""
     return _ACTIONS[action](self, *args)
 
 

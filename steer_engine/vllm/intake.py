@@ -4,15 +4,16 @@ Wraps, known for vLLM 0.32 and 0.33:
 
 * `InputProcessor.__init__`: makes the `Frontend`.
 * `InputProcessor.process_inputs`: compiles the program, once per prompt, when the prompt's length is known.
-* `AsyncLLM.add_request`, `LLMEngine.add_request`: resolve what is not resolved yet (a server has done it by then), and
-  ship the vectors, before the request enters.
+* `AsyncLLM.add_request`, `LLMEngine.add_request`: put the `ResolvedSpec` into the request's extra arguments, and ship
+its
+  vectors. A server has resolved it by then, and left its digest on the request; others resolve it here.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
@@ -115,13 +116,22 @@ def _log(level: int, request_id: str, program: dict[str, Any]) -> None:
         logger.log(level, "steered %s", json.dumps(line, separators=(",", ":")))
 
 
+def checked_steering(extra_args: Mapping[str, Any] | None) -> ResolvedSpec | None:
+    """The resolved steering of a server's request, whose digest the check left in `extra_args`; None for others."""
+    note = current_note.get()
+    if note is None or note.resolved is None or not extra_args:
+        return None
+    return note.resolved if extra_args.get(STEERING_KEY) == note.resolved.digest else None
+
+
 def _resolved(frontend: Frontend | None, params: Any) -> ResolvedSpec | None:
     """The resolved steering of a request that is about to enter; None if it has none."""
     extra_args = params.extra_args if isinstance(params, SamplingParams) else None
     if frontend is None or not extra_args or not extra_args.get(STEERING_KEY):
         return None
     check_reserved_keys(extra_args)
-    return frontend.resolve(extra_args[STEERING_KEY])
+    requested, checked = extra_args[STEERING_KEY], checked_steering(extra_args)
+    return frontend.resolve(requested) if checked is None else checked
 
 
 def _with(params: Any, resolved: ResolvedSpec) -> Any:
