@@ -16,7 +16,8 @@ from steer_engine.models import resolve_model
 from steer_engine.program import SCORE_KEY, Score
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.settings import SteeringConfig
-from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vectors import ControlVector
+from steer_engine.vectors.registry import Registry
 from steer_engine.vllm.plugin import register
 
 register()

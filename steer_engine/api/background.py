@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import CapacityError, RegistryError, SteerError
-from steer_engine.vectors import Registry
 from steer_engine.vectors.mirror import Mirror
+from steer_engine.vectors.registry import Registry
 
 PROBE_TIMEOUT_SECONDS = 5.0
 GAUGE_SECONDS = 10.0

@@ -21,8 +21,9 @@ from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, resolve_capture
 from steer_engine.settings import PIN_SECONDS, Limits, SteeringConfig
 from steer_engine.spec import parse_spec
-from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vectors import ControlVector
 from steer_engine.vectors.loaded import InlineVectors
+from steer_engine.vectors.registry import Registry
 
 STEERING_KEY = "steering"
 """Key of `SamplingParams.extra_args`: a spec as the client wrote it, or a `ResolvedSpec`, which no client can write."""

@@ -1,4 +1,8 @@
-"""Pipeline parallelism: which of the model's blocks a worker has, and how its part of the model is run alone."""
+"""A model's transformer blocks on one worker: which ones it has, and the startup probe of how they carry the stream.
+
+With pipeline parallelism a worker has only some of the blocks. The probe runs this part of the model alone, with a
+made-up input in place of the earlier stages. Uses `PPMissingLayer` and `IntermediateTensors` of vLLM 0.32 and 0.33.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from vllm.sequence import IntermediateTensors
 
 from steer_engine.engine.stream import ProbeRows, StreamForm, classify_output, perturb, stream_form
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.vllm.fused_norm import Pair, fusible, watching
+from steer_engine.vllm.fused_norm import Pair, find_following_norms, fusible_norms
 from steer_engine.vllm.patching import Symbol
 
 if TYPE_CHECKING:
@@ -30,14 +34,17 @@ USED = (
 )
 
 STREAM_KEYS = {"hidden_states", "residual"}
-"""What stages hand on whose blocks carry one residual stream; others hand on more (deep-stacked images, say)."""
+"""What a pipeline stage passes on if its blocks carry one residual stream. Others pass on more, e.g. images."""
+
+NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "encoder")
+"""Words in the module names of encoders, whose blocks are not those of the language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The blocks of one worker, by their numbers in the whole model: all of them without a pipeline.
+    """The blocks of one worker, by their numbers in the whole model. Without pipeline parallelism: all of them.
 
-    vLLM keeps the whole list on each worker, with a placeholder for each block that another one has.
+    vLLM keeps the full list on each worker, with a placeholder for each block of another worker.
     """
 
     blocks: tuple[int, ...]
@@ -58,36 +65,114 @@ class Stage:
 
     @property
     def handover_block(self) -> int | None:
-        """The block whose output goes to the next stage."""
+        """The block whose output goes to the next stage; None on the last stage."""
         return None if self.is_last or not self.blocks else self.blocks[-1]
 
     def among(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of `blocks` that are here."""
+        """Those of `blocks` that this worker has."""
         return tuple(block for block in blocks if block in self.blocks)
 
-    def incoming(self, model: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """What the stage before would hand on, for a trial: the same noise in every row. None on the first."""
+    def noise_input(self, model: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """Noise in place of the previous stage's output, the same in every row. None on the first stage."""
         if self.is_first:
             return None
         generator = torch.Generator().manual_seed(1)
-        incoming = model.make_empty_intermediate_tensors(num_tokens, dtype, device)
-        for tensor in incoming.tensors.values():
+        tensors = model.make_empty_intermediate_tensors(num_tokens, dtype, device)
+        for tensor in tensors.tensors.values():
             noise_D = torch.randn(tensor.shape[-1], generator=generator)
             tensor.copy_(noise_D.to(dtype).expand_as(tensor))
-        return incoming
+        return tensors
+
+
+def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
+    """The one list of `num_blocks` transformer blocks of the (language) model.
+
+    Raises:
+        UnsupportedEngineError: there is no such list, or more than one.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_blocks
+        and not any(word in name for word in NOT_TEXT)
+        and not any(isinstance(block, nn.ModuleList) for block in module)
+    }
+    # A list inside a block (of experts, for example) can have the same length. The outermost list is the right one.
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        raise UnsupportedEngineError(
+            f"Cannot identify the {num_blocks} transformer blocks of {type(model).__name__}: candidates {outermost}."
+        )
+    return found[outermost[0]]
+
+
+def probe_forms(
+    model: nn.Module, blocks: nn.ModuleList, armed: tuple[int, ...], vllm_config: VllmConfig, device: torch.device
+) -> tuple[dict[int, StreamForm], dict[int, RMSNorm]]:
+    """How each armed block carries the stream, and the norms that edits can be fused with, by block.
+
+    Runs one small forward pass without attention.
+
+    armed: blocks of this worker's stage.
+
+    Raises:
+        UnsupportedEngineError: a block carries the stream in no known form. The message names its class.
+    """
+    rows = ProbeRows(num_blocks=len(blocks))
+    stage = Stage.of(blocks)
+    substitute = _substitute(blocks, stage, armed)
+    probed = sorted({*armed, *substitute.values()})
+    hidden_size = vllm_config.model_config.get_hidden_size()
+    generator = torch.Generator().manual_seed(0)
+    noise_D = torch.randn(hidden_size, generator=generator).to(device)
+    shapes: dict[int, str] = {}
+    pairs: dict[int, Pair] = {}
+
+    def perturbing(block: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            shapes[block] = classify_output(output, rows, hidden_size)
+            perturbed = perturb(output, block, rows, noise_D)
+            if shapes[block] == "pair":
+                pairs[block] = perturbed[:2]
+            return perturbed
+
+        return forward
+
+    with find_following_norms(model, pairs) as norms, ExitStack() as stack:
+        for block in probed:
+            stack.enter_context(_forward_replaced(blocks[block], perturbing(block, blocks[block].forward)))
+        for layer in vllm_config.compilation_config.static_forward_context.values():
+            if isinstance(layer, nn.Module):
+                stack.enter_context(returning_zeros(layer))
+        final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
+    detected = {
+        block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
+        for block in probed
+        if block not in substitute
+    }
+    for block, other in substitute.items():
+        if shapes.get(block) != shapes[other]:
+            raise UnsupportedEngineError(
+                f"Blocks {block} and {other} have the same class but return different outputs, so the form of block "
+                f"{block} is unknown. Leave it out of --steering-blocks."
+            )
+    forms = {block: detected[substitute.get(block, block)] for block in armed}
+    return forms, fusible_norms({block: norm for block, norm in norms.items() if block in forms}, forms)
 
 
 def summed_stream(output: Any) -> torch.Tensor:
-    """The stream that a stage hands on, as the sum that the next one takes it for; other outputs as they are.
+    """The stream that a stage passes on: the sum of its parts. Outputs of the last stage are returned as they are.
 
     Raises:
-        UnsupportedEngineError: it hands on something else beside the stream.
+        UnsupportedEngineError: the stage passes on something besides the stream.
     """
     if isinstance(output, IntermediateTensors):
         if unknown := sorted(set(output.tensors) - STREAM_KEYS):
             raise UnsupportedEngineError(
-                f"A stage of the pipeline hands on {', '.join(unknown)[:200]}; such models cannot be steered with "
-                "pipeline parallelism yet."
+                f"A pipeline stage passes on {', '.join(unknown)[:200]}; such models cannot be steered with pipeline "
+                "parallelism yet."
             )
         parts = [part for part in output.tensors.values() if part is not None]
         return torch.stack([part.float() for part in parts]).sum(0)
@@ -97,136 +182,15 @@ def summed_stream(output: Any) -> torch.Tensor:
     return output
 
 
-_NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "encoder")
-
-
-def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
-    """The one list of `num_blocks` transformer blocks of the (language) model.
-
-    Raises:
-        UnsupportedEngineError: there is none, or more than one.
-    """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_blocks
-        and not any(word in name for word in _NOT_TEXT)
-        and not any(isinstance(block, nn.ModuleList) for block in module)
-    }
-    # A list inside a block (experts, say) may have the same length: the outermost is meant.
-    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    if len(outermost) != 1:
-        raise UnsupportedEngineError(
-            f"Cannot tell the {num_blocks} transformer blocks of {type(model).__name__}: candidates {outermost}."
-        )
-    return found[outermost[0]]
-
-
-def probe_forms(
-    model: nn.Module, blocks: nn.ModuleList, armed: tuple[int, ...], vllm_config: VllmConfig, device: torch.device
-) -> tuple[dict[int, StreamForm], dict[int, RMSNorm]]:
-    """How each armed block carries the stream, and the norm that takes it, by one tiny forward pass without attention.
-
-    armed: blocks of this worker's stage.
-
-    Raises:
-        UnsupportedEngineError: a block that carries no stream we know; names its class.
-    """
-    rows = ProbeRows(num_blocks=len(blocks))
-    stage = Stage.of(blocks)
-    alike = _witness(blocks, stage, armed)
-    probed = sorted({*armed, *alike.values()})
-    hidden_size = vllm_config.model_config.get_hidden_size()
-    generator = torch.Generator().manual_seed(0)
-    noise_D = torch.randn(hidden_size, generator=generator).to(device)
-    shapes: dict[int, str] = {}
-    pairs: dict[int, Pair] = {}
-
-    def disturbing(block: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            shapes[block] = classify_output(output, rows, hidden_size)
-            disturbed = perturb(output, block, rows, noise_D)
-            if shapes[block] == "pair":
-                pairs[block] = disturbed[:2]
-            return disturbed
-
-        return forward
-
-    with watching(model, pairs) as norms, ExitStack() as stack:
-        for block in probed:
-            stack.enter_context(_forward_replaced(blocks[block], disturbing))(block)
-        for layer in vllm_config.compilation_config.static_forward_context.values():
-            if isinstance(layer, nn.Module):
-                stack.enter_context(returning_zeros(layer))
-        final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
-    told = {
-        block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
-        for block in probed
-        if block not in alike
-    }
-    for block, witness in alike.items():
-        if shapes.get(block) != shapes[witness]:
-            raise UnsupportedEngineError(f"Block {block} returns something else than block {witness}, its like.")
-    forms = {block: told[alike.get(block, block)] for block in armed}
-    return forms, fusible({block: norm for block, norm in norms.items() if block in forms}, forms)
-
-
-def _witness(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> dict[int, int]:
-    """The block that ends a stage, if it is armed -> a block of its kind that tells for it.
-
-    What the next stage makes of the two parts is not seen here: only a block that is followed by another tells.
-    """
-    last = stage.handover_block
-    if last is None or last not in armed:
-        return {}
-    for witness in reversed(stage.blocks[:-1]):
-        if type(blocks[witness]) is type(blocks[last]):
-            return {last: witness}
-    raise UnsupportedEngineError(
-        f"Block {last} ({type(blocks[last]).__name__}) ends a stage of the pipeline that has no other block of its "
-        "kind, so it cannot be told how it carries the stream. Use fewer stages, or leave the block out of "
-        "--steering-blocks."
-    )
-
-
-def _forward(
-    model: nn.Module, stage: Stage, num_tokens: int, vllm_config: VllmConfig, device: torch.device
-) -> torch.Tensor:
-    input_ids = torch.ones(num_tokens, dtype=torch.int64, device=device)
-    positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-    if vllm_config.model_config.uses_mrope:
-        positions = positions.expand(3, num_tokens).contiguous()
-    with torch.inference_mode(), set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True):
-        incoming = stage.incoming(model, num_tokens, vllm_config.model_config.dtype, device)
-        output = model(input_ids=input_ids, positions=positions, intermediate_tensors=incoming, inputs_embeds=None)
-    return summed_stream(output).reshape(num_tokens, -1).float().cpu()
-
-
-@contextmanager
-def _forward_replaced(
-    module: nn.Module, make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[Callable[[int], None]]:
-    def replace(block: int) -> None:
-        module.forward = make(block, module.forward)
-
-    try:
-        yield replace
-    finally:
-        module.__dict__.pop("forward", None)
-
-
 @contextmanager
 def returning_zeros(layer: nn.Module) -> Iterator[None]:
-    """An attention-like layer whose output is zero: without metadata the real one returns uninitialised memory."""
-
+    """Make an attention-like layer return zeros. Without metadata the real one returns uninitialised memory."""
     signature = inspect.signature(layer.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         given = signature.bind(*args, **kwargs).arguments
-        if given.get("output") is not None:  # by position too: a short convolution's caller reads nothing else
+        if given.get("output") is not None:  # by name or by position; the caller of a short convolution uses only this
             return given["output"].zero_()
         if given.get("output_shape") is not None:
             return tensors[0].new_zeros(given["output_shape"])
@@ -234,8 +198,51 @@ def returning_zeros(layer: nn.Module) -> Iterator[None]:
         width = getattr(layer, "num_heads", 0) * getattr(layer, "head_size_v", getattr(layer, "head_size", 0))
         return zeros[..., :width] if 0 < width < zeros.shape[-1] else zeros
 
-    layer.forward = forward
+    with _forward_replaced(layer, forward):
+        yield
+
+
+def _substitute(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> dict[int, int]:
+    """The stage's last block, if it is armed and another stage follows -> the block to probe in its place.
+
+    How the next stage combines the two parts is not visible here, so only a block that is followed by another block of
+    this stage can be probed. The substitute has the same class.
+
+    Raises:
+        UnsupportedEngineError: the stage has no other block of that class.
+    """
+    last = stage.handover_block
+    if last is None or last not in armed:
+        return {}
+    for other in reversed(stage.blocks[:-1]):
+        if type(blocks[other]) is type(blocks[last]):
+            return {last: other}
+    raise UnsupportedEngineError(
+        f"Block {last} ({type(blocks[last]).__name__}) ends a stage of the pipeline that has no other block of its "
+        "class, so it is unknown how it carries the stream. Use fewer stages, or leave the block out of "
+        "--steering-blocks."
+    )
+
+
+def _forward(
+    model: nn.Module, stage: Stage, num_tokens: int, vllm_config: VllmConfig, device: torch.device
+) -> torch.Tensor:
+    """float32 [T, D] on the CPU: what the stage returns for T equal tokens."""
+    input_ids = torch.ones(num_tokens, dtype=torch.int64, device=device)
+    positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    if vllm_config.model_config.uses_mrope:
+        positions = positions.expand(3, num_tokens).contiguous()
+    with torch.inference_mode(), set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True):
+        received = stage.noise_input(model, num_tokens, vllm_config.model_config.dtype, device)
+        output = model(input_ids=input_ids, positions=positions, intermediate_tensors=received, inputs_embeds=None)
+    return summed_stream(output).reshape(num_tokens, -1).float().cpu()
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace `forward` of one instance until the block ends."""
+    module.forward = forward
     try:
         yield
     finally:
-        layer.__dict__.pop("forward", None)
+        module.__dict__.pop("forward", None)

@@ -1,4 +1,4 @@
-"""Where a server accepts or refuses a request's steering.
+"""Where a server accepts or refuses a request's steering, and how each endpoint's requests reach that point.
 
 Wraps `BaseServing._check_model` and `PoolingBaseServing._check_model`, the one asynchronous step that every endpoint
 takes before rendering and before a stream's status line. Known for vLLM 0.32 and 0.33.
@@ -6,6 +6,10 @@ takes before rendering and before a stream's status line. Known for vLLM 0.32 an
 Here steering is resolved, once, and its vectors are shipped. The `ResolvedSpec` waits in the request's note; its digest
 replaces what the client wrote, so that a request whose note gets lost fails instead of running unsteered (`intake`).
 Endpoints that cannot carry steering refuse it here.
+
+Some endpoints need more. `/v1/messages` is answered by the chat handler, but its request class drops unknown fields:
+the class is opened, and `AnthropicServingMessages._build_base_request` (wrapped) copies the field. The classes of
+`/inference/v1/generate` are opened. `OpenAIServingModels.show_available_models` (wrapped) lists presets as models.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from steer_engine.api import metrics
 from steer_engine.api.answers import RequestNote, begin_note, current_note, envelope_of, status_of
 from steer_engine.api.foreign_forms import XARGS_FORMS
 from steer_engine.api.frontend import NOT_ARMED, Frontend
-from steer_engine.api.request_field import FIELD, MISPLACED, XARGS, split_model, steering_of
+from steer_engine.api.request_field import FIELD, MISPLACED, SEPARATOR, XARGS, split_model, steering_of
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.vllm import capture_fetch
@@ -33,6 +37,10 @@ USED = (
     Symbol("vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
+    Symbol("vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateRequest"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateResponseBase"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateStreamResponseBase"),
 )
 
 
@@ -214,11 +222,67 @@ def _error_response(error: SteerError) -> Any:
     return ErrorResponse(error=ErrorInfo(**envelope_of(error)["error"]))
 
 
+def _open_classes() -> None:
+    """Let request and answer classes keep extra fields. Must run before vLLM imports the routes, which copy schemas."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.scale_out.token_in_token_out import protocol
+
+    answers = (protocol.GenerateResponseBase, protocol.GenerateStreamResponseBase)
+    for opened in (
+        AnthropicMessagesRequest,
+        protocol.GenerateRequest,
+        *(each for base in answers for each in base.__subclasses__()),
+    ):
+        if opened.model_config.get("extra") != "allow":
+            opened.model_config["extra"] = "allow"
+            opened.model_rebuild(force=True)
+
+
+def _build_base_request(original: Any) -> Any:
+    def build(cls: Any, anthropic_request: Any, openai_messages: Any) -> Any:
+        request = original(cls, anthropic_request, openai_messages)
+        extra = getattr(anthropic_request, "__pydantic_extra__", None) or {}
+        for key in (FIELD, *MISPLACED):
+            if key in extra:
+                setattr(request, key, extra[key])
+        return request
+
+    return build
+
+
+def _with_presets(original: Any) -> Any:
+    async def show_available_models(self: Any) -> Any:
+        models = await original(self)
+        frontend = frontend_of(self)
+        if frontend is None or not frontend.armed:
+            return models
+        bases = {path.name for path in self.base_model_paths}
+        presets = list(frontend.registry.presets())
+        models.data += [
+            card.model_copy(update={"id": f"{card.id}{SEPARATOR}{preset}", "parent": card.id, "permission": []})
+            for card in models.data
+            if card.id in bases
+            for preset in presets
+        ]
+        return models
+
+    return show_available_models
+
+
 PATCHES = (
     Patch(Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",)), _steering),
     Patch(Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",)), _refusing),
+    Patch(
+        Symbol(
+            "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._build_base_request",
+            ("anthropic_request", "openai_messages"),
+        ),
+        _build_base_request,
+    ),
+    Patch(Symbol("vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models"), _with_presets),
 )
 
 
 def install() -> None:
+    _open_classes()
     apply(PATCHES)

@@ -1,9 +1,8 @@
-"""Edits inside the fused add and norm that follows a block: one launch less per site, one rounding less per row.
+"""Edits inside the fused add and RMSNorm that follows a block: one launch less per site, one rounding less per row.
 
-Only on request (`SteeringConfig.fuse_norm`), because vLLM's own norm rounds otherwise: an engine that is asked nothing
-is then no longer plain vLLM bit for bit. Wraps `RMSNorm` instances of `vllm.model_executor.layers.layernorm`; which
-norm belongs to which block is seen in the start-up probe: the one that is called with the very tensors that the block
-returned. Known for vLLM 0.32 and 0.33.
+Off by default (`SteeringConfig.fuse_norm`): vLLM's own norm rounds differently, so the outputs of unsteered requests
+are no longer bit-identical to plain vLLM. Replaces `forward` of `RMSNorm` instances. The startup probe finds the norm
+of each block: the one that is called with the same two tensors that the block returned. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -36,27 +35,30 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def reason_not_to_fuse(vllm_config: VllmConfig) -> str | None:
-    """Why this engine must keep vLLM's own norm, or None."""
+    """Why edits cannot be fused with the norms of this engine, or None."""
     model_config = vllm_config.model_config
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         return "tensor parallelism fuses the norm with its all-reduce"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return "the norm behind a block may be on the next stage of the pipeline"
+        return "the norm after a block may be on the next pipeline stage"
     if model_config.quantization is not None:
         return "quantised models fuse the norm with quantisation"
     if vllm_config.speculative_config is not None:
-        return "draft models may read the stream between a block and the next norm"
+        return "draft models may use the stream between a block and the next norm"
     if model_config.get_hidden_size() * model_config.dtype.itemsize > MAX_NORMED_BYTES:
         return f"a row of more than {MAX_NORMED_BYTES:,} bytes doesn't fit in the kernel's registers"
     return None
 
 
 @contextmanager
-def watching(model: nn.Module, outputs: Mapping[int, Pair]) -> Iterator[dict[int, RMSNorm]]:
-    """While the probe runs: block -> the norm that was called with the pair which the block returned."""
+def find_following_norms(model: nn.Module, outputs: Mapping[int, Pair]) -> Iterator[dict[int, RMSNorm]]:
+    """Record, while the probe runs, which norm is called with the pair that a block returned.
+
+    outputs: block -> the pair that it returned, filled by the probe. Yields block -> norm, filled likewise.
+    """
     found: dict[int, RMSNorm] = {}
 
-    def watched(norm: RMSNorm) -> Callable[..., Any]:
+    def recorded(norm: RMSNorm) -> Callable[..., Any]:
         original = norm.forward
 
         def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -69,13 +71,16 @@ def watching(model: nn.Module, outputs: Mapping[int, Pair]) -> Iterator[dict[int
 
     with ExitStack() as stack:
         for norm in [module for module in model.modules() if type(module) is RMSNorm]:
-            norm.forward = watched(norm)
+            norm.forward = recorded(norm)
             stack.callback(norm.__dict__.pop, "forward")
         yield found
 
 
-def fusible(norms: Mapping[int, RMSNorm], forms: Mapping[int, StreamForm]) -> dict[int, RMSNorm]:
-    """The blocks whose edit can move into their norm: a split stream, a plain weighted norm, nobody else's norm."""
+def fusible_norms(norms: Mapping[int, RMSNorm], forms: Mapping[int, StreamForm]) -> dict[int, RMSNorm]:
+    """The norms that edits can be fused with, by block.
+
+    They need a split stream, and a plain weighted norm that follows no other block.
+    """
     owners = list(norms.values())
     return {
         block: norm
@@ -88,7 +93,7 @@ def fusible(norms: Mapping[int, RMSNorm], forms: Mapping[int, StreamForm]) -> di
 
 
 def fuse(norm: RMSNorm, site: int) -> None:
-    """Let `norm` edit the stream of `site` on its way. Without a residual it is what it was."""
+    """Let `norm` edit the stream at `site` too. Calls without a residual are unchanged."""
     original = norm.forward
 
     def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:

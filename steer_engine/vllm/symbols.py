@@ -30,9 +30,9 @@ ASYNC_LLM_INIT = Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", ("vllm_con
 
 def api_modules() -> tuple[ModuleType, ...]:
     """Patches of the API server. They apply in processes that make an `AsyncLLM`; others need not import them."""
-    from steer_engine.vllm import answer_fields, check_model, endpoints, shutdown, tracing
+    from steer_engine.vllm import check_model, reports, shutdown
 
-    return check_model, answer_fields, endpoints, tracing, shutdown
+    return check_model, reports, shutdown
 
 
 def wrapped() -> tuple[Symbol, ...]:

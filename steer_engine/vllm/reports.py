@@ -1,0 +1,123 @@
+"""The one place where answers and traces say what was applied.
+
+Answers: wraps the constructors of `OpenAIBaseModel` (chat, completion and responses answers derive from it) and of the
+two base classes of `/inference/v1/generate`. An answer of a steered request gets the field `steering`: every whole
+answer, and every stream chunk with a `finish_reason`. The model is named as the client named it. The request's note is
+found by its context variable, which vLLM's tasks inherit.
+
+Traces: with `--otlp-traces-endpoint`, vLLM makes a span per request when it finishes. Wraps
+`OutputProcessor.do_tracing` and the `instrument_manual` that it calls; `intake` attaches the report to the request's
+output queue. A steered request's span gets `steer_engine.digest`, `.preset`, `.names`, `.vectors` and `.edits`
+(digests).
+
+Known for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from steer_engine.api.answers import RequestNote, current_note
+from steer_engine.vllm.intake import REPORT
+from steer_engine.vllm.patching import Patch, Symbol, apply
+
+_CHAT = "vllm.entrypoints.openai.chat_completion.protocol"
+_COMPLETION = "vllm.entrypoints.openai.completion.protocol"
+_TOKENS = "vllm.entrypoints.scale_out.token_in_token_out.protocol"
+
+WHOLE = (
+    Symbol(f"{_CHAT}:ChatCompletionResponse"),
+    Symbol(f"{_COMPLETION}:CompletionResponse"),
+    Symbol("vllm.entrypoints.openai.responses.protocol:ResponsesResponse"),
+    Symbol(f"{_TOKENS}:GenerateResponseBase"),
+)
+CHUNKS = (
+    Symbol(f"{_CHAT}:ChatCompletionStreamResponse"),
+    Symbol(f"{_COMPLETION}:CompletionStreamResponse"),
+    Symbol(f"{_TOKENS}:GenerateStreamResponseBase"),
+)
+USED = (*WHOLE, *CHUNKS)
+
+_attributes: ContextVar[dict[str, Any] | None] = ContextVar("steer_engine_span", default=None)
+"""Our attributes of the span that is being made."""
+
+
+@cache
+def _classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    return tuple(symbol.get() for symbol in WHOLE), tuple(symbol.get() for symbol in CHUNKS)
+
+
+def _init(original: Any) -> Any:
+    def __init__(self: Any, /, **data: Any) -> None:
+        note = current_note.get()
+        # Unsteered answers, the common case, pay for this test only.
+        if note is not None and note.report is not None:
+            _add(self, data, note, note.report)
+        original(self, **data)
+
+    return __init__
+
+
+def _add(answer: Any, data: dict[str, Any], note: RequestNote, report: dict[str, Any]) -> None:
+    whole, chunks = _classes()
+    is_chunk = isinstance(answer, chunks)
+    if not is_chunk and not isinstance(answer, whole):
+        return
+    if note.model is not None and "model" in data:
+        data["model"] = note.model
+    if is_chunk and not any(choice.finish_reason for choice in data.get("choices", ())):
+        return
+    capture = report.get("capture")
+    if not is_chunk and capture is not None and "data" not in capture:
+        raise RuntimeError("An answer was made before its captured rows were fetched.")
+    data["steering"] = report
+
+
+def attributes_of(report: dict[str, Any]) -> dict[str, Any]:
+    """A span's attributes: strings, and lists of strings."""
+    edits = report["edits"]
+    found = {
+        "digest": report["digest"],
+        "preset": report.get("preset"),
+        "names": [edit["name"] for edit in edits if "name" in edit],
+        "vectors": [edit["vector"] for edit in edits],
+        "edits": [edit["digest"] for edit in edits],
+    }
+    return {f"steer_engine.{key}": value for key, value in found.items() if value is not None}
+
+
+def _do_tracing(original: Any) -> Any:
+    def do_tracing(self: Any, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+        report = getattr(req_state.queue, REPORT, None)
+        token = _attributes.set(None if report is None else attributes_of(report))
+        try:
+            original(self, engine_core_output, req_state, *args, **kwargs)
+        finally:
+            _attributes.reset(token)
+
+    return do_tracing
+
+
+def _instrument_manual(original: Any) -> Any:
+    def instrument_manual(*args: Any, **kwargs: Any) -> Any:
+        if (ours := _attributes.get()) is not None:
+            kwargs["attributes"] = {**(kwargs.get("attributes") or {}), **ours}
+        return original(*args, **kwargs)
+
+    return instrument_manual
+
+
+_OUTPUT = "vllm.v1.engine.output_processor"
+PATCHES = (
+    Patch(Symbol("vllm.entrypoints.serve.engine.protocol:OpenAIBaseModel.__init__"), _init),
+    Patch(Symbol(f"{_TOKENS}:GenerateResponseBase.__init__"), _init),
+    Patch(Symbol(f"{_TOKENS}:GenerateStreamResponseBase.__init__"), _init),
+    Patch(Symbol(f"{_OUTPUT}:OutputProcessor.do_tracing", ("engine_core_output", "req_state")), _do_tracing),
+    Patch(Symbol(f"{_OUTPUT}:instrument_manual", ("span_name", "attributes")), _instrument_manual),
+)
+
+
+def install() -> None:
+    apply(PATCHES)
