@@ -1,4 +1,4 @@
-"""What stands in for attention and its like while the probe runs."""
+"""What replaces attention and similar layers while the probe runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.v1_only  # no engine
 
 
 class Attention(nn.Module):
-    """Returns its answer, in a shape that the caller may name."""
+    """Returns its output, in a shape that the caller may request."""
 
     num_heads, head_size = 2, 3
 
@@ -23,15 +23,15 @@ class Attention(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Writes its answer where it is told, and returns nothing."""
+    """Writes into the output it is given, and returns nothing."""
 
     def forward(self, hidden: torch.Tensor, output: torch.Tensor) -> None:
         raise AssertionError("it is replaced")
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_what_writes_where_it_is_told_leaves_no_old_memory_there(by_name: bool) -> None:
-    """LFM2 tells its short convolution by position, Granite its mixer by name; old memory differs from row to row."""
+def test_a_given_output_is_filled_with_zeros(by_name: bool) -> None:
+    """LFM2 passes the output by position, Granite by name; uninitialised memory differs between rows."""
     layer, output = Convolution(), torch.full((5, 8), torch.nan)
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {"output": output}) if by_name else ((output,), {})
     with returning_zeros(layer):
@@ -40,12 +40,12 @@ def test_what_writes_where_it_is_told_leaves_no_old_memory_there(by_name: bool) 
 
 
 @pytest.mark.parametrize(
-    ("asked", "shape"), [(torch.Size((5, 4)), (5, 4)), (None, (5, 6))], ids=["a named shape", "all heads"]
+    ("requested", "shape"), [(torch.Size((5, 4)), (5, 4)), (None, (5, 6))], ids=["a requested shape", "all heads"]
 )
-def test_what_returns_its_answer_returns_zeros(asked: torch.Size | None, shape: tuple[int, ...]) -> None:
+def test_a_returned_output_is_zeros(requested: torch.Size | None, shape: tuple[int, ...]) -> None:
     layer = Attention()
     with returning_zeros(layer):
-        answer = layer(torch.ones(5, 12), torch.ones(5, 6), output_shape=asked)
+        answer = layer(torch.ones(5, 12), torch.ones(5, 6), output_shape=requested)
     assert torch.equal(answer, torch.zeros(shape))
     with pytest.raises(AssertionError, match="replaced"):
         layer(torch.ones(5, 12), torch.ones(5, 6))

@@ -1,4 +1,4 @@
-"""A part of a model alone: which blocks are there, and how the probe tells where they carry the stream."""
+"""A part of a model alone: which blocks it has, and how the probe detects where they carry the stream."""
 
 from __future__ import annotations
 
@@ -64,30 +64,30 @@ def test_a_stage_arms_the_blocks_that_it_has(load: Load, rank: int, size: int, b
     runtime = runtime_of(runner)
     assert runtime is not None
     assert runtime.armed_blocks == runtime.stage_blocks == blocks
-    assert runtime.asked_blocks == tuple(range(BLOCKS))
+    assert runtime.requested_blocks == tuple(range(BLOCKS))
     assert runtime.forms == dict.fromkeys(blocks, StreamForm.SPLIT)
     assert runtime.tables.entries_SLEW.shape[1] == len(blocks), "tables for the blocks that are here"
 
 
-def test_only_what_is_asked_is_armed_and_a_stage_may_have_none_of_it(load: Load) -> None:
+def test_only_requested_blocks_are_armed_and_a_stage_may_have_none(load: Load) -> None:
     for rank, armed in ((0, (2,)), (1, ())):
         runner = load(rank, 2, blocks=(2,))
         arm(runner)
         runtime = runtime_of(runner)
         assert runtime is not None
         assert runtime.armed_blocks == armed
-        assert runtime.asked_blocks == (2,)
+        assert runtime.requested_blocks == (2,)
 
 
-def test_the_block_that_ends_a_stage_needs_another_of_its_kind(load: Load) -> None:
-    """What the next stage makes of its two parts is not seen: a block before it tells."""
+def test_the_block_that_ends_a_stage_needs_another_of_its_class(load: Load) -> None:
+    """How the next stage combines the two parts is not visible, so an earlier block of the same class is probed."""
     runner = load(0, BLOCKS)
     with pytest.raises(UnsupportedEngineError, match="ends a stage"):
         arm(runner)
     arm(load(BLOCKS - 1, BLOCKS))  # followed by the norm
 
 
-def test_the_stream_that_is_handed_on_is_the_sum() -> None:
+def test_the_stream_passed_to_the_next_stage_is_the_sum() -> None:
     hidden, residual = torch.ones(2, 4), torch.full((2, 4), 3.0)
     assert (
         summed_stream(IntermediateTensors({"hidden_states": hidden, "residual": residual})).tolist() == [[4.0] * 4] * 2
