@@ -1,27 +1,52 @@
-"""What a request asks: an ordered list of edits with scopes. The public schema of the `steering` field."""
+"""The public schema of a request's `steering` field, and its parser.
+
+`parse_spec` turns a mapping or JSON text into a `SteeringSpec`. Every error is a `SteeringRequestError` whose `param`
+is the path of the first wrong field. Names of vectors and presets are looked up later, in `steer_engine.resolve`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 
 MAX_ECHO_CHARS = 80
 """How much of a client's text an error message repeats."""
+MAX_BLOCK_NUMBER = 1023
+"""The highest block number of any model. Vector files have the same limit."""
+MAX_NAME_CHARS = 128
+MAX_EDITS = 1024
+"""The schema's own limit; `Limits.max_edits` is the limit of a server."""
+MAX_SPEC_CHARS = 65_536
+"""Length of a spec as JSON text. Eight edits that list every block fit."""
+MAX_POSITIONS = 1024
+"""Token positions that a capture may list."""
+MAX_FIELDS = 32
+"""Fields of one object. More than any object has, and few enough that reporting unknown ones is cheap."""
 
-_VALUE_HELPS = re.compile(r"_type$|^(wrong_kind|literal_error|enum|finite_number|greater_than_equal|less_than_equal)$")
+_SHOW_VALUE = re.compile(r"_type$|^(wrong_kind|literal_error|enum|finite_number|greater_than_equal|less_than_equal)$")
+"""Kinds of pydantic errors whose message is clearer with the given value."""
 _REWORDED = {"model_type": "must be an object", "list_type": "must be a list"}
 
 
 def shown(value: Any) -> str:
-    """A client's value as a message repeats it: printable, and at most MAX_ECHO_CHARS long."""
+    """A client's value for an error message: printable, at most MAX_ECHO_CHARS long."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, str):
@@ -37,34 +62,32 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"[:MAX_ECHO_CHARS]
 
 
-def wrong_field(field: str, message: str) -> PydanticCustomError:
-    """What a validator of a whole object raises, so that the error can name the field."""
+def _field_error(field: str, message: str) -> PydanticCustomError:
+    """For validators of a whole object: an error about one of its fields."""
     return PydanticCustomError("wrong_field", "{message}", {"field": field, "message": message})
 
 
-def told_apart(tag_of: Callable[[Any], str | None], valid: str) -> Discriminator:
-    """Tells the branches of a union apart by the kind of the value, so that an error is about the one that was meant.
+def _by_kind(tag_of: Callable[[Any], str | None], valid: str) -> Discriminator:
+    """Selects the branch of a union by the type of the value, so that an error is about the intended branch.
 
-    Tags stand in angle brackets: no field is called so.
+    tag_of: the tag of a value's branch, None for a value of no branch. Tags are in angle brackets, unlike fields.
+    valid: what is valid, for the error message.
     """
     return Discriminator(tag_of, custom_error_type="wrong_kind", custom_error_message=f"must be {valid}")
 
 
-def request_error(error: ValidationError, objects: Mapping[str, type[BaseModel]]) -> SteeringRequestError:
-    """The first error, with the path of its field.
-
-    objects: the model that each field holds ("steering": the root), to say which fields there are.
-    """
+def _request_error(error: ValidationError) -> SteeringRequestError:
+    """The first of pydantic's errors, with the path of its field."""
     first = error.errors(include_url=False)[0]
     kind, location = first["type"], list(first["loc"])
     message = _REWORDED.get(kind, first["msg"]).removeprefix("Value error, ").replace(" after validation", "")
-    if _VALUE_HELPS.search(kind):
+    if _SHOW_VALUE.search(kind):
         message += f", not {shown(first['input'])}"
     unknown = ""
     if kind == "extra_forbidden":
         field = shown(location.pop())
-        holder = next((str(part) for part in reversed(location) if part in objects), "steering")
-        message = f"unknown field {field}; there are {', '.join(objects[holder].model_fields)}"
+        parent = next((str(part) for part in reversed(location) if part in _OBJECTS), "steering")
+        message = f"unknown field {field}; valid fields: {', '.join(_OBJECTS[parent].model_fields)}"
         unknown = f".{field[1:-1]}"
     elif kind == "invalid_key":
         location.pop()
@@ -79,36 +102,24 @@ def request_error(error: ValidationError, objects: Mapping[str, type[BaseModel]]
     return SteeringRequestError(f"{param}: {message}.", param + unknown)
 
 
-MAX_BLOCK_NUMBER = 1023
-"""The last block that any model may have (vectors are bounded alike)."""
-MAX_NAME_CHARS = 128
-MAX_EDITS = 1024
-"""What the schema reads; `Limits.max_edits` says how many a server takes."""
-MAX_SPEC_CHARS = 65_536
-"""Of a spec as JSON text; eight edits that spell out all blocks fit."""
-MAX_POSITIONS = 1024
-"""Token numbers that a capture may list."""
-MAX_FIELDS = 32
-"""Of one object. More than any has, and few enough that naming the unknown ones costs nothing."""
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Position = Annotated[int, Field(ge=-(2**30), le=2**30)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 
 
 class Op(StrEnum):
-    """One thing done to the residual stream x with the vector v (DESIGN: what an edit computes)."""
+    """The operation that an edit applies to the residual stream x with a vector v."""
 
     ADD = "add"
     """x + scale * v"""
     ADD_RELATIVE = "add_relative"
-    """x + scale * |x| * v/|v|, with |x| of this very row"""
+    """x + scale * |x| * v/|v|, where |x| is the norm of the same row"""
     ABLATE = "ablate"
-    """remove the component along v, by `scale` (1 = all of it)"""
+    """Remove the fraction `scale` of the component along v (1 = all of it)."""
     CLAMP = "clamp"
-    """hold the component along v in [lo, hi]"""
+    """Limit the component along v to [lo, hi]."""
     SET = "set"
-    """the component along v becomes `target`"""
+    """Set the component along v to `target`."""
 
 
 class _Strict(BaseModel):
@@ -116,39 +127,69 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, fields: Any) -> Any:
+    def _check_field_count(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
-            raise ValueError(f"{len(fields)} fields given; there are {', '.join(cls.model_fields)}")
+            raise ValueError(f"{len(fields)} fields given; valid fields: {', '.join(cls.model_fields)}")
         return fields
 
 
 class Span(_Strict):
-    """Positions start <= p < end; negative numbers count from the prompt's end, as Python slices do; null = open."""
+    """Positions start <= p < end. Negative numbers count from the end of the prompt; null is open, as in a slice."""
 
     start: Position | None = None
     end: Position | None = None
 
 
 class Gate(_Strict):
-    """Apply an edit only where cos(x, vector) lies in [min_cos, max_cos]."""
+    """Apply an edit only where cos(x, vector) is in [min_cos, max_cos]."""
 
     vector: Name
     min_cos: Annotated[Finite, Field(ge=-1, le=1)] | None = None
     max_cos: Annotated[Finite, Field(ge=-1, le=1)] | None = None
 
     @model_validator(mode="after")
-    def _some_bound(self) -> Gate:
+    def _check_bounds(self) -> Gate:
         if self.min_cos is None and self.max_cos is None:
             raise ValueError("a gate needs min_cos or max_cos")
         if self.min_cos is not None and self.max_cos is not None and self.min_cos > self.max_cos:
-            raise wrong_field("min_cos", f"min_cos {self.min_cos:g} is above max_cos {self.max_cos:g}")
+            raise _field_error("min_cos", f"min_cos {self.min_cos:g} is above max_cos {self.max_cos:g}")
         return self
 
 
 class InlineVector(_Strict):
-    """A control vector in the request itself: base64 of a safetensors file."""
+    """A control vector inside the request: base64 of a safetensors file."""
 
     data: Annotated[str, Field(min_length=1)]
+
+
+def parse_blocks(blocks: str | int | list[int]) -> tuple[int, ...] | None:
+    """Block numbers, ascending and without duplicates; None for `"all"`.
+
+    Raises:
+        ValueError: not a valid form. The message says which are.
+    """
+    if isinstance(blocks, str):
+        if blocks == "all":
+            return None
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", blocks, flags=re.ASCII)
+        if match is None:
+            raise ValueError(f"{shown(blocks)} is not valid; use 'all', '8-22', '14', [8, 9] or 14")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ValueError(f"{shown(blocks)} runs backwards; write '{last}-{first}'")
+        ends = [first, last]
+    else:
+        ends = [blocks] if isinstance(blocks, int) else blocks
+    if not ends:
+        raise ValueError("the list is empty; leave it out for all blocks of the vector")
+    if wrong := [number for number in (min(ends), max(ends)) if not 0 <= number <= MAX_BLOCK_NUMBER]:
+        raise ValueError(f"{shown(wrong[0])} is not a block number; the range is 0 to {MAX_BLOCK_NUMBER}")
+    return tuple(range(first, last + 1)) if isinstance(blocks, str) else tuple(sorted(set(ends)))
+
+
+def _check_blocks(blocks: str | int | list[int]) -> str | int | list[int]:
+    parse_blocks(blocks)
+    return blocks
 
 
 def _tag_of_vector(vector: Any) -> str | None:
@@ -173,30 +214,31 @@ def _tag_of_positions(positions: Any) -> str | None:
 
 VectorField = Annotated[
     Annotated[Name, Tag("<name>")] | Annotated[InlineVector, Tag("<inline>")],
-    told_apart(_tag_of_vector, "a vector's name, its digest 'sha256:...', or {'data': base64 of a safetensors file}"),
+    _by_kind(_tag_of_vector, "a vector's name, its digest 'sha256:...', or {'data': base64 of a safetensors file}"),
 ]
 BlocksField = Annotated[
     Annotated[str, Field(max_length=MAX_NAME_CHARS), Tag("<range>")]
     | Annotated[int, Tag("<number>")]
     | Annotated[list[int], Field(max_length=MAX_BLOCK_NUMBER + 1, fail_fast=True), Tag("<list>")],
-    told_apart(_tag_of_blocks, "'all', a range such as '8-22', a block's number, or a list of numbers"),
+    _by_kind(_tag_of_blocks, "'all', a range such as '8-22', a block number, or a list of numbers"),
+    AfterValidator(_check_blocks),
 ]
 PositionsField = Annotated[
     Annotated[Literal["last", "mean", "all"], Tag("<word>")]
     | Annotated[list[Position], Field(min_length=1, max_length=MAX_POSITIONS, fail_fast=True), Tag("<list>")],
-    told_apart(_tag_of_positions, "'last', 'mean', 'all', or a list of token numbers (negative: from the end)"),
+    _by_kind(_tag_of_positions, "'last', 'mean', 'all', or a list of token positions (negative: from the end)"),
 ]
 ScopeField = Annotated[
     Annotated[Literal["all", "prompt", "generation"], Tag("<word>")] | Annotated[Span, Tag("<span>")],
-    told_apart(_tag_of_scope, "'all', 'prompt', 'generation', or {'start': a, 'end': b}"),
+    _by_kind(_tag_of_scope, "'all', 'prompt', 'generation', or {'start': a, 'end': b}"),
 ]
 
 
 class EditSpec(_Strict):
     """One edit: `op` with `vector` at `blocks`, over the positions of `scope`.
 
-    scale: in units of the vector, or of the block's mean residual norm with `unit: "residual"` (op add);
-    of the row's own norm (add_relative); the part that is removed (ablate).
+    scale: for op add in units of the vector, or in mean residual norms of the block with `unit: "residual"`; for
+    add_relative in norms of the same row; for ablate the fraction to remove.
     """
 
     vector: VectorField
@@ -210,54 +252,43 @@ class EditSpec(_Strict):
     hi: Finite | None = None
     target: Finite | None = None
 
-    @field_validator("blocks")
-    @classmethod
-    def _readable_blocks(cls, blocks: str | int | list[int]) -> str | int | list[int]:
-        parse_blocks(blocks)
-        return blocks
-
     @model_validator(mode="after")
-    def _fields_of_the_operation(self) -> EditSpec:
+    def _check_operation_fields(self) -> EditSpec:
         op = self.op.value
         if self.op is Op.CLAMP:
             if self.lo is None and self.hi is None:
-                raise wrong_field("lo", "op 'clamp' needs lo, hi or both")
+                raise _field_error("lo", "op 'clamp' needs lo, hi or both")
             if self.lo is not None and self.hi is not None and self.lo > self.hi:
-                raise wrong_field("lo", f"lo {self.lo:g} is above hi {self.hi:g}")
+                raise _field_error("lo", f"lo {self.lo:g} is above hi {self.hi:g}")
         elif self.lo is not None or self.hi is not None:
-            raise wrong_field("hi" if self.lo is None else "lo", f"lo and hi belong to op 'clamp', not to {op!r}")
+            raise _field_error("hi" if self.lo is None else "lo", f"lo and hi apply to op 'clamp', not to {op!r}")
         if self.op is Op.SET and self.target is None:
-            raise wrong_field("target", "op 'set' needs a target")
+            raise _field_error("target", "op 'set' needs a target")
         if self.op is not Op.SET and self.target is not None:
-            raise wrong_field("target", f"a target belongs to op 'set', not to {op!r}")
+            raise _field_error("target", f"target applies to op 'set', not to {op!r}")
         if self.op in (Op.CLAMP, Op.SET) and self.scale != 1.0:
-            raise wrong_field("scale", f"op {op!r} takes no scale")
+            raise _field_error("scale", f"op {op!r} takes no scale")
         if self.unit == "residual" and self.op is not Op.ADD:
-            raise wrong_field("unit", f"unit 'residual' belongs to op 'add', not to {op!r}")
+            raise _field_error("unit", f"unit 'residual' applies to op 'add', not to {op!r}")
         return self
 
 
 class CaptureSpec(_Strict):
-    """Return the residual stream of the prompt's tokens, where the operator allows it.
+    """Return the residual stream of the prompt's tokens. The operator must have enabled capture.
 
-    blocks: "all" = all that the server reads. positions: tokens of the prompt; "mean" is one row, the mean of all.
-    after: the stream as the block's edit leaves it, not as it finds it.
+    blocks: "all" means every block that the server captures. positions: tokens of the prompt; "mean" is one row, the
+    mean of all. after: capture the stream after the block's edit instead of before it.
     """
 
     blocks: BlocksField = "all"
     positions: PositionsField = "last"
     after: bool = False
 
-    @field_validator("blocks")
-    @classmethod
-    def _readable_blocks(cls, blocks: str | int | list[int]) -> str | int | list[int]:
-        parse_blocks(blocks)
-        return blocks
-
 
 class SteeringSpec(_Strict):
-    """The `steering` field of a request: edits in order, or the name of a preset; and what is read, which may be all
-    that is asked.
+    """The `steering` field of a request: edits in order, or the name of a preset.
+
+    `capture` may be added to either, or stand alone.
     """
 
     edits: Annotated[list[EditSpec], Field(min_length=1, max_length=MAX_EDITS, fail_fast=True)] | None = None
@@ -266,43 +297,24 @@ class SteeringSpec(_Strict):
     capture: CaptureSpec | None = None
 
     @model_validator(mode="after")
-    def _edits_or_preset(self) -> SteeringSpec:
+    def _check_content(self) -> SteeringSpec:
         both = self.edits is not None and self.preset is not None
         if both or (self.edits is None and self.preset is None and self.capture is None):
-            raise ValueError("give either edits or the name of a preset")
+            raise ValueError("specify either edits or the name of a preset")
         if self.edits is None and self.preset is None and self.preserve_norm:
-            raise wrong_field("preserve_norm", "without edits no norm changes")
+            raise _field_error("preserve_norm", "has no effect without edits")
         if self.preset is not None and self.preserve_norm:
-            raise wrong_field("preserve_norm", "a preset says itself whether norms are preserved")
+            raise _field_error("preserve_norm", "the preset itself specifies preserve_norm")
         return self
 
 
-def parse_blocks(blocks: str | int | list[int]) -> tuple[int, ...] | None:
-    """Block numbers, ascending without repeats; None for `"all"`. Raises ValueError with the valid forms."""
-    if isinstance(blocks, str):
-        if blocks == "all":
-            return None
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", blocks, flags=re.ASCII)
-        if match is None:
-            raise ValueError(f"{shown(blocks)} is none of 'all', '8-22', '14', [8, 9], 14")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise ValueError(f"{shown(blocks)} runs backwards; write '{last}-{first}'")
-        ends = [first, last]
-    else:
-        ends = [blocks] if isinstance(blocks, int) else blocks
-    if not ends:
-        raise ValueError("an empty list; leave it out for all blocks of the vector")
-    if wrong := [number for number in (min(ends), max(ends)) if not 0 <= number <= MAX_BLOCK_NUMBER]:
-        raise ValueError(f"{shown(wrong[0])} is no block's number; they run from 0 to {MAX_BLOCK_NUMBER} at most")
-    return tuple(range(first, last + 1)) if isinstance(blocks, str) else tuple(sorted(set(ends)))
-
-
 def parse_spec(raw: Any) -> SteeringSpec | None:
-    """Read a request's steering: a mapping, its JSON text, or None/False for "not asked".
+    """Parse a request's steering. None, False and their JSON texts mean that no steering is requested.
+
+    raw: a mapping, its JSON text, or a spec that is already parsed.
 
     Raises:
-        SteeringRequestError: with `param` naming the first field that is wrong.
+        SteeringRequestError: `param` names the first field that is wrong.
         PayloadTooLargeError: JSON text of more than MAX_SPEC_CHARS.
     """
     if raw is None or raw is False:
@@ -320,13 +332,13 @@ def parse_spec(raw: Any) -> SteeringSpec | None:
     try:
         return SteeringSpec.model_validate(raw)
     except ValidationError as error:
-        raise request_error(error, _OBJECTS) from None
+        raise _request_error(error) from None
 
 
 def _from_json(text: str) -> Any:
     if len(text) > MAX_SPEC_CHARS:
         raise PayloadTooLargeError(
-            f"steering is JSON text of {len(text)} characters; at most {MAX_SPEC_CHARS} are read.", "steering"
+            f"steering is JSON text of {len(text)} characters; at most {MAX_SPEC_CHARS} are allowed.", "steering"
         )
     try:
         return json.loads(text, parse_constant=_refuse_constant)
@@ -351,4 +363,4 @@ _OBJECTS: dict[str, type[BaseModel]] = {
     "gate": Gate,
     "capture": CaptureSpec,
 }
-"""The object that a field holds, to say which fields it has."""
+"""The model of each field that is an object, to list its valid fields."""

@@ -1,4 +1,4 @@
-"""The `steering` field: what is read, what is refused, and that every refusal names the field that is wrong."""
+"""The `steering` field: what is accepted and refused, and that every refusal names the wrong field."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def assert_presentable(error: SteeringRequestError) -> None:
     assert not FORBIDDEN.search(error.message)
 
 
-# What is read
+# What is accepted
 
 
 @pytest.mark.parametrize("raw", [None, False, "null", "false", " null "])
-def test_not_asked(raw: Any) -> None:
+def test_no_steering_requested(raw: Any) -> None:
     assert parse_spec(raw) is None
 
 
@@ -386,7 +386,7 @@ def test_a_refusal_says_value_and_what_is_valid() -> None:
         "safetensors file}, not 5."
     )
     assert refused(one(scope={"begin": 0})).message == (
-        "steering.edits[0].scope: unknown field 'begin'; there are start, end."
+        "steering.edits[0].scope: unknown field 'begin'; valid fields: start, end."
     )
     assert refused(one(gate="sad")).message == "steering.edits[0].gate: must be an object, not 'sad'."
 
@@ -465,7 +465,7 @@ def test_keys_that_are_no_text(raw: Any) -> None:
     refused(raw)
 
 
-def test_more_edits_than_the_schema_reads() -> None:
+def test_more_edits_than_the_schema_accepts() -> None:
     assert parse_spec({"edits": [{"vector": "v"}] * MAX_EDITS}) is not None
     assert refused({"edits": [{"vector": "v"}] * (MAX_EDITS + 1)}).param == "steering.edits"
 
@@ -492,7 +492,7 @@ def test_many_mistakes_cost_no_more_than_one(raw: Any) -> None:
 def test_an_unknown_field_among_many() -> None:
     error = refused({f"k{i}": 1 for i in range(MAX_FIELDS + 1)})
     assert error.param == "steering"
-    assert "there are edits, preserve_norm, preset" in error.message
+    assert "valid fields: edits, preserve_norm, preset" in error.message
 
 
 # Nothing but SteeringRequestError comes out
