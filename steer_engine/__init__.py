@@ -1,6 +1,6 @@
 """Steer Engine: serve steered language models on vLLM.
 
-Importing this package imports neither vLLM nor torch; the names below load on first use.
+Importing this package imports neither vLLM nor torch; the names in `__all__` are loaded on first use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULE_OF = {
     "LLM": "steer_engine.llm",
     "ControlVector": "steer_engine.vectors.control_vector",
     "SteerError": "steer_engine.errors",
@@ -29,9 +29,9 @@ __all__ = ["LLM", "ControlVector", "SteerError", "SteeringSpec", "__version__", 
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'steer_engine' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

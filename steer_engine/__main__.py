@@ -1,4 +1,4 @@
-"""`python -m steer_engine` is `steer-engine`."""
+"""`python -m steer_engine` runs the command `steer-engine`."""
 
 from steer_engine.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Whether an edit's numbers fit: into device memory, and into what a residual stream survives."""
+"""Checks of an edit's numbers: they must be representable on the device, and the dose must stay within its limit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from steer_engine.vectors import ControlVector
 
 LARGEST_FINITE = {"float32": LARGEST, "float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
-"""The spacing of numbers near zero."""
+"""The distance between neighbouring numbers near zero."""
 
 
 def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: str, limits: Limits) -> None:
-    """Bank rows (in the stream's dtype), coefficients and bounds (in float32) can hold what the edit needs.
+    """Check that no number of the edit overflows or vanishes on the device.
+
+    Bank rows have the dtype of the residual stream; coefficients and bounds are float32.
+
+    param: path of the edit in the request. dtype: of the residual stream.
 
     Raises:
-        SteeringRequestError: they cannot.
+        SteeringRequestError: a number is not representable; `param` names its field.
     """
     largest = LARGEST_FINITE[dtype]
     for name, bound in _bounds(edit):
         if abs(bound) > largest:
-            raise SteeringRequestError(f"{bound:g} is more than {dtype} can hold.", f"{param}.{name}")
+            raise SteeringRequestError(
+                f"{bound:g} is too large for {dtype}; the maximum is {largest:g}.", f"{param}.{name}"
+            )
     if edit.op is not Op.ADD:
-        return  # its row is a unit vector, its coefficient the scale
-    # Rounding numbers near zero moves a row by this much. One that loses more than a 256th, which is what bfloat16 may
-    # lose anywhere, would steer by something else, or not at all.
+        return  # its row is a unit vector and its coefficient is the scale
+    # Rounding near zero changes a row by up to `lost`. bfloat16 loses up to 1/256 of any number; a row that loses more
+    # would steer in another direction, or not at all.
     lost = SMALLEST[dtype] / 2 * vector.hidden_size**0.5
     for block, scale in zip(edit.blocks, edit.scales, strict=True):
         norm = vector.norms[block]
@@ -36,19 +42,22 @@ def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: st
                 f"The vector's norm at block {block} is {norm:.3g}, too small for {dtype}; scale the vector itself up.",
                 f"{param}.vector",
             )
-        # A norm bounds every element. A row holds one vector as it is, or the sum of up to max_edits scaled ones.
+        # No element exceeds the norm. A row contains one unscaled vector, or the sum of up to max_edits scaled ones.
         size = abs(scale) * norm * limits.max_edits
         if max(norm, size) > largest or abs(scale) * limits.max_edits > LARGEST:
             raise SteeringRequestError(
-                f"The vector at block {block}, scaled by {scale:g}, overflows {dtype}.", f"{param}.scale"
+                f"The vector at block {block}, scaled by {scale:g}, overflows {dtype}; use a smaller scale.",
+                f"{param}.scale",
             )
 
 
 def check_dose(edit: Edit, vector: ControlVector, param: str, limits: Limits) -> None:
-    """No edit changes a row by more than `max_dose` norms: its own, or the mean of the block where that is known.
+    """Check that the edit changes a row by at most `max_dose` norms: its own, or the block's mean norm if known.
+
+    param: path of the edit in the request.
 
     Raises:
-        SteeringRequestError: it would.
+        SteeringRequestError: the dose is larger; `param` names its field.
     """
     for block, scale in zip(edit.blocks, edit.scales, strict=True):
         for name, dose in _doses(edit, abs(scale), vector.norms[block], vector.metadata.residual_norms.get(block)):
@@ -60,7 +69,10 @@ def check_dose(edit: Edit, vector: ControlVector, param: str, limits: Limits) ->
 
 
 def _doses(edit: Edit, scale: float, norm: float, residual: float | None) -> list[tuple[str, float]]:
-    """The dose at one block, by the field in which a client gives it."""
+    """The field of the request that sets the dose at one block, and the dose in residual norms.
+
+    scale: absolute value. norm: of the vector at the block. residual: the block's mean residual norm, if known.
+    """
     if edit.op in (Op.ADD_RELATIVE, Op.ABLATE):
         return [("scale", scale)]
     if residual is None:
@@ -69,12 +81,12 @@ def _doses(edit: Edit, scale: float, norm: float, residual: float | None) -> lis
         return [("scale", scale * norm / residual)]
     if edit.op is Op.SET:
         return [("target", abs(edit.lo or 0.0) / residual)]
-    # A low bound below 0, and a high one above it, move no component away from 0.
+    # A negative lower bound and a positive upper bound move no component away from 0.
     return [("lo", (edit.lo or 0.0) / residual), ("hi", -(edit.hi or 0.0) / residual)]
 
 
 def _bounds(edit: Edit) -> list[tuple[str, float]]:
-    """What holds the component along the vector, by the field in which a client gives it."""
+    """The fields of the request that bound the component along the vector, and their values."""
     if edit.op is Op.SET:
         return [("target", bound) for bound in (edit.lo,) if bound is not None]
     return [(name, bound) for name, bound in (("lo", edit.lo), ("hi", edit.hi)) if bound is not None]

@@ -1,4 +1,4 @@
-"""One edit with every name resolved, and the token positions that it covers."""
+"""One edit with all names resolved, the token positions it covers, and the canonical order of a list of edits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from steer_engine.spec import Op
 
 EDIT_FORMAT = "steer-engine/edit/1"
-"""Enters every edit digest: raise it when the meaning of an operation changes."""
+"""Part of every edit digest. Increase it when the meaning of an operation changes."""
 
 NO_END = 2**31 - 1
-"""End of a scope that is open: positions are int32 on the device."""
+"""End of an open scope. Positions are int32 on the device."""
 
 
 @dataclass(frozen=True, order=True)
@@ -33,14 +33,14 @@ class Bound:
 
 @dataclass(frozen=True, order=True)
 class Scope:
-    """Positions start <= p < end, before the prompt's length P is known."""
+    """Token positions start <= p < end. Bounds may depend on the prompt length P, which is not known yet."""
 
     start: Bound
     end: Bound
 
     @classmethod
     def span(cls, start: int | None, end: int | None) -> Scope:
-        """As a Python slice of the prompt: negative numbers count from P, None is open."""
+        """Bounds as in a Python slice: negative numbers count from P, None is open."""
         first = Bound(False, 0) if start is None else Bound(start < 0, start)
         last = Bound(False, NO_END) if end is None else Bound(end < 0, end)
         return cls(first, last)
@@ -52,7 +52,7 @@ class Scope:
 
     @property
     def is_empty(self) -> bool:
-        """Covers no position of any request, however long its prompt."""
+        """Whether the scope is empty for every prompt length."""
         if self.start.from_end == self.end.from_end:
             return self.start.offset >= self.end.offset
         return not self.end.from_end and self.end.offset <= 0
@@ -65,12 +65,15 @@ class Scope:
 ALL = Scope.span(None, None)
 PROMPT = Scope(Bound(False, 0), Bound(True, 0))
 GENERATION = Scope.span(-1, None)
-"""From position P-1 on: every position whose output chooses a generated token."""
+"""From position P-1 on: every position whose output selects a generated token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateBounds:
-    """Apply an edit only where min_cos <= cos(x, vector) <= max_cos."""
+    """Apply an edit only where min_cos <= cos(x, vector) <= max_cos.
+
+    vector: digest. The defaults are outside the range of a cosine, so they never exclude anything.
+    """
 
     vector: str
     min_cos: float = -2.0
@@ -79,10 +82,11 @@ class GateBounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """One operation at the sites of `blocks`, its vector named by content.
+    """One operation at the outputs of `blocks`.
 
-    scales: per block, the factor on the vector as it is (add) or on the operation (add_relative, ablate).
-    lo, hi: bounds on the component along v (clamp; equal for set).
+    vector: digest.
+    scales: per block, the factor on the vector (add) or on the operation (add_relative, ablate).
+    lo, hi: bounds of the component along the vector (clamp; both equal the target for set).
     """
 
     op: Op
@@ -96,41 +100,45 @@ class Edit:
 
     @property
     def commutes(self) -> bool:
-        """Ungated adds may be reordered among themselves, and summed."""
+        """Whether the edit may be reordered and summed with others: ungated adds only."""
         return self.op is Op.ADD and self.gate is None
 
     @property
     def does_nothing(self) -> bool:
+        """Whether the scope is empty, or all scales are 0."""
         scaled = self.op in (Op.ADD, Op.ADD_RELATIVE, Op.ABLATE)
         return self.scope.is_empty or (scaled and not any(self.scales))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over all that changes the output but the positions, which block keys and specs carry beside it."""
+        """SHA-256 of everything that affects the output except the scope, which cache keys and specs add themselves."""
         gate = [self.gate.vector, self.gate.min_cos, self.gate.max_cos] if self.gate else None
         return sha256_of([EDIT_FORMAT, self.op.value, self.vector, self.blocks, self.scales, self.lo, self.hi, gate])
 
 
 def canonical_order(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The same effect in one form: edits that do nothing vanish, adds that meet are summed and sorted."""
+    """Edits with the same effect in a unique form.
+
+    Edits that do nothing are removed. Adds that follow each other are summed and sorted.
+    """
     result: list[Edit] = []
-    # First of all what does nothing goes: it must not stand between adds that could be summed.
+    # Before grouping, because an edit without effect must not separate adds that can be summed.
     effective = (edit for edit in edits if not edit.does_nothing)
     for commutes, run in groupby(effective, key=lambda edit: edit.commutes):
-        meeting = list(run)
-        result.extend(_summed(meeting) if commutes else meeting)
+        group = list(run)
+        result.extend(_summed(group) if commutes else group)
     return tuple(result)
 
 
 def _summed(adds: Iterable[Edit]) -> Iterator[Edit]:
-    """One add per vector and scope, with the blocks at which something is left of the sum."""
+    """One add per vector and scope, without the blocks at which the scales add up to 0."""
     scales: dict[tuple[str, Scope], dict[int, list[float]]] = {}
     for add in adds:
         at_block = scales.setdefault((add.vector, add.scope), {})
         for block, scale in zip(add.blocks, add.scales, strict=True):
             at_block.setdefault(block, []).append(scale)
     for (vector, scope), at_block in sorted(scales.items()):
-        # fsum rounds once, so that the order of the summands does not show.
+        # fsum rounds once, so the order of the scales does not affect the sum.
         sums = {block: total for block in sorted(at_block) if (total := fsum(at_block[block]))}
         if sums:
             yield Edit(op=Op.ADD, vector=vector, blocks=tuple(sums), scales=tuple(sums.values()), scope=scope)

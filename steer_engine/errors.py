@@ -1,31 +1,31 @@
-"""Everything that Steer Engine raises on purpose.
+"""All errors that Steer Engine raises.
 
     SteerError
-    ├── SteeringRequestError     what a request asks is wrong (HTTP 400)
-    │   ├── UnknownVectorError   no vector or preset of that name (404)
-    │   └── PayloadTooLargeError more than a published limit (413)
-    ├── CapacityError            right request, no room now (503, with Retry-After)
+    ├── SteeringRequestError     the request is invalid (HTTP 400)
+    │   ├── UnknownVectorError   no vector or preset has that name (404)
+    │   └── PayloadTooLargeError a published limit is exceeded (413)
+    ├── CapacityError            a valid request, but no room for it now (503, with Retry-After)
     ├── VectorFileError          a file is not a usable control vector
-    │   ├── UnusableVectorError  a well-formed file whose numbers are no directions
-    │   └── ModelMismatchError   a good vector, for another model
-    ├── RegistryError            the registry of vectors and presets cannot do what is asked
-    │   ├── RegistryConflictError    the name stands for something else, or is in use (409)
-    │   ├── PreconditionError        not the version that the caller has seen (412)
+    │   ├── UnusableVectorError  a well-formed file whose numbers are not finite, or all zero
+    │   └── ModelMismatchError   a valid vector for another model
+    ├── RegistryError            the registry of vectors and presets cannot do what is requested (503)
+    │   ├── RegistryConflictError    the name has other content, or is in use (409)
+    │   ├── PreconditionError        the version differs from the one in the request (412)
     │   └── RegistryFullError        no room for another vector or preset (507)
     ├── BatchFileError           a file of requests or answers that cannot be used
-    ├── DerivationError          contrast pairs or dumps that cannot give a vector
+    ├── DerivationError          contrast pairs or dumps from which no vector can be derived
     ├── EvaluationError          a task or plan that cannot be evaluated
-    ├── ModelError               a packaged model cannot be had
-    └── UnsupportedEngineError   an armed engine must not start like this
+    ├── ModelError               a packaged model is not available
+    └── UnsupportedEngineError   the engine cannot be armed in this configuration
 
-A message says the thing, the value given, what is valid, and what to do next.
+A message says what is wrong, the value given, what is valid, and what to do next.
 """
 
 from __future__ import annotations
 
 
 class SteerError(Exception):
-    """Root of the tree; `message` is one or two sentences for a person."""
+    """Root of all errors. `message` is one or two sentences for a person."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class SteerError(Exception):
 
 
 class SteeringRequestError(SteerError, ValueError):
-    """What a request asks is wrong. `param` is the path of the field, as in OpenAI's error envelope."""
+    """The request is invalid. `param` is the path of the wrong field, as in OpenAI's error format."""
 
     status = 400
 
@@ -43,19 +43,19 @@ class SteeringRequestError(SteerError, ValueError):
 
 
 class UnknownVectorError(SteeringRequestError):
-    """No vector (or preset) of that name or digest is registered."""
+    """No vector or preset with that name or digest is registered."""
 
     status = 404
 
 
 class PayloadTooLargeError(SteeringRequestError):
-    """More than a published limit allows."""
+    """A published limit is exceeded."""
 
     status = 413
 
 
 class CapacityError(SteerError):
-    """The request is right but there is no room for it now; try again after `retry_after` seconds."""
+    """The request is valid, but there is no room for it now; retry after `retry_after` seconds."""
 
     status = 503
 
@@ -73,24 +73,24 @@ class UnusableVectorError(VectorFileError):
 
 
 class ModelMismatchError(VectorFileError):
-    """A sound control vector whose hidden size or blocks do not fit the model."""
+    """A valid control vector whose hidden size or blocks do not fit the model."""
 
 
 class RegistryError(SteerError):
-    """The registry of vectors and presets cannot do what is asked."""
+    """The registry of vectors and presets cannot do what is requested."""
 
     status = 503
     retry_after = 5.0
 
 
 class RegistryConflictError(RegistryError):
-    """The name stands for something else, or what it names is in use."""
+    """The name already has other content, or what it names is in use."""
 
     status = 409
 
 
 class PreconditionError(RegistryError):
-    """The registry does not have the version that the caller has seen."""
+    """The registry has another version than the one in the request (`If-Match`)."""
 
     status = 412
 
@@ -102,20 +102,20 @@ class RegistryFullError(RegistryError):
 
 
 class BatchFileError(SteerError, ValueError):
-    """A batch's file of requests or of answers cannot be used."""
+    """A batch file of requests or answers cannot be used."""
 
 
 class DerivationError(SteerError, ValueError):
-    """Contrast pairs or activation dumps from which no vector can be derived."""
+    """No vector can be derived from these contrast pairs or activation dumps."""
 
 
 class EvaluationError(SteerError, ValueError):
-    """A task, a plan or results that cannot be evaluated."""
-
-
-class UnsupportedEngineError(SteerError, RuntimeError):
-    """This engine cannot be armed: its version, model or settings are not supported."""
+    """A task, a plan or results cannot be evaluated."""
 
 
 class ModelError(SteerError, RuntimeError):
-    """A packaged model cannot be had: its package is missing, or it did not convert."""
+    """A packaged model is not available: its package is missing, or its conversion failed."""
+
+
+class UnsupportedEngineError(SteerError, RuntimeError):
+    """The engine cannot be armed: its version, model or settings are not supported."""
