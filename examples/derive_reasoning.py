@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 from steer_engine.derive import Pairs, derive
-from steer_engine.derive.answers import Question, answer_all, from_answers
+from steer_engine.derive.make_pairs import Question, answer_all, from_answers
 from steer_engine.vectors import save
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"

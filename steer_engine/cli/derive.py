@@ -1,62 +1,60 @@
-"""Options that several commands of derivation share."""
+"""`steer-engine derive`, `dump` and `fit`. Nothing heavy loads before a command runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer_engine.cli.engine_options import (
+    Actors,
+    Chat,
+    DType,
+    GpusPerActor,
+    MaxModelLen,
+    Model,
+    RayAddress,
+    TensorParallelSize,
+    engine_args,
+)
 from steer_engine.errors import DerivationError
-from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.files import SUFFIXES
 
-Model = Annotated[str, typer.Argument(help="Path, Hugging Face id, or a packaged model.", metavar="MODEL")]
+if TYPE_CHECKING:
+    from steer_engine.vectors import ControlVector
+
 Method = Annotated[str, typer.Option(help="diffmean, mean, mean_centred, pca, pca_centred, lat, logistic, lda.")]
-Blocks = Annotated[str, typer.Option(help="Blocks to read, from 0: `all`, `8-22`, `14`.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Render the texts with the model's chat template.")]
-DType = Annotated[str, typer.Option(help="The engine's dtype: auto, float32, bfloat16, float16.")]
-Actors = Annotated[int, typer.Option(min=1, help="Engines that read side by side.")]
-RayAddress = Annotated[
-    str | None, typer.Option(help="Ray cluster to run on, such as `auto` or `ray://head:10001`; else a local Ray.")
-]
-GpusPerActor = Annotated[
-    float | None, typer.Option(min=0, help="GPUs of one engine (default: 1 where Ray has enough).")
-]
-TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that one engine is split over.")]
-MaxModelLen = Annotated[int | None, typer.Option(min=2, help="Longest text in tokens (default: what fits in memory).")]
+Blocks = Annotated[str, typer.Option(help="Blocks to capture, from 0: `all`, `8-22`, `14`.")]
 Out = Annotated[Path, typer.Option(help="File to write: .safetensors, or .gguf for llama.cpp.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]
 
-
-def engine_args(tensor_parallel_size: int, max_model_len: int | None) -> dict[str, Any]:
-    """What the engine is told beside its defaults."""
-    given = {"tensor_parallel_size": tensor_parallel_size}
-    return given if max_model_len is None else given | {"max_model_len": max_model_len}
+_MIB = 1 << 20
 
 
 def say(line: str) -> None:
-    """One line of result on standard error."""
+    """Print one line on standard error."""
     from rich.console import Console
 
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def require_writable(out: Path, *, force: bool) -> None:
-    """Before minutes of reading rather than after them. Raises DerivationError."""
+    """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`."""
+    from steer_engine.vectors.files import SUFFIXES
+
     if out.suffix not in SUFFIXES:
         raise DerivationError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
     require_absent(out, force=force)
 
 
 def require_absent(out: Path, *, force: bool) -> None:
-    """Raise DerivationError where a file would be replaced unasked."""
+    """Raise DerivationError if a file exists and `force` is not given."""
     if out.exists() and not force:
-        raise DerivationError(f"{out}: there is such a file already; choose another name, or --force to replace it.")
+        raise DerivationError(f"{out}: this file exists already; choose another name, or --force to replace it.")
 
 
 def summary(out: Path, vector: ControlVector) -> str:
-    """Blocks, dose, separation and digest in one line."""
+    """One line: number of blocks, range of doses, best held-out AUROC, and digest."""
     norms, streams = vector.norms, vector.metadata.residual_norms
     doses = sorted(norms[block] / streams[block] for block in vector.blocks)
     return (
@@ -85,7 +83,7 @@ def derive_command(
     method: Method = "diffmean",
     blocks: Blocks = "all",
     position: Annotated[
-        str, typer.Option(help="Token rows that stand for a text: `last`, `mean`, or numbers such as `-1,-2`.")
+        str, typer.Option(help="Token rows that represent a text: `last`, `mean`, or numbers such as `-1,-2`.")
     ] = "last",
     chat: Chat = False,
     dtype: DType = "auto",
@@ -96,7 +94,7 @@ def derive_command(
     max_model_len: MaxModelLen = None,
     keep_dump: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep the activations in, as `dump` does (default: only sums are kept)."),
+        typer.Option(help="Folder to store the activations in, as `dump` does (default: do not store them)."),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -104,9 +102,7 @@ def derive_command(
 
     Example: steer-engine derive smollm2-135m --pairs sentiment --blocks 8-19 --out cheerful.safetensors
     """
-    from steer_engine.derive.derive import derive
-    from steer_engine.derive.dump import dump
-    from steer_engine.derive.fit_dump import fit_dump
+    from steer_engine.derive import derive, dump, fit_dump
     from steer_engine.derive.methods import require_method
     from steer_engine.vectors.files import save
 
@@ -116,11 +112,10 @@ def derive_command(
         "blocks": blocks,
         "position": position,
         "chat": chat,
-        "dtype": dtype,
         "actors": actors,
         "ray_address": ray_address,
         "gpus_per_actor": gpus_per_actor,
-        "engine_args": engine_args(tensor_parallel_size, max_model_len),
+        "engine_args": engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len),
     }
     if keep_dump is None:
         vector = derive(model, pairs, method=method, **settings)
@@ -131,9 +126,6 @@ def derive_command(
     say(summary(out, vector))
 
 
-_MIB = 1 << 20
-
-
 def dump_command(
     model: Model,
     texts: Annotated[
@@ -141,11 +133,11 @@ def dump_command(
         typer.Option(
             "--texts",
             "--pairs",
-            help="JSONL file with `positive` and `negative` per line, or with `text` and perhaps `label`, `pair`; "
+            help="JSONL file with `positive` and `negative` per line, or with `text` and optionally `label`, `pair`; "
             "or hf:DATASET?column=..., or `sentiment`.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; of an unfinished run with the same settings: to finish.")],
+    out: Annotated[Path, typer.Option(help="Folder to write. An unfinished run with the same settings is resumed.")],
     blocks: Blocks = "all",
     position: Annotated[
         str, typer.Option(help="Token rows to keep of a text: `last`, `mean`, `all`, or numbers such as `-1,-2`.")
@@ -162,12 +154,11 @@ def dump_command(
     tensor_parallel_size: TensorParallelSize = 1,
     max_model_len: MaxModelLen = None,
 ) -> None:
-    """Keep the residual stream of texts in a folder. Run again after a crash, it goes on where it stopped.
+    """Store the residual stream of texts in a folder. After a crash, the same command resumes.
 
     Example: steer-engine dump smollm2-135m --pairs sentiment --blocks 8-19 --out sentiment.dump
     """
-    from steer_engine.derive.dump import dump
-    from steer_engine.derive.texts import load_texts
+    from steer_engine.derive import dump, load_texts
 
     loaded = load_texts(texts)
     for sentence in loaded.duplicates():
@@ -179,13 +170,12 @@ def dump_command(
         blocks=blocks,
         position=position,
         chat=chat,
-        dtype=dtype,
         store=store,
         shard_bytes=shard_mib * _MIB,
         actors=actors,
         ray_address=ray_address,
         gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args(tensor_parallel_size, max_model_len),
+        engine_args=engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len),
     )
     shards = folder.require_complete()
     size = sum(shard.head.bytes for shard in shards)
@@ -200,7 +190,7 @@ def fit_command(
     out: Out,
     method: Method = "diffmean",
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Processes that fit side by side (default: one per core).")
+        int | None, typer.Option(min=1, help="Number of processes that run in parallel (default: one per core).")
     ] = None,
     ray_address: RayAddress = None,
     force: Force = False,
@@ -209,7 +199,7 @@ def fit_command(
 
     Example: steer-engine fit sentiment.dump --method pca --out cheerful-pca.safetensors
     """
-    from steer_engine.derive.fit_dump import fit_dump
+    from steer_engine.derive import fit_dump
     from steer_engine.vectors.files import save
 
     require_writable(out, force=force)

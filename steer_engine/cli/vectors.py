@@ -39,7 +39,7 @@ def report(
         raise VectorFileError("Two of the files have the same name; a report tells vectors apart by it.")
     projections = {}
     if dump is not None:
-        from steer_engine.derive.fit_dump import project
+        from steer_engine.derive.dump_fitter import project
 
         projections = {name: project(dump, vector, shown_blocks(vector)) for name, vector in vectors.items()}
     if out.suffix == ".html":

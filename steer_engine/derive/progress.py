@@ -1,4 +1,4 @@
-"""Progress on a terminal or in a notebook; a few plain lines where output goes to a file."""
+"""Progress bars on a terminal or in a notebook; plain lines if the output is a file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Progress:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Something of unknown length."""
+        """A stage of unknown length."""
         self._say(what)
         task = self._bars.add_task(what, total=None)
         yield
@@ -50,7 +50,7 @@ class Progress:
 
     @contextmanager
     def counting(self, what: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Something of `total` steps; call what it yields with the number of steps done since the last call."""
+        """A stage of `total` steps. Call the yielded function with the number of steps since the last call."""
         self._say(f"{what} {total} {unit}")
         task = self._bars.add_task(f"{what} {unit}", total=total)
         yield lambda steps: self._bars.advance(task, steps)

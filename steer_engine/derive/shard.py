@@ -1,11 +1,11 @@
-"""One shard of a dump: a safetensors file of rows, and an index that says whose they are.
+"""One shard of a dump: a safetensors file of rows, and an index that maps them to texts.
 
     shard-000000.safetensors    `site.{l}` [R, D] per block, `norm_sum` [N, L] F64, `norm_count` [N] I32
-    shard-000000.jsonl          first line: name, size and SHA-256 of that file, and the place of its first text;
+    shard-000000.jsonl          first line: name, size and SHA-256 of that file, and the index of its first text;
                                 then one line per text, with the range of its rows
 
-The rows are written first and the index last, each to a temporary name, with fsync, then renamed: a shard is there when
-its index is.
+The rows are written first and the index last. Each is written to a temporary name, synced and renamed. So a shard is
+complete if its index exists.
 
 Shape suffixes: N texts, R rows, L blocks, D hidden size.
 """
@@ -23,15 +23,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steer_engine.derive.activations import TextRows
-from steer_engine.derive.moments import Rows, Sums
+from steer_engine.derive.capture_engine import CapturedText
+from steer_engine.derive.moments import Array, Rows
 from steer_engine.derive.texts import Text
 from steer_engine.errors import DerivationError
 from steer_engine.vectors.storage import write_atomically
 
-AGAIN = "Remove it and its .jsonl, and run the same dump again: it reads only what is missing."
+AGAIN = "Remove it and its .jsonl, and run the same dump again: it captures only what is missing."
+"""Advice in every error about a damaged shard."""
 
-_HASHED_AT_ONCE = 1 << 22
+_HASHED_AT_ONCE = 1 << 22  # bytes
 
 StoredDType = Literal["float32", "bfloat16", "float16"]
 CODES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -40,7 +41,7 @@ ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class TextEntry:
-    """A text's line in the index. rows: `[begin, end)` in the shard's tensors. line: of the file of texts."""
+    """A text's line in the index. rows: `[begin, end)` in the shard's tensors. line: of the input file."""
 
     id: str
     label: str
@@ -53,7 +54,7 @@ class TextEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardHead:
-    """First line of an index. first: place of the first text in canonical order."""
+    """First line of an index. first: index of the first text among all texts of the dump."""
 
     shard: str
     sha256: str
@@ -63,7 +64,7 @@ class ShardHead:
 
 
 class Shard:
-    """A shard that is there. Nothing is read until it is asked for."""
+    """An existing shard. The constructor reads its index; rows are read on demand."""
 
     def __init__(self, index: Path) -> None:
         self.index = index
@@ -79,7 +80,7 @@ class Shard:
             raise DerivationError(f"{index}: it describes {self.head.shard} with {self.head.texts} texts. {AGAIN}")
 
     def require_whole(self) -> None:
-        """Raise DerivationError unless the file of rows is there and as long as it was written."""
+        """Raise DerivationError unless the file of rows exists and has its full length."""
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
@@ -88,22 +89,22 @@ class Shard:
             raise DerivationError(f"{self.path}: truncated, {size} bytes of {self.head.bytes}. {AGAIN}")
 
     def require_digest(self) -> None:
-        """Raise DerivationError unless the file of rows holds what was written."""
+        """Raise DerivationError unless the file of rows has the SHA-256 of the index."""
         self.require_whole()
         sha = hashlib.sha256()
         with self.path.open("rb") as stream:
             while part := stream.read(_HASHED_AT_ONCE):
                 sha.update(part)
         if sha.hexdigest() != self.head.sha256:
-            raise DerivationError(f"{self.path}: damaged, its SHA-256 is not the one of its index. {AGAIN}")
+            raise DerivationError(f"{self.path}: damaged, its SHA-256 is not the one in its index. {AGAIN}")
 
     def rows_RD(self, block: int) -> Rows:
-        """All rows of a block, in order."""
+        """All rows of a block."""
         raw, code, shape = self._tensor(f"site.{block}")
         return decode(raw, code).reshape(shape)
 
-    def norms(self) -> tuple[Sums, np.ndarray]:
-        """Sum of |x| of each text at each block `[N, L]`, and the number of token rows it is over `[N]`."""
+    def norms(self) -> tuple[Array, np.ndarray]:
+        """Sum of |x| over the token rows of each text at each block `[N, L]`, and the number of these rows `[N]`."""
         sums, _, shape = self._tensor("norm_sum")
         counts, _, _ = self._tensor("norm_count")
         return np.frombuffer(sums, dtype="<f8").reshape(shape), np.frombuffer(counts, dtype="<i4")
@@ -130,65 +131,65 @@ def write_shard(
     *,
     first: int,
     texts: Sequence[Text],
-    rows: Sequence[TextRows],
+    captured: Sequence[CapturedText],
     blocks: Sequence[int],
     stored: str,
 ) -> None:
-    """Write rows and index of consecutive texts, of which the first has the place `first`.
+    """Write rows and index of consecutive texts, the first at index `first`. stored: dtype of the rows.
 
     Raises:
-        DerivationError: a value is too large for `stored`, or the disk takes no more; nothing half-written stays.
+        DerivationError: a value is too large for `stored`, or the disk is full. No partial shard remains.
     """
     path = folder / f"shard-{number:06}.safetensors"
     try:
-        data = _encoded(rows, blocks, CODES[stored])
+        data = _encoded(captured, blocks, CODES[stored])
         head = ShardHead(
             shard=path.name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), first=first, texts=len(texts)
         )
         write_atomically(path, data)
-        write_atomically(path.with_suffix(".jsonl"), _index(head, texts, rows))
+        write_atomically(path.with_suffix(".jsonl"), _index(head, texts, captured))
     except OSError as error:
         raise DerivationError(
-            f"{path}: cannot be written ({error.strerror}). What is there stays; the same command goes on from it."
+            f"{path}: cannot be written ({error.strerror}). Earlier shards are complete; the same command resumes."
         ) from None
 
 
-def _encoded(rows: Sequence[TextRows], blocks: Sequence[int], code: str) -> bytes:
-    num_rows = sum(text.rows_LPD.shape[1] for text in rows)
-    hidden_size = rows[0].rows_LPD.shape[2]
+def _encoded(captured: Sequence[CapturedText], blocks: Sequence[int], code: str) -> bytes:
+    num_rows = sum(text.rows_LPD.shape[1] for text in captured)
+    hidden_size = captured[0].rows_LPD.shape[2]
     parts: dict[str, tuple[str, list[int], int]] = {
         f"site.{block}": (code, [num_rows, hidden_size], num_rows * hidden_size * ITEMSIZE[code]) for block in blocks
     }
-    parts["norm_sum"] = ("F64", [len(rows), len(blocks)], 8 * len(rows) * len(blocks))
-    parts["norm_count"] = ("I32", [len(rows)], 4 * len(rows))
+    parts["norm_sum"] = ("F64", [len(captured), len(blocks)], 8 * len(captured) * len(blocks))
+    parts["norm_count"] = ("I32", [len(captured)], 4 * len(captured))
     header: dict[str, Any] = {"__metadata__": {"format": "activation-dump", "format_version": "1"}}
     offset = 0
     for name, (dtype, shape, size) in parts.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # safetensors wants the data 8-byte aligned
+    text += b" " * (-len(text) % 8)  # safetensors requires 8-byte alignment of the data
     data = bytearray(struct.pack("<Q", len(text)) + text)
-    for place in range(len(blocks)):
-        data += encode(np.concatenate([text.rows_LPD[place] for text in rows]), code)
-    data += np.stack([text.norm_L for text in rows]).astype("<f8").tobytes()
-    data += np.array([text.norm_count for text in rows], dtype="<i4").tobytes()
+    for index in range(len(blocks)):
+        data += encode(np.concatenate([text.rows_LPD[index] for text in captured]), code)
+    data += np.stack([text.norm_L for text in captured]).astype("<f8").tobytes()
+    data += np.array([text.norm_count for text in captured], dtype="<i4").tobytes()
     return bytes(data)
 
 
-def _index(head: ShardHead, texts: Sequence[Text], rows: Sequence[TextRows]) -> bytes:
+def _index(head: ShardHead, texts: Sequence[Text], captured: Sequence[CapturedText]) -> bytes:
     lines: list[dict[str, Any]] = [asdict(head)]
     begin = 0
-    for text, read in zip(texts, rows, strict=True):
-        end = begin + read.rows_LPD.shape[1]
+    for text, rows in zip(texts, captured, strict=True):
+        end = begin + rows.rows_LPD.shape[1]
         entry = TextEntry(
             id=text.id,
             label=text.label,
             pair=text.pair,
             line=text.line,
             rows=(begin, end),
-            tokens=read.num_tokens,
-            tokens_sha256=read.tokens_digest.removeprefix("sha256:"),
+            tokens=rows.num_tokens,
+            tokens_sha256=rows.tokens_digest.removeprefix("sha256:"),
         )
         lines.append(asdict(entry))
         begin = end
@@ -196,7 +197,7 @@ def _index(head: ShardHead, texts: Sequence[Text], rows: Sequence[TextRows]) -> 
 
 
 def encode(rows: Rows, code: str) -> bytes:
-    """Round to nearest, ties to even.
+    """Little-endian bytes of a dtype code, rounded to nearest, ties to even.
 
     Raises:
         DerivationError: a value is too large for the dtype.
@@ -217,7 +218,7 @@ def encode(rows: Rows, code: str) -> bytes:
 
 
 def decode(raw: bytes | memoryview, code: str) -> Rows:
-    """Inverse of `encode`, flat."""
+    """Inverse of `encode`, as a flat array."""
     if code == "BF16":
         return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, dtype="<f4" if code == "F32" else "<f2").astype(np.float32)

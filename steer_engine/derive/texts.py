@@ -1,4 +1,4 @@
-"""Texts of one class or the other, paired or not: what an activation dump holds the rows of."""
+"""Contrast pairs and single texts: the values, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -7,23 +7,82 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import overload
 
-from steer_engine.derive.pairs import MAX_TEXT_CHARS, Pair, Pairs, pairs_of, parse_lines, read_set
+from steer_engine.derive.text_sources import parse_lines, read_set
 from steer_engine.errors import DerivationError
 
 LABELS = ("positive", "negative")
 
+MIN_PAIRS = 2
 MIN_TEXTS = 2
-"""One text has no direction that it shares with others."""
+"""A direction is what several pairs or texts have in common."""
+
+MAX_TEXT_CHARS = 1_000_000
+"""Longest text in characters. The model's own limit, in tokens, is checked when the text is tokenised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two texts, or two completions of one prompt. line: of its file, from 1; 0 if it has none."""
+
+    positive: str
+    negative: str
+    prompt: str = ""
+    id: str = ""
+    line: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative"):
+            text = getattr(self, name)
+            if not text.strip():
+                raise DerivationError(f"{name!r} is empty; every pair needs two texts.")
+            if len(self.prompt) + len(text) > MAX_TEXT_CHARS:
+                raise DerivationError(f"{name!r} is longer than {MAX_TEXT_CHARS} characters.")
+        if self.positive == self.negative:
+            raise DerivationError("positive and negative are the same text, which gives a zero difference.")
+
+
+@dataclass(frozen=True)
+class Pairs(Sequence[Pair]):
+    """Pairs in the order of their file."""
+
+    items: tuple[Pair, ...]
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.items) < MIN_PAIRS:
+            raise DerivationError(
+                f"{self.source or 'The pairs'}: {len(self.items)} pair(s) are too few; at least {MIN_PAIRS} are needed."
+            )
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | Sequence[Pair]:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """`"sha256:..."` over the texts in order. Ids, line breaks and key order of the file do not count."""
+        sha = hashlib.sha256(b"steer-engine contrast pairs v1\n")
+        for pair in self.items:
+            texts = [pair.prompt, pair.positive, pair.negative]
+            sha.update(json.dumps(texts, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        return f"sha256:{sha.hexdigest()}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
     """One text, or one completion of a prompt.
 
-    id: its name in the dump. label: `positive`, `negative`, or empty. pair: id that both sides of a pair have.
-    line: where it stands in its file, from 1; 0 if it has none.
+    id: its name in a dump. label: `positive`, `negative`, or empty. pair: id that both sides of a pair share.
+    line: of its file, from 1; 0 if it has none.
     """
 
     id: str
@@ -36,9 +95,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Texts(Sequence[Text]):
-    """Texts in canonical order: that of the file, but the two sides of a pair next to each other, the positive first.
+    """Texts in the order of their file, but the two sides of a pair are adjacent, the positive first.
 
-    digest: `"sha256:..."` over texts and labels, never over ids.
+    digest: `"sha256:..."` over texts and labels. Ids do not count.
     """
 
     items: tuple[Text, ...]
@@ -64,57 +123,88 @@ class Texts(Sequence[Text]):
         return bool(self.items[0].pair)
 
     def duplicates(self) -> Iterator[str]:
-        """A sentence per text, or pair of texts, that is there a second time: it counts twice in every mean."""
+        """One sentence per repeated text or pair. A repeated text counts twice in every mean."""
         seen: dict[tuple[str, ...], int] = {}
         step = 2 if self.paired else 1
         for i in range(0, len(self.items), step):
-            same = self.items[i : i + step]
-            key = tuple(part for text in same for part in (text.label, text.prompt, text.text))
-            line = seen.setdefault(key, same[0].line)
-            if line != same[0].line:
-                yield f"{self.source}:{same[0].line}: the same as line {line}; it counts twice."
+            unit = self.items[i : i + step]
+            key = tuple(part for text in unit for part in (text.label, text.prompt, text.text))
+            line = seen.setdefault(key, unit[0].line)
+            if line != unit[0].line:
+                yield f"{self.source}:{unit[0].line}: the same as line {line}; it counts twice."
 
 
-def from_pairs(pairs: Pairs) -> Texts:
-    """Both sides of each pair; a pair without an id is called by its place, from 0."""
+def load_pairs(name_or_path: str | os.PathLike[str]) -> Pairs:
+    """Load pairs from a JSONL file, a Hugging Face dataset (`hf:NAME?...`), or a packaged set.
 
-    def sides(place: int, pair: Pair) -> Iterator[Text]:
-        name = pair.id or str(place)
-        for label, text in zip(LABELS, (pair.positive, pair.negative), strict=True):
-            yield Text(id=f"{name}/{label}", text=text, label=label, pair=name, prompt=pair.prompt, line=pair.line)
+    Each line is a JSON object with `positive` and `negative`, and optionally `prompt` (both are completions of it) and
+    `id`. Empty lines are skipped.
 
-    items = tuple(text for place, pair in enumerate(pairs) for text in sides(place, pair))
-    if len({text.id for text in items}) < len(items):
-        raise DerivationError(f"{pairs.source}: an id equals the place of a pair without one; give ids to all or none.")
-    return Texts(items, pairs.digest, pairs.source or "pairs")
+    Raises:
+        DerivationError: the file is missing, a line is not such an object, a text is empty, a pair's texts are equal,
+            an id is repeated, or there are too few pairs; names file and line.
+    """
+    source, data = read_set(name_or_path)
+    return _parse_pairs(data, source)
 
 
 def load_texts(name_or_path: str | os.PathLike[str]) -> Texts:
-    """Read a JSONL file or dataset of pairs (see `load_pairs`) or of texts, or a packaged set by name.
+    """Load pairs (see `load_pairs`) or single texts from a JSONL file, a dataset, or a packaged set.
 
-    A line of texts has `text`, and optionally `label` (`positive` or `negative`), `pair` (the id that the other side
-    has too), `prompt` (the text completes it) and `id`.
+    A line of a single text has `text`, and optionally `label` (`positive` or `negative`), `pair` (the id that the other
+    side has too), `prompt` (the text completes it) and `id`.
 
     Raises:
-        DerivationError: with file and line, for what is not such a file: an empty text, an id twice, a pair without
-            its other side, another label.
+        DerivationError: a text is empty, an id is repeated, a pair has only one side, or a label is unknown; names file
+            and line.
     """
     source, data = read_set(name_or_path)
     first = next((line for line in data.split(b"\n") if line.strip()), b"")
     if b'"text"' not in first:
-        return from_pairs(pairs_of(data, source))
-    lines = parse_lines(data, source, required=("text",), optional={"label", "pair", "prompt", "id"})
+        return from_pairs(_parse_pairs(data, source))
     texts: list[Text] = []
-    seen: dict[str, int] = {}
-    for line, entry in lines:
+    line_of_id: dict[str, int] = {}
+    for line, entry in parse_lines(data, source, required=("text",), optional={"label", "pair", "prompt", "id"}):
         text = Text(**{"id": str(len(texts)), **entry}, line=line)
-        if problem := _problem(text, seen):
+        if problem := _problem(text, line_of_id):
             raise DerivationError(f"{source}:{line}: {problem}")
         texts.append(text)
-    return Texts(tuple(_beside_each_other(texts, source)), _digest(texts), source)
+    return Texts(tuple(_pairs_adjacent(texts, source)), _digest(texts), source)
 
 
-def _problem(text: Text, seen: dict[str, int]) -> str:
+def from_pairs(pairs: Pairs) -> Texts:
+    """Both sides of each pair. A pair without an id gets its index, from 0."""
+
+    def sides(index: int, pair: Pair) -> Iterator[Text]:
+        name = pair.id or str(index)
+        for label, text in zip(LABELS, (pair.positive, pair.negative), strict=True):
+            yield Text(id=f"{name}/{label}", text=text, label=label, pair=name, prompt=pair.prompt, line=pair.line)
+
+    items = tuple(text for index, pair in enumerate(pairs) for text in sides(index, pair))
+    if len({text.id for text in items}) < len(items):
+        raise DerivationError(
+            f"{pairs.source}: an id equals the index of a pair without an id; give ids to all pairs or to none."
+        )
+    return Texts(items, pairs.digest, pairs.source or "pairs")
+
+
+def _parse_pairs(data: bytes, source: str) -> Pairs:
+    pairs: list[Pair] = []
+    line_of_id: dict[str, int] = {}
+    for line, entry in parse_lines(data, source, required=LABELS, optional={"prompt", "id"}):
+        try:
+            pair = Pair(**entry, line=line)
+        except DerivationError as error:
+            raise DerivationError(f"{source}:{line}: {error.message}") from None
+        if pair.id and line_of_id.setdefault(pair.id, line) != line:
+            raise DerivationError(
+                f"{source}:{line}: the id {pair.id[:64]!r} is already that of line {line_of_id[pair.id]}."
+            )
+        pairs.append(pair)
+    return Pairs(tuple(pairs), source)
+
+
+def _problem(text: Text, line_of_id: dict[str, int]) -> str:
     if not text.text.strip():
         return "'text' is empty."
     if len(text.prompt) + len(text.text) > MAX_TEXT_CHARS:
@@ -123,13 +213,17 @@ def _problem(text: Text, seen: dict[str, int]) -> str:
         return f"the label {text.label[:64]!r} is none of {', '.join(LABELS)}."
     if text.pair and not text.label:
         return "a text of a pair needs a label."
-    if seen.setdefault(text.id, text.line) != text.line:
-        return f"the id {text.id[:64]!r} is already that of line {seen[text.id]}."
+    if line_of_id.setdefault(text.id, text.line) != text.line:
+        return f"the id {text.id[:64]!r} is already that of line {line_of_id[text.id]}."
     return ""
 
 
-def _beside_each_other(texts: list[Text], source: str) -> Iterator[Text]:
-    """The texts, pairs together; raises for a pair that is not two sides, and for pairs among unpaired texts."""
+def _pairs_adjacent(texts: list[Text], source: str) -> Iterator[Text]:
+    """The texts, with both sides of each pair adjacent.
+
+    Raises:
+        DerivationError: a pair does not have exactly two sides, or only some texts belong to pairs.
+    """
     if not any(text.pair for text in texts):
         yield from texts
         return
@@ -156,8 +250,8 @@ def _beside_each_other(texts: list[Text], source: str) -> Iterator[Text]:
 
 def _digest(texts: Sequence[Text]) -> str:
     sha = hashlib.sha256(b"steer-engine texts v1\n")
-    places = {name: str(i) for i, name in enumerate(dict.fromkeys(text.pair for text in texts))}
+    index_of_pair = {name: str(i) for i, name in enumerate(dict.fromkeys(text.pair for text in texts))}
     for text in texts:
-        parts = [text.label, places[text.pair] if text.pair else "", text.prompt, text.text]
+        parts = [text.label, index_of_pair[text.pair] if text.pair else "", text.prompt, text.text]
         sha.update(json.dumps(parts, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return f"sha256:{sha.hexdigest()}"

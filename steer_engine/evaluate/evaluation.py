@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steer_engine.derive.activations import installed_versions
+from steer_engine.derive.capture_engine import installed_versions
 from steer_engine.derive.progress import Progress
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import (

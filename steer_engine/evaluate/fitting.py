@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from steer_engine.derive.activations import Reading
-from steer_engine.derive.fit import Readings, fit
-from steer_engine.derive.moments import Moments, Sample, summarise
+from steer_engine.derive.fit import CapturedRows
+from steer_engine.derive.moments import Chunk, Sample, summarise
 from steer_engine.evaluate.conditions import Contrast
 from steer_engine.evaluate.encode import Encoder
 from steer_engine.vectors.control_vector import ControlVector
@@ -46,26 +43,14 @@ def vector_of(llm: LLM, sides: tuple[Side, Side], method: str, *, model: str, no
     Raises:
         DerivationError: the sides do not differ.
     """
-    positive, negative = sides
-    readings = Readings()
-    readings.add(
-        Reading(
-            index=0,
-            positive=Moments.of(positive),
-            negative=Moments.of(negative),
-            positive_NLD=np.stack([sample.row_LD for sample in positive]).astype(np.float32),
-            negative_NLD=np.stack([sample.row_LD for sample in negative]).astype(np.float32),
-        )
-    )
-    fitted = fit(readings, method, llm.capture_blocks)
+    rows = CapturedRows()
+    rows.add(Chunk.of(*sides, keep_rows=True))
     metadata = VectorMetadata(
         model=model,
         hidden_size=llm.hidden_size,
         num_blocks=llm.num_blocks,
         method=method,
         position="last",
-        residual_norms=fitted.residual_norms,
-        separation=fitted.separation,
         notes=notes,
     )
-    return ControlVector(directions=fitted.directions, metadata=metadata)
+    return rows.fit(method, llm.capture_blocks, metadata)

@@ -8,12 +8,12 @@ import pytest
 from helpers.reading import config
 from threadpoolctl import threadpool_limits
 
-from steer_engine.derive.actors import Pool, pool
+from steer_engine.derive.actors import CapturePool, capture_pool
 
 
 @pytest.fixture(scope="session")
-def tiny_pool(tiny_llama: str) -> Iterator[Pool]:
-    with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl")) as engines:
+def tiny_pool(tiny_llama: str) -> Iterator[CapturePool]:
+    with capture_pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl")) as engines:
         assert engines.facts().blocks == (0, 2)
         yield engines
 

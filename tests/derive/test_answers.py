@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
-from steer_engine.derive.answers import Question, from_answers, is_right, load_questions
-from steer_engine.derive.pairs import load_pairs
+from steer_engine.derive.make_pairs import Question, from_answers, is_correct, load_questions
+from steer_engine.derive.texts import load_pairs
 from steer_engine.errors import DerivationError
 
 
@@ -32,7 +32,7 @@ from steer_engine.errors import DerivationError
     ],
 )
 def test_what_counts_as_right(completion: str, answer: str, right: bool) -> None:
-    assert is_right(completion, answer) is right
+    assert is_correct(completion, answer) is right
 
 
 def test_a_pair_needs_both_of_the_models_own_answers() -> None:
@@ -73,5 +73,5 @@ def test_a_real_model_answers_rightly_and_wrongly(smollm2: str, tmp_path: Path) 
     right = {question["prompt"]: question["answer"] for question in questions}
     assert f"{len(pairs)} pairs of 6 questions" in result.output
     for pair in pairs:
-        assert is_right(pair.positive, right[pair.prompt])
-        assert not is_right(pair.negative, right[pair.prompt])
+        assert is_correct(pair.positive, right[pair.prompt])
+        assert not is_correct(pair.negative, right[pair.prompt])

@@ -7,13 +7,13 @@ import pytest
 from helpers.dumping import contrast, texts_of, write
 from helpers.reading import REFERENCES, cosine
 
-from steer_engine.derive.fit_dump import BlockFitter
+from steer_engine.derive.dump_fitter import DumpFitter
 from steer_engine.derive.methods import FROM_ROWS, METHODS, PAIRED
 from steer_engine.errors import DerivationError
 
 
 def direction(path: Path, method: str, block: int = 9) -> np.ndarray:
-    return BlockFitter(str(path)).fit(block, method).direction_D
+    return DumpFitter(str(path)).fit(block, method).direction_D
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -35,7 +35,7 @@ def test_shards_cut_anywhere_give_the_bits_of_one(method: str, tmp_path: Path) -
     rows = contrast(150, 20)
     write(tmp_path / "one", rows)
     write(tmp_path / "seven", rows, cuts=(2, 4, 66, 130, 194, 250))
-    fits = [BlockFitter(str(tmp_path / name)).fit(9, method) for name in ("one", "seven")]
+    fits = [DumpFitter(str(tmp_path / name)).fit(9, method) for name in ("one", "seven")]
     assert fits[0].direction_D.tobytes() == fits[1].direction_D.tobytes()
     assert (fits[0].residual_norm, fits[0].separation) == (fits[1].residual_norm, fits[1].separation)
     assert fits[0].explained == fits[1].explained
@@ -49,7 +49,7 @@ def test_unpaired_texts_give_what_needs_no_pairs(method: str, tmp_path: Path) ->
         with pytest.raises(DerivationError, match=f"{method} needs pairs; these texts have none"):
             direction(tmp_path / "d", method)
         return
-    fitted = BlockFitter(str(tmp_path / "d")).fit(9, method)
+    fitted = DumpFitter(str(tmp_path / "d")).fit(9, method)
     assert np.isfinite(fitted.direction_D).all()
     assert fitted.explained is None
     assert fitted.separation is None if method == "mean" else fitted.separation > 0.5
@@ -67,7 +67,7 @@ def test_one_class_gives_no_direction(labels: tuple[str, str], numbers: str, tmp
 
 def test_rows_that_do_not_fit_in_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "d", contrast(10))
-    monkeypatch.setattr("steer_engine.derive.fit_dump.MAX_ROWS_BYTES", 20 * 8 * 8 - 1)
+    monkeypatch.setattr("steer_engine.derive.dump_fitter.MAX_ROWS_BYTES", 20 * 8 * 8 - 1)
     with pytest.raises(DerivationError, match="lda keeps all rows of a block in memory"):
         direction(tmp_path / "d", "lda")
     assert np.isfinite(direction(tmp_path / "d", "pca")).all()

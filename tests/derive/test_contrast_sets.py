@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
-from steer_engine.derive.contrast_sets import SHUFFLED_CHARS, from_shuffled, from_template, to_jsonl
-from steer_engine.derive.pairs import Pair, load_pairs
+from steer_engine.derive.make_pairs import SHUFFLED_CHARS, from_shuffled, from_template, to_jsonl
+from steer_engine.derive.texts import Pair, load_pairs
 from steer_engine.errors import DerivationError
 
 
@@ -35,7 +35,7 @@ def test_every_template_gets_every_place_of_the_lists() -> None:
 @pytest.mark.parametrize(
     ("templates", "good", "bad", "sentence"),
     [
-        (["no slot"], ("a",), ("b",), r"'no slot' has no \{word\} in it"),
+        (["no slot"], ("a",), ("b",), r"'no slot' has no \{word\} for"),
         ([], ("a",), ("b",), r"0 template\(s\), 1 positive"),
         (["{word}"], ("a", "b"), ("c",), "2 positive and 1 negative words"),
         (["{word}"], (), (), "0 positive and 0 negative words"),
@@ -78,7 +78,7 @@ def test_the_commands_write_files_that_derive_reads(tmp_path: Path) -> None:
     words = ["--positive", tmp_path / "good.txt", "--negative", tmp_path / "bad.txt", "--out", out]
     assert "2 pairs" in run("template", "--template", "I am {word}.", *words)
     assert [pair.negative for pair in load_pairs(out)] == ["I am sad.", "I am angry."]
-    with pytest.raises(DerivationError, match="there is such a file already"):
+    with pytest.raises(DerivationError, match="this file exists already"):
         run("template", "--template", "I am {word}.", *words)
     run("shuffled", tmp_path / "good.txt", "--out", out, "--force")
     assert [pair.positive for pair in load_pairs(out)] == ["glad", "calm"]
@@ -86,6 +86,6 @@ def test_the_commands_write_files_that_derive_reads(tmp_path: Path) -> None:
     run("shuffled", tmp_path / "prompts.jsonl", "--out", out, "--force")
     assert [pair.positive for pair in load_pairs(out)] == ["how are you", "what is it"]
     (tmp_path / "good.txt").write_text("glad\n")
-    with pytest.raises(DerivationError, match=r"1 pair\(s\) came out; at least 2 are needed. Nothing was written"):
+    with pytest.raises(DerivationError, match=r"1 pair\(s\) resulted; at least 2 are needed. Nothing was written"):
         run("shuffled", tmp_path / "good.txt", "--out", tmp_path / "new.jsonl")
     assert not (tmp_path / "new.jsonl").exists()

@@ -14,12 +14,14 @@ from helpers.reading import REFERENCES, SMALL, config, cosine, huggingface_rows,
 from typer.testing import CliRunner
 
 from steer_engine.derive import Pair, Pairs, derive, load_pairs
-from steer_engine.derive.activations import EngineFacts
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, capture_pool
+from steer_engine.derive.capture_engine import EngineFacts
+from steer_engine.derive.derivation import _num_pairs_to_keep
 from steer_engine.derive.dump_folder import DumpFolder
-from steer_engine.derive.fit import Readings, fit
+from steer_engine.derive.fit import CapturedRows
+from steer_engine.derive.moments import Chunk
 from steer_engine.errors import DerivationError, SteerError
-from steer_engine.vectors import load
+from steer_engine.vectors import VectorMetadata, load
 
 NUM_PAIRS = 20
 
@@ -37,19 +39,19 @@ def reference(smollm2: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def readings(smollm2: str, pairs: Pairs) -> tuple[EngineFacts, Readings]:
+def captured(smollm2: str, pairs: Pairs) -> tuple[EngineFacts, CapturedRows]:
     """The same rows from the engine: the real 135M model in a Ray actor."""
-    merged = Readings()
-    with pool(config(smollm2)) as engines:
+    rows = CapturedRows()
+    with capture_pool(config(smollm2)) as engines:
         facts = engines.facts()
-        for reading in engines.read(pairs, keep_rows_of=len(pairs)):
-            merged.add(reading)
-    return facts, merged
+        for chunk in engines.capture_pairs(pairs, keep_rows_of=len(pairs)):
+            rows.add(chunk)
+    return facts, rows
 
 
 @pytest.mark.slow
-def test_the_engine_is_the_one_that_steers(readings: tuple[EngineFacts, Readings]) -> None:
-    facts, _ = readings
+def test_the_engine_is_the_one_that_steers(captured: tuple[EngineFacts, CapturedRows]) -> None:
+    facts, _ = captured
     assert facts.architecture == "LlamaForCausalLM"
     assert (facts.num_blocks, facts.hidden_size, facts.dtype) == (30, 576, "float32")
     assert facts.blocks == tuple(range(30))
@@ -61,13 +63,13 @@ def test_the_engine_is_the_one_that_steers(readings: tuple[EngineFacts, Readings
 @pytest.mark.parametrize("method", REFERENCES)
 def test_directions_of_a_real_model_agree_with_hugging_face(
     method: str,
-    readings: tuple[EngineFacts, Readings],
+    captured: tuple[EngineFacts, CapturedRows],
     reference: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    facts, merged = readings
-    fitted = fit(merged, method, facts.blocks)
-    directions, norms = fitted.directions, fitted.residual_norms
-    assert method == "mean" or max(fitted.separation.values()) > 0.8
+    facts, rows = captured
+    vector = rows.fit(method, facts.blocks, VectorMetadata())
+    directions, norms = vector.directions, vector.metadata.residual_norms
+    assert method == "mean" or max(vector.metadata.separation.values()) > 0.8
     compared = 0
     for block in facts.blocks:
         positive, negative = reference[0][:, block], reference[1][:, block]
@@ -86,43 +88,42 @@ def test_directions_of_a_real_model_agree_with_hugging_face(
     assert compared >= (15 if "pca" in method else 30)
 
 
-def content(readings: Iterator[Any]) -> bytes:
-    merged = Readings()
-    for reading in readings:
-        merged.add(reading)
-    return b"".join(side.sum_LD.tobytes() + side.norm_L.tobytes() for side in merged.moments)
+def content(chunks: Iterator[Chunk]) -> bytes:
+    return b"".join(
+        side.sum_LD.tobytes() + side.norm_L.tobytes() for chunk in chunks for side in (chunk.positive, chunk.negative)
+    )
 
 
-def test_what_a_text_cannot_be_is_named_by_line_and_the_engine_goes_on(tiny_pool: Pool) -> None:
-    before = content(tiny_pool.read(varied(40)))
+def test_a_text_that_is_too_long_is_named_by_line_and_the_engine_survives(tiny_pool: CapturePool) -> None:
+    before = content(tiny_pool.capture_pairs(varied(40)))
     long = Pair(positive="a" * 600, negative="b", line=17)
     with pytest.raises(DerivationError, match=r"varied\.jsonl:17: the text has 600 tokens; .* at most 511"):
-        content(tiny_pool.read(Pairs((*varied(40).items, long), "varied.jsonl")))
-    assert content(tiny_pool.read(varied(40))) == before
+        content(tiny_pool.capture_pairs(Pairs((*varied(40).items, long), "varied.jsonl")))
+    assert content(tiny_pool.capture_pairs(varied(40))) == before
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_actors_of_which_one_dies_give_the_bits_of_one(tiny_pool: Pool, tiny_llama: str) -> None:
+def test_two_actors_give_the_bits_of_one_although_one_dies(tiny_pool: CapturePool, tiny_llama: str) -> None:
     import ray
 
     data = varied(9 * PAIRS_PER_CHUNK + 5)
-    expected = content(tiny_pool.read(data))
+    expected = content(tiny_pool.capture_pairs(data))
 
-    def with_a_death(engines: Pool) -> Iterator[Any]:
-        for reading in engines.read(data):
-            if reading.index == 1:
+    def with_a_death(engines: CapturePool) -> Iterator[Chunk]:
+        for index, chunk in enumerate(engines.capture_pairs(data)):
+            if index == 1:
                 ray.kill(engines._actors[0], no_restart=False)
-            yield reading
+            yield chunk
 
-    with pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl"), actors=2) as engines:
+    with capture_pool(config(tiny_llama, blocks=(0, 2), source="varied.jsonl"), actors=2) as engines:
         engines.facts()
         assert content(with_a_death(engines)) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str, tmp_path: Path) -> None:
+def test_the_command_writes_a_vector_with_its_provenance(tiny_llama: str, tmp_path: Path) -> None:
     from steer_engine.cli.main import app
 
     pairs = tmp_path / "pairs.jsonl"
@@ -139,9 +140,9 @@ def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str,
     assert (about.method, about.position, about.num_blocks) == ("diffmean", "mean", 3)
     assert about.model == Path(tiny_llama).name
     assert about.dataset_digest == load_pairs(pairs).digest
-    assert about.notes == "5 pairs, read in float32, chat template."
+    assert about.notes == "5 pairs, captured in float32, chat template."
     assert vector.digest in result.output.replace("\n", "")
-    # The text that was read: user's turn, the answer's beginning after it.
+    # The text that was captured: the user's turn, then the beginning of the answer.
     template = "<|im_start|>user\nQ: how? A:<|im_end|>\n<|im_start|>assistant\n"
     sides = [
         [row.mean(axis=1) for row in huggingface_rows(tiny_llama, [template + r[side] for r in rows])]
@@ -151,7 +152,7 @@ def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str,
         expected = np.mean([s[block] for s in sides[0]], axis=0) - np.mean([s[block] for s in sides[1]], axis=0)
         assert cosine(vector.directions[block], expected) >= 0.9999
         assert np.linalg.norm(vector.directions[block]) == pytest.approx(np.linalg.norm(expected), rel=1e-3)
-    # The same with the activations kept: a dump rounds the means of texts to float32, and nothing else differs.
+    # The same with the activations stored: a dump rounds the means of texts to float32, and nothing else differs.
     kept, other = tmp_path / "kept", tmp_path / "other.safetensors"
     more = ["--keep-dump", str(kept), "--out", str(other)]
     result = CliRunner().invoke(app, [*arguments, *more], catch_exceptions=False)
@@ -160,8 +161,8 @@ def test_the_command_writes_a_vector_that_says_where_it_is_from(tiny_llama: str,
         assert cosine(load(other).directions[block], vector.directions[block]) > 1 - 1e-9
     assert load(other).metadata.notes == about.notes
     assert DumpFolder.open(kept).require_complete()[0].head.texts == 10
-    # A second run would replace the file only if told to, and says so before any engine starts.
-    with pytest.raises(DerivationError, match="there is such a file already"):
+    # A second run does not replace the file without --force, and says so before any engine starts.
+    with pytest.raises(DerivationError, match="this file exists already"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
@@ -169,7 +170,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "caa"}, "no method 'caa'"),
     "blocks": ({"blocks": "22-8"}, "runs backwards"),
     "position": ({"position": "first"}, "Position 'first' is none of"),
-    "actors": ({"actors": 0}, "0 actors cannot read"),
+    "actors": ({"actors": 0}, "0 actors cannot capture"),
     "GPUs": ({"gpus_per_actor": 99.0}, r"1 actor\(s\) with 99 GPU"),
     "pairs": ({"pairs": "gone.jsonl"}, r"gone\.jsonl: cannot be read"),
     "one pair": ({"pairs": [Pair(positive="a", negative="b")]}, "too few"),
@@ -185,25 +186,22 @@ def test_settings_are_refused_before_anything_starts(tiny_llama: str, name: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_block_that_the_model_has_not_is_refused_by_the_engine(tiny_llama: str) -> None:
+def test_a_block_that_the_model_lacks_is_refused_by_the_engine(tiny_llama: str) -> None:
     with pytest.raises(SteerError, match="block") as caught:
         derive(tiny_llama, varied(4), blocks="2-3", dtype="float32", engine_args=dict(SMALL), progress=False)
     assert "3" in caught.value.message
 
 
 def test_rows_that_do_not_fit_in_memory_are_refused() -> None:
-    from steer_engine.derive.derive import _num_rows_to_keep
-    from steer_engine.derive.fit import SAMPLE_PAIRS
-
     facts = EngineFacts(
         architecture="x", hidden_size=4096, num_blocks=32, blocks=tuple(range(32)), dtype="float32", versions={}
     )
-    assert _num_rows_to_keep("pca", 1024, facts) == 1024
+    assert _num_pairs_to_keep("pca", 1024, facts) == 1024
     with pytest.raises(DerivationError, match="rows of 1025 pairs at 32 blocks take 1025 MiB"):
-        _num_rows_to_keep("pca", 1025, facts)
-    # Methods of sums keep a sample only, so that memory does not grow with the data.
-    assert _num_rows_to_keep("diffmean", 100, facts) == 100
-    assert _num_rows_to_keep("diffmean", 1_000_000, facts) == 256
+        _num_pairs_to_keep("pca", 1025, facts)
+    # Methods that need only sums keep a sample, so that memory does not grow with the data.
+    assert _num_pairs_to_keep("diffmean", 100, facts) == 100
+    assert _num_pairs_to_keep("diffmean", 1_000_000, facts) == 256
     narrow = replace(facts, hidden_size=64, blocks=(0, 1))
-    assert _num_rows_to_keep("diffmean", 1_000_000, narrow) == SAMPLE_PAIRS == 1000
-    assert _num_rows_to_keep("pca", 100_000, narrow) == 100_000
+    assert _num_pairs_to_keep("diffmean", 1_000_000, narrow) == 1024
+    assert _num_pairs_to_keep("pca", 100_000, narrow) == 100_000

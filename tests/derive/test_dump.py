@@ -1,4 +1,4 @@
-"""Dumps of a tiny engine: the rows are the model's, and the vectors do not depend on how they came about."""
+"""Dumps of a tiny engine: rows equal those of Hugging Face, and vectors do not depend on shards, restarts or actors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 from helpers.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 
 from steer_engine.derive import Pair, Pairs, Text, Texts, dump, fit_dump
-from steer_engine.derive.activations import Position, TextRows
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool, pool
-from steer_engine.derive.dump import chunks, fill, manifest_of
-from steer_engine.derive.dump_folder import DumpFolder
-from steer_engine.derive.fit import Readings, fit
-from steer_engine.derive.fit_dump import BlockFitter
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, capture_pool
+from steer_engine.derive.capture_config import Position
+from steer_engine.derive.capture_engine import CapturedText
+from steer_engine.derive.dump_fitter import DumpFitter
+from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
+from steer_engine.derive.dump_writer import chunks, fill
+from steer_engine.derive.fit import CapturedRows, fit_block
 from steer_engine.derive.methods import METHODS
 from steer_engine.derive.progress import Progress
 from steer_engine.derive.texts import from_pairs
@@ -29,8 +30,8 @@ NUM_PAIRS = 6 * PAIRS_PER_CHUNK + 5
 SILENT = Progress(enabled=False)
 
 
-def manifest(engines: Pool, model: str, texts: Texts, **settings: Any) -> Any:
-    return manifest_of("tiny", config(model, blocks=(0, 2), **settings), engines.facts(), texts)
+def manifest(engines: CapturePool, model: str, texts: Texts, **settings: Any) -> Any:
+    return DumpManifest.of("tiny", config(model, blocks=(0, 2), **settings), engines.facts(), texts)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,9 @@ def texts() -> Texts:
 
 
 @pytest.fixture(scope="module")
-def one_shard(tiny_pool: Pool, tiny_llama: str, texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> DumpFolder:
+def one_shard(
+    tiny_pool: CapturePool, tiny_llama: str, texts: Texts, tmp_path_factory: pytest.TempPathFactory
+) -> DumpFolder:
     folder = DumpFolder.start(tmp_path_factory.mktemp("dumps") / "one", manifest(tiny_pool, tiny_llama, texts))
     fill(folder, tiny_pool, texts, SILENT)
     assert len(folder.require_complete()) == 1
@@ -47,7 +50,7 @@ def one_shard(tiny_pool: Pool, tiny_llama: str, texts: Texts, tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def seven_shards(tiny_pool: Pool, one_shard: DumpFolder, texts: Texts) -> DumpFolder:
+def seven_shards(tiny_pool: CapturePool, one_shard: DumpFolder, texts: Texts) -> DumpFolder:
     folder = DumpFolder.start(one_shard.path.with_name("seven"), one_shard.manifest)
     fill(folder, tiny_pool, texts, SILENT, shard_bytes=1)
     assert len(folder.require_complete()) == 7
@@ -55,7 +58,7 @@ def seven_shards(tiny_pool: Pool, one_shard: DumpFolder, texts: Texts) -> DumpFo
 
 
 def bits(folder: DumpFolder, method: str) -> bytes:
-    fitter = BlockFitter(str(folder.path))
+    fitter = DumpFitter(str(folder.path))
     return b"".join(fitter.fit(block, method).direction_D.tobytes() for block in folder.manifest.blocks)
 
 
@@ -66,24 +69,24 @@ def test_directions_do_not_depend_on_how_shards_were_cut(
     assert bits(one_shard, method) == bits(seven_shards, method)
 
 
-class Interrupted(Pool):
-    """The engines of another pool, which fail when `calls` chunks have been read."""
+class Interrupted(CapturePool):
+    """The engines of another pool, which fail after `calls` chunks."""
 
-    def __init__(self, engines: Pool, calls: int) -> None:
+    def __init__(self, engines: CapturePool, calls: int) -> None:
         self._engines, self._calls = engines, calls
 
-    def problems(self, texts: Sequence[Text], position: Position) -> list[str]:
-        return self._engines.problems(texts, position)
+    def text_errors(self, texts: Sequence[Text], position: Position) -> list[str]:
+        return self._engines.text_errors(texts, position)
 
-    def rows(self, chunks: Sequence[Sequence[Text]], position: Position) -> Iterator[list[TextRows]]:
-        for number, rows in enumerate(self._engines.rows(chunks, position)):
+    def capture_texts(self, chunks: Sequence[Sequence[Text]], position: Position) -> Iterator[list[CapturedText]]:
+        for number, rows in enumerate(self._engines.capture_texts(chunks, position)):
             if number == self._calls:
                 raise KeyboardInterrupt
             yield rows
 
 
-def test_an_interrupted_run_goes_on_without_reading_a_text_twice(
-    tiny_pool: Pool, one_shard: DumpFolder, texts: Texts
+def test_an_interrupted_run_is_resumed_and_captures_no_text_twice(
+    tiny_pool: CapturePool, one_shard: DumpFolder, texts: Texts
 ) -> None:
     folder = DumpFolder.start(one_shard.path.with_name("resumed"), one_shard.manifest)
     for done in (0, 2, 4):
@@ -99,19 +102,27 @@ def test_an_interrupted_run_goes_on_without_reading_a_text_twice(
     assert not list(folder.path.glob(".shard-*"))
     for method in ("diffmean", "pca"):
         assert bits(folder, method) == bits(one_shard, method)
-    # A whole dump is left as it is: no engine is asked for anything.
+    # A complete dump is not changed, and no engine is called.
     fill(folder, Interrupted(tiny_pool, 0), texts, SILENT)
 
 
-def test_a_dump_gives_the_bits_of_the_stream(tiny_pool: Pool, one_shard: DumpFolder) -> None:
-    merged = Readings()
-    for reading in tiny_pool.read(varied(NUM_PAIRS)):
-        merged.add(reading)
-    streamed = fit(merged, "diffmean", (0, 2))
-    for block in (0, 2):
-        dumped = BlockFitter(str(one_shard.path)).fit(block, "diffmean")
-        assert dumped.direction_D.astype(np.float32).tobytes() == streamed.directions[block].tobytes()
-        assert dumped.residual_norm == streamed.residual_norms[block]
+@pytest.fixture(scope="module")
+def captured(tiny_pool: CapturePool) -> CapturedRows:
+    rows = CapturedRows()
+    for chunk in tiny_pool.capture_pairs(varied(NUM_PAIRS), keep_rows_of=NUM_PAIRS):
+        rows.add(chunk)
+    return rows
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dump_gives_the_bits_of_the_stream(method: str, captured: CapturedRows, one_shard: DumpFolder) -> None:
+    for index, block in enumerate((0, 2)):
+        dumped = DumpFitter(str(one_shard.path)).fit(block, method)
+        streamed = fit_block(captured.at(index, block), method)
+        assert dumped.direction_D.tobytes() == streamed.direction_D.tobytes()
+        assert dumped.residual_norm == streamed.residual_norm
+        assert dumped.separation == streamed.separation
+        assert dumped.explained == streamed.explained
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +143,7 @@ def test_directions_agree_with_hugging_face_in_float64(
         if not expected.any():
             continue
         compared += 1
-        fitted = BlockFitter(str(seven_shards.path)).fit(block, method)
+        fitted = DumpFitter(str(seven_shards.path)).fit(block, method)
         agreement = cosine(fitted.direction_D, expected)
         assert (abs(agreement) if "pca" in method else agreement) >= 0.9999
         gap = (rows[::2] - rows[1::2]).mean(axis=0)
@@ -155,16 +166,16 @@ def test_two_actors_fit_the_bits_of_one(one_shard: DumpFolder, seven_shards: Dum
     assert vectors[0].digest == vectors[1].digest
     about = vectors[0].metadata
     assert (about.model, about.method, about.num_blocks, about.hidden_size) == ("tiny", "pca", 3, 64)
-    assert about.notes == f"{NUM_PAIRS} pairs, read in float32."
+    assert about.notes == f"{NUM_PAIRS} pairs, captured in float32."
     assert about.dataset_digest == varied(NUM_PAIRS).digest
     assert set(about.separation) == {0, 2}
 
 
 @pytest.fixture(scope="module")
 def another_dump(tiny_llama: str, one_shard: DumpFolder, texts: Texts) -> DumpFolder:
-    """Read by engines of their own, in other batches."""
+    """Captured by other engines, in other batches."""
     settings = (*SMALL, ("max_num_seqs", 5), ("max_num_batched_tokens", 512))
-    with pool(config(tiny_llama, blocks=(0, 2), engine_args=settings), actors=2) as engines:
+    with capture_pool(config(tiny_llama, blocks=(0, 2), engine_args=settings), actors=2) as engines:
         folder = DumpFolder.start(one_shard.path.with_name("another"), one_shard.manifest)
         fill(folder, engines, texts, SILENT)
     return folder
@@ -181,7 +192,7 @@ def test_separate_dumps_agree(
         if not REFERENCES[method](rows[::2], rows[1::2]).any():
             continue  # two eigenvalues that are too close
         compared += 1
-        one, another = (BlockFitter(str(dump.path)).fit(block, method) for dump in (one_shard, another_dump))
+        one, another = (DumpFitter(str(dump.path)).fit(block, method) for dump in (one_shard, another_dump))
         assert cosine(one.direction_D, another.direction_D) >= 0.99999
     assert compared
 
@@ -195,7 +206,7 @@ POSITIONS = {
 
 @pytest.mark.parametrize("rule", POSITIONS)
 def test_rows_of_every_position_rule_are_those_of_hugging_face(
-    rule: str, tiny_pool: Pool, tiny_llama: str, reference: list[np.ndarray], tmp_path: Path
+    rule: str, tiny_pool: CapturePool, tiny_llama: str, reference: list[np.ndarray], tmp_path: Path
 ) -> None:
     """Ragged, never padded: each text has as many rows as the rule says."""
     texts = from_pairs(varied(4))
@@ -219,8 +230,8 @@ def test_rows_of_every_position_rule_are_those_of_hugging_face(
             assert norm_NL[number, place] == pytest.approx(np.linalg.norm(counted, axis=1).sum(), rel=1e-5)
 
 
-def test_texts_that_cannot_be_read_are_all_named_before_anything_is_read(
-    tiny_pool: Pool, tiny_llama: str, tmp_path: Path
+def test_texts_that_cannot_be_captured_are_all_named_before_anything_is_captured(
+    tiny_pool: CapturePool, tiny_llama: str, tmp_path: Path
 ) -> None:
     pairs = [
         *varied(40),
@@ -232,20 +243,20 @@ def test_texts_that_cannot_be_read_are_all_named_before_anything_is_read(
     with pytest.raises(DerivationError) as caught:
         fill(folder, tiny_pool, texts, SILENT)
     first, *named = caught.value.message.splitlines()
-    assert first == "2 text(s) cannot be read:"
+    assert first == "2 text(s) cannot be captured:"
     assert [line.split(": ")[0] for line in named] == ["varied.jsonl:41", "varied.jsonl:42"]
     assert not folder.shards()
 
 
-def test_a_full_disk_leaves_what_was_written_and_the_run_goes_on_from_it(
-    tiny_pool: Pool, one_shard: DumpFolder, texts: Texts
+def test_a_full_disk_leaves_complete_shards_and_the_run_is_resumed(
+    tiny_pool: CapturePool, one_shard: DumpFolder, texts: Texts
 ) -> None:
     folder = DumpFolder.start(one_shard.path.with_name("full"), one_shard.manifest)
     with pytest.raises(KeyboardInterrupt):
         fill(folder, Interrupted(tiny_pool, 2), texts, SILENT, shard_bytes=1)
     # The kernel refuses to make any file of this process longer than that.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    rows = [rows for chunk in tiny_pool.rows([texts[128:192]], Position("last")) for rows in chunk]
+    rows = [rows for chunk in tiny_pool.capture_texts([texts[128:192]], Position("last")) for rows in chunk]
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with pytest.raises(DerivationError, match=r"shard-000002\.safetensors: cannot be written \(File too large\)"):
@@ -264,7 +275,7 @@ def test_chunks_follow_from_the_data(one_shard: DumpFolder) -> None:
     assert chunks(texts, about) == [range(64), range(64, 80)]
     unpaired = about.model_copy(update={"paired": False})
     assert chunks(texts[:65], unpaired) == [range(64), range(64, 65)]
-    # Where every token's row is read, long texts are read in smaller chunks, but never half a pair.
+    # If every token's row is captured, chunks of long texts are smaller, but contain whole pairs.
     wide = about.model_copy(update={"position": "all", "hidden_size": 1 << 20})
     assert chunks(texts[:6], wide) == [range(2), range(2, 4), range(4, 6)]
 

@@ -15,8 +15,8 @@ from helpers.reading import varied
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
+from steer_engine.derive.dump_fitter import DumpFitter
 from steer_engine.derive.dump_folder import DumpFolder
-from steer_engine.derive.fit_dump import BlockFitter
 from steer_engine.errors import DerivationError
 
 SCRIPT = Path(sys.executable).with_name("steer-engine")
@@ -75,5 +75,5 @@ def test_five_kills_leave_the_dump_of_an_undisturbed_run(tiny_llama: str, tmp_pa
     assert ids[0] == ids[1]
     assert len(ids[0]) == len(set(ids[0])) == 1200
     for method in ("diffmean", "pca"):
-        fits = [BlockFitter(str(dump.path)).fit(1, method).direction_D.tobytes() for dump in dumps]
+        fits = [DumpFitter(str(dump.path)).fit(1, method).direction_D.tobytes() for dump in dumps]
         assert fits[0] == fits[1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.dumping import contrast, manifest, rows_of, texts_of, write
 
-from steer_engine.derive.dump_folder import DumpFolder, Manifest
+from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
 from steer_engine.errors import DerivationError
 
 
@@ -53,7 +53,7 @@ def test_a_folder_of_something_else_is_not_touched(name: str, tmp_path: Path) ->
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(DerivationError, match=r"there are other files in it and no manifest\.json"):
+    with pytest.raises(DerivationError, match=r"it contains other files and no manifest\.json"):
         DumpFolder.start(tmp_path, manifest(20, 8))
     with pytest.raises(DerivationError, match=r"not a dump folder \(manifest.json: No such file"):
         DumpFolder.open(tmp_path)
@@ -76,7 +76,7 @@ def test_a_strange_manifest_is_named(change: dict[str, Any], sentence: str, tmp_
 
 
 def test_a_manifest_survives_its_file(tmp_path: Path) -> None:
-    assert Manifest.parse(manifest(20, 8).to_bytes(), "x") == manifest(20, 8)
+    assert DumpManifest.parse(manifest(20, 8).to_bytes(), "x") == manifest(20, 8)
 
 
 def truncate(folder: DumpFolder) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from steer_engine.derive.activations import fingerprint
+from steer_engine.derive.capture_engine import fingerprint
 
 
 def test_other_weights_or_config_are_another_fingerprint(tiny_llama: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from helpers.dumping import BLOCKS, contrast, write
 from typer.testing import CliRunner
 
 from steer_engine.derive.actors import ray_session
-from steer_engine.derive.fit_dump import fit_dump
+from steer_engine.derive.dump_fitter import fit_dump
 from steer_engine.errors import DerivationError
 from steer_engine.vectors import load
 
@@ -36,7 +36,7 @@ def test_the_command_writes_a_vector(tmp_path: Path) -> None:
     for place, block in enumerate(BLOCKS):
         expected = (rows[::2, place].astype(np.float64) - rows[1::2, place]).mean(axis=0)
         assert np.abs(vector.directions[block] - expected).max() <= 2**-23 * np.abs(expected).max()
-    with pytest.raises(DerivationError, match="there is such a file already"):
+    with pytest.raises(DerivationError, match="this file exists already"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
@@ -54,7 +54,7 @@ def test_blocks_where_the_sides_are_the_same_are_named(tmp_path: Path) -> None:
     rows = contrast(30)
     rows[::2, 1] = rows[1::2, 1]
     write(tmp_path / "d", rows)
-    with pytest.raises(DerivationError, match=r"do not differ at block\(s\) 9: the direction there is zero"):
+    with pytest.raises(DerivationError, match=r"do not differ at block\(s\) 9: the direction is zero"):
         fit_dump(tmp_path / "d", progress=False)
 
 

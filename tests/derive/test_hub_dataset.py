@@ -79,7 +79,7 @@ WRONG: dict[str, tuple[str, str]] = {
         "hf:{saved}?text=review&label=stars&is_positive=bad&is_negative=bad", "'bad' cannot be both",
     ),
     "labels without a column": ("hf:{parquet}?text=chosen&is_positive=1", "no column of labels"),
-    "no limit": ("hf:{parquet}?text=chosen&limit=0", "limit=0 is no number of rows"),
+    "no limit": ("hf:{parquet}?text=chosen&limit=0", "limit=0 is not a positive number of rows"),
 }  # fmt: skip
 
 

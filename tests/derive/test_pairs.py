@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from steer_engine.derive.pairs import PACKAGED, Pair, Pairs, load_pairs
+from steer_engine.derive.text_sources import PACKAGED
+from steer_engine.derive.texts import Pair, Pairs, load_pairs
 from steer_engine.errors import DerivationError
 
 GOOD = '{"positive": "I am glad.", "negative": "I am sad."}\n{"negative": "No.", "positive": "Yes.", "id": "b"}\n'
@@ -45,7 +46,7 @@ BAD = {
     '{"positive": "a", "negative": "a"}': r":1: positive and negative are the same text",
     GOOD + '{"positive": "c", "negative": "d", "id": "b"}': r":3: the id 'b' is already that of line 2",
     '{"positive": "a", "negative": "b"}': r"1 pair\(s\) are too few; at least 2",
-    '{"positive": "\\ud800", "negative": "b"}': r":1: 'positive' has half a surrogate pair",
+    '{"positive": "\\ud800", "negative": "b"}': r":1: 'positive' contains half a surrogate pair",
     '{"positive": "' + "a" * 1_000_001 + '", "negative": "b"}': r":1: 'positive' is longer than 1000000",
     '{"a":' * 100_000: r":1: not JSON",
 }

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from steer_engine.derive.activations import Position
+from steer_engine.derive.capture_config import Position
 from steer_engine.errors import DerivationError
 
 
 @pytest.mark.parametrize(
-    ("rule", "of_engine", "covers_first"),
+    ("rule", "capture_position", "includes_first"),
     [
         ("last", "last", False),
         ("mean", "all", True),
@@ -16,10 +16,10 @@ from steer_engine.errors import DerivationError
         ("0,3,-1", [0, 3, -1], False),
     ],
 )
-def test_rules(rule: str, of_engine: str | list[int], covers_first: bool) -> None:
+def test_rules(rule: str, capture_position: str | list[int], includes_first: bool) -> None:
     position = Position(rule)
-    assert position.of_engine == of_engine
-    assert position.covers_first is covers_first
+    assert position.capture_position == capture_position
+    assert position.includes_first is includes_first
     assert str(position) == rule
 
 

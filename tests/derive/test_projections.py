@@ -8,7 +8,7 @@ from helpers.dumping import contrast, texts_of, write
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
-from steer_engine.derive.fit_dump import project
+from steer_engine.derive.dump_fitter import project
 from steer_engine.errors import DerivationError
 from steer_engine.vectors import ControlVector, VectorMetadata, save
 
@@ -36,7 +36,7 @@ def test_a_dump_that_does_not_fit_the_vector_is_refused(tmp_path: Path) -> None:
     wide = ControlVector(directions={4: np.ones(9)})
     with pytest.raises(DerivationError, match=r"hidden size 8\); the vector is for a model \(hidden size 9\)"):
         project(tmp_path / "d", wide, (4,))
-    with pytest.raises(DerivationError, match=r"block 5 was not read; it has \[4, 9\]"):
+    with pytest.raises(DerivationError, match=r"block 5 was not captured; the dump has \[4, 9\]"):
         project(tmp_path / "d", vector(), (5,))
     one = texts_of(30, paired=False, labels=("positive", "positive"))
     write(tmp_path / "one", contrast(15), texts=one, paired=False)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from steer_engine.derive.pairs import load_pairs
-from steer_engine.derive.texts import from_pairs, load_texts
+from steer_engine.derive.texts import from_pairs, load_pairs, load_texts
 from steer_engine.errors import DerivationError
 
 
@@ -85,7 +84,7 @@ def test_what_is_wrong_is_named_by_file_and_line(name: str, tmp_path: Path) -> N
 
 def test_an_id_that_is_the_place_of_another_pair_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"positive": "a", "negative": "b", "id": "1"}, {"positive": "c", "negative": "d"})
-    with pytest.raises(DerivationError, match="an id equals the place of a pair without one"):
+    with pytest.raises(DerivationError, match="an id equals the index of a pair without an id"):
         from_pairs(load_pairs(path))
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from helpers.reading import varied
 
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, Pool
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_node_dies_and_the_run_finishes(tiny_pool: Pool, tiny_llama: str) -> None:
+def test_a_node_dies_and_the_run_finishes(tiny_pool: CapturePool, tiny_llama: str) -> None:
     script = Path(__file__).parents[1] / "helpers" / "two_nodes.py"
     done = subprocess.run(
         [sys.executable, "-P", str(script), tiny_llama],
@@ -35,6 +35,6 @@ def test_a_node_dies_and_the_run_finishes(tiny_pool: Pool, tiny_llama: str) -> N
     assert len(after) == 2
     assert found["second"] not in after
     sha = hashlib.sha256()
-    for reading in tiny_pool.read(varied(9 * PAIRS_PER_CHUNK + 5)):
-        sha.update(reading.positive.sum_LD.tobytes() + reading.negative.sum_LD.tobytes())
+    for chunk in tiny_pool.capture_pairs(varied(9 * PAIRS_PER_CHUNK + 5)):
+        sha.update(chunk.positive.sum_LD.tobytes() + chunk.negative.sum_LD.tobytes())
     assert found["digest"] == sha.hexdigest()

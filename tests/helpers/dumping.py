@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from steer_engine.derive.activations import TextRows
-from steer_engine.derive.dump_folder import DumpFolder, Manifest
+from steer_engine.derive.capture_engine import CapturedText
+from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
 from steer_engine.derive.texts import Text
 
 BLOCKS = [4, 9]
 
 
-def manifest(num_texts: int, hidden_size: int, **settings: Any) -> Manifest:
+def manifest(num_texts: int, hidden_size: int, **settings: Any) -> DumpManifest:
     fields = {
         "model": "org/model",
         "weights": "sha256:" + "0" * 64,
@@ -33,7 +33,7 @@ def manifest(num_texts: int, hidden_size: int, **settings: Any) -> Manifest:
         "paired": True,
         "versions": {"vllm": "1"},
     }
-    return Manifest.model_validate(fields | settings)
+    return DumpManifest.model_validate(fields | settings)
 
 
 def texts_of(num_texts: int, *, paired: bool = True, labels: tuple[str, str] = ("positive", "negative")) -> list[Text]:
@@ -56,8 +56,8 @@ def write(
     return folder
 
 
-def rows_of(row_LD: np.ndarray) -> TextRows:
-    return TextRows(
+def rows_of(row_LD: np.ndarray) -> CapturedText:
+    return CapturedText(
         rows_LPD=row_LD[:, None].astype(np.float32),
         norm_L=np.linalg.norm(row_LD.astype(np.float64), axis=1),
         norm_count=1,

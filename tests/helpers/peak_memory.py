@@ -20,7 +20,7 @@ from helpers.reading import SMALL, varied
 from steer_engine.derive import derive
 
 POLL_SECONDS = 0.2
-ACTOR = "ray::Reader"
+ACTOR = "ray::CaptureEngine"
 
 
 def high_water(pid: int) -> float:

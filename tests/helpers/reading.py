@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from steer_engine.derive import Pair, Pairs
-from steer_engine.derive.activations import Position, ReaderConfig
+from steer_engine.derive.capture_config import CaptureConfig, Position
 
 SMALL = (("dtype", "float32"), ("enforce_eager", True), ("max_model_len", 512), ("enable_prefix_caching", False))
 
 
-def config(model: str, **settings: Any) -> ReaderConfig:
-    return ReaderConfig(**{"model": model, "position": Position("last"), "engine_args": SMALL, **settings})
+def config(model: str, **settings: Any) -> CaptureConfig:
+    return CaptureConfig(**{"model": model, "position": Position("last"), "engine_args": SMALL, **settings})
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Two Ray nodes on this machine, of which one dies in the middle. Run by test_two_nodes.py in a process of its own.
 
-Prints the nodes that the actors were on, and a digest of what was read.
+Prints the nodes that the actors were on, and a digest of what was captured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from ray.cluster_utils import Cluster
 
 from helpers.reading import config, varied
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, pool
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, capture_pool
 
 SETTLE_SECONDS = 180
 
@@ -41,12 +41,13 @@ def main(model: str) -> None:
     cluster.wait_for_nodes()
     sha = hashlib.sha256()
     seen = []
-    with pool(config(model, blocks=(0, 2)), actors=2, ray_address=cluster.address) as engines:
+    with capture_pool(config(model, blocks=(0, 2)), actors=2, ray_address=cluster.address) as engines:
         engines.facts()
         seen.append(nodes_of_actors())
-        for reading in engines.read(varied(9 * PAIRS_PER_CHUNK + 5), keep_rows_of=10**9):
-            sha.update(reading.positive.sum_LD.tobytes() + reading.negative.sum_LD.tobytes())
-            if reading.index == 1:
+        chunks = engines.capture_pairs(varied(9 * PAIRS_PER_CHUNK + 5), keep_rows_of=10**9)
+        for index, chunk in enumerate(chunks):
+            sha.update(chunk.positive.sum_LD.tobytes() + chunk.negative.sum_LD.tobytes())
+            if index == 1:
                 cluster.remove_node(second, allow_graceful=False)
         seen.append(nodes_once_settled(second.node_id))
     print(json.dumps({"nodes": seen, "second": second.node_id, "digest": sha.hexdigest()}))

@@ -9,22 +9,22 @@ import numpy as np
 
 from steer_bench.arms.stock import engine_facts
 from steer_bench.settings import Settings
-from steer_engine.derive.engine_options import READING_ENV
+from steer_engine.derive.capture_config import CAPTURE_ENV
 
-ENVIRONMENT = READING_ENV
+ENVIRONMENT = CAPTURE_ENV
 
 
 def load(settings: Settings) -> TextReader:
-    from steer_engine.derive.activations import Position, Reader, ReaderConfig
-    from steer_engine.derive.engine_options import engine_defaults
+    from steer_engine.derive.capture_config import CaptureConfig, Position, engine_defaults
+    from steer_engine.derive.capture_engine import CaptureEngine
 
     args = {**engine_defaults(), "dtype": settings.dtype, "gpu_memory_utilization": settings.memory}
-    config = ReaderConfig(model=settings.model, position=Position("last"), engine_args=tuple(args.items()))
-    return TextReader(Reader(config))
+    config = CaptureConfig(model=settings.model, position=Position("last"), engine_args=tuple(args.items()))
+    return TextReader(CaptureEngine(config))
 
 
 class TextReader:
-    """A `Reader` of this process: last token, all blocks, in the chunks of `derive`."""
+    """A `CaptureEngine` of this process: last token, all blocks, in the chunks of `derive`."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -54,14 +54,14 @@ class TextReader:
         Positives and negatives stand in turn, as in a file of pairs. Nothing is sorted, since `derive` sorts nothing.
         """
         from steer_engine.derive.actors import PAIRS_PER_CHUNK
-        from steer_engine.derive.pairs import Pair
+        from steer_engine.derive.texts import Pair
 
         pairs = [Pair(positive=a, negative=b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
         chunks = [pairs[at : at + PAIRS_PER_CHUNK] for at in range(0, len(pairs), PAIRS_PER_CHUNK)]
         start = time.perf_counter()
-        readings = [self.reader.read(index, chunk, True) for index, chunk in enumerate(chunks)]
+        captured = [self.reader.capture_pairs(chunk, True) for chunk in chunks]
         seconds = time.perf_counter() - start
         if save is not None:
-            sides = [np.stack([reading.positive_NLD, reading.negative_NLD], axis=1) for reading in readings]
+            sides = [np.stack([chunk.positive_NLD, chunk.negative_NLD], axis=1) for chunk in captured]
             np.save(save, np.concatenate([side.reshape(-1, *side.shape[2:]) for side in sides]))
         return seconds

@@ -32,7 +32,7 @@ def ragged_texts(num_texts: int, seed: int = 0) -> list[str]:
     """Positives and negatives in turn: packaged sentences, shuffled, joined and cut to a length that is as likely
     between 4 and 20 words as between 20 and 100.
     """
-    from steer_engine.derive.pairs import load_pairs
+    from steer_engine.derive import load_pairs
 
     random = Random(seed)
     pairs = load_pairs("sentiment")

