@@ -1,4 +1,8 @@
-"""A vector in the body of a request: streamed to the disk with a counted limit, then read strictly."""
+"""The routes of the registry: `/v1/steering/vectors` and `/v1/steering/presets`, and how their bodies are received.
+
+Reads need no admin key. Changes need one, are logged, and are conditional on `If-Match`. An uploaded vector is
+streamed to disk up to a size limit, then parsed strictly.
+"""
 
 from __future__ import annotations
 
@@ -31,26 +35,169 @@ from steer_engine.vectors.folder import NAME, check_preset
 from steer_engine.vectors.storage import mark, writing
 from steer_engine.vectors.uploaded import preset_digest, vectors_of
 
+GGUF_MAGIC = b"GGUF"
+MAX_PAGE = 1000
+"""Entries of one page of a list."""
+
 MEDIA_TYPES = frozenset({"", "application/octet-stream", "application/safetensors", "application/x-safetensors",
                          "application/gguf", "application/x-gguf", "binary/octet-stream",
                          "application/x-www-form-urlencoded"})  # fmt: skip
-"""The last one is what curl says of `--data-binary` if nobody tells it otherwise; the content is checked anyway."""
-GGUF_MAGIC = b"GGUF"
+"""Accepted for uploads. The last one is curl's default for `--data-binary`. The content is checked in any case."""
+
+# For the OpenAPI document only: the registry checks names itself, with a clearer message.
+Name = Annotated[
+    str,
+    PathParameter(
+        description="A name, or (to read) `sha256:` and 64 hexadecimal digits.",
+        json_schema_extra={"pattern": rf"^({NAME.pattern}|sha256:[0-9a-f]{{64}})$"},
+    ),
+]
+
+_FILE_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The unchanged file: a control vector in safetensors or GGUF.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+SPEC_BODY = {
+    "requestBody": {
+        "required": True,
+        # `routes.document_field` adds this schema to the OpenAPI document.
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SteeringSpec"}}},
+    }
+}
+
+vector_router = APIRouter(prefix="/v1/steering/vectors", tags=["steering"], route_class=SteeringRoute)
+preset_router = APIRouter(prefix="/v1/steering/presets", tags=["steering"], route_class=SteeringRoute)
+
+
+@vector_router.get("")
+async def list_vectors(
+    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
+) -> JSONResponse:
+    """List names and digests, sorted by name: at most `limit`, starting after the name `after`."""
+    names = await asyncio.to_thread(frontend_of(request).registry.names)
+    page = [(name, digest) for name, digest in sorted(names.items()) if name > after]
+    data = [{"name": name, "digest": digest} for name, digest in page[:limit]]
+    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
+
+
+@vector_router.get("/{name}")
+async def show_vector(request: Request, name: Name, download: str | None = None) -> Response:
+    """One vector: its blocks, norms and origin. With `?download`, the file in safetensors."""
+    vector = await asyncio.to_thread(frontend_of(request).registry.get, name)
+    if download is not None:
+        file_name = f"{vector.digest.removeprefix('sha256:')[:16]}.safetensors"
+        headers = etag(vector.digest) | {"Content-Disposition": f'attachment; filename="{file_name}"'}
+        return Response(safetensors_format.to_bytes(vector), media_type="application/octet-stream", headers=headers)
+    body = {} if name.startswith("sha256:") else {"name": name}
+    return JSONResponse(body | _vector_body(vector), headers=etag(vector.digest))
+
+
+@vector_router.put("/{name}", openapi_extra=_FILE_BODY)
+async def put_vector(request: Request, name: Name) -> JSONResponse:
+    """Register a vector under a name. 201: the name is new. 200: the name already has this content, or was replaced.
+
+    To replace other content, send its digest as `If-Match`. An acknowledged upload survives a crash.
+    """
+    frontend = frontend_of(request)
+    try:
+        require_admin(request)
+        folder = await asyncio.to_thread(frontend.registry.incoming, name)
+        vector = await request.app.state.steering_uploads.receive(request, folder)
+        vector.check(hidden_size=frontend.model.hidden_size, num_blocks=frontend.model.num_blocks)
+        is_new = await asyncio.to_thread(frontend.registry.put, name, vector, if_match=if_match(request))
+    except SteerError as error:
+        metrics.upload_rejected(status_of(error))
+        raise
+    log_change(request, "put" if is_new else "replace", "vector", name, vector.digest)
+    body = {"name": name} | _vector_body(vector)
+    return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(vector.digest))
+
+
+@vector_router.delete("/{name}")
+async def delete_vector(request: Request, name: Name) -> JSONResponse:
+    """Delete a name. `in_flight` counts the running requests that use its content; they are completed."""
+    frontend = frontend_of(request)
+    require_admin(request)
+    digest = await asyncio.to_thread(frontend.registry.delete, name, if_match=if_match(request))
+    log_change(request, "delete", "vector", name, digest)
+    in_flight = await request.app.state.steering_in_flight(digest)
+    return JSONResponse({"name": name, "digest": digest, "in_flight": in_flight})
+
+
+@preset_router.get("")
+async def list_presets(
+    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
+) -> JSONResponse:
+    """List presets, sorted by name: at most `limit`, starting after the name `after`."""
+    presets = await asyncio.to_thread(frontend_of(request).registry.presets)
+    page = [(name, spec) for name, spec in sorted(presets.items()) if name > after]
+    data = [{"name": name, "digest": preset_digest(spec), "spec": spec} for name, spec in page[:limit]]
+    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
+
+
+@preset_router.get("/{name}")
+async def show_preset(request: Request, name: Name) -> JSONResponse:
+    """One preset, as it was registered."""
+    spec = await asyncio.to_thread(frontend_of(request).registry.preset, name)
+    return JSONResponse({"name": name, "digest": preset_digest(spec), "spec": spec}, headers=etag(preset_digest(spec)))
+
+
+@preset_router.put("/{name}", openapi_extra=SPEC_BODY)
+async def put_preset(request: Request, name: Name) -> JSONResponse:
+    """Register a spec under a name. 201: the name is new. 200: the name already has this spec, or was replaced.
+
+    To replace another spec, send its digest as `If-Match`.
+    """
+    frontend = frontend_of(request)
+    require_admin(request)
+    spec = await read_json(request, frontend.registry.limits.max_preset_bytes)
+    checked = check_preset(spec)
+    try:
+        await asyncio.to_thread(_check_usable, checked, frontend)
+    except SteeringRequestError as error:
+        # Well formed, but this server cannot apply it.
+        raise Refused(error.message, 422, error.param) from None
+    is_new = await asyncio.to_thread(frontend.registry.put_preset, name, checked, if_match=if_match(request))
+    digest = preset_digest(checked)
+    log_change(request, "put" if is_new else "replace", "preset", name, digest)
+    body = {"name": name, "digest": digest, "spec": checked}
+    return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(digest))
+
+
+@preset_router.delete("/{name}")
+async def delete_preset(request: Request, name: Name) -> JSONResponse:
+    """Delete a preset. Running requests that use it are completed."""
+    frontend = frontend_of(request)
+    require_admin(request)
+    spec = await asyncio.to_thread(frontend.registry.preset, name)
+    await asyncio.to_thread(frontend.registry.delete_preset, name, if_match=if_match(request))
+    log_change(request, "delete", "preset", name, preset_digest(spec))
+    return JSONResponse({"name": name, "digest": preset_digest(spec)})
 
 
 class Uploads:
-    """Takes uploads, a bounded number at once."""
+    """Receives uploaded vectors, a limited number at a time.
+
+    max_bytes: per file. at_once: uploads at the same time.
+    """
 
     def __init__(self, max_bytes: int, at_once: int) -> None:
         self.max_bytes = max_bytes
         self._free = at_once
 
     async def receive(self, request: Request, folder: Path) -> ControlVector:
-        """The vector in the body; nothing of it stays in `folder`.
+        """The vector in the request's body. The body is stored in a temporary file in `folder`.
 
         Raises:
-            Refused: 415. PayloadTooLargeError: 413. VectorFileError: not a control vector. CapacityError: too many.
-            RegistryError: the disk does not take it.
+            Refused: 415, another media type.
+            PayloadTooLargeError: more than `max_bytes`.
+            VectorFileError: not a usable control vector.
+            CapacityError: too many uploads at the same time.
+            RegistryError: the file cannot be written.
         """
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type not in MEDIA_TYPES:
@@ -59,7 +206,7 @@ class Uploads:
         if declared.isdecimal() and int(declared) > self.max_bytes:
             raise self._too_large()
         if self._free == 0:
-            raise CapacityError("Too many uploads at once; try again.", retry_after=2)
+            raise CapacityError("Too many uploads at once; retry later.", retry_after=2)
         self._free -= 1
         try:
             with writing(), tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
@@ -69,7 +216,7 @@ class Uploads:
                     async for piece in self._counted(request.stream()):
                         await asyncio.to_thread(file.write, piece)
                     file.close()
-                    return await asyncio.to_thread(read_vector, path)
+                    return await asyncio.to_thread(_load_vector, path)
                 finally:
                     path.unlink(missing_ok=True)
         finally:
@@ -87,101 +234,35 @@ class Uploads:
         return PayloadTooLargeError(f"A vector may have at most {self.max_bytes} bytes.")
 
 
-def read_vector(path: Path) -> ControlVector:
-    """Read safetensors or GGUF, whichever the first bytes say. Raises VectorFileError, without the file's path."""
-    with path.open("rb") as file:
-        is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    if is_gguf:
-        try:
-            vector = gguf_format.load(path)
-        except VectorFileError as error:
-            raise type(error)(error.message.removeprefix(f"{path}: ")) from None
-    else:
-        vector = safetensors_format.from_bytes(path.read_bytes())
-    if not any(vector.norms.values()):
-        raise UnusableVectorError("All directions of the vector are zero.")
-    return vector
+async def read_json(request: Request, max_bytes: int) -> Any:
+    """The JSON body of a request.
 
-
-MAX_PAGE = 1000
-
-vector_router = APIRouter(prefix="/v1/steering/vectors", tags=["steering"], route_class=SteeringRoute)
-
-# Described, not enforced here: the registry refuses other names with a sentence of its own.
-Name = Annotated[
-    str,
-    PathParameter(
-        description="A name, or (to read) `sha256:` and 64 hexadecimal digits.",
-        json_schema_extra={"pattern": rf"^({NAME.pattern}|sha256:[0-9a-f]{{64}})$"},
-    ),
-]
-
-_FILE_BODY = {
-    "requestBody": {
-        "required": True,
-        "description": "The file as it is: a control vector in safetensors or GGUF.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
-
-
-@vector_router.get("")
-async def list_vectors(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
-) -> JSONResponse:
-    """Names and digests in the order of the names, `limit` at a time, beginning after the name `after`."""
-    names = await asyncio.to_thread(frontend_of(request).registry.names)
-    page = [(name, digest) for name, digest in sorted(names.items()) if name > after]
-    data = [{"name": name, "digest": digest} for name, digest in page[:limit]]
-    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
-
-
-@vector_router.get("/{name}")
-async def show_vector(request: Request, name: Name, download: str | None = None) -> Response:
-    """One vector: its blocks, norms and origin. With `?download`, the file (safetensors)."""
-    vector = await asyncio.to_thread(frontend_of(request).registry.get, name)
-    if download is not None:
-        file_name = f"{vector.digest.removeprefix('sha256:')[:16]}.safetensors"
-        headers = etag(vector.digest) | {"Content-Disposition": f'attachment; filename="{file_name}"'}
-        return Response(safetensors_format.to_bytes(vector), media_type="application/octet-stream", headers=headers)
-    body = {} if name.startswith("sha256:") else {"name": name}
-    return JSONResponse(body | described(vector), headers=etag(vector.digest))
-
-
-@vector_router.put("/{name}", openapi_extra=_FILE_BODY)
-async def put_vector(request: Request, name: Name) -> JSONResponse:
-    """Register a vector under a name: 201 if the name is new, 200 if it stands for this very content already.
-
-    To replace other content, send its digest as `If-Match`. What is acknowledged survives a crash.
+    Raises:
+        PayloadTooLargeError: more than `max_bytes`.
+        SteeringRequestError: not JSON, or a key is repeated within one object.
     """
-    frontend = frontend_of(request)
+    raw = bytearray()
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > max_bytes:
+            raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
     try:
-        require_admin(request)
-        folder = await asyncio.to_thread(frontend.registry.incoming, name)
-        vector = await request.app.state.steering_uploads.receive(request, folder)
-        vector.check(hidden_size=frontend.model.hidden_size, num_blocks=frontend.model.num_blocks)
-        is_new = await asyncio.to_thread(frontend.registry.put, name, vector, if_match=if_match(request))
-    except SteerError as error:
-        metrics.upload_rejected(status_of(error))
+        return json.loads(raw, object_pairs_hook=_object_without_duplicates)
+    except SteeringRequestError:
         raise
-    log_change(request, "put" if is_new else "replace", "vector", name, vector.digest)
-    body = {"name": name} | described(vector)
-    return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(vector.digest))
+    except (ValueError, RecursionError) as error:
+        raise SteeringRequestError(f"The body is not valid JSON ({type(error).__name__}).", "body") from None
 
 
-@vector_router.delete("/{name}")
-async def delete_vector(request: Request, name: Name) -> JSONResponse:
-    """Forget a name. Requests in flight that use its content finish; `in_flight` says how many there are."""
-    frontend = frontend_of(request)
-    require_admin(request)
-    digest = await asyncio.to_thread(frontend.registry.delete, name, if_match=if_match(request))
-    log_change(request, "delete", "vector", name, digest)
-    in_flight = await request.app.state.steering_in_flight(digest)
-    return JSONResponse({"name": name, "digest": digest, "in_flight": in_flight})
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise SteeringRequestError("An object in the body has the same key twice.", "body")
+    return found
 
 
-def described(vector: ControlVector) -> dict[str, Any]:
-    """What an answer says of a vector."""
+def _vector_body(vector: ControlVector) -> dict[str, Any]:
+    """The description of a vector in answers."""
     about = vector.metadata
     norms = about.residual_norms
     return {
@@ -196,89 +277,35 @@ def described(vector: ControlVector) -> dict[str, Any]:
     }
 
 
-preset_router = APIRouter(prefix="/v1/steering/presets", tags=["steering"], route_class=SteeringRoute)
+def _check_usable(spec: dict[str, Any], frontend: Frontend) -> None:
+    """Check that this server can apply a preset's spec.
 
-SPEC_BODY = {
-    "requestBody": {
-        "required": True,
-        # Defined by `openapi.document_field`, together with what it refers to.
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SteeringSpec"}}},
-    }
-}
+    Its vectors must be in the registry. Resolving alone also accepts inline vectors of earlier requests, which are
+    only cached.
 
-
-@preset_router.get("")
-async def list_presets(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
-) -> JSONResponse:
-    """Presets in the order of their names, `limit` at a time, beginning after the name `after`."""
-    presets = await asyncio.to_thread(frontend_of(request).registry.presets)
-    page = [(name, spec) for name, spec in sorted(presets.items()) if name > after]
-    data = [{"name": name, "digest": preset_digest(spec), "spec": spec} for name, spec in page[:limit]]
-    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
-
-
-@preset_router.get("/{name}")
-async def show_preset(request: Request, name: Name) -> JSONResponse:
-    """One preset as it was written."""
-    spec = await asyncio.to_thread(frontend_of(request).registry.preset, name)
-    return JSONResponse({"name": name, "digest": preset_digest(spec), "spec": spec}, headers=etag(preset_digest(spec)))
-
-
-@preset_router.put("/{name}", openapi_extra=SPEC_BODY)
-async def put_preset(request: Request, name: Name) -> JSONResponse:
-    """Keep a spec under a name: 201 if the name is new, 200 if it has this very spec; `If-Match` replaces one."""
-    frontend = frontend_of(request)
-    require_admin(request)
-    spec = await read_json(request, frontend.registry.limits.max_preset_bytes)
-    checked = check_preset(spec)
-    try:
-        await asyncio.to_thread(_check_kept, checked, frontend)
-    except SteeringRequestError as error:
-        # The preset is well formed, but not for what this server has.
-        raise Refused(error.message, 422, error.param) from None
-    is_new = await asyncio.to_thread(frontend.registry.put_preset, name, checked, if_match=if_match(request))
-    digest = preset_digest(checked)
-    log_change(request, "put" if is_new else "replace", "preset", name, digest)
-    body = {"name": name, "digest": digest, "spec": checked}
-    return JSONResponse(body, status_code=201 if is_new else 200, headers=etag(digest))
-
-
-@preset_router.delete("/{name}")
-async def delete_preset(request: Request, name: Name) -> JSONResponse:
-    """Forget a preset. Requests that chose it before go on."""
-    frontend = frontend_of(request)
-    require_admin(request)
-    spec = await asyncio.to_thread(frontend.registry.preset, name)
-    await asyncio.to_thread(frontend.registry.delete_preset, name, if_match=if_match(request))
-    log_change(request, "delete", "preset", name, preset_digest(spec))
-    return JSONResponse({"name": name, "digest": preset_digest(spec)})
-
-
-def _check_kept(spec: dict[str, Any], frontend: Frontend) -> None:
-    """It resolves, and by vectors that are kept: not by one that came in a request and is soon forgotten."""
+    Raises:
+        SteeringRequestError: it cannot.
+    """
     frontend.resolve(spec)
     for name in sorted(vectors_of(spec)):
         frontend.registry.get(name)
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
-    """A JSON body of bounded size. Raises SteeringRequestError, PayloadTooLargeError."""
-    raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > max_bytes:
-            raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
-    try:
-        return json.loads(raw, object_pairs_hook=_each_key_once)
-    except SteeringRequestError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise SteeringRequestError(f"The body is not JSON ({type(error).__name__}).", "body") from None
+def _load_vector(path: Path) -> ControlVector:
+    """Load safetensors or GGUF, as the first bytes indicate.
 
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise SteeringRequestError("A key is given twice in one object of the body.", "body")
-    return found
+    Raises:
+        VectorFileError: not a usable control vector. The message does not contain the path of the temporary file.
+    """
+    with path.open("rb") as file:
+        is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    if is_gguf:
+        try:
+            vector = gguf_format.load(path)
+        except VectorFileError as error:
+            raise type(error)(error.message.removeprefix(f"{path}: ")) from None
+    else:
+        vector = safetensors_format.from_bytes(path.read_bytes())
+    if not any(vector.norms.values()):
+        raise UnusableVectorError("All directions of the vector are zero.")
+    return vector
