@@ -1,5 +1,5 @@
 "use strict";
-// One page, no build step. The API key lives in its input field alone: never in the link, the copied code or a store.
+// One page, no build step. The API key stays in its input field: it is never put in the link, the copied code or storage.
 
 const $ = (id) => document.getElementById(id);
 const state = { model: "", vectors: [], presets: [], maxScale: 100, blocks: 0 };
@@ -18,7 +18,7 @@ async function get(path) {
 }
 
 const messageOf = (body, status) =>
-  body.error?.message ?? (status === 401 ? "This server asks for an API key." : `The server answered ${status}.`);
+  body.error?.message ?? (status === 401 ? "This server requires an API key." : `The server responded with status ${status}.`);
 
 function showError(text) {
   $("error").textContent = text;
@@ -39,7 +39,7 @@ async function connect() {
     $("about").textContent =
       `${facts.model}: ${facts.num_blocks} blocks, ${state.vectors.length} vectors, ${state.presets.length} presets`;
     $("preset").replaceChildren(
-      new Option("none: the edits below", ""), ...state.presets.map((name) => new Option(name, name)));
+      new Option("none (use the edits below)", ""), ...state.presets.map((name) => new Option(name, name)));
     showError("");
     restore();
   } catch (error) {
@@ -53,8 +53,8 @@ function addEdit(edit = {}) {
   const part = (name) => row.querySelector(`.${name}`);
   part("vector").replaceChildren(...state.vectors.map((name) => new Option(name, name)));
   if (edit.vector) part("vector").value = edit.vector;
-  const reach = Math.min(state.maxScale, 20);
-  Object.assign(part("slider"), { min: -reach, max: reach, step: reach / 200 });
+  const limit = Math.min(state.maxScale, 20);
+  Object.assign(part("slider"), { min: -limit, max: limit, step: limit / 200 });
   Object.assign(part("scale"), { min: -state.maxScale, max: state.maxScale });
   part("scale").value = part("slider").value = edit.scale ?? 1;
   part("slider").addEventListener("input", () => { part("scale").value = part("slider").value; });
@@ -76,17 +76,17 @@ function steering() {
   return edits.length ? { edits } : false;
 }
 
-const body = (asked) => ({
+const body = (spec) => ({
   model: state.model,
   messages: [{ role: "user", content: $("prompt").value }],
   max_tokens: Number($("tokens").value),
   temperature: Number($("temperature").value),
-  steering: asked,
+  steering: spec,
 });
 
-async function stream(target, asked, signal) {
+async function stream(target, spec, signal) {
   const answer = await fetch("v1/chat/completions", {
-    method: "POST", headers: headers(), signal, body: JSON.stringify({ ...body(asked), stream: true }),
+    method: "POST", headers: headers(), signal, body: JSON.stringify({ ...body(spec), stream: true }),
   });
   if (!answer.ok) throw new Error(messageOf(await answer.json().catch(() => ({})), answer.status));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -141,14 +141,14 @@ function literal(value) {
 }
 
 function python() {
-  const asked = body(steering());
+  const request = body(steering());
   return [
     "from openai import OpenAI", "",
     `client = OpenAI(base_url=${JSON.stringify(String(new URL("v1", location.href.split("#")[0])))}, api_key="...")`,
     "answer = client.chat.completions.create(",
-    `    model=${JSON.stringify(asked.model)},`, `    messages=[{"role": "user", "content": ${JSON.stringify($("prompt").value)}}],`,
-    `    max_tokens=${asked.max_tokens},`, `    temperature=${asked.temperature},`,
-    `    extra_body={"steering": ${literal(asked.steering)}},`, ")", "print(answer.choices[0].message.content)",
+    `    model=${JSON.stringify(request.model)},`, `    messages=[{"role": "user", "content": ${JSON.stringify($("prompt").value)}}],`,
+    `    max_tokens=${request.max_tokens},`, `    temperature=${request.temperature},`,
+    `    extra_body={"steering": ${literal(request.steering)}},`, ")", "print(answer.choices[0].message.content)",
   ].join("\n");
 }
 
@@ -162,7 +162,7 @@ function restore() {
   let shared = {};
   try {
     shared = JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}") ?? {};
-  } catch { /* a damaged link is no link */ }
+  } catch { /* ignore a damaged link */ }
   for (const [id, value] of [["prompt", shared.prompt], ["tokens", shared.tokens], ["temperature", shared.temperature]]) {
     if (typeof value === "string" || typeof value === "number") $(id).value = value;
   }
@@ -184,12 +184,12 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     $("copied").textContent = "copied";
   } catch {
-    $("copied").textContent = "select it below";
+    $("copied").textContent = "copy failed; select the text below";
   }
 }
 
-$("ask").addEventListener("submit", compare);
-$("ask").addEventListener("input", changed);
+$("comparison").addEventListener("submit", compare);
+$("comparison").addEventListener("input", changed);
 $("add").addEventListener("click", () => { addEdit(); changed(); });
 $("stop").addEventListener("click", () => { running?.abort(); $("stop").disabled = true; });
 $("key").addEventListener("change", connect);
