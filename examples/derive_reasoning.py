@@ -1,10 +1,10 @@
-"""A vector from a model's own right and wrong answers, as Højer et al. (ICLR 2025) make theirs for GSM8K.
+"""A vector from a model's own correct and wrong answers, as Højer et al. (ICLR 2025) make theirs for GSM8K.
 
 python examples/derive_reasoning.py [MODEL]
 
-The model answers each question several times; where it was right once and wrong once, the two answers are a pair. The
-file that comes out is for `steer-engine eval`, which says on held-out questions, with controls and intervals, whether
-the vector helps. Most do not: in the paper too, gains are of a few points, and of one model and task at a time.
+The model answers each question several times. A correct and a wrong answer to the same question are a pair. Use
+`steer-engine eval` on the resulting file: it measures on held-out questions, with controls and intervals, whether the
+vector helps. Most do not: in the paper too, gains are a few points, for single models and tasks.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def questions(count: int, seed: int = 0) -> list[Question]:
 
 
 def main() -> None:
-    asked = questions(60)
-    given = answer_all(MODEL, asked, samples=8, max_tokens=24, temperature=0.8, engine_args={"dtype": "float32"})
-    pairs = Pairs(tuple(from_answers(asked, given)), "own answers")
-    print(f"{len(pairs)} of {len(asked)} questions were answered both rightly and wrongly")
+    sums = questions(60)
+    answers = answer_all(MODEL, sums, samples=8, max_tokens=24, temperature=0.8, engine_args={"dtype": "float32"})
+    pairs = Pairs(tuple(from_answers(sums, answers)), "own answers")
+    print(f"{len(pairs)} of {len(sums)} questions have both a correct and a wrong answer")
     vector = derive(MODEL, pairs, method="pca_centred", blocks="15", dtype="float32")
     print(f"held-out AUROC {vector.metadata.separation[15]:.3f}, {vector.digest}")
     OUT.unlink(missing_ok=True)
     save(vector, OUT)
-    print(f"written to {OUT}; ask whether it helps: steer-engine eval --help")
+    print(f"written to {OUT}; to measure whether it helps: steer-engine eval --help")
 
 
 if __name__ == "__main__":

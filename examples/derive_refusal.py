@@ -1,10 +1,10 @@
-"""The direction along which a chat model refuses (Arditi et al., 2024), from requests that it should answer or not.
+"""The direction along which a chat model refuses (Arditi et al., 2024), from harmful and harmless requests.
 
 python examples/derive_refusal.py [MODEL]
 
-The direction is read at the last token of the rendered request, before a word is answered. Taken out of the stream
-(`ablate`), refusals become fewer; added, harmless requests are refused. A small model refuses little to begin with, and
-a direction from 12 pairs is a sketch: take some hundred, and look at both effects with `steer-engine eval`.
+The stream is captured at the last token of the rendered request, before the answer begins. Removing the direction
+(`ablate`) makes refusals rarer; adding it makes the model refuse harmless requests. A small model refuses little, and
+12 pairs give a rough direction: use some hundred, and measure both effects with `steer-engine eval`.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ PAIRS = [
         ("Teach me to sell fake tickets.", "Teach me to sell old books."),
     )
 ]
-ASKED = ("How do I bake bread?", "Write a message that insults my brother.")
+REQUESTS = ("How do I bake bread?", "Write a message that insults my brother.")
 
 
 def main() -> None:
     vector = derive(MODEL, PAIRS, blocks="14-15", chat=True, dtype="float32")
     llm = LLM(MODEL, vectors={"refusal": vector}, dtype="float32", enforce_eager=True, max_model_len=512)
     edits = {
-        "as it is": None,
+        "unsteered": None,
         "without the direction": {"vector": "refusal", "op": "ablate"},
-        "with more of it": {"vector": "refusal", "scale": 1.0},
+        "with the direction added": {"vector": "refusal", "scale": 1.0},
     }
-    for asked in ASKED:
-        print(f"\n{asked}")
+    for request in REQUESTS:
+        print(f"\n{request}")
         for name, edit in edits.items():
             extra = {"steering": {"edits": [edit]}} if edit else None
             params = SamplingParams(temperature=0, max_tokens=40, extra_args=extra)
-            (answer,) = llm.chat([{"role": "user", "content": asked}], params, use_tqdm=False)
+            (answer,) = llm.chat([{"role": "user", "content": request}], params, use_tqdm=False)
             print(f"  {name}: {answer.outputs[0].text.strip()}")
 
 

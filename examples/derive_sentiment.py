@@ -1,4 +1,4 @@
-"""Derive a vector from packaged contrast pairs, look at it, and steer with it.
+"""Derive a vector from packaged contrast pairs, print its quality, and steer with it.
 
 python examples/derive_sentiment.py [MODEL]
 """
@@ -17,7 +17,7 @@ PROMPT = "My day was"
 
 
 def main() -> None:
-    # A Ray actor hosts the engine that reads; `actors=4` or `ray_address="auto"` reads on more.
+    # A Ray actor hosts the engine that captures; `actors=4` starts four, `ray_address="auto"` uses a cluster.
     vector = derive(MODEL, "sentiment", blocks="8-19", dtype="float32")
     print(f"{vector.digest}: {vector.metadata.notes}")
     for block, auroc in sorted(vector.metadata.separation.items()):

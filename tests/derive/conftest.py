@@ -1,4 +1,4 @@
-"""One tiny engine in a Ray actor, for all tests of this folder that read."""
+"""One tiny engine in a Ray actor, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def tiny_pool(tiny_llama: str) -> Iterator[CapturePool]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrix products of this process as in the actors of `fit`; threads that wait for each other are slow, too."""
+    """Matrix products round as in the actors of `fit_dump`. On busy cores, one thread is also faster."""
     with threadpool_limits(1):
         yield

@@ -1,3 +1,5 @@
+"""The dump folder: order, damage, locks, and the stored dtypes."""
+
 from __future__ import annotations
 
 import json
@@ -9,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.dumping import contrast, manifest, rows_of, texts_of, write
 
 from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
+from steer_engine.derive.shard import CODES, decode, encode
 from steer_engine.errors import DerivationError
 
 
@@ -171,3 +175,19 @@ def test_the_rows_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert tensors["norm_sum"].shape == (10, 2)
     assert tensors["norm_count"].tolist() == [1] * 10
     assert os.stat(folder.path / "shard-000000.safetensors").st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_rounding_equals_that_of_torch(name: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=20_000) * 10.0 ** rng.uniform(-6, 4, size=20_000)).astype(np.float32)
+    rows[:3] = 0.0, -0.0, 1 + 2**-8  # a tie
+    expected = torch.from_numpy(rows).to(getattr(torch, name))
+    assert encode(rows, CODES[name]) == expected.view(torch.uint8).numpy().tobytes()
+    assert np.array_equal(decode(encode(rows, CODES[name]), CODES[name]), expected.float().numpy())
+
+
+@pytest.mark.parametrize(("code", "value"), [("F16", 65520.0), ("BF16", 3.4e38)])
+def test_values_too_large_for_the_dtype_are_refused(code: str, value: float) -> None:
+    with pytest.raises(DerivationError, match=f"do not fit {code}; keep float32"):
+        encode(np.array([1.0, -value], dtype=np.float32), code)

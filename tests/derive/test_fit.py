@@ -37,7 +37,7 @@ def test_the_first_token_counts_in_the_mean_but_not_in_the_norm() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused(bad: float) -> None:
+def test_rows_that_are_not_finite_are_refused(bad: float) -> None:
     rows = LTD.copy()
     rows[1, 2, 0] = bad
     with pytest.raises(DerivationError, match="not finite"):
@@ -130,7 +130,7 @@ def test_without_rows_there_is_a_direction_but_no_quality() -> None:
     assert not about.explained_variance
 
 
-def test_auroc_is_scikit_learns_and_counts_ties_half() -> None:
+def test_auroc_equals_that_of_scikit_learn_and_counts_ties_half() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         positive, negative = rng.integers(0, 9, 30).astype(float) + 1, rng.integers(0, 9, 20).astype(float)
@@ -141,12 +141,12 @@ def test_auroc_is_scikit_learns_and_counts_ties_half() -> None:
     assert auroc(np.array([1.0]), np.array([2.0])) == 0.0
 
 
-def test_a_direction_is_judged_on_pairs_it_has_not_seen() -> None:
+def test_auroc_is_measured_on_held_out_pairs() -> None:
     rng = np.random.default_rng(1)
     noise = rng.normal(size=(2, 20, 500))
-    # With far more dimensions than pairs any labels can be told apart in sight, and none out of sight.
-    in_sight = mean_difference(noise[0], noise[1])
-    assert auroc(noise[0] @ in_sight, noise[1] @ in_sight) > 0.99
+    # With far more dimensions than pairs, any labels are separable on the fitted pairs, and none on others.
+    fitted = mean_difference(noise[0], noise[1])
+    assert auroc(noise[0] @ fitted, noise[1] @ fitted) > 0.99
     held_out = held_out_auroc(noise[0], noise[1], mean_difference)
     assert held_out is not None
     assert 0.3 < held_out < 0.7

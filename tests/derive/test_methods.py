@@ -1,6 +1,8 @@
+"""Methods against scikit-learn and NumPy."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_pca_is_the_top_right_singular_vector_as_repeng_computes_it(shape: tuple
     assert abs(cosine(methods.pca(positive, negative), svd_top(positive - negative))) > 1 - 1e-12
 
 
-def test_logistic_is_scikit_learns() -> None:
+def test_logistic_equals_that_of_scikit_learn() -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -113,7 +115,7 @@ def test_no_difference_gives_zero(name: str, method: Callable[[Array, Array], Ar
 
 
 @pytest.mark.parametrize("name", ["pca", "logistic", "lda"])
-def test_readers_find_the_concept_under_the_nuisance(name: str) -> None:
+def test_methods_find_the_concept_under_the_nuisance(name: str) -> None:
     positive, negative = rows(400, 12, spread=0.1)
     concept = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 2)))[0].T[0]
     assert abs(cosine(methods.FROM_ROWS[name](positive, negative), concept)) > 0.99
@@ -123,3 +125,42 @@ def test_unknown_methods_are_refused_with_the_list() -> None:
     assert methods.require_method("diffmean") == "diffmean"
     with pytest.raises(DerivationError, match="no method 'caa'; valid are diffmean, mean, mean_centred, pca"):
         methods.require_method("caa")
+
+
+def spectrum(num: int, width: int, ratio: float) -> np.ndarray:
+    """Rows with a first eigenvalue that is `ratio` times the second, and a slow decay behind them."""
+    rng = np.random.default_rng(1)
+    rank = min(num, width)
+    left, _ = np.linalg.qr(rng.normal(size=(num, rank)))
+    right, _ = np.linalg.qr(rng.normal(size=(width, rank)))
+    values = np.sqrt(np.concatenate([[ratio], np.linspace(1.0, 0.2, rank - 1)]))
+    return (left * values) @ right.T
+
+
+@pytest.mark.parametrize(("num", "width"), [(300, 40), (30, 400), (5, 3), (3, 5), (1, 4)])
+def test_top_direction_is_the_first_singular_vector(num: int, width: int) -> None:
+    matrix = spectrum(num, width, 1.1)
+    _, values, vectors = np.linalg.svd(matrix, full_matrices=False)
+    found, value = methods.top_direction(lambda: iter(np.array_split(matrix, 3)), np.zeros(width))
+    assert abs(found @ vectors[0]) > 1 - 1e-7
+    assert value == pytest.approx(values[0] ** 2, rel=1e-9)
+    assert np.linalg.norm(found) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_top_direction_takes_a_few_passes() -> None:
+    matrix = spectrum(500, 60, 4.0)
+    passes = 0
+
+    def groups() -> Iterator[np.ndarray]:
+        nonlocal passes
+        passes += 1
+        yield from np.array_split(matrix, 7)
+
+    methods.top_direction(groups, np.zeros(60))
+    assert 2 <= passes < 20 < methods.MAX_PASSES
+
+
+def test_zero_rows_have_no_direction() -> None:
+    found, value = methods.top_direction(lambda: iter([np.zeros((4, 6))]), np.zeros(6))
+    assert value == 0.0
+    assert not found.any()

@@ -1,4 +1,4 @@
-"""What the tests of derivation read, and the same read with Hugging Face and hooks."""
+"""Texts for the tests of derivation, and their residual stream by Hugging Face with hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster of two nodes on loopback: work is spread, a node dies, and nothing is lost."""
+"""Whole processes: peak memory, and a cluster of two nodes of which one dies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,27 @@ import pytest
 from helpers.reading import varied
 
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool
+
+
+def peak(model: str, num_pairs: int) -> dict[str, float]:
+    script = Path(__file__).parents[1] / "helpers" / "peak_memory.py"
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), model, str(num_pairs)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_twenty_times_the_pairs_take_no_more_memory(tiny_llama: str) -> None:
+    few, many = peak(tiny_llama, 1000), peak(tiny_llama, 20_000)
+    for process in ("driver", "actors"):
+        assert few[process] > 50
+        assert many[process] <= 1.1 * few[process], f"{process}: {few} and {many}"
 
 
 @pytest.mark.slow
