@@ -11,6 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+
+def _require_room(max_model_len: int | None) -> int | None:
+    if max_model_len in (0, 1):
+        raise typer.BadParameter(f"{max_model_len} is too short; give at least 2 tokens, or -1.")
+    return max_model_len
+
+
 Model = Annotated[str, typer.Argument(help="Path, Hugging Face id, or a packaged model.", metavar="MODEL")]
 ModelOption = Annotated[str, typer.Option("--model", help="Path, Hugging Face id, or a packaged model.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the texts.")]
@@ -20,8 +27,8 @@ MaxModelLen = Annotated[
     int | None,
     typer.Option(
         min=-1,
-        help="Longest sequence in tokens; -1: as long as fits in memory "
-        "(default: -1 where vectors are derived, the model's own limit where they are evaluated).",
+        callback=_require_room,
+        help="Longest sequence in tokens; -1: what fits in memory (default: -1; for evaluation: the model's limit).",
     ),
 ]
 TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that one engine is split over.")]
