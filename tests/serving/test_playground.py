@@ -1,4 +1,4 @@
-"""The playground: a static page that needs nothing from elsewhere, tried in a real browser where there is one."""
+"""The playground: a static page without outside resources, tested in a real browser if one is installed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from steer_engine.api import routes
 with_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 
 
-async def test_the_page_and_its_parts_come_from_here_and_from_nowhere_else() -> None:
+async def test_the_page_loads_nothing_from_other_hosts() -> None:
     app = FastAPI()
-    app.include_router(routes.router)
+    app.include_router(routes.playground_router)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
         page = await client.get("/playground")
         assert page.headers["content-type"].startswith("text/html")
@@ -70,7 +70,7 @@ def test_compare_plain_and_steered(server: Server, tmp_path: Path) -> None:
 
 
 @with_browser
-def test_a_mistake_is_shown_as_text(server: Server, tmp_path: Path) -> None:
+def test_an_error_is_shown_as_text(server: Server, tmp_path: Path) -> None:
     shared = {"prompt": "x", "tokens": 2, "steering": {"edits": [{"vector": "east", "scale": 1, "blocks": "8-99"}]}}
     with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:
         page.wait_for("document.querySelectorAll('.edit').length === 1")
