@@ -16,7 +16,7 @@ from steer_engine.program import Row
 from steer_engine.settings import PIN_SECONDS, EngineLimits
 
 PATIENCE_SECONDS = 1.0
-"""Once a request has waited this long for bank rows, no other steered request may overtake it."""
+"""After this time in the queue, a request that waits for bank rows is not overtaken by other steered requests."""
 
 Request = TypeVar("Request", bound=Hashable)
 

@@ -1,7 +1,7 @@
 """The steering state of a worker: vectors in host memory, their rows on the device, and the programs of the slots.
 
     Store       vectors by digest, in host memory
-    Bank        which row of the device's `bank_RD` holds which direction, with a count of its users
+    Bank        assigns directions to rows of `bank_RD` on the device, and counts the users of each row
     Programs    writes a request's program into the tables of its slot, and clears it
 
 Shape suffixes: R bank rows, D hidden size, N rows written at once, S slots (0 = not steered), L armed sites, E entries
@@ -103,7 +103,7 @@ class Bank:
         # Contents first: if one of them cannot be made, nothing has changed.
         new = {row: self._make_row(*row) for row in dict.fromkeys(rows) if row not in self._row_of}
         for row in rows:
-            # Before places are taken, so that no row of this request is evicted for another one of it.
+            # Before rows are evicted, so that one row of this request cannot evict another one.
             if row in self._idle:
                 self._users[self._idle.pop(row)] = 0
         for row in new:
@@ -132,7 +132,7 @@ class Bank:
             del self._row_of[row]
 
     def _take_place(self) -> int:
-        """The number of a free row, or of the row that has been without users for the longest time."""
+        """The number of a free row, or of the row that has had no users for the longest time."""
         if self._free:
             return self._free.pop()
         row, number = self._idle.popitem(last=False)
@@ -167,7 +167,7 @@ class Programs:
         return set(self._pinned)
 
     def need_reference(self, slot_T: torch.Tensor) -> bool:
-        """Whether a program in these slots has a gate or keeps norms. A `StepPlan` supports neither.
+        """Whether a program in these slots has a gate or preserves norms. A `StepPlan` supports neither.
 
         slot_T: [T] slot of each token row, in host memory.
         """

@@ -37,7 +37,7 @@ STREAM_KEYS = {"hidden_states", "residual"}
 """What a pipeline stage passes on if its blocks carry one residual stream. Others pass on more, e.g. images."""
 
 NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "encoder")
-"""Words in the module names of encoders, whose blocks are not those of the language model."""
+"""Words in the module names of encoders. Their blocks do not belong to the language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
