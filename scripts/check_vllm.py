@@ -63,7 +63,8 @@ def find(module: str, names: list[str], read: Read) -> ast.AST | None:
         if inside is None and isinstance(scope, ast.ClassDef):
             bases = [base.id for base in scope.bases if isinstance(base, ast.Name)]
             inherited = (find(module, [base, *names[depth:]], read) for base in bases if member(tree, base) is not None)
-            return next((node for node in inherited if node is not None), None)
+            # Every class has a constructor; one of another package's base class is not in this source.
+            return next((node for node in inherited if node is not None), scope if name == "__init__" else None)
         if inside is None:
             return None
         scope = inside
@@ -126,10 +127,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", nargs="?", help="a version of vllm, or the path of a wheel; the newest by default")
     asked = parser.parse_args().version
-    from steer_engine.vllm.engine_symbols import all_symbols
-    from steer_engine.vllm.symbols import ALL, COMMAND
+    from steer_engine.vllm.symbols import all_symbols
 
-    symbols = (*all_symbols(), *ALL, *COMMAND)
+    symbols = all_symbols()
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         wheel = Path(asked) if asked and asked.endswith(".whl") else download(asked, Path(folder))

@@ -1,4 +1,4 @@
-"""Programs: what they compute is what was asked, and they travel unharmed."""
+"""Programs compute what was requested, and travel without loss."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from helpers.random_specs import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from steer_engine.capture import CaptureRequest
 from steer_engine.edit import NO_END
-from steer_engine.program import LARGEST, Capture, Entry, Program, ProgramTemplate, RowKey
+from steer_engine.program import LARGEST, Entry, Program, ProgramTemplate, RowKey
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.spec import parse_spec
 
@@ -34,12 +35,12 @@ PROMPT_LEN = 6
 prompt_lens = st.integers(1, 12)
 
 
-def asked(*edits: dict[str, Any], **rest: Any) -> ResolvedSpec:
+def requested(*edits: dict[str, Any], **rest: Any) -> ResolvedSpec:
     return resolved({"edits": [{"vector": "a", **edit} for edit in edits], **rest})
 
 
 def program(*edits: dict[str, Any], prompt_len: int = PROMPT_LEN, **rest: Any) -> Program:
-    return asked(*edits, **rest).template.at(prompt_len)
+    return requested(*edits, **rest).template.at(prompt_len)
 
 
 def rows(seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -50,7 +51,7 @@ def rows(seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
             yield block, position, rng.normal(size=HIDDEN_SIZE)
 
 
-# The same as asked
+# The same as requested
 
 
 @settings(max_examples=80, deadline=None)
@@ -63,7 +64,7 @@ def test_a_program_computes_what_was_written(raw: dict[str, Any], prompt_len: in
         written = as_written(spec, x_D, block, position, prompt_len)
         got_D, error = as_compiled(compiled, x_D, block, position, U64)
         assume(written.margin > 1e-9 and written.shortest > 1e-6)
-        # Both readings round, the one as written in as many operations.
+        # Both computations round, the one as written in as many operations.
         assert np.linalg.norm(got_D - written.x_D) <= 4 * error
         assert error < 1e-9 * (1 + np.linalg.norm(x_D) + np.linalg.norm(written.x_D))
 
@@ -125,7 +126,7 @@ def test_one_vector_shares_its_row_at_all_scales() -> None:
     compiled = [entry_at(program({"scale": scale})) for scale in scales]
     assert {entry.row for entry in compiled} == {RowKey(terms=((A, 1.0),))}
     assert [entry.c0 for entry in compiled] == list(scales)
-    two_scopes = asked({"scale": 0.5, "scope": "prompt"}, {"scale": 2, "scope": "generation"})
+    two_scopes = requested({"scale": 0.5, "scope": "prompt"}, {"scale": 2, "scope": "generation"})
     assert len({entry.row for entry in entries_at(two_scopes.template.at(3), 0)}) == 1
 
 
@@ -153,7 +154,7 @@ def test_blocks_of_equal_entries_are_grouped() -> None:
     ],
 )
 def test_rows_that_a_block_needs(edits: list[dict[str, Any]], needed: int) -> None:
-    assert asked(*edits).template.rows == needed
+    assert requested(*edits).template.rows == needed
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,22 +190,22 @@ def test_scopes_become_positions(prompt_len: int) -> None:
 
 
 def test_what_covers_no_position_vanishes() -> None:
-    asked_spec = asked({"scope": {"end": -5}}, {"op": "ablate", "scope": {"start": 4, "end": -1}})
-    assert asked_spec.template.at(5) == Program()
-    assert len(asked_spec.template.at(6).sites[0].entries) == 2
-    only_first = asked_spec.template.at(5 + 1)
+    spec = requested({"scope": {"end": -5}}, {"op": "ablate", "scope": {"start": 4, "end": -1}})
+    assert spec.template.at(5) == Program()
+    assert len(spec.template.at(6).sites[0].entries) == 2
+    only_first = spec.template.at(5 + 1)
     assert only_first.vectors == (A,)
     (entry,) = entries_at(program({"scope": {"end": -5}}, {"op": "ablate", "scope": "all"}, prompt_len=5), 0)
     assert entry.c2 == -1.0
 
 
 def test_identity_lists_edits_with_positions_in_canonical_order() -> None:
-    spec = asked({"scope": "generation", "scale": 2}, {"op": "ablate", "scope": "prompt"})
+    spec = requested({"scope": "generation", "scale": 2}, {"op": "ablate", "scope": "prompt"})
     assert spec.template.at(9).identity == (
         (spec.edits[0].edit.digest, 8, NO_END),
         (spec.edits[1].edit.digest, 0, 9),
     )
-    swapped = asked({"op": "ablate", "scope": "prompt"}, {"scope": "generation", "scale": 2})
+    swapped = requested({"op": "ablate", "scope": "prompt"}, {"scope": "generation", "scale": 2})
     assert swapped.template.at(9).identity == spec.template.at(9).identity[::-1]
 
 
@@ -213,10 +214,10 @@ def test_identity_lists_edits_with_positions_in_canonical_order() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(specs(), prompt_lens, st.booleans())
-def test_the_wire_brings_a_program_back(raw: dict[str, Any], prompt_len: int, reads: bool) -> None:
+def test_the_wire_brings_a_program_back(raw: dict[str, Any], prompt_len: int, captures: bool) -> None:
     compiled = resolved(raw).template.at(prompt_len)
-    if reads:
-        compiled = replace(compiled, capture=Capture(key="k", start=0, end=prompt_len))
+    if captures:
+        compiled = replace(compiled, capture=CaptureRequest(key="k", positions=range(prompt_len)))
     wire = compiled.to_wire()
     assert_plain(wire)
     assert Program.from_wire(wire) == compiled
@@ -240,7 +241,7 @@ def assert_plain(value: Any) -> None:
 
 def test_an_empty_program_travels_too() -> None:
     assert Program.from_wire(Program().to_wire()) == Program()
-    capture = Program(capture=Capture(key="k", start=2, end=5))
+    capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5)))
     assert Program.from_wire(capture.to_wire()) == capture
 
 

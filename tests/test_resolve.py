@@ -1,7 +1,8 @@
-"""From what is asked to what it means: every refusal with its field and status, and the answer's report."""
+"""Resolving a spec: every refusal with its field and status, and the report of an answer."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from typing import Any
@@ -17,7 +18,7 @@ from steer_engine.edit import ALL, GENERATION, PROMPT, Scope
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.resolve import MAX_RUNS_SHOWN, ModelShape, ResolvedSpec, describe_blocks, resolve
 from steer_engine.settings import Limits
-from steer_engine.spec import MAX_SPEC_CHARS, Op, SteeringSpec, parse_spec
+from steer_engine.spec import Op, SteeringSpec, parse_spec
 from steer_engine.vectors import ControlVector, VectorMetadata
 
 LIMITS = Limits()
@@ -137,7 +138,6 @@ def test_unknown_presets() -> None:
         ({"scale": 1000.5}, "scale", "at most 1000"),
         ({"scale": -1000.5}, "scale", "at most 1000"),
         ({"scale": -1e300}, "scale", "-1e+300"),
-        ({"vector": {"data": "AAAA"}}, "vector", "Inline"),
         ({"blocks": 4}, "blocks", "0 to 3"),
         ({"blocks": "2-1000"}, "blocks", "Block 1000"),
         ({"vector": "d", "blocks": "1-2"}, "blocks", "no direction at blocks 1; it has 2"),
@@ -369,7 +369,7 @@ def test_a_digest_does_not_depend_on_names_or_the_order_of_adds() -> None:
 
 
 def test_a_digest_depends_on_scope_order_and_norms() -> None:
-    asked: list[ResolvedSpec] = [
+    requested: list[ResolvedSpec] = [
         resolved({}),
         resolved({"scope": "generation"}),
         resolved({"scope": {"end": 1}}),
@@ -379,7 +379,7 @@ def test_a_digest_depends_on_scope_order_and_norms() -> None:
         resolved({}, {"op": "ablate"}),
         resolved({"blocks": 1}),
     ]
-    assert len({spec.digest for spec in asked}) == len(asked)
+    assert len({spec.digest for spec in requested}) == len(requested)
 
 
 def test_all_that_does_nothing_is_one() -> None:
@@ -390,65 +390,61 @@ def test_all_that_does_nothing_is_one() -> None:
         resolved({"op": "ablate", "scope": {"start": 4, "end": 4}}),
     ]
     assert len({spec.digest for spec in nothing}) == 1
-    assert nothing[0].vectors == ()
+    assert nothing[0].vectors == {}
     assert nothing[0].report()["edits"] == []
 
 
 # What travels to the compile step, and what the answer says
 
 
+def by_digest(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same spec with digests in place of names."""
+    edits = []
+    for edit in raw["edits"]:
+        named = dict(edit, vector=source(edit["vector"]).digest)
+        if edit.get("gate"):
+            named["gate"] = dict(edit["gate"], vector=source(edit["gate"]["vector"]).digest)
+        edits.append(named)
+    return {**raw, "edits": edits}
+
+
 @settings(max_examples=80, deadline=None)
 @given(specs())
-def test_the_wire_means_the_same(raw: dict[str, Any]) -> None:
-    asked = resolved_here(raw)
-    wire = asked.to_wire()
-    assert not re.search('"(vector|name)":"[abcd]"', wire), "names stay behind"
-    again = resolve_wire(wire)
-    assert again.digest == asked.digest
-    assert again.template == asked.template
-    assert again.to_wire() == wire
-    assert again.vectors == asked.vectors
+def test_names_do_not_matter_after_resolving(raw: dict[str, Any]) -> None:
+    requested, again = resolved_here(raw), resolved_here(by_digest(raw))
+    assert again.digest == requested.digest
+    assert again.template == requested.template
+    assert again.vectors == requested.vectors
+    assert not re.search('"[abcd]"', json.dumps(requested.template.at(7).to_wire())), "no name travels to the engine"
 
 
-def resolve_wire(wire: str) -> ResolvedSpec:
-    spec = parse_spec(wire)
-    assert spec is not None
-    return resolve(spec, BY_DIGEST.__getitem__, MODEL, LIMITS)
+@settings(max_examples=80, deadline=None)
+@given(specs())
+def test_a_resolved_spec_carries_every_vector_of_its_program(raw: dict[str, Any]) -> None:
+    """The registry may drop a vector after the request was resolved."""
+    requested = resolved_here(raw)
+    assert tuple(requested.vectors) == requested.template.vectors
+    assert all(requested.vectors[digest] is BY_DIGEST[digest] for digest in requested.template.vectors)
+    assert set(requested.template.at(7).vectors) <= set(requested.vectors)
 
 
-def test_the_largest_wire_is_still_read() -> None:
-    """Eight edits with gates that spell out all blocks of a model of 1024."""
-    rng = np.random.default_rng(0)
-    directions = {block: rng.normal(size=2).astype(np.float32) for block in range(1024)}
-    vector = ControlVector(directions=directions)
-    model = shape(hidden_size=2, num_blocks=1024, armed_blocks=tuple(range(1024)))
-    gate = {"vector": vector.digest, "min_cos": -0.12345678901234567, "max_cos": 0.12345678901234567}
-    edit = {
-        "vector": vector.digest,
-        "op": "clamp",
-        "lo": -1 / 3,
-        "hi": 1 / 3,
-        "gate": gate,
-        "scope": {"start": -(2**30)},
-    }
-    spec = parse_spec({"edits": [edit] * 8, "preserve_norm": True})
-    assert spec is not None
-    wire = resolve(spec, lambda _: vector, model, LIMITS).to_wire()
-    assert 30_000 < len(wire) <= MAX_SPEC_CHARS
-    assert parse_spec(wire) is not None
+def test_copies_of_a_request_share_its_resolved_spec() -> None:
+    """vLLM deep-copies the sampling parameters of every request."""
+    requested = resolved({"scale": 2.0})
+    assert copy.deepcopy({"steering": requested})["steering"] is requested
 
 
 def test_the_report() -> None:
-    asked = resolved(
+    requested = resolved(
         {"scale": 1.5, "blocks": "1-2"},
         {"vector": VECTORS["b"].digest, "op": "clamp", "lo": -1, "scope": {"end": -2}},
         {"scale": 0},
         {"op": "set", "target": 0.5, "blocks": [2], "gate": {"vector": "c", "min_cos": 0.1}},
     )
     digests = {name: vector.digest for name, vector in VECTORS.items()}
-    first, second, third = (asked.edits[i].edit.digest for i in (0, 1, 3))
-    assert asked.report() == {
-        "digest": asked.digest,
+    first, second, third = (requested.edits[i].edit.digest for i in (0, 1, 3))
+    assert requested.report() == {
+        "digest": requested.digest,
         "edits": [
             {
                 "name": "a",
@@ -484,7 +480,7 @@ def test_the_report() -> None:
             },
         ],
     }
-    json.dumps(asked.report(), allow_nan=False)
+    json.dumps(requested.report(), allow_nan=False)
 
 
 def test_the_report_names_the_preset() -> None:
@@ -510,32 +506,32 @@ def test_norms_are_computed_once() -> None:
     assert vector.norms is vector.norms
 
 
-# What is read
+# Capture
 
 
-def read_by(capture: dict[str, Any], capture_blocks: tuple[int, ...]) -> ResolvedSpec:
+def with_capture(capture: dict[str, Any], capture_blocks: tuple[int, ...]) -> ResolvedSpec:
     return resolved_here({"capture": capture}, shape(capture_blocks=capture_blocks), LIMITS)
 
 
-def test_a_capture_at_all_that_is_read() -> None:
-    found = read_by({"positions": [0, -1]}, (1, 2))
+def test_a_capture_at_all_capture_blocks() -> None:
+    found = with_capture({"positions": [0, -1]}, (1, 2))
     assert found.report()["capture"] == {"blocks": [1, 2], "positions": [0, -1], "after": False}
     assert found.report()["edits"] == []
-    assert found.vectors == ()
-    assert read_by({"blocks": 2, "after": True}, (1, 2)).report()["capture"]["blocks"] == [2]
+    assert found.vectors == {}
+    assert with_capture({"blocks": 2, "after": True}, (1, 2)).report()["capture"]["blocks"] == [2]
 
 
-def test_reading_that_is_off_or_elsewhere() -> None:
+def test_a_capture_that_is_off_or_at_other_blocks() -> None:
     with pytest.raises(SteeringRequestError, match="--steering-capture") as caught:
-        read_by({}, ())
+        with_capture({}, ())
     assert caught.value.param == "steering.capture"
-    with pytest.raises(SteeringRequestError, match="Blocks 0, 3 cannot be read here; these can: 1-2") as caught:
-        read_by({"blocks": [0, 1, 3]}, (1, 2))
+    with pytest.raises(SteeringRequestError, match="Blocks 0, 3 cannot be captured here; available: 1-2") as caught:
+        with_capture({"blocks": [0, 1, 3]}, (1, 2))
     assert caught.value.param == "steering.capture.blocks"
 
 
-def test_what_is_read_is_no_part_of_what_steers() -> None:
+def test_a_capture_is_no_part_of_the_digest() -> None:
     plain = resolved({"scale": 2.0}, model=shape(capture_blocks=(0,)))
-    reads = resolved({"scale": 2.0}, model=shape(capture_blocks=(0,)), capture={})
-    assert reads.digest == plain.digest
-    assert reads.to_wire() == plain.to_wire()
+    capturing = resolved({"scale": 2.0}, model=shape(capture_blocks=(0,)), capture={})
+    assert capturing.digest == plain.digest
+    assert capturing.template == plain.template

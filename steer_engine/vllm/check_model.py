@@ -34,6 +34,10 @@ from steer_engine.vllm.patching import Patch, Symbol, apply
 MAX_REFUSAL_CHARS = 200
 
 USED = (
+    Symbol("vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"),
+    Symbol("vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch"),
+    Symbol("vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"),
+    Symbol("vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens"),
     Symbol("vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),

@@ -52,7 +52,7 @@ def test_a_dummy_pass_edits_nothing() -> None:
     runtime.admit(1, program({}))
     hidden, carried = stream()
     route(runtime, (1, 0, 4))
-    runtime.read([0, 1], [False, False])
+    runtime.capture([0, 1], [False, False])
     runtime.idle()
     assert torch.equal(edited(runtime, hidden, carried), carried)
     assert not runtime.tables.slot_T.any()
@@ -182,42 +182,42 @@ def test_the_kernel_is_launched_for_what_is_armed(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_read_before_they_are_edited(dtype: torch.dtype) -> None:
+def test_rows_are_captured_before_they_are_edited(dtype: torch.dtype) -> None:
     runtime = new_runtime(capture_blocks=(1, 2), dtype=dtype)
     runtime.admit(1, program({}))
     hidden, carried = stream(dtype)
     route(runtime, (1, 0, 6), (0, 0, 4))
-    runtime.read([5, 0, 8], [False] * 3)
+    runtime.capture([5, 0, 8], [False] * 3)
     for site in range(NUM_BLOCKS):
         after = edited(runtime, hidden * site, carried, site)
         assert changed(carried, after) == list(range(6))
-    read_LCD = runtime.captured(3)
-    assert read_LCD.shape == (2, 3, HIDDEN_SIZE)
-    assert read_LCD.dtype == torch.float32
+    found_LCD = runtime.captured(3)
+    assert found_LCD.shape == (2, 3, HIDDEN_SIZE)
+    assert found_LCD.dtype == torch.float32
     for place, site in enumerate((1, 2)):
-        assert torch.equal(read_LCD[place], ((hidden * site).float() + carried.float())[[5, 0, 8]])
+        assert torch.equal(found_LCD[place], ((hidden * site).float() + carried.float())[[5, 0, 8]])
 
 
-def test_reading_without_steering() -> None:
+def test_capture_without_steering() -> None:
     runtime = new_runtime(capture_blocks=(0,))
     hidden, carried = stream()
     route(runtime, (0, 0, 6))
-    runtime.read([2], [False])
+    runtime.capture([2], [False])
     assert torch.equal(edited(runtime, None, carried), carried)
     assert torch.equal(runtime.captured(1)[0, 0], carried[2])
-    runtime.read([], [])
+    runtime.capture([], [])
     edited(runtime, hidden, carried)
-    assert torch.equal(runtime.captured(1)[0, 0], carried[2]), "nothing was asked, nothing was read"
+    assert torch.equal(runtime.captured(1)[0, 0], carried[2]), "no row was requested, none was captured"
 
 
-def test_what_is_read_does_not_change_what_is_computed() -> None:
+def test_a_capture_does_not_change_what_is_computed() -> None:
     hidden, carried = stream(torch.bfloat16)
     seen = []
     for rows in ([], [0, 3]):
         runtime = new_runtime(capture_blocks=(0,), dtype=torch.bfloat16)
         runtime.admit(1, program({"scale": 0.5}))
         route(runtime, (1, 0, 4))
-        runtime.read(rows, [False] * len(rows))
+        runtime.capture(rows, [False] * len(rows))
         seen.append(edited(runtime, hidden, carried))
     assert torch.equal(*seen)
 
@@ -236,7 +236,7 @@ def test_addresses_never_change() -> None:
         runtime.release(slot)
         runtime.admit(slot, program({"scale": 1 + step}, {"op": "ablate"}, prompt_len=step + 1))
         route(runtime, *((slot, step, 1 + step % 5) for slot in (1, 2, 3)))
-        runtime.read([step % 3], [False])
+        runtime.capture([step % 3], [False])
         edited(runtime, hidden, carried, step % NUM_BLOCKS)
         runtime.idle()
     for name, tensor in tensors.items():
@@ -244,7 +244,7 @@ def test_addresses_never_change() -> None:
         assert (tensor.data_ptr(), tensor.shape, tensor.stride()) == before[name]
 
 
-def test_the_bank_has_room_for_all_that_requests_may_ask() -> None:
+def test_the_bank_has_room_for_all_that_requests_may_need() -> None:
     runtime = new_runtime(rows=2)
     assert runtime.bank.num_rows == 3 * NUM_BLOCKS * 2
     names = "abcd"

@@ -29,7 +29,7 @@ def rounding(logits: np.ndarray) -> float:
     return float(16 * EPSILON * np.ptp(logits) * np.log2(VOCABULARY))
 
 
-def asked(key: str, baseline: str = "plain", answers: tuple[int, ...] = ()) -> Score:
+def requested(key: str, baseline: str = "plain", answers: tuple[int, ...] = ()) -> Score:
     return Score(key=key, baseline=baseline, answers=answers)
 
 
@@ -44,7 +44,7 @@ def test_against_scipy(logits: tuple[np.ndarray, np.ndarray]) -> None:
     p, q = special.softmax(base), special.softmax(steered)
     bound = rounding(np.concatenate(logits))
     scores = Scores()
-    reduced(scores, {asked("a", answers=(7, 49_000)): steered, asked("plain"): base})
+    reduced(scores, {requested("a", answers=(7, 49_000)): steered, requested("plain"): base})
     found, plain = scores.take(["a", "plain"])
     assert found is not None
     assert plain is not None
@@ -59,7 +59,7 @@ def test_against_scipy(logits: tuple[np.ndarray, np.ndarray]) -> None:
 def test_float32_logits_are_reduced_in_float64(logits: tuple[np.ndarray, np.ndarray]) -> None:
     base, steered = (row.astype(np.float32) for row in logits)
     scores = Scores()
-    reduced(scores, {asked("plain"): base, asked("a"): steered})
+    reduced(scores, {requested("plain"): base, requested("a"): steered})
     (found,) = scores.take(["a"])
     assert found is not None
     exact = stats.entropy(special.softmax(base.astype(np.float64)), special.softmax(steered.astype(np.float64)))
@@ -69,10 +69,10 @@ def test_float32_logits_are_reduced_in_float64(logits: tuple[np.ndarray, np.ndar
 def test_a_baseline_serves_later_steps_until_it_is_taken() -> None:
     scores = Scores()
     row = np.arange(8.0)
-    reduced(scores, {asked("plain"): row})
-    reduced(scores, {asked("a"): row[::-1].copy()})
+    reduced(scores, {requested("plain"): row})
+    reduced(scores, {requested("a"): row[::-1].copy()})
     assert scores.take(["plain"])[0] is not None
-    reduced(scores, {asked("b"): row})
+    reduced(scores, {requested("b"): row})
     first, second = scores.take(["a", "b"])
     assert first is not None
     assert first["kl"] > 1
@@ -83,7 +83,7 @@ def test_a_baseline_serves_later_steps_until_it_is_taken() -> None:
 def test_each_row_is_compared_with_its_own_baseline() -> None:
     scores = Scores()
     up, down = np.arange(8.0), np.arange(8.0)[::-1].copy()
-    rows = {asked("p", "p"): up, asked("q", "q"): down, asked("a", "p"): up, asked("b", "q"): up}
+    rows = {requested("p", "p"): up, requested("q", "q"): down, requested("a", "p"): up, requested("b", "q"): up}
     reduced(scores, rows)
     of_p, of_q = scores.take(["a", "b"])
     assert of_p is not None
@@ -94,7 +94,7 @@ def test_each_row_is_compared_with_its_own_baseline() -> None:
 
 def test_nothing_is_asked_of_a_step_that_was_not_planned() -> None:
     scores = Scores()
-    scores.plan({3: asked("plain")})
+    scores.plan({3: requested("plain")})
     assert scores.rows == [3]
     scores.plan({})
     scores.reduce(torch.zeros(0, 8))
@@ -103,7 +103,7 @@ def test_nothing_is_asked_of_a_step_that_was_not_planned() -> None:
 
 def test_a_constant_added_to_logits_changes_nothing(logits: tuple[np.ndarray, np.ndarray]) -> None:
     scores = Scores()
-    reduced(scores, {asked("plain"): logits[0], asked("a"): logits[0] + 300.0})
+    reduced(scores, {requested("plain"): logits[0], requested("a"): logits[0] + 300.0})
     (found,) = scores.take(["a"])
     assert found is not None
     assert found["kl"] < rounding(logits[0] + 300.0)
@@ -123,7 +123,7 @@ def test_tokens_without_probability() -> None:
 
 def test_what_is_not_finite_stays_so() -> None:
     scores = Scores()
-    reduced(scores, {asked("plain"): np.zeros(4), asked("a"): np.array([np.nan, 0.0, 0.0, 0.0])})
+    reduced(scores, {requested("plain"): np.zeros(4), requested("a"): np.array([np.nan, 0.0, 0.0, 0.0])})
     (found,) = scores.take(["a"])
     assert found is not None
     assert math.isnan(float(str(found["kl"])))
@@ -131,7 +131,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 def test_a_baseline_that_is_not_finite_is_no_zero() -> None:
     scores = Scores()
-    reduced(scores, {asked("plain"): np.array([np.nan, 0.0, 0.0, 0.0]), asked("a"): np.zeros(4)})
+    reduced(scores, {requested("plain"): np.array([np.nan, 0.0, 0.0, 0.0]), requested("a"): np.zeros(4)})
     (found,) = scores.take(["a"])
     assert found is not None
     assert math.isnan(float(str(found["kl"])))
@@ -139,10 +139,10 @@ def test_a_baseline_that_is_not_finite_is_no_zero() -> None:
 
 def test_a_baseline_keeps_no_more_than_itself() -> None:
     scores = Scores()
-    reduced(scores, {asked("plain"): np.zeros(64), **{asked(f"a{n}"): np.zeros(64) for n in range(15)}})
+    reduced(scores, {requested("plain"): np.zeros(64), **{requested(f"a{n}"): np.zeros(64) for n in range(15)}})
     assert scores._baseline_V["plain"].untyped_storage().nbytes() == 64 * 8
 
 
 def test_on_the_wire() -> None:
-    program = Program(score=asked("a", answers=(3, 4)))
+    program = Program(score=requested("a", answers=(3, 4)))
     assert Program.from_wire(program.to_wire()) == program

@@ -134,7 +134,7 @@ def test_an_engine_that_reads_keeps_no_plan(made: list[StepPlan]) -> None:
     runtime.admit(1, program({"scope": "generation"}))
     for position in (5, 6):
         decode(runtime, position, 1)
-        runtime.read([0], [False])
+        runtime.capture([0], [False])
     assert len(made) == 2
 
 

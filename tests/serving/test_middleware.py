@@ -1,4 +1,4 @@
-"""Steering is told in headers, and is lost on no path."""
+"""Headers say what was applied, and steering is lost on no path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from steer_engine.api import answers
-from steer_engine.api.drain import Door
+from steer_engine.api.gates import DrainGate
 from steer_engine.api.middleware import CARRYING_PATHS, Receive, Scope, Send, SteeringMiddleware
 
 SPEC = {"edits": [{"vector": "cheerful"}]}
@@ -18,10 +18,10 @@ OTHER = "/v1/embeddings"
 
 
 class App:
-    """Reads the body in the way of a real handler, notes it, and answers; `hook` stands for the steering hook."""
+    """Reads and keeps the body like a real handler, and answers. `check`: run the check of the steering."""
 
-    def __init__(self, *, hook: bool = True, report: dict[str, Any] | None = None, status: int = 200) -> None:
-        self.hook, self.report, self.status = hook, report, status
+    def __init__(self, *, check: bool = True, report: dict[str, Any] | None = None, status: int = 200) -> None:
+        self.check, self.report, self.status = check, report, status
         self.retry_after: float | None = None
         self.bodies: list[bytes] = []
 
@@ -33,8 +33,8 @@ class App:
             if not message.get("more_body", False):
                 break
         self.bodies.append(body)
-        if self.hook:
-            note = answers.begin()
+        if self.check:
+            note = answers.begin_note()
             note.report, note.retry_after = self.report, self.retry_after
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"a", b"b")]})
         await send({"type": "http.response.body", "body": b"first ", "more_body": True})
@@ -157,12 +157,12 @@ async def test_the_word_in_a_client_s_own_objects_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CARRYING_PATHS))
-async def test_an_answer_that_no_hook_took_account_of_is_replaced(path: str) -> None:
-    answer = await post(App(hook=False), path, body(steering=SPEC))
+async def test_an_answer_that_passed_no_check_is_replaced(path: str) -> None:
+    answer = await post(App(check=False), path, body(steering=SPEC))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "steering"
-    assert (await post(App(hook=False), path, body(prompt="x"))).text == "first second"
-    assert (await post(App(hook=False, status=422), path, body(steering=SPEC))).status_code == 422
+    assert (await post(App(check=False), path, body(prompt="x"))).text == "first second"
+    assert (await post(App(check=False, status=422), path, body(steering=SPEC))).status_code == 422
 
 
 async def test_a_trailing_slash_or_a_root_path_is_the_same_path() -> None:
@@ -199,10 +199,10 @@ async def test_a_body_in_pieces_is_read_whole_and_listening_goes_on() -> None:
 
 
 async def test_concurrent_requests_do_not_see_each_other() -> None:
-    assert answers.current.get() is None
+    assert answers.current_note.get() is None
     await post(App(report={"digest": "sha256:ab", "edits": []}), CARRYING, body(steering=SPEC))
-    assert answers.current.get() is None
-    answer = await post(App(hook=False), CARRYING, body(prompt="x"))
+    assert answers.current_note.get() is None
+    answer = await post(App(check=False), CARRYING, body(prompt="x"))
     assert "x-steering" not in answer.headers
 
 
@@ -244,11 +244,11 @@ async def test_the_largest_body_is_let_through() -> None:
     ("content", "model"),
     [(body(model="a:b"), "a:b"), (body(model=3), None), (b"[]", None), (b"{", None), (b"[" * 99_999, None)],
 )
-async def test_the_model_of_an_invocation_is_kept_for_the_hook(content: bytes, model: str | None) -> None:
+async def test_the_model_of_an_invocation_is_kept_for_the_check(content: bytes, model: str | None) -> None:
     notes = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        notes.append(answers.current.get())
+        notes.append(answers.current_note.get())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -257,11 +257,11 @@ async def test_the_model_of_an_invocation_is_kept_for_the_hook(content: bytes, m
     ) as client:
         await client.post("/invocations", content=content)
         await client.post(CARRYING, content=content)
-    assert [note.model for note in notes] == [model, None]
+    assert [note.body_model for note in notes] == [model, None]
 
 
-async def ask_at(door: Door, app: Any, method: str = "POST") -> httpx.Response:
-    transport = httpx.ASGITransport(app=SteeringMiddleware(app, door=door))
+async def ask_at(gate: DrainGate, app: Any, method: str = "POST") -> httpx.Response:
+    transport = httpx.ASGITransport(app=SteeringMiddleware(app, drain=gate))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         return await client.request(method, CARRYING, content=body(prompt="x"))
 
@@ -273,56 +273,56 @@ def assert_refused(answer: httpx.Response) -> None:
     assert answer.headers["Connection"] == "close"
 
 
-async def test_a_request_is_inside_until_its_answer_is_sent() -> None:
-    door, inside = Door(), []
+async def test_a_request_counts_as_running_until_its_answer_is_sent() -> None:
+    gate, running = DrainGate(), []
 
     class Watching(App):
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            inside.append(door.inside)
+            running.append(gate.running)
             await super().__call__(scope, receive, send)
-            inside.append(door.inside)
+            running.append(gate.running)
 
-    assert (await ask_at(door, Watching())).status_code == 200
-    assert (inside, door.inside) == ([1, 1], 0)
-    inside.clear()
-    await ask_at(door, Watching(), "GET")
-    assert inside == [0, 0]
+    assert (await ask_at(gate, Watching())).status_code == 200
+    assert (running, gate.running) == ([1, 1], 0)
+    running.clear()
+    await ask_at(gate, Watching(), "GET")
+    assert running == [0, 0]
 
 
-async def test_a_closed_door_sends_away_before_the_handler_sees_it() -> None:
-    door, app = Door(), App()
-    door.close()
-    assert_refused(await ask_at(door, app))
+async def test_a_closed_gate_refuses_before_the_handler_runs() -> None:
+    gate, app = DrainGate(), App()
+    gate.close()
+    assert_refused(await ask_at(gate, app))
     assert app.bodies == []
-    read = await ask_at(door, app, "GET")
+    read = await ask_at(gate, app, "GET")
     assert (read.status_code, read.headers["Connection"]) == (200, "close")
 
 
-async def test_what_breaks_behind_a_closed_door_is_a_503_and_what_is_well_stays() -> None:
+async def test_an_error_after_the_gate_closed_is_a_503_and_other_answers_stay() -> None:
     class Closing(App):
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            door.close()
+            gate.close()
             await super().__call__(scope, receive, send)
 
     async def breaking(scope: Scope, receive: Receive, send: Send) -> None:
-        door.close()
+        gate.close()
         raise RuntimeError("the engine is gone")
 
     for app in (Closing(status=500), breaking):
-        door = Door()
-        assert_refused(await ask_at(door, app))
-        assert door.inside == 0
+        gate = DrainGate()
+        assert_refused(await ask_at(gate, app))
+        assert gate.running == 0
     for status in (200, 400):
-        door = Door()
-        assert (await ask_at(door, Closing(status=status))).status_code == status
+        gate = DrainGate()
+        assert (await ask_at(gate, Closing(status=status))).status_code == status
 
 
-async def test_what_breaks_behind_an_open_door_is_not_hidden() -> None:
+async def test_an_error_while_the_gate_is_open_is_not_hidden() -> None:
     async def breaking(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("a bug")
 
-    door = Door()
+    gate = DrainGate()
     with pytest.raises(RuntimeError, match="a bug"):
-        await ask_at(door, breaking)
-    assert door.inside == 0
-    assert (await ask_at(door, App(status=500))).status_code == 500
+        await ask_at(gate, breaking)
+    assert gate.running == 0
+    assert (await ask_at(gate, App(status=500))).status_code == 500

@@ -18,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 
 from steer_engine.api import registry_routes, routes
-from steer_engine.api.drain import Door
+from steer_engine.api.gates import DrainGate
 from steer_engine.api.middleware import SteeringMiddleware
 from steer_engine.api.registry_routes import Uploads
 from steer_engine.api.routing import HEADER, KEYS_ENV, AdminKeys
@@ -42,13 +42,13 @@ class Frontend:
     limits: Limits = field(default_factory=lambda: Limits(max_inline_bytes=3000))
     armed: bool = True
     default_preset: str | None = None
-    door: Door = field(default_factory=Door)
+    drain: DrainGate = field(default_factory=DrainGate)
     inline: InlineVectors = field(default_factory=lambda: InlineVectors(3000))
 
     def vector(self, name: str) -> ControlVector:
         return self.inline.find(name) or self.registry.get(name)
 
-    def resolve(self, raw: Any, *, returns: bool = False) -> ResolvedSpec | None:
+    def resolve(self, raw: Any, *, can_capture: bool = False) -> ResolvedSpec | None:
         spec = parse_spec(raw)
         return None if spec is None else resolve(self.inline.take(spec), self.vector, self.model, self.limits)
 
@@ -60,10 +60,10 @@ def one(value: float, *, width: int = 8, block: int = 1) -> ControlVector:
 
 def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
     app = FastAPI()
-    for module in (routes, registry_routes, registry_routes):
-        app.include_router(module.router)
+    for router in (routes.router, registry_routes.vector_router, registry_routes.preset_router):
+        app.include_router(router)
     frontend = Frontend(registry)
-    app.add_middleware(SteeringMiddleware, door=frontend.door)
+    app.add_middleware(SteeringMiddleware, drain=frontend.drain)
 
     async def in_flight(digest: str) -> int:
         return 0
@@ -347,13 +347,13 @@ async def test_validate_reads_what_a_request_may_say(client: httpx.AsyncClient) 
 
 @pytest.mark.parametrize("path", ["vectors", "presets"])
 @pytest.mark.parametrize("limit", ["0", "1001", "x" * 5000, "1e3", ""])
-async def test_a_wrong_parameter_is_told_as_every_error_is(client: httpx.AsyncClient, path: str, limit: str) -> None:
+async def test_a_wrong_parameter_is_an_error_like_any_other(client: httpx.AsyncClient, path: str, limit: str) -> None:
     answer = await client.get(f"/v1/steering/{path}", params={"limit": limit})
     assert error(answer) == (400, "limit")
     assert len(answer.text) < 300
 
 
-async def test_a_volume_that_is_away_is_told_without_its_path(client: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_an_unreachable_volume_is_an_error_without_its_path(client: httpx.AsyncClient, tmp_path: Path) -> None:
     await put(client, "calm", to_bytes(one(1)))
     folder = tmp_path / "vectors"
     folder.rename(tmp_path / "away")
@@ -372,7 +372,7 @@ async def test_a_volume_that_is_away_is_told_without_its_path(client: httpx.Asyn
 
 async def test_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
     assert (await client.get("/readyz")).json() == {"status": "ready"}
-    app.state.steering_frontend.door.close()
+    app.state.steering_frontend.drain.close()
     refused = [await client.get("/readyz"), await put(client, "calm", to_bytes(one(1)))]
     refused += [await client.request("DELETE", "/v1/steering/vectors/calm", headers=ADMIN)]
     for answer in refused:

@@ -1,4 +1,4 @@
-"""Too many waiting requests: the next one is sent away, by what the engine says and by what came in since."""
+"""The limit on waiting steered requests: the engine's number, plus the requests admitted since."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 
 import pytest
 
-from steer_engine.api.background import REFRESH_SECONDS, QueueLength
+from steer_engine.api.gates import REFRESH_SECONDS, QueueLimit
 from steer_engine.errors import CapacityError
 
 
 class Engine:
     def __init__(self) -> None:
-        self.waiting, self.asked, self.now = 0, 0, 100.0
+        self.waiting, self.num_calls, self.now = 0, 0, 100.0
 
-    async def ask(self) -> int:
-        self.asked += 1
+    async def num_waiting(self) -> int:
+        self.num_calls += 1
         await asyncio.sleep(0)
         return self.waiting
 
@@ -23,22 +23,22 @@ class Engine:
         return self.now
 
 
-async def admitted(queue: QueueLength, times: int) -> int:
+async def admitted(queue: QueueLimit, times: int) -> int:
     results = await asyncio.gather(*(queue.enter() for _ in range(times)), return_exceptions=True)
     assert all(result is None or isinstance(result, CapacityError) for result in results)
     return results.count(None)
 
 
-async def test_a_burst_is_cut_at_the_limit_and_the_engine_is_asked_once() -> None:
+async def test_a_burst_is_cut_at_the_limit_with_one_call_to_the_engine() -> None:
     engine = Engine()
-    queue = QueueLength(engine.ask, 3, engine.clock)
+    queue = QueueLimit(engine.num_waiting, 3, engine.clock)
     assert await admitted(queue, 10) == 3
-    assert engine.asked == 1
+    assert engine.num_calls == 1
 
 
-async def test_the_engine_s_own_number_counts_when_it_is_asked_again() -> None:
+async def test_the_engine_s_own_number_counts_after_a_refresh() -> None:
     engine = Engine()
-    queue = QueueLength(engine.ask, 3, engine.clock)
+    queue = QueueLimit(engine.num_waiting, 3, engine.clock)
     await admitted(queue, 3)
     engine.now += REFRESH_SECONDS
     engine.waiting = 2
@@ -51,4 +51,4 @@ async def test_the_engine_s_own_number_counts_when_it_is_asked_again() -> None:
     engine.now += REFRESH_SECONDS
     engine.waiting = 0
     assert await admitted(queue, 9) == 3
-    assert engine.asked == 4
+    assert engine.num_calls == 4

@@ -1,49 +1,49 @@
-"""The store's budget: what is in use or on its way stays, the least recently used of the rest goes."""
+"""The budget of resident vectors: those in use or just named stay, the least recently used of the rest are dropped."""
 
 from __future__ import annotations
 
 import pytest
 
-from steer_engine.engine.admission import PIN_SECONDS, Resident
-from steer_engine.settings import EngineLimits
+from steer_engine.engine.admission import ResidentVectors
+from steer_engine.settings import PIN_SECONDS, EngineLimits
 
 LATER = PIN_SECONDS + 1
 
 
-def held(budget: int = 100, **sizes: int) -> Resident:
-    resident = Resident(budget=budget)
+def resident_with(budget: int = 100, **sizes: int) -> ResidentVectors:
+    resident = ResidentVectors(budget=budget)
     for digest, size in sizes.items():
         resident.put(digest, size, now=0.0)
     return resident
 
 
 def test_room_needs_no_victims() -> None:
-    assert held(a=40, b=40).make_room(20, in_use=(), now=LATER) == []
+    assert resident_with(a=40, b=40).make_room(20, in_use=(), now=LATER) == []
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    resident = held(a=40, b=40)
+    resident = resident_with(a=40, b=40)
     assert resident.make_room(30, in_use=(), now=LATER) == ["a"]
     resident.touch(["a"], now=0.0)
     assert resident.make_room(30, in_use=(), now=LATER) == ["b"]
     assert resident.make_room(100, in_use=(), now=LATER) == ["b", "a"]
 
 
-def test_what_a_request_names_stays() -> None:
-    resident = held(a=40, b=40)
+def test_a_vector_that_a_request_names_stays() -> None:
+    resident = resident_with(a=40, b=40)
     assert resident.make_room(30, in_use={"a"}, now=LATER) == ["b"]
     assert resident.make_room(70, in_use={"a"}, now=LATER) is None
 
 
-def test_what_was_just_shipped_or_named_stays() -> None:
-    resident = held(a=40, b=40)
+def test_a_vector_that_was_just_shipped_or_named_stays() -> None:
+    resident = resident_with(a=40, b=40)
     assert resident.make_room(30, in_use=(), now=PIN_SECONDS / 2) is None
     resident.touch(["a"], now=LATER)
     assert resident.make_room(30, in_use=(), now=LATER) == ["b"]
 
 
 def test_putting_twice_counts_once() -> None:
-    resident = held(a=40)
+    resident = resident_with(a=40)
     resident.put("a", 40, now=1.0)
     assert resident.num_bytes == 40
     resident.drop("a")
@@ -54,13 +54,13 @@ def test_putting_twice_counts_once() -> None:
 
 def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(EngineLimits.variable("store_bytes"), "123")
-    assert Resident().budget == 123
+    assert ResidentVectors().budget == 123
 
 
-def test_what_is_asked_for_is_kept_for_the_request_on_its_way() -> None:
-    resident = held(a=40, b=40)
-    assert resident.hold("a", now=LATER)
-    assert not resident.hold("c", now=LATER)
+def test_a_confirmed_vector_is_kept_for_the_request_that_follows() -> None:
+    resident = resident_with(a=40, b=40)
+    assert resident.pin_if_resident("a", now=LATER)
+    assert not resident.pin_if_resident("c", now=LATER)
     assert "c" not in resident
     assert resident.make_room(70, in_use=(), now=LATER + 1) is None
     assert resident.make_room(40, in_use=(), now=LATER + 1) == ["b"]
