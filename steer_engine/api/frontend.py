@@ -40,16 +40,12 @@ FRESH_SECONDS = PIN_SECONDS / 2
 class Frontend:
     """Resolves, compiles and tracks. An unarmed frontend (`config` None) refuses steering and does nothing else.
 
-    model: what requests are checked against. max_seeded_prompt: longest prompt in tokens that a steered request with
-    `seed` may have (None: no limit).
+    model: what requests are checked against.
     """
 
-    def __init__(
-        self, config: SteeringConfig | None, model: ModelShape | None, *, max_seeded_prompt: int | None = None
-    ) -> None:
+    def __init__(self, config: SteeringConfig | None, model: ModelShape | None) -> None:
         self.config = config
         self.limits = Limits.from_environment()
-        self.max_seeded_prompt = max_seeded_prompt
         self.inline = InlineVectors(self.limits.max_inline_bytes)
         self.shipped = ShippedVectors()
         self.drain = DrainGate()

@@ -28,7 +28,7 @@ from steer_engine.resolve import ResolvedSpec
 from steer_engine.settings import SteeringConfig
 from steer_engine.vllm.engine_client import ship, ship_sync
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.supported import check_supported, longest_seeded_prompt, model_shape
+from steer_engine.vllm.supported import check_supported, model_shape
 
 logger = logging.getLogger("steer_engine.requests")
 
@@ -63,7 +63,7 @@ def _make_frontend(vllm_config: Any) -> Frontend:
     if config is None:
         return Frontend(None, None)
     check_supported(vllm_config)
-    return Frontend(config, model_shape(vllm_config, config), max_seeded_prompt=longest_seeded_prompt(vllm_config))
+    return Frontend(config, model_shape(vllm_config, config))
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,8 +84,6 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         extra_args = frontend.compile(sampling.extra_args, prompt_len)
         if PROGRAM_KEY in extra_args and resumable:
             raise SteeringRequestError("Streaming input cannot be steered: its prompt length changes.", "steering")
-        if PROGRAM_KEY in extra_args and sampling.seed is not None:
-            _check_seeded(frontend, prompt_len)
     except UnknownVectorError as error:
         raise VLLMNotFoundError(error.message) from error
     except SteeringRequestError as error:
@@ -97,16 +95,6 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
             # A position that comes from the cache is never computed, so it could not be captured.
             sampling.skip_reading_prefix_cache = True
     return extra_args
-
-
-def _check_seeded(frontend: Frontend, prompt_len: int) -> None:
-    longest = frontend.max_seeded_prompt
-    if longest is not None and prompt_len > longest:
-        raise SteeringRequestError(
-            f"A prompt of {prompt_len} tokens is processed in several chunks, which vLLM cannot combine with a seed "
-            f"on this device; leave the seed out, or send at most {longest} tokens.",
-            "seed",
-        )
 
 
 def _log(level: int, request_id: str, program: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ class V1Adapter(RunnerAdapter):
         self._free_slots = list(range(runtime.max_requests, 0, -1))
         # Written inside `synchronize_input_prep`: the previous step's copy has finished by then.
         self._idx_mapping_B = runner._make_buffer(runtime.max_requests, dtype=torch.int32)
+        self._parked: dict[str, torch.Generator] = {}
+        """Random generators of requests whose prompt is incomplete in this step (CPU only)."""
         self._routed: list[str] = []
         """The batch as last routed. While nobody comes or goes, no slot changes and no mapping is written."""
 
@@ -93,6 +95,27 @@ class V1Adapter(RunnerAdapter):
         )
         self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
 
+    def park_generators(self) -> None:
+        """On a CPU, set aside the generators of requests whose prompt continues in the next step.
+
+        vLLM draws a token for them, discards it, and rewinds their generators, which CPU generators cannot do: a seeded
+        prompt in several chunks would end the engine (0.32, 0.33). Without its generator the draw does not advance it.
+        """
+        batch = self._runner.input_batch
+        if not batch.generators or self._runner.device.type != "cpu":
+            return
+        discarded_B = self._runner.discard_request_mask.np[: len(batch.req_ids)]
+        for index in discarded_B.nonzero()[0].tolist():
+            if (generator := batch.generators.pop(index, None)) is not None:
+                self._parked[batch.req_ids[index]] = generator
+
+    def restore_generators(self) -> None:
+        """Before vLLM changes the batch: give parked generators back to their requests."""
+        batch = self._runner.input_batch
+        for request_id, generator in self._parked.items():
+            batch.generators[batch.req_id_to_index[request_id]] = generator
+        self._parked.clear()
+
     def _scored_rows(self, num_scheduled_tokens: np.ndarray) -> dict[int, Score]:
         """Rows of the step's logits, one per request, that follow the whole prompt of a scored request."""
         batch = self._runner.input_batch
@@ -111,9 +134,12 @@ def _adapter(runner: Any) -> V1Adapter | None:
 
 def _update_states(original: Callable[..., Any]) -> Callable[..., Any]:
     def _update_states(self: Any, scheduler_output: Any) -> Any:
+        adapter = _adapter(self)
+        if adapter is None:
+            return original(self, scheduler_output)
+        adapter.restore_generators()
         result = original(self, scheduler_output)
-        if (adapter := _adapter(self)) is not None:
-            adapter.follow(scheduler_output)
+        adapter.follow(scheduler_output)
         return result
 
     return _update_states
@@ -124,6 +150,7 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, scheduler_output, num_scheduled_tokens)
         if (adapter := _adapter(self)) is not None:
             adapter.route(num_scheduled_tokens)
+            adapter.park_generators()
         return result
 
     return _prepare_inputs

@@ -57,16 +57,3 @@ def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
         bank_rows=config.bank_rows,
         capture_blocks=config.capture_blocks(num_blocks),
     )
-
-
-def longest_seeded_prompt(vllm_config: VllmConfig) -> int | None:
-    """Tokens of the longest prompt that a request with `seed` may have; None where any is right.
-
-    vLLM's V1 runner rewinds a request's generator after each chunk but the last, which generators of a CPU cannot do:
-    the engine dies (0.32, 0.33).
-    """
-    if vllm_config.device_config.device_type != "cpu" or vllm_config.use_v2_model_runner:
-        return None
-    scheduler = vllm_config.scheduler_config
-    chunks: tuple[int, ...] = (scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold)
-    return min(chunk for chunk in chunks if chunk > 0)
