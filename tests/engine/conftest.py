@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_llama: str) -> LLM:
-    """Eager float32 engine of a random 3-block Llama; reads and steers everywhere; vectors r0..r31 of norm 1."""
+    """Eager float32 engine of a random 3-block Llama; captures and steers at every block; vectors r0..r31 of norm 1."""
     llm = LLM(
         tiny_llama,
         vectors=VECTORS,

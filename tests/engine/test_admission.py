@@ -184,7 +184,7 @@ def test_an_aborted_request_leaves_nothing(tiny: LLM) -> None:
 
 
 def test_the_store_stays_within_its_budget(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More distinct vectors than fit: the idle ones make room, are shipped again when they are needed, and steer right."""
+    """More vectors than fit: idle ones make room, are shipped again when they are needed, and steer right."""
     from steer_engine.engine import admission
 
     monkeypatch.setattr(admission, "PIN_SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""A bank of two vectors, and many requests at once that each bring another: all are right, some wait, none is plain."""
+"""A bank of two vectors, and many concurrent requests with a vector each: all are steered right, and some wait."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def seen(narrow: LLM) -> Iterator[list[tuple[int, int]]]:
 
     def counted() -> Any:
         result = step()
-        counts.append((worker(narrow)["bank_rows_pinned"], core.steer_waiting()))
+        counts.append((worker(narrow)["bank_rows_pinned"], core.steer("waiting", [])))
         return result
 
     core.step_fn = counted
@@ -76,7 +76,7 @@ def test_each_of_many_vectors_at_once_is_right(narrow: LLM, seen: list[tuple[int
         assert np.abs(np.subtract(logprobs, sampled(plain[i])[1])).max() >= 1e-2
 
 
-def test_unsteered_requests_and_equal_vectors_wait_for_nobody(narrow: LLM, seen: list[tuple[int, int]]) -> None:
+def test_unsteered_requests_and_equal_vectors_do_not_wait(narrow: LLM, seen: list[tuple[int, int]]) -> None:
     prompts = [tokens(600 + i, 6) for i in range(9)]
     one = steering(edit("r1"))
     generate(narrow, prompts, [one, None, one, None, one, None, one, None, one], max_tokens=2)
@@ -93,25 +93,25 @@ def test_a_request_that_could_never_fit_is_refused(narrow: LLM) -> None:
     assert len(generate(narrow, [tokens(1, 8)], [fits], max_tokens=2)[0].outputs[0].token_ids) == 2
 
 
-def test_the_engine_core_refuses_what_could_never_fit_too(narrow: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second line, for a request that no front end of this process has checked."""
+def test_the_engine_core_refuses_a_request_that_could_never_fit(narrow: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second check, for a request that did not pass through a front end of this process."""
     frontend = narrow.llm_engine.input_processor.steering
     wide = type(frontend.model)(**{**vars_of(frontend.model), "bank_rows": None})
     monkeypatch.setattr(frontend, "model", wide)
     spec = steering(*[edit(f"r{i}", scope={"start": i}) for i in range(3)])
-    with pytest.raises(SteeringRequestError, match="wait for ever"):
+    with pytest.raises(SteeringRequestError, match="wait forever"):
         generate(narrow, [tokens(1, 8)], [spec])
     assert not narrow.llm_engine.has_unfinished_requests()
 
 
-def test_aborted_waiters_and_runners_leave_room(narrow: LLM) -> None:
+def test_aborted_requests_free_their_rows(narrow: LLM) -> None:
     engine = narrow.llm_engine
     for i in range(6):
-        asked = params(steering(edit(f"r{i}")), max_tokens=40)
-        engine.add_request(f"goes{i}", {"prompt_token_ids": tokens(i, 6)}, asked)
+        wanted = params(steering(edit(f"r{i}")), max_tokens=40)
+        engine.add_request(f"goes{i}", {"prompt_token_ids": tokens(i, 6)}, wanted)
     for _ in range(3):
         engine.step()
-    assert engine.engine_core.engine_core.steer_waiting() == 4
+    assert engine.engine_core.engine_core.steer("waiting", []) == 4
     engine.abort_request([f"goes{i}" for i in range(6)])
     while engine.has_unfinished_requests():
         engine.step()

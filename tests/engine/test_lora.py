@@ -63,20 +63,20 @@ def adapted(tiny_llama: str, adapter: Path) -> Oracle:
 def test_an_adapter_and_steering_in_one_request(start: Start, oracle: Oracle, adapted: Oracle, adapter: Path) -> None:
     # vLLM 0.32 on a CPU gives rows without an adapter the last of its places: with one place more, that one is empty.
     llm = start(enable_lora=True, max_loras=2, max_lora_rank=RANK, max_num_batched_tokens=64, max_num_seqs=16)
-    asked = asks(3 * len(SPECS), shared=40)
-    with_adapter = [i % 3 != 0 for i in range(len(asked))]  # against 8 specs: each comes with and without
+    requested = asks(3 * len(SPECS), shared=40)
+    with_adapter = [i % 3 != 0 for i in range(len(requested))]  # against 8 specs: each comes with and without
     request = LoRARequest("random", 1, str(adapter))
-    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in asked]
-    wanted = [params(ask.spec, max_tokens=ask.max_tokens) for ask in asked]
+    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in requested]
+    wanted = [params(ask.spec, max_tokens=ask.max_tokens) for ask in requested]
     for _ in ("cold", "warm"):
         outputs = llm.generate(
             inputs, wanted, use_tqdm=False, lora_request=[request if it else None for it in with_adapter]
         )
         for judge, chosen in ((adapted, True), (oracle, False)):
             mine = [i for i, it in enumerate(with_adapter) if it is chosen]
-            assert_right(judge, [asked[i] for i in mine], [outputs[i] for i in mine])
+            assert_right(judge, [requested[i] for i in mine], [outputs[i] for i in mine])
     assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
-    both = asked[1]
+    both = requested[1]
     assert both.spec is not None
     moved = adapted.logprobs(both.prompt, both.spec)[-1] - oracle.logprobs(both.prompt, both.spec)[-1]
     assert abs(moved).max() > 1e-2, "the adapter does nothing"

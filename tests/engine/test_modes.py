@@ -45,10 +45,10 @@ def counting(owner: Any, name: str) -> Iterator[list[Any]]:
 def test_chunk_sizes(start: Start, oracle: Oracle, chunk: int) -> None:
     """Prompts of up to a hundred tokens in pieces of 16 or 50, or whole."""
     llm = start(max_num_batched_tokens=chunk, max_num_seqs=min(16, chunk))
-    asked = asks(NUM, shared=20, seed=chunk)  # less than a block: nothing comes from the cache
+    requested = asks(NUM, shared=20, seed=chunk)  # less than a block: nothing comes from the cache
     with counting(core_of(llm).scheduler, "schedule") as steps:
-        assert_right(oracle, asked, run(llm, asked))
-    assert len(steps) >= sum(len(ask.prompt) + ask.max_tokens - 1 for ask in asked) / chunk
+        assert_right(oracle, requested, run(llm, requested))
+    assert len(steps) >= sum(len(ask.prompt) + ask.max_tokens - 1 for ask in requested) / chunk
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_chunk_sizes(start: Start, oracle: Oracle, chunk: int) -> None:
 )
 def test_prefix_cache_cold_warm_and_off(start: Start, oracle: Oracle, caching: bool) -> None:
     llm = start(enable_prefix_caching=caching)
-    asked = asks(NUM, shared=70)
-    assert_right(oracle, asked, run(llm, asked))
-    warm = run(llm, asked)
-    assert_right(oracle, asked, warm)
+    requested = asks(NUM, shared=70)
+    assert_right(oracle, requested, run(llm, requested))
+    warm = run(llm, requested)
+    assert_right(oracle, requested, warm)
     cached = [output.num_cached_tokens or 0 for output in warm]
     assert (sum(cached) > 32 * NUM / 3) if caching else sum(cached) == 0
 
@@ -69,12 +69,12 @@ def test_preemption_and_recomputation(start: Start, oracle: Oracle) -> None:
     """A KV cache of a few blocks: requests are thrown out in the middle of their answers and computed again."""
     llm = start(num_gpu_blocks_override=14, max_num_seqs=8, max_model_len=256, enable_prefix_caching=False)
     num, length = (12, 40) if RUNNER == "v1" else (6, 8)
-    asked = [Ask(tokens(900 + i, 28 if RUNNER == "v2" else 60), SPECS[i % len(SPECS)], length) for i in range(num)]
+    requested = [Ask(tokens(900 + i, 28 if RUNNER == "v2" else 60), SPECS[i % len(SPECS)], length) for i in range(num)]
     if RUNNER == "v2":
-        asked = [Ask([*ask.prompt, *tokens(950 + i, 34)], ask.spec, length) for i, ask in enumerate(asked)]
+        requested = [Ask([*ask.prompt, *tokens(950 + i, 34)], ask.spec, length) for i, ask in enumerate(requested)]
     with counting(core_of(llm).scheduler, "_preempt_request") as preempted:
-        outputs = run(llm, asked)
-    assert_right(oracle, asked, outputs)
+        outputs = run(llm, requested)
+    assert_right(oracle, requested, outputs)
     assert preempted, "nothing was preempted"
 
 
@@ -96,8 +96,8 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_asynchronous_scheduling(start: Start, oracle: Oracle) -> None:
     llm = start(max_num_batched_tokens=64, max_num_seqs=16)
     assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
-    asked = asks(NUM)
-    assert_right(oracle, asked, run(llm, asked))
+    requested = asks(NUM)
+    assert_right(oracle, requested, run(llm, requested))
 
 
 @pytest.mark.slow
@@ -105,19 +105,19 @@ def test_asynchronous_scheduling(start: Start, oracle: Oracle) -> None:
 def test_a_draft_model_under_asynchronous_scheduling(start: Start, oracle: Oracle, tiny_llama: str) -> None:
     llm = start(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
     assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
-    asked = asks(NUM if RUNNER == "v1" else 4)
-    outputs, accepted = drafts_of(llm, asked)
-    assert_right(oracle, asked, outputs)
+    requested = asks(NUM if RUNNER == "v1" else 4)
+    outputs, accepted = drafts_of(llm, requested)
+    assert_right(oracle, requested, outputs)
     assert accepted > 0
 
 
 @pytest.mark.v1_only
 def test_compiled(tiny_compiled: LLM, oracle: Oracle) -> None:
     """One graph for all of the traffic: steered and plain rows, whole prompts and single tokens, cold and warm."""
-    asked = asks(NUM, shared=70)
+    requested = asks(NUM, shared=70)
     for _ in ("cold", "warm"):
-        outputs = run(tiny_compiled, asked)
-        assert_right(oracle, asked, outputs)
+        outputs = run(tiny_compiled, requested)
+        assert_right(oracle, requested, outputs)
     assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
 
 
@@ -134,9 +134,9 @@ def test_ngram_drafts() -> None:
 def test_a_draft_model(start: Start, oracle: Oracle, tiny_llama: str) -> None:
     """The model drafts for itself, unsteered: drafts of plain requests are taken, those of steered ones corrected."""
     llm = start(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
-    asked = asks(NUM if RUNNER == "v1" else 4)
-    outputs, accepted = drafts_of(llm, asked)
-    assert_right(oracle, asked, outputs)
+    requested = asks(NUM if RUNNER == "v1" else 4)
+    outputs, accepted = drafts_of(llm, requested)
+    assert_right(oracle, requested, outputs)
     assert accepted > 0
 
 
@@ -147,27 +147,27 @@ def test_structured_output(start: Start, oracle: Oracle) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     llm = start()
-    asked = asks(len(SPECS))
-    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in asked]
+    requested = asks(len(SPECS))
+    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in requested]
     wanted = [
         params(ask.spec, max_tokens=ask.max_tokens, structured_outputs=StructuredOutputsParams(regex="[0-9]{32}"))
-        for ask in asked
+        for ask in requested
     ]
     outputs = list(llm.generate(inputs, wanted, use_tqdm=False))
     ids = [token for output in outputs for token in output.outputs[0].token_ids]
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(ids).isdigit()
-    assert_right(oracle, asked, outputs, allowed=tokenizer.convert_tokens_to_ids(list("0123456789")))
+    assert_right(oracle, requested, outputs, allowed=tokenizer.convert_tokens_to_ids(list("0123456789")))
 
 
 def test_samples_of_one_request(start: Start, oracle: Oracle) -> None:
     """n in 1..4, re-scored: each sample's tokens are as likely as the oracle says of the steered model."""
     llm = start()
     for n in range(1, 5) if RUNNER == "v1" else (3,):
-        asked = asks(4, seed=n)
-        outputs = run(llm, asked, n=n, temperature=1.0, seed=None)
+        requested = asks(4, seed=n)
+        outputs = run(llm, requested, n=n, temperature=1.0, seed=None)
         assert [len(output.outputs) for output in outputs] == [n] * 4
-        assert_right(oracle, asked, outputs)
+        assert_right(oracle, requested, outputs)
 
 
 def test_steering_changes_between_turns(start: Start, oracle: Oracle) -> None:
@@ -192,8 +192,8 @@ def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
 
     llm = start(max_num_batched_tokens=48, max_num_seqs=8, num_gpu_blocks_override=40)
     engine = llm.llm_engine
-    asked = asks(NUM, max_tokens=10 if RUNNER == "v1" else 4)
-    waiting = list(enumerate(asked))
+    requested = asks(NUM, max_tokens=10 if RUNNER == "v1" else 4)
+    waiting = list(enumerate(requested))
     finished: dict[int, Any] = {}
     step = 0
     while waiting or engine.has_unfinished_requests():
@@ -209,8 +209,8 @@ def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
             elif number % 4 == 2:  # in the middle of its answer
                 engine.abort_request([output.request_id])
         step += 1
-    assert set(finished) == {number for number in range(NUM) if number % 4 != 2 or asked[number].max_tokens == 1}
-    assert_right(oracle, [asked[i] for i in finished], list(finished.values()))
+    assert set(finished) == {number for number in range(NUM) if number % 4 != 2 or requested[number].max_tokens == 1}
+    assert_right(oracle, [requested[i] for i in finished], list(finished.values()))
 
 
 @pytest.mark.slow_on_v2
@@ -218,8 +218,8 @@ def test_prompt_logprobs(start: Start, oracle: Oracle) -> None:
     from helpers.driving import prompt_logprobs
 
     llm = start(max_num_batched_tokens=32, max_num_seqs=8)
-    asked = [Ask(ask.prompt, ask.spec, 1) for ask in asks(len(SPECS))]
-    for ask, output in zip(asked, run(llm, asked, prompt_logprobs=0), strict=True):
+    requested = [Ask(ask.prompt, ask.spec, 1) for ask in asks(len(SPECS))]
+    for ask, output in zip(requested, run(llm, requested, prompt_logprobs=0), strict=True):
         expected = oracle.logprobs(ask.prompt, ask.spec)[range(len(ask.prompt) - 1), ask.prompt[1:]]
         assert abs(prompt_logprobs(output) - expected).max() <= 1e-4
 

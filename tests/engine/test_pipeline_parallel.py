@@ -50,7 +50,7 @@ def test_each_stage_arms_its_own_blocks_and_holds_all_vectors(parallel: dict[str
         assert worker["bank_rows_pinned"] == worker["steered_slots"] == 0
 
 
-def test_a_vector_that_stages_refuse_is_held_by_none(parallel: dict[str, Any]) -> None:
+def test_a_vector_that_stages_refuse_is_stored_by_none(parallel: dict[str, Any]) -> None:
     assert not parallel["refused"]["ok"]
     assert all(WRONG not in worker["vectors"] for worker in parallel["workers"])
 

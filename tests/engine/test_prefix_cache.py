@@ -92,7 +92,7 @@ def test_blocks_before_a_span_are_shared(llm: LLM) -> None:
     assert ask(llm, steering(edit("r0", scope={"start": 2 * BLOCK + 7, "end": 2 * BLOCK + 9})))[0] == 2 * BLOCK
     # Blocks are chained: behind an edited block nothing is shared, even where nothing is edited.
     assert ask(llm, steering(edit("r0", scope={"end": 1})))[0] == 0
-    # The same offsets at the same place, asked in other words.
+    # The same offsets at the same place, requested in other words.
     assert ask(llm, steering(edit("r0", scope={"start": 2 * BLOCK + 7 - len(PROMPT), "end": 2 * BLOCK + 9})))[0] == FULL
 
 

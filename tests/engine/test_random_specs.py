@@ -58,16 +58,16 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(asked=st.lists(specs(), min_size=BATCH, max_size=BATCH))
-def test_random_mixes(tiny: LLM, oracle: Oracle, asked: list[dict[str, Any]]) -> None:
-    for spec in asked:
+@given(requested=st.lists(specs(), min_size=BATCH, max_size=BATCH))
+def test_random_mixes(tiny: LLM, oracle: Oracle, requested: list[dict[str, Any]]) -> None:
+    for spec in requested:
         try:
             tiny.llm_engine.input_processor.steering.resolve(spec)
         except SteeringRequestError:
             spec["edits"] = spec["edits"][:1]  # the mix needs more rows than the engine has
     tiny.llm_engine.reset_prefix_cache()
-    outputs = generate(tiny, PROMPTS, asked, prompt_logprobs=0, max_tokens=1)
-    for prompt, spec, output in zip(PROMPTS, asked, outputs, strict=True):
+    outputs = generate(tiny, PROMPTS, requested, prompt_logprobs=0, max_tokens=1)
+    for prompt, spec, output in zip(PROMPTS, requested, outputs, strict=True):
         oracle.closest_gate = np.inf
         expected, plain = (
             np.array([row_V[token] for row_V, token in zip(oracle.logprobs(prompt, s), prompt[1:], strict=False)])
@@ -86,6 +86,6 @@ EFFECTS: list[float] = []
 
 
 def test_the_mixes_had_effects() -> None:
-    """Most random specs move the logprobs by far more than the bound that they were held to."""
+    """Most random specs move the logprobs by far more than the bound of the comparison."""
     assert len(EFFECTS) >= 2 * EXAMPLES
     assert np.median(EFFECTS) >= 1000

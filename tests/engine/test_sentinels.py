@@ -44,15 +44,15 @@ def test_every_request_says_its_word(
     names = list(words)
     rng = np.random.default_rng(0)
     different = [tokens(i, 3 + i % 30) for i in range(50)]
-    asked = [None if i % 5 == 0 else names[rng.integers(NUM_WORDS)] for i in range(num_requests)]
+    requested = [None if i % 5 == 0 else names[rng.integers(NUM_WORDS)] for i in range(num_requests)]
     lengths = [1 + int(n) for n in rng.integers(4, size=num_requests)]
     inputs = [{"prompt_token_ids": prompt} for prompt in different]
     plain = [list(o.outputs[0].token_ids) for o in llm.generate(inputs, params(max_tokens=4), use_tqdm=False)]
-    specs = [None if name is None else steering(edit(name)) for name in asked]
+    specs = [None if name is None else steering(edit(name)) for name in requested]
     wanted = [params(spec, max_tokens=n) for spec, n in zip(specs, lengths, strict=True)]
     outputs = llm.generate([inputs[i % 50] for i in range(num_requests)], wanted, use_tqdm=False)
     wrong = 0
-    for i, (name, output) in enumerate(zip(asked, outputs, strict=True)):
+    for i, (name, output) in enumerate(zip(requested, outputs, strict=True)):
         # Greedy words of the random model are far enough apart that no batch changes them by its rounding.
         expected = plain[i % 50][: lengths[i]] if name is None else [words[name][0]] * lengths[i]
         wrong += list(output.outputs[0].token_ids) != expected

@@ -1,4 +1,4 @@
-"""Invariant 1: armed at every block, with vectors in the bank, an engine that is asked nothing is plain vLLM."""
+"""Invariant 1: armed at every block, with vectors in the bank, an engine without steered requests equals plain vLLM."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ from vllm.exceptions import VLLMValidationError
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
 from steer_engine.settings import CONFIG_KEY, SteeringConfig
-from steer_engine.vllm import engine_symbols
-from steer_engine.vllm.patching import Symbol, check_symbols, wrap
+from steer_engine.vllm import symbols
+from steer_engine.vllm.patching import Patch, Symbol, apply, check_symbols
 from steer_engine.vllm.plugin import register
 from steer_engine.vllm.supported import check_supported
 
 
 def test_every_symbol_is_as_we_know_it() -> None:
-    known = engine_symbols.all_symbols()
+    known = symbols.all_symbols()
     assert len(known) >= 20
     check_symbols(known, vllm.__version__)
 
@@ -44,7 +44,7 @@ def test_an_unknown_vllm_is_named(symbol: Symbol, words: str) -> None:
 
 
 def test_registering_twice_wraps_once() -> None:
-    owner, name = engine_symbols.all_symbols()[0].owner()
+    owner, name = symbols.wrapped()[0].owner()
     before = getattr(owner, name)
     register()
     assert getattr(owner, name) is before
@@ -60,8 +60,8 @@ def test_wrapping_keeps_the_original_reachable() -> None:
     patching.Thing = Thing  # type: ignore[attr-defined]
     symbol = Symbol("steer_engine.vllm.patching:Thing.method")
     make: Callable[..., Any] = lambda original: lambda self: original(self) + 1  # noqa: E731
-    wrap(symbol, make)
-    wrap(symbol, make)
+    apply([Patch(symbol, make)])
+    apply([Patch(symbol, make)])
     assert Thing().method() == 2
 
 

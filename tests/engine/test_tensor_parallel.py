@@ -34,7 +34,7 @@ def test_every_worker_is_armed_and_holds_the_same_vectors(parallel: dict[str, An
         assert other == first
 
 
-def test_a_vector_that_ranks_refuse_is_held_by_none(parallel: dict[str, Any]) -> None:
+def test_a_vector_that_ranks_refuse_is_stored_by_none(parallel: dict[str, Any]) -> None:
     assert not parallel["refused"]["ok"]
     assert "hashes to" in parallel["refused"]["reason"]
     assert all(WRONG not in worker["vectors"] for worker in parallel["workers"])

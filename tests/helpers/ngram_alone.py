@@ -14,7 +14,7 @@ def test_ngram_drafts(start: Start, oracle: Oracle) -> None:
         max_num_seqs=16,
     )
     phrase = tokens(31, 9)
-    asked = [Ask([*tokens(600 + i, i), *phrase * 4], spec, 24) for i, spec in enumerate(SPECS * 2)]
-    outputs, accepted = drafts_of(llm, asked)
-    assert_right(oracle, asked, outputs)
+    requested = [Ask([*tokens(600 + i, i), *phrase * 4], spec, 24) for i, spec in enumerate(SPECS * 2)]
+    outputs, accepted = drafts_of(llm, requested)
+    assert_right(oracle, requested, outputs)
     assert accepted > 0

@@ -1,6 +1,6 @@
-"""What the offline engine reads of prompts, with the settings of a test's server. Run in a process of its own.
+"""Captures of the offline engine, with the settings of a test's server. Run in a process of its own.
 
-IN: JSON {"model", "vector": file, "llm": settings, "prompts": {name: tokens}, "asked": {name: [prompt, position,
+IN: JSON {"model", "vector": file, "llm": settings, "prompts": {name: tokens}, "captures": {name: [prompt, position,
 steering, after]}}. OUT: an .npz with float32 [blocks, rows, D] by name.
 """
 
@@ -26,7 +26,7 @@ def main(source: str, target: str) -> None:
         target,
         **{
             name: llm.capture([task["prompts"][prompt]], position, steering=steering, after=after)[0]
-            for name, (prompt, position, steering, after) in task["asked"].items()
+            for name, (prompt, position, steering, after) in task["captures"].items()
         },
     )
 

@@ -2,7 +2,7 @@
 
     python own_process.py SETTINGS.json OUT.npz
 
-Plain vLLM, without our plugin, unless SETTINGS["armed"]: then Steer Engine, asked nothing, after steered requests.
+Plain vLLM, without our plugin, unless SETTINGS["armed"]: then Steer Engine without steering, after steered requests.
 SETTINGS: {"model", "llm": {...}, "prompts": [[...]], "params": {...}, "armed"}. OUT: ids and logprobs [N, M].
 """
 

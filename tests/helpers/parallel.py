@@ -1,4 +1,4 @@
-"""What is asked of an engine over several workers, and how far its answers are from Hugging Face's."""
+"""Requests to an engine over several workers, and how far its answers are from those of Hugging Face."""
 
 from __future__ import annotations
 

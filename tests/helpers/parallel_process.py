@@ -62,7 +62,7 @@ def main() -> None:
         llm.llm_engine.reset_prefix_cache()
     captured = llm.capture([settings["batches"][0][0][0]], position="all")[0]
     payload = safetensors_format.to_bytes(vectors["r0"])
-    refused = engine_client.call(llm.llm_engine, "steer_put", settings["wrong"], payload)
+    refused = engine_client.call(llm.llm_engine, "put", settings["wrong"], payload)
     workers = llm.steering_status()["workers"]
     found = {"batches": batches, "captured": captured.tolist(), "workers": workers, "refused": refused}
     Path(sys.argv[2]).write_text(json.dumps(found))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from helpers.reading import SMALL, varied
+from helpers.derivation import SMALL, varied
 from steer_engine.derive import derive
 
 POLL_SECONDS = 0.2

@@ -55,25 +55,25 @@ def asks(num: int, *, shared: int = 40, longest: int = 60, max_tokens: int = 8, 
     ]
 
 
-def run(llm: LLM, asked: Sequence[Ask], **fields: Any) -> list[Any]:
-    """vLLM's outputs of one batch of `asked`."""
-    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in asked]
-    wanted = [params(ask.spec, max_tokens=ask.max_tokens, **fields) for ask in asked]
+def run(llm: LLM, requested: Sequence[Ask], **fields: Any) -> list[Any]:
+    """vLLM's outputs of one batch of `requested`."""
+    inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in requested]
+    wanted = [params(ask.spec, max_tokens=ask.max_tokens, **fields) for ask in requested]
     return list(llm.generate(inputs, wanted, use_tqdm=False))
 
 
 def assert_right(
-    oracle: Oracle, asked: Sequence[Ask], outputs: Sequence[Any], allowed: Sequence[int] | None = None
+    oracle: Oracle, requested: Sequence[Ask], outputs: Sequence[Any], allowed: Sequence[int] | None = None
 ) -> None:
     """Every sampled token of every answer has the logprob that the oracle computes for it under its own steering.
 
     allowed: the tokens that a grammar leaves, where one does.
     """
     shown = 0
-    for ask, output in zip(asked, outputs, strict=True):
+    for ask, output in zip(requested, outputs, strict=True):
         for completion in output.outputs:
             shown += assert_completion(oracle, ask, completion, allowed)
-    assert shown == sum(len(o.outputs) for a, o in zip(asked, outputs, strict=True) if a.spec and len(o.outputs))
+    assert shown == sum(len(o.outputs) for a, o in zip(requested, outputs, strict=True) if a.spec and len(o.outputs))
 
 
 def assert_completion(oracle: Oracle, ask: Ask, completion: Any, allowed: Sequence[int] | None = None) -> bool:
@@ -103,7 +103,7 @@ def core_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core
 
 
-def drafts_of(llm: LLM, asked: list[Ask]) -> tuple[list[Any], int]:
+def drafts_of(llm: LLM, requested: list[Ask]) -> tuple[list[Any], int]:
     """The outputs, and how many drafted tokens were accepted."""
     accepted = 0
     scheduler = core_of(llm).scheduler
@@ -115,6 +115,6 @@ def drafts_of(llm: LLM, asked: list[Ask]) -> tuple[list[Any], int]:
         return original(*args, **kwargs)
 
     scheduler.make_spec_decoding_stats = counted
-    outputs = run(llm, asked)
+    outputs = run(llm, requested)
     del scheduler.make_spec_decoding_stats
     return outputs, accepted

@@ -12,7 +12,7 @@ import time
 
 from ray.cluster_utils import Cluster
 
-from helpers.reading import config, varied
+from helpers.derivation import config, varied
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, capture_pool
 
 SETTLE_SECONDS = 180

@@ -56,7 +56,7 @@ def offline(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("offline")
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
     settings |= {"max_num_batched_tokens": CHUNK, "block_size": BLOCK, "gpu_memory_utilization": 0.2}
-    task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "asked": ASKED}
+    task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "captures": ASKED}
     source, target = folder / "task.json", folder / "rows.npz"
     source.write_text(json.dumps(task))
     script = Path(__file__).parents[1] / "helpers" / "offline_rows.py"
