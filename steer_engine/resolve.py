@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from steer_engine.capture import PARAM, CaptureRequest
-from steer_engine.containment import check_dose, check_representable
+from steer_engine.containment import check_dose, check_growth, check_representable
 from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import ProgramTemplate
@@ -141,13 +141,15 @@ def resolve(
     )
     template = ProgramTemplate.compile(canonical_order([edit.edit for edit in edits]), keep_norm=spec.preserve_norm)
     _check_room(template, model, limits)
+    named = {digest: used[digest] for digest in template.vectors}
+    check_growth(template.edits, named, preserve_norm=spec.preserve_norm, dtype=model.dtype)
     return ResolvedSpec(
         edits=edits,
         preserve_norm=spec.preserve_norm,
         preset=preset,
         capture=resolve_capture(spec.capture, model, limits),
         template=template,
-        vectors={digest: used[digest] for digest in template.vectors},
+        vectors=named,
     )
 
 

@@ -122,11 +122,11 @@ class SteeringConfig(BaseModel):
 class Limits(NamedLimits):
     """What one request may ask; `GET /v1/steering` publishes these numbers."""
 
-    max_edits: int = 8
+    max_edits: int = Field(default=8, ge=1)
     max_request_vectors: int = Field(default=16, ge=1)
     """Different vectors that one request may name, those of gates included."""
-    max_abs_scale: float = 1000.0
-    max_dose: float = 100.0
+    max_abs_scale: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
+    max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
     max_spec_bytes: int = MAX_SPEC_CHARS
     """Of a spec as JSON text; `parse_spec` holds to it."""

@@ -140,5 +140,5 @@ def test_reading_needs_armed_blocks() -> None:
 
 def test_published_limits() -> None:
     limits = Limits()
-    assert (limits.max_edits, limits.max_abs_scale, limits.max_dose) == (8, 1000.0, 100.0)
+    assert (limits.max_edits, limits.max_abs_scale, limits.max_dose) == (8, 1000.0, 10.0)
     assert limits.max_spec_bytes == MAX_SPEC_CHARS

@@ -262,25 +262,25 @@ def test_residual_units_need_residual_norms() -> None:
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"scale": 101.0}, "scale"),
-        ({"scale": -101.0}, "scale"),
-        ({"scale": 101.0, "unit": "residual"}, "scale"),
-        ({"scale": 101.0, "op": "add_relative"}, "scale"),
-        ({"scale": -101.0, "op": "ablate"}, "scale"),
-        ({"op": "set", "target": 202.0}, "target"),
-        ({"op": "set", "target": -202.0}, "target"),
-        ({"op": "clamp", "lo": 202.0}, "lo"),
-        ({"op": "clamp", "hi": -202.0}, "hi"),
-        ({"op": "clamp", "lo": -300.0, "hi": -202.0}, "hi"),
+        ({"scale": 10.1}, "scale"),
+        ({"scale": -10.1}, "scale"),
+        ({"scale": 10.1, "unit": "residual"}, "scale"),
+        ({"scale": 10.1, "op": "add_relative"}, "scale"),
+        ({"scale": -10.1, "op": "ablate"}, "scale"),
+        ({"op": "set", "target": 20.2}, "target"),
+        ({"op": "set", "target": -20.2}, "target"),
+        ({"op": "clamp", "lo": 20.2}, "lo"),
+        ({"op": "clamp", "hi": -20.2}, "hi"),
+        ({"op": "clamp", "lo": -30.0, "hi": -20.2}, "hi"),
     ],
 )
 def test_doses_are_limited(fields: dict[str, Any], name: str) -> None:
-    """At most 100 mean residual norms, which are 2 here, as the norm of the vector is."""
+    """At most 10 mean residual norms, which are 2 here, as the norm of the vector is."""
     vector = vector_of(2.0, residual=2.0)
     with pytest.raises(SteeringRequestError) as caught:
         resolve_with(vector, **fields)
     assert caught.value.param == f"steering.edits[0].{name}"
-    assert "101 residual norms; at most 100" in caught.value.message
+    assert "10.1 residual norms; at most 10" in caught.value.message
     smaller = {key: value * 99 / 101 if isinstance(value, float) else value for key, value in fields.items()}
     resolve_with(vector, **smaller)
 
@@ -294,7 +294,7 @@ def test_without_residual_norms_only_the_scale_is_limited() -> None:
     resolve_with(vector_of(2.0), scale=1000.0)
     resolve_with(vector_of(2.0), op="set", target=1e6)
     with pytest.raises(SteeringRequestError):
-        resolve_with(vector_of(2.0), op="add_relative", scale=101.0)
+        resolve_with(vector_of(2.0), op="add_relative", scale=10.1)
 
 
 # What device memory holds
@@ -308,7 +308,12 @@ def test_without_residual_norms_only_the_scale_is_limited() -> None:
 def test_bounds_fit_the_dtype(dtype: str, fields: dict[str, Any], name: str) -> None:
     largest = LARGEST_FINITE[dtype]
     fits = {key: value * largest if isinstance(value, float) else value for key, value in fields.items()}
-    resolve_with(vector_of(1.0), shape(dtype=dtype), **fits)
+    # A target beyond what the whole stream may hold is refused too, as a matter of all edits (test_containment.py).
+    if fields["op"] == "set":
+        with pytest.raises(SteeringRequestError, match="together"):
+            resolve_with(vector_of(1.0), shape(dtype=dtype), **fits)
+    else:
+        resolve_with(vector_of(1.0), shape(dtype=dtype), **fits)
     with pytest.raises(SteeringRequestError) as caught:
         resolve_with(vector_of(1.0), shape(dtype=dtype), **{**fits, name: fits[name] * 1.001})
     assert caught.value.param == f"steering.edits[0].{name}"
@@ -331,8 +336,8 @@ def test_unit_rows_do_not_overflow() -> None:
 
 
 def test_as_many_edits_as_allowed_do_not_overflow_together() -> None:
-    """Eight adds of 65504 / 8 are one row, whose numbers are finite."""
-    edit = {"vector": "v", "scale": 65504 / 8 / 100}
+    """Eight adds of 32752 / 8 are one row, whose numbers are finite: the other half is left for the stream itself."""
+    edit = {"vector": "v", "blocks": 0, "scale": 32752 / 8 / 100}
     spec = parse_spec({"edits": [edit] * 8})
     assert spec is not None
     template = resolve(spec, {"v": vector_of(100.0)}.__getitem__, shape(dtype="float16"), LIMITS).template
