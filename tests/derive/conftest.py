@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from helpers.reading import config
+from helpers.derivation import config
 from threadpoolctl import threadpool_limits
 
 from steer_engine.derive.actors import CapturePool, capture_pool

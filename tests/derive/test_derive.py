@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
+from helpers.derivation import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 from typer.testing import CliRunner
 
 from steer_engine.derive import Pair, Pairs, derive, load_pairs

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.reading import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
+from helpers.derivation import REFERENCES, SMALL, config, cosine, huggingface_rows, varied
 
 from steer_engine.derive import Pair, Pairs, Text, Texts, dump, fit_dump
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, capture_pool

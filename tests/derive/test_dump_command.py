@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.reading import varied
+from helpers.derivation import varied
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app

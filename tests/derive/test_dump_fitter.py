@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.derivation import REFERENCES, cosine
 from helpers.dumping import BLOCKS, contrast, texts_of, write
-from helpers.reading import REFERENCES, cosine
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app

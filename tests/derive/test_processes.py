@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.reading import varied
+from helpers.derivation import varied
 
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool
 

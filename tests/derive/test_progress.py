@@ -11,7 +11,7 @@ def run(console: Console, *, enabled: bool = True) -> None:
     with Progress(enabled=enabled, console=console) as progress:
         with progress.waiting("starting"):
             pass
-        with progress.counting("reading", total=3, unit="pairs") as advance:
+        with progress.counting("capturing", total=3, unit="pairs") as advance:
             advance(1)
             advance(2)
 
@@ -19,14 +19,14 @@ def run(console: Console, *, enabled: bool = True) -> None:
 def test_a_terminal_sees_a_bar() -> None:
     out = io.StringIO()
     run(Console(file=out, force_terminal=True, width=100))
-    assert "reading pairs" in out.getvalue()
+    assert "capturing pairs" in out.getvalue()
     assert "3/3" in out.getvalue()
 
 
 def test_a_file_gets_one_line_a_stage() -> None:
     out = io.StringIO()
     run(Console(file=out, force_terminal=False))
-    assert out.getvalue() == "starting\nreading 3 pairs\n"
+    assert out.getvalue() == "starting\ncapturing 3 pairs\n"
 
 
 def test_silence_on_demand() -> None:

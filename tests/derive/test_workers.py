@@ -1,4 +1,4 @@
-"""Actors on a real Ray that do trivial work: order, back-pressure, errors, and deaths."""
+"""Actors on a real Ray that do trivial work: order, back-pressure, errors, and restarts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from steer_engine.derive.actors import (
 from steer_engine.errors import DerivationError
 
 
-class Clerk:
-    """Notes which process answered what, in a folder."""
+class TrivialActor:
+    """Records in a folder which process answered which call."""
 
     def square(self, folder: str, number: int) -> int:
         Path(folder, f"{number}-{os.getpid()}").touch()
@@ -32,7 +32,7 @@ class Clerk:
         return number * number
 
     def die_once(self, folder: str, number: int) -> int:
-        """Ends its process without a word, as `kill -9` does, the first time it is asked for 5."""
+        """Ends its process, as `kill -9` does, at the first call with 5."""
         mark = Path(folder, "died")
         if number == 5 and not mark.exists():
             mark.touch()
@@ -53,11 +53,11 @@ class Clerk:
 
 
 @pytest.fixture(scope="module")
-def clerks() -> Iterator[Workers]:
+def workers() -> Iterator[Workers]:
     with ray_session(None, num_cpus=2) as ray:
         # The actors' processes must find this file's module.
         env = {"PYTHONPATH": str(Path(__file__).parents[1])}
-        workers = Workers(ray, Clerk, (), count=2, resources={"num_cpus": 0}, env=env)
+        workers = Workers(ray, TrivialActor, (), count=2, resources={"num_cpus": 0}, env=env)
         yield workers
         workers.stop()
 
@@ -66,44 +66,44 @@ def processes(folder: Path) -> set[str]:
     return {file.name.partition("-")[2] for file in folder.glob("*-*")}
 
 
-def test_answers_come_in_the_order_of_the_calls_from_both(clerks: Workers, tmp_path: Path) -> None:
-    answers = clerks.ordered("square", [(str(tmp_path), i) for i in range(40)])
+def test_answers_of_both_actors_come_in_the_order_of_the_calls(workers: Workers, tmp_path: Path) -> None:
+    answers = workers.ordered("square", [(str(tmp_path), i) for i in range(40)])
     assert list(answers) == [i * i for i in range(40)]
     assert len(processes(tmp_path)) == 2
-    assert list(clerks.ordered("square", [])) == []
+    assert list(workers.ordered("square", [])) == []
 
 
-def test_nothing_runs_far_ahead_of_what_was_taken(clerks: Workers, tmp_path: Path) -> None:
-    answers = clerks.ordered("square", [(str(tmp_path), i) for i in range(100)])
+def test_calls_run_at_most_two_windows_ahead(workers: Workers, tmp_path: Path) -> None:
+    answers = workers.ordered("square", [(str(tmp_path), i) for i in range(100)])
     for _ in range(3):
         next(answers)
     time.sleep(1.0)
-    assert 3 <= len(list(tmp_path.iterdir())) <= 3 + 2 * CALLS_IN_FLIGHT * len(clerks)
+    assert 3 <= len(list(tmp_path.iterdir())) <= 3 + 2 * CALLS_IN_FLIGHT * len(workers)
 
 
-def test_our_errors_arrive_as_they_were_raised_and_others_as_a_sentence(clerks: Workers) -> None:
+def test_our_errors_are_raised_unchanged_and_others_as_a_sentence(workers: Workers) -> None:
     with pytest.raises(DerivationError, match=r"^pairs\.jsonl:3: no\.$"):
-        list(clerks.ordered("refuse", [(3,)]))
+        list(workers.ordered("refuse", [(3,)]))
     with pytest.raises(DerivationError, match="^An actor failed: ZeroDivisionError: by hand$"):
-        list(clerks.ordered("crash", [()]))
+        list(workers.ordered("crash", [()]))
     with pytest.raises(DerivationError, match=r"No actor was ready within 1 s\. Does the cluster have room for 2\?"):
-        clerks.everywhere("sleep", timeout=1.0)
+        workers.everywhere("sleep", timeout=1.0)
 
 
-def test_an_actor_that_dies_is_started_anew_and_its_calls_are_made_again(clerks: Workers, tmp_path: Path) -> None:
-    answers = clerks.ordered("die_once", [(str(tmp_path), i) for i in range(20)])
+def test_an_actor_that_dies_is_restarted_and_its_calls_are_repeated(workers: Workers, tmp_path: Path) -> None:
+    answers = workers.ordered("die_once", [(str(tmp_path), i) for i in range(20)])
     assert list(answers) == [i * i for i in range(20)]
     assert (tmp_path / "died").exists()
     assert len(processes(tmp_path)) == 3
 
 
 @pytest.mark.slow  # the last of the file: it uses the actors up
-def test_one_that_dies_again_and_again_is_an_error(clerks: Workers) -> None:
+def test_an_actor_that_keeps_dying_is_an_error(workers: Workers) -> None:
     with pytest.raises(DerivationError, match=rf"died, and again after {MAX_ACTOR_RESTARTS} restarts"):
-        list(clerks.ordered("die", [()]))
+        list(workers.ordered("die", [()]))
 
 
-def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
+def test_an_unreachable_address_is_refused_at_once() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # taken, but not listened at
         port = bound.getsockname()[1]
@@ -115,7 +115,7 @@ def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize("failures", [0, LOCAL_STARTS - 1, LOCAL_STARTS])
 def test_a_local_ray_that_was_too_slow_is_started_again(failures: int) -> None:
-    """Ray's own limit of 30 s cannot be reached at will: what it then does is played."""
+    """A stand-in for Ray, because its limit of 30 s cannot be reached on purpose."""
     calls: list[str] = []
 
     def init(**settings: object) -> None:

@@ -54,15 +54,15 @@ def test_pairs_are_those_of_the_same_file(parquet: str, tmp_path: Path) -> None:
     assert load_texts(f"hf:{parquet}?positive=chosen&negative=rejected").paired
 
 
-def test_labels_are_named_and_others_left_out(saved: str) -> None:
-    asked = f"hf:{saved}?text=review&label=stars&is_positive=good&is_negative=bad"
-    assert [(text.text, text.label) for text in load_texts(asked)] == [
+def test_labels_are_renamed_and_other_rows_are_skipped(saved: str) -> None:
+    address = f"hf:{saved}?text=review&label=stars&is_positive=good&is_negative=bad"
+    assert [(text.text, text.label) for text in load_texts(address)] == [
         ("Great.", "positive"),
         ("Awful.", "negative"),
         ("Good.", "positive"),
     ]
-    assert [text.text for text in load_texts(asked + "&limit=2")] == ["Great.", "Awful."]
-    assert len(load_texts(asked + "&split=test")) == 2
+    assert [text.text for text in load_texts(address + "&limit=2")] == ["Great.", "Awful."]
+    assert len(load_texts(address + "&split=test")) == 2
     assert [text.label for text in load_texts(f"hf:{saved}?text=review")] == [""] * 4
 
 
@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_one_sentence(name: str, parquet: str, saved: str, tmp_path: Path) -> None:
+def test_errors_are_one_sentence(name: str, parquet: str, saved: str, tmp_path: Path) -> None:
     address, sentence = WRONG[name]
     with pytest.raises(DerivationError) as raised:
         load_texts(address.format(parquet=parquet, saved=saved, folder=tmp_path))
