@@ -1,4 +1,4 @@
-"""No accepted spec can make a residual stream non-finite: the bound on the growth of the stream, for every operation."""
+"""No accepted spec can make a residual stream non-finite: a bound on its growth covers every operation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vector_of(norm: float, residual: float | None = None) -> ControlVector:
     direction = np.zeros(HIDDEN, dtype=np.float32)
     direction[0] = norm
     norms = {} if residual is None else dict.fromkeys(range(BLOCKS), residual)
-    directions = {block: direction for block in range(BLOCKS)}
+    directions = dict.fromkeys(range(BLOCKS), direction)
     return ControlVector(directions=directions, metadata=VectorMetadata(residual_norms=norms))
 
 
