@@ -68,7 +68,7 @@ def test_real_model(smollm2: str) -> None:
 
 @pytest.mark.v1_only
 def test_without_triton_nothing_is_fused(tiny_llama: str) -> None:
-    """Asked for where it cannot be had, it is left out and said in the log; steering works all the same."""
+    """Where fusing is requested but not possible, it is left out with a line in the log, and steering works."""
     assert RUNNER == "v1"
     llm = engine(tiny_llama, {"r0": random_vector(0)}, fuse=True)
     assert llm.steering_status()["workers"][0]["fused_blocks"] == []

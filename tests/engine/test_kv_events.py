@@ -1,4 +1,4 @@
-"""Events about the KV cache keep vLLM's format: what an indexer outside reads tells steered blocks from plain ones."""
+"""Events about the KV cache keep vLLM's format: an external indexer can tell steered blocks from plain ones."""
 
 from __future__ import annotations
 

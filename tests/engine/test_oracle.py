@@ -99,7 +99,7 @@ def test_scopes_over_prompt_and_answer(tiny: LLM, oracle: Oracle, scope: Any) ->
 
 
 def test_captured_streams_are_those_of_the_oracle(tiny: LLM, oracle: Oracle) -> None:
-    """Reading is before the edit of the same block, after those of the blocks before it."""
+    """A capture is taken before the edit of the same block, and after those of earlier blocks."""
     spec = steering(edit("r0", 1.5, blocks=1))
     streams: list[np.ndarray] = []
     hooks = [
@@ -123,7 +123,7 @@ def test_captured_streams_are_those_of_the_oracle(tiny: LLM, oracle: Oracle) -> 
     for block in range(TINY_BLOCKS):
         bound = 1e-5 * float(np.abs(plain[block]).max())
         assert np.abs(ours_plain[block] - plain[block]).max() <= bound
-        # Our own hooks ran before the oracle's edit of the same block, as the engine's reading does.
+        # Our own hooks ran before the oracle's edit of the same block, as the engine's capture does.
         assert np.abs(ours[block] - streams[block]).max() <= 2 * bound
     assert np.abs(ours[1] - ours_plain[1]).max() == 0.0
     assert np.abs(ours[2] - ours_plain[2]).max() >= 0.1

@@ -1,4 +1,4 @@
-"""The invariants on a pipeline of two stages, vLLM's own: each arms its blocks, and both hold all vectors.
+"""The invariants on a pipeline of two stages, vLLM's own: each arms its blocks, and both store all vectors.
 
 They run in a process of their own, since a worker per stage is a process; the oracle is here.
 """

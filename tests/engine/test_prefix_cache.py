@@ -97,7 +97,7 @@ def test_blocks_before_a_span_are_shared(llm: LLM) -> None:
 
 
 def test_generated_blocks_are_keyed_too(llm: LLM) -> None:
-    """An answer that becomes a prompt: its blocks were made under steering, and only equal steering may read them."""
+    """An answer that becomes a prompt: its blocks were made under steering, and only equal steering may reuse them."""
     spec = steering(edit("r0", 1.5))
     prompt = PROMPT[: 2 * BLOCK]
     output = generate(llm, [prompt], [spec], max_tokens=2 * BLOCK + 2)[0]

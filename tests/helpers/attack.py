@@ -55,8 +55,8 @@ def raw(server: Server, data: bytes, *, seconds: float = 10.0, ends: bool = True
         return received
 
 
-def held(answer: httpx.Response, sent: bytes | str = b"", *, status: int | None = None) -> dict[str, Any]:
-    """The answer blames the client in our envelope, tells nothing of the server, and echoes little. Gives the error."""
+def refusal(answer: httpx.Response, sent: bytes | str = b"", *, status: int | None = None) -> dict[str, Any]:
+    """The error of an answer: a 4xx in the usual format, which shows nothing of the server and echoes little."""
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:1000])
     if status is not None:
         assert answer.status_code == status, answer.text[:1000]

@@ -1,4 +1,4 @@
-"""A server whose registry changes while it serves, and how its tests ask it."""
+"""A server whose registry changes while it serves, and requests to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def streamed(answer: httpx.Response) -> list[int]:
 
 
 class Follower(threading.Thread):
-    """Asks for `length` tokens, again and again on one connection, until it is sent away."""
+    """Requests `length` tokens again and again on one connection, until it is refused."""
 
     def __init__(self, server: Server, length: int, *, stream: bool, vector: str = "house") -> None:
         super().__init__()

@@ -109,7 +109,7 @@ def assert_algebra(parallel: dict[str, Any]) -> None:
 
 
 def assert_read(parallel: dict[str, Any], oracle: Oracle, num_blocks: int, hidden_size: int) -> None:
-    """What was read of the first prompt is what Hugging Face has."""
+    """The captured rows of the first prompt equal those of Hugging Face."""
     import torch
 
     with torch.inference_mode():

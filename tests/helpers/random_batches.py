@@ -34,7 +34,7 @@ class Answer:
 
     ids: list[int]
     logprobs: np.ndarray
-    """float64: of the prompt's tokens but the first, where they were asked, and of the answer's."""
+    """float64: of the prompt's tokens except the first, if they were requested, and of the answer's."""
     cached: int
 
 

@@ -1,6 +1,6 @@
-"""Random specs over a few small vectors, and two float64 readings of them: as the client wrote them, and as compiled.
+"""Random specs over a few small vectors, computed twice in float64: as the client wrote them, and as compiled.
 
-D hidden size. Every number of the compiled reading carries a bound of what rounding may have done to it.
+D hidden size. Every number of the compiled form carries a bound on its rounding error.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def specs(draw: st.DrawFn, max_edits: int = 6) -> dict[str, Any]:
     }
 
 
-# The reading as written
+# What a spec computes, as written
 
 
 def covers(scope: str | Span, position: int, prompt_len: int) -> bool:
@@ -188,7 +188,7 @@ def as_written(spec: SteeringSpec, x_D: Array, block: int, position: int, prompt
     return Written(x_D, margin, shortest)
 
 
-# The reading as compiled, with what rounding may do
+# What a program computes, with a bound on its rounding
 
 SUM_ROUNDINGS = HIDDEN_SIZE + 2
 """Of an addend in a sum over D, in whatever order, its product included."""

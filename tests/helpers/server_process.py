@@ -1,4 +1,4 @@
-"""A real server as a child process, with its log kept for what tests read there."""
+"""A real server as a child process, with its log kept for the tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FINISHED = "vllm:request_success_total"
 
 
 class Server:
-    """Starts `command` on a port (default: a free one) and waits until `ready_path` answers 200, unless told not to."""
+    """Starts `command` on a port (default: a free one). Waits until `ready_path` answers 200, if `wait`."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ def steer_engine_serve(model: str, *flags: str) -> list[str]:
 
 
 def plain_vllm_serve(model: str, *flags: str) -> list[str]:
-    """vLLM's own server, with our package installed and not asked for."""
+    """vLLM's own server, with our package installed but not armed."""
     return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, *SMALL, *flags]
 
 

@@ -29,7 +29,7 @@ def content(key: RowKey, block: int) -> np.ndarray:
 
 
 class Counting:
-    """`content`, remembering what it was asked for."""
+    """`content`, which records its arguments."""
 
     def __init__(self) -> None:
         self.made: list[Row] = []

@@ -163,7 +163,7 @@ def test_adds_only_engines_take_the_short_way() -> None:
     assert changed(carried, expected) == list(range(8))
 
 
-# Reading
+# Capture
 
 
 @pytest.mark.parametrize(("ops", "adds_only"), [(("add",), True), (("add", "ablate"), False)])

@@ -111,7 +111,7 @@ def unedited(function: Model) -> Model:
 
 
 def test_what_changes_between_steps_compiles_nothing(runtime: Any) -> None:
-    """Other programs, other requests, reading or not: the graph reads buffers, it does not depend on them."""
+    """Other programs and requests, with or without a capture: the graph reads buffers and does not depend on them."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     hidden, residual = stream(rows=8)
@@ -130,7 +130,7 @@ def test_what_changes_between_steps_compiles_nothing(runtime: Any) -> None:
 
 
 def test_tracing_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta and fake tensors, as where a graph is made without a device: no runtime is asked for."""
+    """On meta and fake tensors, as where a graph is made without a device: no runtime is needed."""
     monkeypatch.setattr(op, "_running", None)
     shape = (MAX_TOKENS, HIDDEN_SIZE)
     meta = [torch.empty(shape, device="meta") for _ in range(2)]

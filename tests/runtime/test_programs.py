@@ -166,7 +166,7 @@ def test_mistakes_of_ours_are_caught() -> None:
 
 
 def test_a_program_that_cannot_be_written_changes_nothing() -> None:
-    """The second vector is not held, or the second block not armed: nothing of the first may stay pinned."""
+    """The second vector is not stored, or the second block not armed: no row of the first may stay pinned."""
     held = program({}).sites[0].entries[0]
     absent = ProgramEntry(row=RowKey(terms=(("sha256:" + "0" * 64, 1.0),)), c0=1.0, end=5)
     too_large = ProgramEntry(row=held.row, c0=1e39, end=5)

@@ -42,7 +42,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "a name": ({"steering": "east"}, 400, "steering"),
     "xargs not JSON": ({"vllm_xargs": {"steering": "{edits"}}, 400, "steering"),
     "xargs a number": ({"vllm_xargs": {"steering": 3}}, 400, "vllm_xargs.steering"),
-    "asked twice": ({"steering": STRONG, "vllm_xargs": {"steering": json.dumps(STRONG)}}, 400, "steering"),
+    "specified twice": ({"steering": STRONG, "vllm_xargs": {"steering": json.dumps(STRONG)}}, 400, "steering"),
     "reserved key": ({"vllm_xargs": {"_steer_program": "x"}}, 400, "vllm_xargs._steer_program"),
     "reserved key beside steering": (
         {"steering": STRONG, "vllm_xargs": {"_steer_program": "x"}}, 400, "vllm_xargs._steer_program",
@@ -103,7 +103,7 @@ def test_an_unknown_model_is_vllm_s_own_error(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_long_input_is_not_echoed_and_no_path_is_told(server: Server, path: str) -> None:
+def test_long_input_is_not_echoed_and_no_path_is_shown(server: Server, path: str) -> None:
     for name in ("x" * 100_000, "é" * 500, "\u0000", "..%2f..%2fetc"):
         _, error = refused(server, CARRYING[path], {"steering": {"edits": [{"vector": name}]}})
         assert len(error["message"]) < 600

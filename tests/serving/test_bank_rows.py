@@ -1,4 +1,4 @@
-"""A bank of two vectors behind HTTP: many requests that bring a vector each wait their turn, or are sent away."""
+"""A bank of two vectors behind HTTP: many requests with a vector each wait for rows, or get 503."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients read of the residual stream: a real server against the offline engine, to the bit."""
+"""Captured rows of a real server equal those of the offline engine, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHUNK, BLOCK = 32, 32
 PROMPTS = {"short": list(range(10, 17)), "long": [3 + (7 * i) % 250 for i in range(3 * CHUNK + 5)]}
 STEERED = {"edits": [{"vector": "east", "scale": 0.5}]}
 
-ASKED: dict[str, tuple[str, Any, Any, bool]] = {
+CAPTURES: dict[str, tuple[str, Any, Any, bool]] = {
     "last": ("long", "last", None, False),
     "all": ("long", "all", None, False),
     "mean": ("long", "mean", None, False),
@@ -56,7 +56,7 @@ def offline(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("offline")
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
     settings |= {"max_num_batched_tokens": CHUNK, "block_size": BLOCK, "gpu_memory_utilization": 0.2}
-    task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "captures": ASKED}
+    task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "captures": CAPTURES}
     source, target = folder / "task.json", folder / "rows.npz"
     source.write_text(json.dumps(task))
     script = Path(__file__).parents[1] / "helpers" / "offline_rows.py"
@@ -67,14 +67,14 @@ def offline(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def reading(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def capturing(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = steer_engine_serve(
         tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vector.parent), "--enable-scale-out",
         "--max-num-batched-tokens", str(CHUNK), "--block-size", str(BLOCK), "--enable-prompt-tokens-details",
         "--steering-capture", "all", "--steering-limit", f"max_capture_bytes={MAX_BYTES}",
         "--steering-limit", "max_captures=2",
     )  # fmt: skip
-    running = Server(command, tmp_path_factory.mktemp("reading") / "server.log")
+    running = Server(command, tmp_path_factory.mktemp("capturing") / "server.log")
     yield running
     running.kill()
 
@@ -114,26 +114,26 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", CAPTURES)
 def test_rows_are_those_of_the_offline_engine_to_the_bit(
-    reading: Server, offline: dict[str, np.ndarray], name: str
+    capturing: Server, offline: dict[str, np.ndarray], name: str
 ) -> None:
-    prompt, positions, steering, after = ASKED[name]
+    prompt, positions, steering, after = CAPTURES[name]
     capture = {"capture": {"positions": positions, "after": after}}
-    answer = ask(reading, PROMPTS[prompt], (steering or {}) | capture)
+    answer = ask(capturing, PROMPTS[prompt], (steering or {}) | capture)
     assert np.array_equal(rows_of(answer), offline[name])
-    told = answer.json()["steering"]
-    assert answer.headers["X-Steering"] == told["digest"]
+    reported = answer.json()["steering"]
+    assert answer.headers["X-Steering"] == reported["digest"]
     length = len(PROMPTS[prompt])
     expected = {"last": [length - 1], "list": [length - 1, 0, 40, length - 1]}.get(name, list(range(length)))
-    assert told["capture"]["positions"] == expected
-    assert told["capture"]["prompt_tokens"] == length
-    assert len(told["edits"]) == (steering is not None)
+    assert reported["capture"]["positions"] == expected
+    assert reported["capture"]["prompt_tokens"] == length
+    assert len(reported["edits"]) == (steering is not None)
 
 
 @pytest.mark.slow
 def test_the_offline_rows_show_the_edit(offline: dict[str, np.ndarray]) -> None:
-    """Before it at its own block, after it at the next; and at once, if asked so."""
+    """The stream before the edit at its own block, after it at the next; or after it at both, if requested."""
     plain, before, after = offline["all"], offline["steered"], offline["steered after"]
     assert np.array_equal(before[:2], plain[:2])
     assert not np.array_equal(before[2], plain[2])
@@ -144,23 +144,25 @@ def test_the_offline_rows_show_the_edit(offline: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.slow
-def test_a_warm_cache_is_not_read_from_and_changes_nothing(reading: Server, offline: dict[str, np.ndarray]) -> None:
+def test_a_capture_does_not_use_a_warm_prefix_cache(capturing: Server, offline: dict[str, np.ndarray]) -> None:
     plain = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 1}
-    warm = [reading.post("/v1/completions", plain).json()["usage"]["prompt_tokens_details"] for _ in range(2)]
+    warm = [capturing.post("/v1/completions", plain).json()["usage"]["prompt_tokens_details"] for _ in range(2)]
     assert warm[1]["cached_tokens"] == 3 * BLOCK
-    answer = ask(reading, PROMPTS["long"], {"capture": {"positions": "all"}})
+    answer = ask(capturing, PROMPTS["long"], {"capture": {"positions": "all"}})
     assert np.array_equal(rows_of(answer), offline["all"])
-    # Nor does reading spoil the cache, or the answer.
-    after = reading.post("/v1/completions", plain).json()["usage"]["prompt_tokens_details"]
+    # Nor does a capture change the cache, or the answer.
+    after = capturing.post("/v1/completions", plain).json()["usage"]["prompt_tokens_details"]
     assert after["cached_tokens"] == 3 * BLOCK
-    unread = ask(reading, PROMPTS["long"], None)
+    unread = ask(capturing, PROMPTS["long"], None)
     assert unread.json()["choices"][0]["text"] == answer.json()["choices"][0]["text"]
     assert "steering" not in unread.json()
 
 
 @pytest.mark.slow
-def test_chosen_blocks_and_what_the_file_says(reading: Server, offline: dict[str, np.ndarray], tmp_path: Path) -> None:
-    answer = ask(reading, PROMPTS["long"], {"capture": {"blocks": [2, 0], "positions": [1, -1]}})
+def test_chosen_blocks_and_what_the_file_says(
+    capturing: Server, offline: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    answer = ask(capturing, PROMPTS["long"], {"capture": {"blocks": [2, 0], "positions": [1, -1]}})
     capture = answer.json()["steering"]["capture"]
     assert (capture["blocks"], capture["after"]) == ([0, 2], False)
     assert np.array_equal(rows_of(answer), offline["all"][[0, 2]][:, [1, -1]])
@@ -172,9 +174,9 @@ def test_chosen_blocks_and_what_the_file_says(reading: Server, offline: dict[str
 
 
 @pytest.mark.slow
-def test_every_endpoint_that_can_carry_it(reading: Server, offline: dict[str, np.ndarray]) -> None:
+def test_every_endpoint_that_can_carry_it(capturing: Server, offline: dict[str, np.ndarray]) -> None:
     capture = {"capture": {"positions": "all"}}
-    by_tokens = reading.post(
+    by_tokens = capturing.post(
         "/inference/v1/generate",
         {"model": "tiny", "token_ids": PROMPTS["short"], "sampling_params": {"max_tokens": 1}, "steering": capture},
     )
@@ -183,24 +185,24 @@ def test_every_endpoint_that_can_carry_it(reading: Server, offline: dict[str, np
     chat = {"model": "tiny", "messages": messages, "max_tokens": 1}
     responses = {"model": "tiny", "input": "abc", "max_output_tokens": 1}
     answers = [
-        reading.post("/v1/chat/completions", chat | {"steering": capture}),
-        reading.post("/v1/responses", responses | {"steering": capture}),
-        reading.post("/v1/chat/completions", chat | {"vllm_xargs": {"steering": json.dumps(capture)}}),
+        capturing.post("/v1/chat/completions", chat | {"steering": capture}),
+        capturing.post("/v1/responses", responses | {"steering": capture}),
+        capturing.post("/v1/chat/completions", chat | {"vllm_xargs": {"steering": json.dumps(capture)}}),
     ]
     rows = [rows_of(answer) for answer in answers]
-    assert rows[0].shape[1] > 3  # the template is read too
+    assert rows[0].shape[1] > 3  # the template is captured too
     assert np.array_equal(rows[0], rows[1])
     assert np.array_equal(rows[0], rows[2])
 
 
 LONG = {"prompt": PROMPTS["long"]}
 REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
-    "a block that there is not": ("completions", {}, {"blocks": [1, 3]}, "Blocks 3 cannot be read here"),
+    "a block that there is not": ("completions", {}, {"blocks": [1, 3]}, "Blocks 3 cannot be captured here"),
     "blocks that are none": ("completions", {}, {"blocks": "first"}, "none of 'all', '8-22'"),
-    "a position beyond the prompt": ("completions", {}, {"positions": [0, 7]}, "the prompt has 7 tokens"),
-    "one before it": ("completions", {}, {"positions": [-8]}, "no position -8"),
+    "a position beyond the prompt": ("completions", {}, {"positions": [0, 7]}, "position 7 is outside the prompt, which has 7 tokens"),
+    "one before it": ("completions", {}, {"positions": [-8]}, "position -8 is outside the prompt"),
     "no position": ("completions", {}, {"positions": []}, "at least 1 item"),
-    "another word": ("completions", {}, {"positions": "first"}, "'last', 'mean' or 'all'"),
+    "another word": ("completions", {}, {"positions": "first"}, "'last', 'mean', 'all'"),
     "an unknown field": ("completions", {}, {"layers": [1]}, "unknown field 'layers'"),
     "no object": ("completions", {}, True, "steering.capture"),
     "one row too many": (
@@ -211,11 +213,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "several answers": ("completions", {"n": 2, "temperature": 1}, {}, "one prompt and one answer"),
     "several prompts": ("completions", {"prompt": ["a", "b"]}, {}, "one prompt and one answer"),
     "a messages request": (
-        "messages", {"messages": [{"role": "user", "content": "a"}]}, {}, "answer cannot carry what is read",
+        "messages", {"messages": [{"role": "user", "content": "a"}]}, {}, "answer cannot carry captured rows",
     ),
     "chat in batches": (
         "chat/completions/batch", {"messages": [[{"role": "user", "content": "a"}]] * 2}, {},
-        "answer cannot carry what is read",
+        "answer cannot carry captured rows",
     ),
     "in the background": ("responses", {"input": "a", "background": True}, {}, "'background'"),
 }  # fmt: skip
@@ -224,10 +226,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_a_400(reading: Server, name: str) -> None:
+def test_a_capture_that_is_impossible_is_a_400(capturing: Server, name: str) -> None:
     path, fields, capture, sentence = REFUSED[name]
     body = {"model": "tiny", "max_tokens": 2} | ({"prompt": PROMPTS["short"]} if path == "completions" else {})
-    answer = reading.post(f"/v1/{path}", body | fields | {"steering": {"capture": capture}})
+    answer = capturing.post(f"/v1/{path}", body | fields | {"steering": {"capture": capture}})
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert sentence in error["message"]
@@ -237,21 +239,21 @@ def test_what_cannot_be_read_is_a_400(reading: Server, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["_steer_capture", "steering_capture"])
-def test_the_key_of_the_engine_is_not_for_clients(reading: Server, key: str) -> None:
+def test_the_key_of_the_engine_is_not_for_clients(capturing: Server, key: str) -> None:
     fields = {"vllm_xargs": {key: '{"key": "x", "start": 0, "end": null}'}}
-    answer = reading.post("/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 1, **fields})
+    answer = capturing.post("/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 1, **fields})
     assert (answer.status_code, "reserved" in answer.text) == ((400, True) if key.startswith("_") else (200, False))
     by_tokens = {"model": "tiny", "token_ids": [1, 2], "sampling_params": {"max_tokens": 1, "extra_args": {key: "x"}}}
-    assert reading.post("/inference/v1/generate", by_tokens).status_code == (400 if key.startswith("_") else 200)
+    assert capturing.post("/inference/v1/generate", by_tokens).status_code == (400 if key.startswith("_") else 200)
 
 
 @pytest.mark.slow
-async def test_more_than_may_read_at_once_wait_and_all_are_answered(reading: Server) -> None:
+async def test_more_captures_than_the_limit_wait_and_all_are_answered(capturing: Server) -> None:
     most = 0
-    # Rows are held until the answer is whole: long answers give the time to see them.
+    # Rows are kept until the answer is complete: long answers give the time to see them.
     body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
     body |= {"steering": {"capture": {"positions": "all"}}}
-    async with httpx.AsyncClient(base_url=reading.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=capturing.url, timeout=120) as client:
         asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(8)]
         while not all(task.done() for task in asking):
             stats = (await client.get("/v1/steering/stats")).json()
@@ -259,38 +261,38 @@ async def test_more_than_may_read_at_once_wait_and_all_are_answered(reading: Ser
         answers = [await task for task in asking]
     assert {rows_of(answer).shape for answer in answers} == {(NUM_BLOCKS, len(PROMPTS["long"]), HIDDEN_SIZE)}
     assert 0 < most <= 2 * MAX_BYTES
-    assert captured_bytes(reading) == 0
+    assert captured_bytes(capturing) == 0
 
 
 @pytest.mark.slow
-async def test_what_an_aborted_request_read_is_given_up(reading: Server) -> None:
+async def test_captured_rows_of_an_aborted_request_are_dropped(capturing: Server) -> None:
     body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
     body |= {"steering": {"capture": {"positions": "all"}} | STEERED}
     num_aborted, deadline = 0, time.monotonic() + 120
-    while num_aborted < 3:  # more than may read at once: places come back too
-        assert time.monotonic() < deadline, "no request was seen while it held rows"
-        async with httpx.AsyncClient(base_url=reading.url, timeout=60) as client:
+    while num_aborted < 3:  # more than the limit of captures: slots are freed too
+        assert time.monotonic() < deadline, "no request was seen while its rows were kept"
+        async with httpx.AsyncClient(base_url=capturing.url, timeout=60) as client:
             asking = asyncio.create_task(client.post("/v1/completions", json=body))
-            held = 0
-            while not held and not asking.done():
+            kept = 0
+            while not kept and not asking.done():
                 stats = (await client.get("/v1/steering/stats")).json()
-                held = stats["engine"]["workers"][0]["captured_bytes"]
+                kept = stats["engine"]["workers"][0]["captured_bytes"]
             # A busy server may have answered both at once; then the next request is tried.
-            num_aborted += held > 0 and not asking.done()
+            num_aborted += kept > 0 and not asking.done()
             asking.cancel()
-        wait_until(lambda: captured_bytes(reading) == 0)
-    assert ask(reading, PROMPTS["short"], {"capture": {}}).status_code == 200
-    wait_until(lambda: steered_slots(reading) == 0)
+        wait_until(lambda: captured_bytes(capturing) == 0)
+    assert ask(capturing, PROMPTS["short"], {"capture": {}}).status_code == 200
+    wait_until(lambda: steered_slots(capturing) == 0)
 
 
 @pytest.mark.slow
-def test_what_can_be_read_is_published_and_checked_beforehand(reading: Server) -> None:
-    described = reading.get("/v1/steering").json()
+def test_capture_blocks_are_published_and_checked_by_validate(capturing: Server) -> None:
+    described = capturing.get("/v1/steering").json()
     assert described["capture_blocks"] == [0, 1, 2]
     assert described["limits"]["max_capture_bytes"] == MAX_BYTES
     assert described["limits"]["max_captures"] == 2
-    asked = {"capture": {"blocks": "1-2", "positions": [-1]}}
-    checked = reading.post("/v1/steering/validate", asked).json()
+    requested = {"capture": {"blocks": "1-2", "positions": [-1]}}
+    checked = capturing.post("/v1/steering/validate", requested).json()
     assert checked["capture"] == {"blocks": [1, 2], "positions": [-1], "after": False}
     assert checked["edits"] == []
 

@@ -20,7 +20,7 @@ def test_every_path_of_the_allow_list_is_tested_here() -> None:
 
 
 @endpoints
-def test_steering_changes_greedy_text_repeatably_and_is_told(
+def test_steering_changes_greedy_text_repeatably_and_is_reported(
     server: Server, vectors: dict[str, ControlVector], endpoint: Endpoint
 ) -> None:
     plain = endpoint.ask(server)
@@ -40,9 +40,9 @@ def test_steering_changes_greedy_text_repeatably_and_is_told(
     if endpoint.path == "/v1/messages":
         assert "steering" not in first.json()
         return
-    told = first.json()["steering"]
-    assert told["digest"] == first.headers["X-Steering"]
-    (edit,) = told["edits"]
+    reported = first.json()["steering"]
+    assert reported["digest"] == first.headers["X-Steering"]
+    (edit,) = reported["edits"]
     assert edit["name"] == "east"
     assert edit["vector"] == vectors["east"].digest
     assert edit["scale"] == 60.0
@@ -70,7 +70,7 @@ def test_null_and_false_are_not_steered(server: Server, endpoint: Endpoint, valu
 
 
 @endpoints
-def test_an_edit_that_does_nothing_is_told_too(server: Server, endpoint: Endpoint) -> None:
+def test_an_edit_that_does_nothing_is_reported_too(server: Server, endpoint: Endpoint) -> None:
     answer = endpoint.ask(server, steering={"edits": [{"vector": "east", "scale": 0}]})
     assert answer.status_code == 200, answer.text
     assert answer.headers["X-Steering"].startswith("sha256:")
@@ -136,8 +136,8 @@ def test_a_stored_response_still_tells(server: Server) -> None:
 def test_tokens_in_tokens_out_by_preset(server: Server) -> None:
     endpoint = CARRYING[TOKENS_PATH]
     by_field = endpoint.ask(server, steering=STRONG)
-    for asked in ({"steering": {"preset": "loud"}}, {"model": f"{MODEL}:loud"}):
-        answer = endpoint.ask(server, **asked)
+    for fields in ({"steering": {"preset": "loud"}}, {"model": f"{MODEL}:loud"}):
+        answer = endpoint.ask(server, **fields)
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-Steering"] == by_field.headers["X-Steering"]
         assert answer.headers["X-Steering-Preset"] == "loud"
@@ -145,7 +145,7 @@ def test_tokens_in_tokens_out_by_preset(server: Server) -> None:
     assert answer.json()["model"] == f"{MODEL}:loud"
 
 
-def test_tokens_in_text_out_is_told_too(server: Server) -> None:
+def test_tokens_in_text_out_is_reported_too(server: Server) -> None:
     answer = CARRYING[TOKENS_PATH].ask(server, steering=STRONG, output_mode="text")
     assert answer.status_code == 200, answer.text
     assert answer.json()["steering"]["digest"] == answer.headers["X-Steering"]

@@ -36,9 +36,9 @@ def test_curl(server: Server) -> None:
 
 
 def test_openai_client(server: Server, client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
-    plain = client.chat.completions.create(**asked)
-    raw = client.chat.completions.with_raw_response.create(**asked, extra_body=EXTRA)
+    request = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
+    plain = client.chat.completions.create(**request)
+    raw = client.chat.completions.with_raw_response.create(**request, extra_body=EXTRA)
     steered = raw.parse()
     assert steered.choices[0].message.content != plain.choices[0].message.content
     assert raw.headers["X-Steering"] == steered.steering["digest"]
@@ -46,43 +46,43 @@ def test_openai_client(server: Server, client: openai.OpenAI) -> None:
 
 
 def test_openai_client_streaming(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
-    whole = client.chat.completions.create(**asked, extra_body=EXTRA)
-    chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=EXTRA))
+    request = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
+    whole = client.chat.completions.create(**request, extra_body=EXTRA)
+    chunks = list(client.chat.completions.create(**request, stream=True, extra_body=EXTRA))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
     assert [chunk.steering for chunk in chunks if hasattr(chunk, "steering")] == [whole.steering]
 
 
 async def test_openai_async_client(server: Server) -> None:
-    asked = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 6}
+    request = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 6}
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        plain = await client.completions.create(**asked)
-        steered = await client.completions.create(**asked, extra_body=EXTRA)
-        stream = await client.completions.create(**asked, stream=True, extra_body=EXTRA)
+        plain = await client.completions.create(**request)
+        steered = await client.completions.create(**request, extra_body=EXTRA)
+        stream = await client.completions.create(**request, stream=True, extra_body=EXTRA)
         text = "".join([chunk.choices[0].text async for chunk in stream])
     assert steered.choices[0].text == text != plain.choices[0].text
     assert steered.steering["edits"][0]["name"] == "east"
 
 
 def test_openai_responses(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "input": PROMPT, "temperature": 0, "max_output_tokens": 6}
-    plain = client.responses.create(**asked)
-    steered = client.responses.create(**asked, extra_body=EXTRA)
+    request = {"model": MODEL, "input": PROMPT, "temperature": 0, "max_output_tokens": 6}
+    plain = client.responses.create(**request)
+    steered = client.responses.create(**request, extra_body=EXTRA)
     assert steered.output_text != plain.output_text
     assert steered.steering["digest"].startswith("sha256:")
-    events = list(client.responses.create(**asked, stream=True, extra_body=EXTRA))
+    events = list(client.responses.create(**request, stream=True, extra_body=EXTRA))
     assert events[-1].response.output_text == steered.output_text
     assert events[-1].response.steering == steered.steering
 
 
 def test_the_client_sees_our_errors_as_its_own(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": MESSAGES}
+    request = {"model": MODEL, "messages": MESSAGES}
     with pytest.raises(openai.NotFoundError) as unknown:
-        client.chat.completions.create(**asked, extra_body={"steering": {"edits": [{"vector": "nobody"}]}})
+        client.chat.completions.create(**request, extra_body={"steering": {"edits": [{"vector": "nobody"}]}})
     assert unknown.value.param == "steering.edits[0].vector"
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(**asked, stream=True, extra_body={"steering": {"edits": []}})
+        client.chat.completions.create(**request, stream=True, extra_body={"steering": {"edits": []}})
     assert bad.value.param == "steering.edits"
 
 

@@ -1,4 +1,4 @@
-"""What deploy/ shows and alerts on exists on a running server, and Debian's Prometheus can read it there."""
+"""A running server has every metric that deploy/ shows and alerts on, and Debian's Prometheus can scrape them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def used(server: Server) -> Server:
 def test_every_metric_is_on_the_page(used: Server) -> None:
     page = {re.split(r"[ {]", line)[0] for line in used.get("/metrics").text.splitlines() if not line.startswith("#")}
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    asked = {name for _, query in panel_queries() for name in metrics_of(query)}
-    asked |= {name for rule in rules() for name in metrics_of(rule["expr"])}
-    assert asked - recorded - {"up"} - page == set()
+    queried = {name for _, query in panel_queries() for name in metrics_of(query)}
+    queried |= {name for rule in rules() for name in metrics_of(rule["expr"])}
+    assert queried - recorded - {"up"} - page == set()
 
 
 def test_vectors_that_were_shipped_are_counted(used: Server) -> None:
@@ -42,7 +42,7 @@ def test_vectors_that_were_shipped_are_counted(used: Server) -> None:
 
 @pytest.mark.skipif(PROMETHEUS_BINARY is None, reason="Prometheus is not installed (Debian: prometheus)")
 def test_every_panel_has_a_series_in_prometheus(used: Server, tmp_path: Path) -> None:
-    """The shipped configuration, asked more often."""
+    """The shipped configuration with a shorter scrape interval."""
     assert PROMETHEUS_BINARY is not None
     config = shutil.copytree(PROMETHEUS, tmp_path / "config")
     text = (config / "prometheus.yml").read_text()

@@ -40,11 +40,11 @@ from steer_engine.vectors.safetensors_format import to_bytes
 
 
 def test_the_default_preset_is_for_requests_that_say_nothing(living: Server) -> None:
-    silent, asked = complete(living), complete(living, steering=spec("house"))
+    silent, explicit = complete(living), complete(living, steering=spec("house"))
     plain = complete(living, steering=False)
     assert silent.headers["X-Steering-Preset"] == "house"
-    assert silent.headers["X-Steering"] == asked.headers["X-Steering"]
-    assert tokens(silent) == tokens(asked) != tokens(plain)
+    assert silent.headers["X-Steering"] == explicit.headers["X-Steering"]
+    assert tokens(silent) == tokens(explicit) != tokens(plain)
     assert silent.json()["model"] == "tiny"
     assert "X-Steering" not in plain.headers
     beams = complete(living, use_beam_search=True, n=2)
@@ -202,16 +202,16 @@ def test_a_mirror_s_vectors_come_change_and_go(living: Server, mirrored: Path) -
 
 
 def test_spans_of_steered_requests_say_by_what(living: Server, traces: OtlpReceiver) -> None:
-    asked = {"steered": {"preset": "house"}, "named": spec("house"), "plain": False}
+    requested = {"steered": {"preset": "house"}, "named": spec("house"), "plain": False}
     answers = {
         request_id: living.post(
             "/v1/completions",
             {"model": "tiny", "prompt": "abc", "max_tokens": 2, "steering": steering, "n": 2, "temperature": 1},
             headers=USER | {"X-Request-Id": f"span-of-{request_id}"},
         )
-        for request_id, steering in asked.items()
+        for request_id, steering in requested.items()
     }
-    spans = {request_id: traces.wait_for(f"span-of-{request_id}") for request_id in asked}
+    spans = {request_id: traces.wait_for(f"span-of-{request_id}") for request_id in requested}
     report = answers["steered"].json()["steering"]
     assert spans["steered"]["steer_engine.digest"] == report["digest"]
     assert spans["steered"]["steer_engine.preset"] == "house"
@@ -228,7 +228,7 @@ def test_the_log_says_what_steered_a_request_and_what_was_changed(living: Server
     """As JSON, by digest, with the ids that clients sent."""
     logged = len(living.log)
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 1, "steering": spec("house")}
-    assert living.post("/v1/completions", body, headers=USER | {"X-Request-Id": "asked-by-a-test"}).status_code == 200
+    assert living.post("/v1/completions", body, headers=USER | {"X-Request-Id": "sent-by-a-test"}).status_code == 200
     put(living, "logged", along(12), **{"X-Request-Id": "put-by-a-test"})
     put(living, "logged", along(13), **{"If-Match": "*"})
     living.request("DELETE", "/v1/steering/vectors/logged", None)  # without a key: no change
@@ -238,7 +238,7 @@ def test_the_log_says_what_steered_a_request_and_what_was_changed(living: Server
     httpx.delete(preset, headers=OPERATOR, timeout=60)
     lines = living.log[logged:]
     (steered,) = [json.loads(line) for line in re.findall(r"\] steered (\{.*\})", lines)]
-    assert "asked-by-a-test" in steered["request_id"]
+    assert "sent-by-a-test" in steered["request_id"]
     assert steered["vectors"] == [along(5).digest]
     assert [json.loads(line) for line in re.findall(r"\] changed (\{.*\})", lines)] == [
         {"change": "put", "vector": "logged", "digest": along(12).digest, "request_id": "put-by-a-test"},
@@ -348,7 +348,7 @@ def test_the_playground_with_a_key(living: Server, tmp_path: Path) -> None:
 
 
 def test_drain(living: Server) -> None:
-    """Last: on SIGTERM what is under way finishes, new requests are sent away, and the server ends."""
+    """Last: on SIGTERM running requests finish, new ones get 503, and the server ends."""
     brief = [Follower(living, 5, stream=number % 2 == 1) for number in range(6)]
     long = Follower(living, 400, stream=True)
     followers = [*brief, long]
@@ -362,11 +362,11 @@ def test_drain(living: Server) -> None:
         follower.join()
     refused, ready = complete(living), living.get("/readyz")
     assert (refused.status_code, ready.status_code) == (503, 503)
-    before_the_door_closed = len(long.answered)
+    before_the_gate_closed = len(long.answered)
     assert int(ready.headers["Retry-After"]) >= 1
     long.join()
-    # Every answer that began came whole, and none began behind the closed door.
-    assert len(long.answered) == long.num_begun <= before_the_door_closed + 1
+    # Every answer that began is complete, and none began after the gate closed.
+    assert len(long.answered) == long.num_begun <= before_the_gate_closed + 1
     for follower in followers:
         follower.assert_sent_away()
     assert living.process.wait(30) == 0

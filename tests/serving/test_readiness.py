@@ -1,4 +1,4 @@
-"""Readiness is the engine's own word, asked once at a time and never abandoned."""
+"""Readiness comes from the engine, by one handshake at a time that is never cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exactly one way to ask; every other place is an error, never a steering that nobody reads."""
+"""Steering has exactly one place in a request; any other place is an error, never ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPEC: dict[str, Any] = {"edits": [{"vector": "cheerful"}]}
 
 
 @pytest.mark.parametrize(
-    ("body", "asked"),
+    ("body", "requested"),
     [
         ({}, None),
         ({"steering": None}, None),
@@ -32,8 +32,8 @@ SPEC: dict[str, Any] = {"edits": [{"vector": "cheerful"}]}
         ({"messages": [{"role": "user", "content": '"steering": {}'}]}, None),
     ],
 )
-def test_where_steering_is_read(body: dict[str, Any], asked: Any) -> None:
-    assert steering_of(body) == asked
+def test_where_steering_is_found(body: dict[str, Any], requested: Any) -> None:
+    assert steering_of(body) == requested
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An upload that the disk does not take is told, and leaves nothing behind."""
+"""An upload that the disk refuses is an error, and leaves no file behind."""
 
 from __future__ import annotations
 

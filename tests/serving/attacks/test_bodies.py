@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers.attack import PRESETS, VECTORS, ask, held, quiet, raw, send
+from helpers.attack import PRESETS, VECTORS, ask, quiet, raw, refusal, send
 from helpers.living import ADMIN, INFERENCE, OPERATOR, USER, along, complete
 from helpers.server_process import Server
 
@@ -69,9 +69,9 @@ def test_what_is_too_large_is_refused(living: Server) -> None:
         received = raw(living, head(method, path, key, f"Content-Length: {limit + 1}"), ends=False)
         assert statuses(received) == [413]
     spec_bytes, preset_bytes = limits["max_spec_bytes"], limits["max_preset_bytes"]
-    held(send(living, "PUT", f"{PRESETS}/large", b" " * (preset_bytes + 1)), status=413)
+    refusal(send(living, "PUT", f"{PRESETS}/large", b" " * (preset_bytes + 1)), status=413)
     largest = spec_bytes + limits["max_inline_bytes"] // 3 * 4
-    held(send(living, "POST", "/v1/steering/validate", b" " * (largest + 1), key=USER), status=413)
+    refusal(send(living, "POST", "/v1/steering/validate", b" " * (largest + 1), key=USER), status=413)
 
 
 def test_what_says_no_length_is_counted(living: Server) -> None:
@@ -97,16 +97,16 @@ def test_steering_said_twice_is_refused(living: Server) -> None:
         text[:-1] + ', "\\u0073teering": null}',
     ]
     for body in twice:
-        assert held(ask(living, body.encode()), body, status=400)["param"] == "steering"
+        assert refusal(ask(living, body.encode()), body, status=400)["param"] == "steering"
     for body in ('{"edits": [{"vector": "house"}], "edits": []}', '{"edits": [{"vector": "x", "vector": "house"}]}'):
-        held(send(living, "PUT", f"{PRESETS}/twice", body.encode()), body, status=400)
-        held(send(living, "POST", "/v1/steering/validate", body.encode(), key=USER), body, status=400)
+        refusal(send(living, "PUT", f"{PRESETS}/twice", body.encode()), body, status=400)
+        refusal(send(living, "POST", "/v1/steering/validate", body.encode(), key=USER), body, status=400)
 
 
 @pytest.mark.parametrize("name", ["Steering", "STEERING", " steering", "steering "])
 def test_steering_by_another_name_is_refused(living: Server, name: str) -> None:
     body = {"model": "tiny", "prompt": "a", "max_tokens": 1, name: STEERED["steering"]}
-    error = held(ask(living, json.dumps(body).encode()), status=400)
+    error = refusal(ask(living, json.dumps(body).encode()), status=400)
     assert error["param"] == "steering"
 
 
@@ -114,7 +114,7 @@ def test_steering_by_another_name_is_refused(living: Server, name: str) -> None:
     "media_type", ["application/json", "text/plain", "multipart/form-data; boundary=x", "x" * 5000]
 )
 def test_an_upload_of_another_type_is_refused(living: Server, media_type: str) -> None:
-    held(send(living, "PUT", f"{VECTORS}/typed", FILE, {"content-type": media_type}), media_type, status=415)
+    refusal(send(living, "PUT", f"{VECTORS}/typed", FILE, {"content-type": media_type}), media_type, status=415)
 
 
 BODIES: dict[str, bytes] = {
@@ -148,8 +148,8 @@ BODIES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_a_spec_that_is_none_is_refused_by_every_door(living: Server, body: bytes) -> None:
-    held(send(living, "PUT", f"{PRESETS}/odd", body), body)
-    held(send(living, "POST", "/v1/steering/validate", body, key=USER), body)
+    refusal(send(living, "PUT", f"{PRESETS}/odd", body), body)
+    refusal(send(living, "POST", "/v1/steering/validate", body, key=USER), body)
     if body:
         field = b'{"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": ' + body + b"}"
         answer = ask(living, field)
@@ -165,7 +165,7 @@ def test_odd_preconditions_never_match(living: Server, value: str) -> None:
     for path, content in ((f"{VECTORS}/house", FILE), (f"{PRESETS}/house", b'{"edits": [{"vector": "house"}]}')):
         for method in ("PUT", "DELETE"):
             answer = send(living, method, path, content if method == "PUT" else b"", headers)
-            held(answer, value)
+            refusal(answer, value)
 
 
 @pytest.mark.parametrize("method", ["POST", "PATCH", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])

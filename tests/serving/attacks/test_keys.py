@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.attack import PRESETS, VECTORS, held, quiet, send
+from helpers.attack import PRESETS, VECTORS, quiet, refusal, send
 from helpers.living import ADMIN, INFERENCE, along
 from helpers.server_process import Server
 
@@ -48,7 +48,7 @@ def test_nothing_is_changed_without_an_admin_key(living: Server, path: str, head
     user = {"Authorization": f"Bearer {INFERENCE}"}
     for method in ("PUT", "DELETE"):
         answer = send(living, method, path, to_bytes(along(1)), _encoded(headers), key=user)
-        held(answer, headers.get("X-Steering-Admin-Key", ""), status=401)
+        refusal(answer, headers.get("X-Steering-Admin-Key", ""), status=401)
         assert send(living, method, path, to_bytes(along(1)), _encoded(headers), key={}).status_code == 401
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from helpers.attack import PRESETS, VECTORS, ask, held, quiet, send
+from helpers.attack import PRESETS, VECTORS, ask, quiet, refusal, send
 from helpers.living import USER, along
 from helpers.server_process import Server
 
@@ -67,14 +67,14 @@ def test_no_name_like_this_is_taken(living: Server, where: str, name: str) -> No
 
 @names
 def test_no_name_like_this_is_looked_up(living: Server, name: str) -> None:
-    for asked in ({"edits": [{"vector": name}]}, {"preset": name}):
-        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": asked}).encode()
-        error = held(ask(living, body), name)
+    for requested in ({"edits": [{"vector": name}]}, {"preset": name}):
+        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": requested}).encode()
+        error = refusal(ask(living, body), name)
         assert error["param"] in ("steering.edits[0].vector", "steering.preset")
-        checked = send(living, "POST", "/v1/steering/validate", json.dumps(asked).encode(), key=USER)
-        held(checked, name)
+        checked = send(living, "POST", "/v1/steering/validate", json.dumps(requested).encode(), key=USER)
+        refusal(checked, name)
     by_model = json.dumps({"model": f"tiny:{name}", "prompt": "a", "max_tokens": 1}).encode()
-    held(ask(living, by_model), name, status=404)
+    refusal(ask(living, by_model), name, status=404)
 
 
 @names

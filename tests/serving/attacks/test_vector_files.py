@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.attack import VECTORS, ask, held, send
+from helpers.attack import VECTORS, ask, refusal, send
 from helpers.living import HIDDEN_SIZE, NUM_BLOCKS, along
 from helpers.server_process import Server
 
@@ -118,7 +118,7 @@ ATTACKS: dict[str, tuple[bytes, int]] = {
 
 @pytest.mark.parametrize(("data", "status"), ATTACKS.values(), ids=ATTACKS)
 def test_a_hostile_file_is_refused(living: Server, data: bytes, status: int) -> None:
-    held(send(living, "PUT", f"{VECTORS}/hostile", data), data, status=status)
+    refusal(send(living, "PUT", f"{VECTORS}/hostile", data), data, status=status)
 
 
 def test_a_good_file_is_what_these_are_made_of(living: Server) -> None:
@@ -128,7 +128,7 @@ def test_a_good_file_is_what_these_are_made_of(living: Server) -> None:
 
 
 def test_a_hostile_file_in_a_request_is_refused_too(living: Server) -> None:
-    """The same table by the other door: base64 inside a generating request."""
+    """The same table as inline vectors: base64 inside a generating request."""
     for name, (data, _) in ATTACKS.items():
         if len(data) > 100_000:
             continue  # more than a spec may have: below
@@ -136,7 +136,7 @@ def test_a_hostile_file_in_a_request_is_refused_too(living: Server) -> None:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": {"edits": [{"vector": vector}]}}
         answer = ask(living, json.dumps(body).encode())
         assert 400 <= answer.status_code < 500, (name, answer.status_code, answer.text[:500])
-        error = held(answer, json.dumps(body))
+        error = refusal(answer, json.dumps(body))
         assert error["param"].startswith("steering"), (name, error)
 
 
@@ -144,4 +144,4 @@ def test_a_hostile_file_in_a_request_is_refused_too(living: Server) -> None:
 def test_what_is_no_base64_is_refused(living: Server, data: Any) -> None:
     steering = {"edits": [{"vector": {"data": data}}]}
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": steering})
-    held(ask(living, body.encode()), body, status=400)
+    refusal(ask(living, body.encode()), body, status=400)
