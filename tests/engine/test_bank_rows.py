@@ -97,7 +97,7 @@ def test_the_engine_core_refuses_a_request_that_could_never_fit(narrow: LLM, mon
     """The second check, for a request that did not pass through a front end of this process."""
     frontend = narrow.llm_engine.input_processor.steering
     wide = type(frontend.model)(**{**vars_of(frontend.model), "bank_rows": None})
-    monkeypatch.setattr(frontend, "model", wide)
+    monkeypatch.setattr(frontend, "_model", wide)
     spec = steering(*[edit(f"r{i}", scope={"start": i}) for i in range(3)])
     with pytest.raises(SteeringRequestError, match="wait forever"):
         generate(narrow, [tokens(1, 8)], [spec])

@@ -1,4 +1,4 @@
-"""What is said of an engine before it starts is what it is."""
+"""What is planned of an engine before it starts is what it is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def test_the_footprint_is_what_the_engine_allocated(tiny: LLM) -> None:
     vllm_config = tiny.llm_engine.vllm_config
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
     assert config is not None
-    said = footprint(vllm_config, config)
+    planned = footprint(vllm_config, config)
     worker = tiny.steering_status()["workers"][0]
-    assert said.total == worker["table_bytes"]
-    assert said.bank == worker["bank_rows"] * 64 * 4
-    assert said.reading > said.routing > 0
+    assert planned.total == worker["table_bytes"]
+    assert planned.bank == worker["bank_rows"] * 64 * 4
+    assert planned.capture > planned.routing > 0
 
 
 def test_the_runner_is_the_one_that_runs(tiny: LLM) -> None:

@@ -110,9 +110,7 @@ def test_a_stage_may_have_no_armed_block() -> None:
         ((FIRST, worker(2, 3, version="0")), "runs steer-engine 0"),
     ],
 )
-def test_workers_that_do_not_arm_all_blocks_in_the_same_way_are_refused(
-    workers: tuple[dict[str, Any], ...], why: str
-) -> None:
+def test_workers_that_are_armed_differently_are_refused(workers: tuple[dict[str, Any], ...], why: str) -> None:
     with pytest.raises(UnsupportedEngineError, match=why):
         engine_client.check_status([status(WHOLE), status(*workers)])
 
