@@ -22,7 +22,7 @@ from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, resolve_capt
 from steer_engine.settings import PIN_SECONDS, Limits, SteeringConfig
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.loaded import InlineVectors
+from steer_engine.vectors.cache import InlineVectors
 from steer_engine.vectors.registry import Registry
 
 STEERING_KEY = "steering"

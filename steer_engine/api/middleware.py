@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from steer_engine.api.answers import RequestNote, current_note, envelope, envelope_of, status_of
+from steer_engine.api.body_scan import model_of, requests_steering
 from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
-from steer_engine.api.request_field import FIELD, MISPLACED, XARGS, mentions_steering
+from steer_engine.api.request_field import FIELD
 from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
 
 Scope = MutableMapping[str, Any]
@@ -43,10 +44,8 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 HEADER = b"x-steering"
 PRESET_HEADER = b"x-steering-preset"
 
-WORDS = (b"steer", b"hotwire", rb"\u")
-"""A body without any of these words requests no steering in any spelling. Most bodies need no parsing."""
-
-_FORM_FIELD = re.compile(rb'name="?(steering)"?[;\r\n]|(?:^|&)steering=')
+LARGE_BODY_BYTES = 2**18
+"""Larger bodies are parsed in another thread."""
 
 
 class SteeringMiddleware:
@@ -81,8 +80,10 @@ class SteeringMiddleware:
             try:
                 body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
                 if path == INVOCATIONS:
-                    note.body_model = _model_of(body)
-                steers = _requests_steering(body)
+                    note.body_model = model_of(body)
+                # Parsing megabytes would block every other request of this process.
+                large = len(body) > LARGE_BODY_BYTES
+                steers = await asyncio.to_thread(requests_steering, body) if large else requests_steering(body)
             except SteeringRequestError as error:
                 await _send_error(send, error)
                 return
@@ -181,54 +182,6 @@ async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes,
         return next(replay, None) or await receive()
 
     return body, again
-
-
-def _requests_steering(body: bytes) -> bool:
-    if b"\0" in body[:4] and (encoding := json.detect_encoding(body)) != "utf-8":
-        # JSON may be UTF-16 or UTF-32; parsers detect it by the first bytes, like this.
-        body = body.decode(encoding, "replace").encode("utf-8", "replace")
-    # A key may be spelled with \u escapes, which only a JSON parser resolves.
-    lower = body.lower()
-    if not any(word in lower for word in WORDS):
-        return False
-    try:
-        decoded = json.loads(body, object_pairs_hook=_Object)
-    except (ValueError, RecursionError):
-        return _FORM_FIELD.search(body) is not None
-    _check_spelling(decoded)
-    return mentions_steering(decoded)
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that keeps the spelling of every key that could mean our field."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.spelled = [key for key, _ in pairs if key.strip().casefold() == FIELD]
-
-
-def _check_spelling(body: Any) -> None:
-    """Refuse a field that a JSON parser would drop silently: given twice, or in capitals.
-
-    Only where the field may stand. Deeper down, for example in a tool's schema, the word belongs to the client.
-    """
-    for each in body if isinstance(body, list) else [body]:
-        if not isinstance(each, _Object):
-            continue
-        for place in (each, *(each.get(name) for name in (XARGS, *MISPLACED))):
-            spelled = place.spelled if isinstance(place, _Object) else []
-            if len(spelled) > 1:
-                raise SteeringRequestError(f"'{FIELD}' is specified twice in one object; specify it once.", FIELD)
-            if spelled and spelled[0] != FIELD:
-                raise SteeringRequestError(f"The field is named '{FIELD}', not {spelled[0][:40]!r}.", FIELD)
-
-
-def _model_of(body: bytes) -> str | None:
-    try:
-        model = json.loads(body).get("model")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return model if isinstance(model, str) else None
 
 
 async def _refuse(send: Send, path: str) -> None:

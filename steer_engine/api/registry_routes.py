@@ -32,7 +32,7 @@ from steer_engine.errors import (
 )
 from steer_engine.vectors import ControlVector, gguf_format, safetensors_format
 from steer_engine.vectors.folder import NAME, check_preset
-from steer_engine.vectors.storage import mark, writing
+from steer_engine.vectors.storage import disk_errors, lock_upload
 from steer_engine.vectors.uploaded import preset_digest, vectors_of
 
 GGUF_MAGIC = b"GGUF"
@@ -209,9 +209,9 @@ class Uploads:
             raise CapacityError("Too many uploads at once; retry later.", retry_after=2)
         self._free -= 1
         try:
-            with writing(), tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            with disk_errors(), tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
                 path = Path(file.name)
-                mark(file)
+                lock_upload(file)
                 try:
                     async for piece in self._counted(request.stream()):
                         await asyncio.to_thread(file.write, piece)

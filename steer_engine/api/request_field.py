@@ -65,13 +65,18 @@ def steering_of(body: Mapping[str, Any]) -> Any:
     return in_xargs if top is None else top
 
 
+def is_absent(requested: Any) -> bool:
+    """Whether no steering is specified. Only null and false say so: 0 equals False in Python, and is an error."""
+    return requested is None or requested is False
+
+
 def mentions_steering(body: Any) -> bool:
     """Whether a decoded JSON body specifies steering in any place where a client could expect it to work."""
     if isinstance(body, list):
         return any(mentions_steering(item) for item in body if isinstance(item, dict))
     if not isinstance(body, Mapping):
         return False
-    if _parsed_null(body.get(FIELD)) not in (None, False) or any(
+    if not is_absent(_parsed_null(body.get(FIELD))) or any(
         body.get(form) is not None for form in foreign_forms.XARGS_FORMS
     ):
         return True

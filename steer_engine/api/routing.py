@@ -22,7 +22,7 @@ from steer_engine.api.answers import envelope_of, status_of
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 from steer_engine.spec import shown
-from steer_engine.vectors.manifest import Signature, signature_of
+from steer_engine.vectors.manifest import Signature, file_signature
 
 KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
 """Keys separated by commas. Two at once let an operator replace one while the other works."""
@@ -83,7 +83,7 @@ class AdminKeys:
     def _digests(self) -> tuple[bytes, ...]:
         if self._file is None:
             return self._given
-        signature = signature_of(self._file)
+        signature = file_signature(self._file)
         if signature != self._file_state[0]:
             try:
                 self._file_state = (signature, _digests(self._file.read_text().splitlines()))

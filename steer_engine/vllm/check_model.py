@@ -23,7 +23,7 @@ from steer_engine.api import metrics
 from steer_engine.api.answers import RequestNote, begin_note, current_note, envelope_of, status_of
 from steer_engine.api.foreign_forms import XARGS_FORMS
 from steer_engine.api.frontend import NOT_ARMED, Frontend
-from steer_engine.api.request_field import FIELD, MISPLACED, SEPARATOR, XARGS, split_model, steering_of
+from steer_engine.api.request_field import FIELD, MISPLACED, SEPARATOR, XARGS, is_absent, split_model, steering_of
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.vllm import capture_fetch
@@ -79,7 +79,7 @@ def _refusing(original: Any) -> Any:
     async def _check_model(self: Any, request: Any) -> Any:
         begin_note()
         # vLLM's pooling endpoints ignore a returned error: this one must be raised.
-        if requested_steering(request) not in (None, False):
+        if not is_absent(requested_steering(request)):
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(f"{type(self).__name__} cannot carry steering.", parameter=FIELD)
@@ -130,7 +130,7 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
     frontend = serving_frontend(serving)
     if requested is None and frontend is not None and frontend.default_preset is not None and _carries(serving):
         requested = {"preset": frontend.default_preset}
-    if requested in (None, False):
+    if is_absent(requested):
         _remove_field(request)
         return None
     if not _carries(serving):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -139,6 +140,7 @@ async def test_other_bodies_pass_untouched(content: bytes) -> None:
         b'{"vllm_xargs": {"steering": "{}", "steering": null}}',
         b'[{"prompt": "x"}, {"Steering": {}}]',
         json.dumps({"Steering": SPEC}).encode("utf-16"),
+        '{"ſteering": {"edits": []}}'.encode(),
     ],
 )
 async def test_a_field_that_would_be_lost_without_a_word_is_refused(content: bytes) -> None:
@@ -147,6 +149,41 @@ async def test_a_field_that_would_be_lost_without_a_word_is_refused(content: byt
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "steering"
     assert app.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (b'{"vllm_xargs": {"steering": "{}"}, "vllm_xargs": {}}', "vllm_xargs"),
+        (b'{"model": "base:calm", "prompt": "x", "model": "base"}', "model"),
+    ],
+)
+async def test_a_repeated_field_whose_first_copy_steers_is_refused(content: bytes, param: str) -> None:
+    app = App()
+    answer = await post(app, CARRYING, content)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert app.bodies == []
+
+
+@pytest.mark.parametrize("zero", [b"0", b"0.0", b"-0.0", b'""', b"[]"])
+async def test_what_equals_false_in_python_specifies_steering(zero: bytes) -> None:
+    """Only null and false mean none. Here the path cannot carry steering; elsewhere the schema refuses the value."""
+    app = App()
+    assert (await post(app, OTHER, b'{"steering": ' + zero + b"}")).status_code == 400
+    assert app.bodies == []
+
+
+async def test_a_large_body_costs_little_more_than_parsing_it() -> None:
+    """Eight megabytes of small objects: the keys of each would be 11 seconds of Python."""
+    content = b'{"x":"steer","y":[' + b"{}," * (8 * 2**20 // 3) + b"{}]}"
+    began = time.process_time()
+    app = App()
+    assert (await post(app, OTHER, content)).status_code == 200
+    spent = time.process_time() - began
+    began = time.process_time()
+    json.loads(content)
+    assert spent < 6 * (time.process_time() - began) + 0.5
 
 
 async def test_the_word_in_a_client_s_own_objects_is_its_own() -> None:
