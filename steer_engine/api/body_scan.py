@@ -74,6 +74,8 @@ def _objects(text: str) -> Iterator[int]:
             yield index
         _, index = _DECODER.raw_decode(text, index)
         index = _skip(text, index)
+        if text[index] == "]":
+            return
 
 
 def _check_fields(text: str, index: int) -> None:
