@@ -128,9 +128,12 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_field_count(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+        if not isinstance(fields, dict):
+            return fields
+        if len(fields) > MAX_FIELDS:
             raise ValueError(f"{len(fields)} fields given; valid fields: {', '.join(cls.model_fields)}")
-        return fields
+        # Typed clients send null for what they leave out.
+        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
 
 
 class Span(_Strict):
@@ -308,21 +311,21 @@ class SteeringSpec(_Strict):
         return self
 
 
-def parse_spec(raw: Any) -> SteeringSpec | None:
+def parse_spec(raw: Any, max_chars: int = MAX_SPEC_CHARS) -> SteeringSpec | None:
     """Parse a request's steering. None, False and their JSON texts mean that no steering is requested.
 
-    raw: a mapping, its JSON text, or a spec that is already parsed.
+    raw: a mapping, its JSON text, or a spec that is already parsed. max_chars: of JSON text.
 
     Raises:
         SteeringRequestError: `param` names the first field that is wrong.
-        PayloadTooLargeError: JSON text of more than MAX_SPEC_CHARS.
+        PayloadTooLargeError: the JSON text is longer.
     """
     if raw is None or raw is False:
         return None
     if isinstance(raw, SteeringSpec):
         return raw
     if isinstance(raw, str):
-        raw = _from_json(raw)
+        raw = _from_json(raw, max_chars)
         if raw is None or raw is False:
             return None
     if not isinstance(raw, dict):
@@ -335,10 +338,11 @@ def parse_spec(raw: Any) -> SteeringSpec | None:
         raise _request_error(error) from None
 
 
-def _from_json(text: str) -> Any:
-    if len(text) > MAX_SPEC_CHARS:
+def _from_json(text: str, max_chars: int) -> Any:
+    if len(text) > max_chars:
         raise PayloadTooLargeError(
-            f"steering is JSON text of {len(text)} characters; at most {MAX_SPEC_CHARS} are allowed.", "steering"
+            f"steering is JSON text of {len(text)} characters; at most {max_chars} are allowed (max_spec_bytes).",
+            "steering",
         )
     try:
         return json.loads(text, parse_constant=_refuse_constant)

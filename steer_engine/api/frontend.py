@@ -99,7 +99,7 @@ class Frontend:
         """
         if isinstance(requested, ResolvedSpec):
             return requested
-        spec = parse_spec(requested)
+        spec = parse_spec(requested, self.limits.max_spec_bytes)
         if spec is None:
             return None
         model = self.model

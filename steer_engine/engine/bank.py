@@ -26,6 +26,8 @@ class Store:
 
     def __init__(self) -> None:
         self._vectors: dict[str, ControlVector] = {}
+        self.num_bytes = 0
+        """Bytes of all directions. Kept up to date, since every status report needs it."""
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._vectors
@@ -33,16 +35,15 @@ class Store:
     def digests(self) -> list[str]:
         return sorted(self._vectors)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all directions."""
-        return sum(row.nbytes for vector in self._vectors.values() for row in vector.directions.values())
-
     def put(self, vector: ControlVector) -> None:
+        self.drop(vector.digest)
         self._vectors[vector.digest] = vector
+        self.num_bytes += _num_bytes(vector)
 
     def drop(self, digest: str) -> None:
-        self._vectors.pop(digest, None)
+        dropped = self._vectors.pop(digest, None)
+        if dropped is not None:
+            self.num_bytes -= _num_bytes(dropped)
 
     def row(self, key: RowKey, block: int) -> np.ndarray:
         """float32 [D]: the weighted sum of the key's vectors at `block`; normalised to length 1 if `key.unit`."""
@@ -56,6 +57,10 @@ class Store:
         if key.unit:
             total_D = total_D / np.linalg.norm(total_D)
         return total_D.astype(np.float32)
+
+
+def _num_bytes(vector: ControlVector) -> int:
+    return sum(row.nbytes for row in vector.directions.values())
 
 
 class Bank:

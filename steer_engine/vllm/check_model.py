@@ -41,6 +41,7 @@ USED = (
     Symbol("vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorResponse"),
     Symbol("vllm.entrypoints.serve.engine.protocol:ErrorInfo"),
+    Symbol("vllm.entrypoints.serve.tokenize.serving:ServingTokenization"),
     Symbol("vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"),
     Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateRequest"),
     Symbol("vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateResponseBase"),
@@ -97,7 +98,8 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     model = getattr(request, "model", None) or (note and note.body_model)
     if not isinstance(model, str):
         return None, None
-    served = {path.name for path in serving.models.base_model_paths} | set(serving.models.lora_requests)
+    # An adapter that is loaded under the name BASE:PRESET does not displace the preset.
+    served = {path.name for path in serving.models.base_model_paths} | (set(serving.models.lora_requests) - {model})
     chosen = split_model(model, served)
     frontend = serving_frontend(serving)
     if chosen is None or frontend is None or not frontend.armed:
@@ -132,6 +134,8 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
         requested = {"preset": frontend.default_preset}
     if is_absent(requested):
         _remove_field(request)
+        return None
+    if preset is not None and _only_tokenizes(serving):
         return None
     if not _carries(serving):
         raise SteeringRequestError(f"This endpoint ({type(serving).__name__}) cannot carry steering.", FIELD)
@@ -199,6 +203,13 @@ def _takes_tokens(serving: Any) -> bool:
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     return isinstance(serving, ServingTokens)
+
+
+def _only_tokenizes(serving: Any) -> bool:
+    """Tokens do not depend on steering: `BASE:PRESET` tokenises like its base."""
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+
+    return isinstance(serving, ServingTokenization)
 
 
 def _carries(serving: Any) -> bool:
