@@ -22,7 +22,7 @@ from steer_engine.api.answers import envelope_of, status_of
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 from steer_engine.spec import shown
-from steer_engine.vectors.manifest import Signature, file_signature
+from steer_engine.vectors.storage import FileSignature, file_signature
 
 KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
 """Keys separated by commas. Two at once let an operator replace one while the other works."""
@@ -48,7 +48,7 @@ class AdminKeys:
     def __init__(self, keys: list[str], file: Path | None = None) -> None:
         self._given = _digests(keys)
         self._file = file
-        self._file_state: tuple[Signature | None, tuple[bytes, ...]] = (None, ())
+        self._file_state: tuple[FileSignature | None, tuple[bytes, ...]] = (None, ())
 
     @classmethod
     def from_environment(cls) -> AdminKeys:
@@ -64,8 +64,8 @@ class AdminKeys:
     def plain_keys(self) -> list[str]:
         """The keys as configured now, for vLLM's own list of keys that may call `/v1`."""
         keys = os.environ.get(KEYS_ENV, "").split(",")
-        if self._file is not None and self._file.is_file():
-            keys += self._file.read_text().splitlines()
+        if self._file is not None:
+            keys += _read_keys(self._file)
         return [key for key in _stripped(keys) if len(key) >= MIN_KEY_CHARS]
 
     def allow(self, headers: Mapping[str, str]) -> bool:
@@ -85,13 +85,20 @@ class AdminKeys:
             return self._given
         signature = file_signature(self._file)
         if signature != self._file_state[0]:
-            try:
-                self._file_state = (signature, _digests(self._file.read_text().splitlines()))
-            except OSError as error:
-                # Removing the file revokes its keys.
-                logger.error("The admin key file cannot be read: %s", error.strerror)
-                self._file_state = (signature, ())
+            self._file_state = (signature, _digests(_read_keys(self._file)))
         return self._given + self._file_state[1]
+
+
+def _read_keys(file: Path) -> list[str]:
+    """The lines of a key file. A file that cannot be read has no keys: removing it revokes them."""
+    try:
+        return file.read_text("utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        logger.error("The admin key file %s cannot be read: %s.", file, reason)
+        return []
 
 
 def _digests(keys: list[str]) -> tuple[bytes, ...]:

@@ -74,3 +74,28 @@ def test_short_keys_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert keys.plain_keys() == []
     assert "secret" not in caplog.text
     assert "6 characters" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{OLD}\n{NEW}\n", "utf-8-sig")
+    monkeypatch.setenv(FILE_ENV, str(file))
+    keys = AdminKeys.from_environment()
+    assert keys.allow({HEADER: OLD})
+    assert keys.allow({HEADER: NEW})
+    assert keys.plain_keys() == [OLD, NEW]
+
+
+def test_a_file_that_is_not_text_locks_nobody_else_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{NEW}\n", "utf-16")
+    monkeypatch.setenv(FILE_ENV, str(file))
+    monkeypatch.setenv(KEYS_ENV, OLD)
+    keys = AdminKeys.from_environment()
+    assert keys.allow({HEADER: OLD})
+    assert not keys.allow({HEADER: NEW})
+    assert keys.plain_keys() == [OLD]
+    assert str(file) in caplog.text
+    assert "not UTF-8" in caplog.text
