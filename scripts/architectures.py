@@ -1,7 +1,7 @@
-"""The table of tested architectures in the documentation, from the tests.
+"""Write the table of tested architectures into docs/architecture.md, from the tests.
 
-scripts/architectures.py            write it into docs/architecture.md
-scripts/architectures.py --check    end with 1 if it is not what the tests say
+scripts/architectures.py            write the table
+scripts/architectures.py --check    end with 1 if the page's table differs
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ BEGIN, END = "<!-- tested architectures: scripts/architectures.py -->", "<!-- en
 
 
 def table(forms: dict[str, str]) -> str:
-    """Markdown rows: Hugging Face's model_type, and where the start-up probe finds its stream."""
+    """Markdown rows: Hugging Face's model_type, and the form of the stream that the startup probe finds."""
     rows = [f"| `{name}` | {form} |" for name, form in sorted(forms.items())]
     return "\n".join([BEGIN, "", "| `model_type` | stream |", "|---|---|", *rows, "", END])
 
 
-def up_to_date(page: str, forms: dict[str, str]) -> str:
-    """The page with its table as it must be."""
+def with_table(page: str, forms: dict[str, str]) -> str:
+    """The page with the current table."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     assert after, f"{PAGE.name} has lost its markers"
@@ -29,11 +29,11 @@ def up_to_date(page: str, forms: dict[str, str]) -> str:
 
 
 def main() -> int:
-    sys.path.insert(0, str(ROOT / "tests" / "families"))
-    from families import FORM
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers.families import FORM
 
     page = PAGE.read_text()
-    wanted = up_to_date(page, FORM)
+    wanted = with_table(page, FORM)
     if "--check" in sys.argv[1:]:
         return int(page != wanted)
     PAGE.write_text(wanted)

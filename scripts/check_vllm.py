@@ -1,9 +1,9 @@
-"""Does Steer Engine know the newest vLLM? Looks up every symbol that we touch in the source, without importing it.
+"""Check a vLLM release for every symbol that Steer Engine wraps or uses, in its source, without importing it.
 
     scripts/check_vllm.py [VERSION | path of a wheel]
 
-Downloads the wheel of vllm (the newest, or VERSION) from the package index that pip is set up for, and compares names
-and parameters with what the installed steer-engine relies on. Ends with 1 if one is missing.
+Downloads the wheel of vllm (the newest, or VERSION) from pip's package index, and compares names and parameters with
+those that the installed steer-engine needs. Ends with 1 if one is missing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rich.console import Console
 from steer_engine.vllm.patching import Symbol
 
 Read = Callable[[str], str | None]
-"""Path inside the distribution -> its text, or None if there is no such file."""
+"""Path inside the distribution -> its text, or None if the file does not exist."""
 
 
 def problems(symbols: Iterable[Symbol], read: Read) -> list[str]:
-    """What is different in the source from the symbols that we know."""
+    """How the source differs from the known symbols."""
     found = (problem_of(symbol, read) for symbol in symbols)
     return [problem for problem in found if problem is not None]
 
@@ -40,7 +40,7 @@ def problem_of(symbol: Symbol, read: Read) -> str | None:
     if not symbol.parameters:
         return None
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return f"{symbol.path} is no function"
+        return f"{symbol.path} is not a function"
     arguments = node.args
     every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
     names = {each.arg for each in every if each is not None}
@@ -49,7 +49,7 @@ def problem_of(symbol: Symbol, read: Read) -> str | None:
 
 
 def find(module: str, names: list[str], read: Read) -> ast.AST | None:
-    """The definition of a (nested) name, through the imports and base classes that lead to it."""
+    """The definition of a (nested) name. Follows imports and base classes."""
     path = module.replace(".", "/")
     text = read(f"{path}.py") or read(f"{path}/__init__.py")
     if text is None:
@@ -63,7 +63,7 @@ def find(module: str, names: list[str], read: Read) -> ast.AST | None:
         if inside is None and isinstance(scope, ast.ClassDef):
             bases = [base.id for base in scope.bases if isinstance(base, ast.Name)]
             inherited = (find(module, [base, *names[depth:]], read) for base in bases if member(tree, base) is not None)
-            # Every class has a constructor; one of another package's base class is not in this source.
+            # Every class has a constructor. If a base class of another package defines it, it is not in this source.
             return next((node for node in inherited if node is not None), scope if name == "__init__" else None)
         if inside is None:
             return None
@@ -72,7 +72,7 @@ def find(module: str, names: list[str], read: Read) -> ast.AST | None:
 
 
 def member(scope: ast.AST, name: str) -> ast.AST | None:
-    """What `name` is bound to in a module or class: a definition, an assignment or an import."""
+    """The definition, assignment or import of `name` in a module or class."""
     body: list[ast.stmt] = list(getattr(scope, "body", []))
     for node in body:
         if isinstance(node, ast.If | ast.Try):
@@ -125,18 +125,18 @@ def reader_of(wheel: Path) -> Read:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("version", nargs="?", help="a version of vllm, or the path of a wheel; the newest by default")
-    asked = parser.parse_args().version
+    parser.add_argument("version", nargs="?", help="version of vllm or path of a wheel (default: the newest version)")
+    version = parser.parse_args().version
     from steer_engine.vllm.symbols import all_symbols
 
     symbols = all_symbols()
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        wheel = Path(asked) if asked and asked.endswith(".whl") else download(asked, Path(folder))
+        wheel = Path(version) if version and version.endswith(".whl") else download(version, Path(folder))
         different = problems(symbols, reader_of(wheel))
     for problem in different:
         console.print(f"[red]{problem}[/]")
-    console.print(f"{wheel.name}: {len(symbols) - len(different)} of {len(symbols)} symbols are as we know them")
+    console.print(f"{wheel.name}: {len(symbols) - len(different)} of {len(symbols)} symbols are as expected")
     return 1 if different else 0
 
 

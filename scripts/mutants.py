@@ -1,9 +1,9 @@
-"""Tests of the tests: break the code in one place, on a copy, and see a named test fail.
+"""Test the tests: break a copy of the code in one place, and check that a named test fails.
 
     scripts/mutants.py [NAME ...]
 
-Each mutant is a mistake that a steering server could live with for months: everything answers, some answers are wrong.
-The named test must pass on the code as it is and fail on the mutant.
+Each mutant is a mistake that could stay unnoticed for months: every request gets an answer, some answers are wrong.
+The named test must pass on the correct code and fail on the mutant.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ TIMEOUT_S = 900
 class Mutant:
     name: str
     file: str
-    """Under steer_engine/."""
+    """Path under steer_engine/."""
     right: str
     wrong: str
     test: str
-    """Node id under tests/."""
+    """pytest node id under tests/."""
     runner: str = "v1"
 
 
 MUTANTS = (
     Mutant(
         name="a slot outlives its request",
-        file="runtime/vllm/model_runner_v1.py",
+        file="vllm/runner_v1.py",
         right="slot = self._slot_of.pop(request_id)",
         wrong="slot = self._slot_of[request_id]",
         test="engine/test_admission.py::test_more_requests_than_slots",
@@ -53,45 +53,48 @@ MUTANTS = (
         test="engine/test_modes.py::test_steering_changes_between_turns",
     ),
     Mutant(
-        name="cache blocks do not know of steering",
-        file="runtime/vllm/block_hash.py",
+        name="prefix-cache keys ignore steering",
+        file="vllm/scheduler.py",
         right="if key is not None:",
         wrong="if key is None:",
         test="engine/test_prefix_cache.py::test_unequal_steering_does_not_share",
     ),
     Mutant(
-        name="one rank has not got the vector",
-        file="runtime/vllm/worker.py",
+        name="one rank lacks the vector",
+        file="vllm/worker.py",
         right="    adapter.runtime.store.put(vector)",
-        wrong="    if self.rank == 0:\n        adapter.runtime.store.put(vector)",
+        wrong=(
+            "    from torch.distributed import get_rank\n\n"
+            "    if get_rank() == 0:\n        adapter.runtime.store.put(vector)"
+        ),
         test="engine/test_tensor_parallel.py",
     ),
     Mutant(
         name="an evicted row is still found",
-        file="runtime/bank.py",
+        file="engine/bank.py",
         right="        row, number = self._idle.popitem(last=False)\n        del self._row_of[row]",
         wrong="        row, number = self._idle.popitem(last=False)",
         test="runtime/test_bank.py",
     ),
     Mutant(
-        name="edits go into a part of the stream that nobody reads",
-        file="runtime/stream.py",
+        name="edits go into an unused part of the stream",
+        file="engine/stream.py",
         right="return StreamForm.HIDDEN_ONLY",
         wrong="return StreamForm.SPLIT",
         test="families/test_families.py::test_parity_at_every_block[stablelm]",
     ),
     Mutant(
-        name="a server that stops does not wait for its answers",
-        file="serving/vllm/shutdown.py",
+        name="a server that stops does not wait for running requests",
+        file="vllm/shutdown.py",
         right="while (now := time.monotonic()) - began < at_most:",
         wrong="while (now := time.monotonic()) - began < 0:",
         test="serving/test_while_it_writes.py::test_what_is_under_way_when_the_server_is_told_to_stop_comes_whole",
     ),
     Mutant(
-        name="an answer that is cut by the end looks whole",
-        file="serving/vllm/shutdown.py",
-        right="if door is not None and _is_cut(output)",
-        wrong="if door is None and _is_cut(output)",
+        name="an answer cut off by the shutdown looks complete",
+        file="vllm/shutdown.py",
+        right="if gate is not None and _is_cut(output)",
+        wrong="if gate is None and _is_cut(output)",
         test="serving/test_while_it_writes.py::test_what_is_left_when_the_time_is_up_is_told",
     ),
 )
@@ -99,25 +102,26 @@ MUTANTS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a part of a mutant's name; all if none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name (default: all mutants)")
     names = parser.parse_args().names
     chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
     console = Console()
     survivors = 0
     for mutant in chosen:
-        with console.status(f"{mutant.name}: {mutant.test}"), copy_of_the_code() as copy:
-            sane = passes(mutant, copy)
+        with console.status(f"{mutant.name}: {mutant.test}"), copied_code() as copy:
+            correct_passes = passes(mutant, copy)
             apply(mutant, copy)
-            caught = sane and not passes(mutant, copy)
+            caught = correct_passes and not passes(mutant, copy)
         survivors += not caught
-        verdict = "[green]caught[/]" if caught else "[red]SURVIVED[/]" if sane else "[red]its test fails without it[/]"
+        missed = "[red]SURVIVED[/]" if correct_passes else "[red]its test fails on the correct code[/]"
+        verdict = "[green]caught[/]" if caught else missed
         console.print(f"{verdict}  {mutant.name}  [dim]{mutant.test}[/]")
     console.print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
     return 1 if survivors or not chosen else 0
 
 
 @contextmanager
-def copy_of_the_code() -> Iterator[Path]:
+def copied_code() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder)
         ignored = shutil.ignore_patterns("__pycache__")
@@ -131,15 +135,15 @@ def copy_of_the_code() -> Iterator[Path]:
 def apply(mutant: Mutant, copy: Path) -> None:
     file = copy / "code" / "steer_engine" / mutant.file
     text = file.read_text()
-    assert mutant.right in text, f"{mutant.file} no longer says {mutant.right!r}: bring the mutant up to date"
+    assert mutant.right in text, f"{mutant.file} no longer contains {mutant.right!r}: update the mutant"
     file.write_text(text.replace(mutant.right, mutant.wrong))
 
 
 def passes(mutant: Mutant, copy: Path) -> bool:
-    """Whether the mutant's test passes on the copy. Raises if there is no such test."""
+    """Whether the mutant's test passes on the copy. Raises SystemExit if pytest cannot run it."""
     environment = {
         **os.environ,
-        # Before the installed package on the path.
+        # The copy comes before the installed package on the path.
         "PYTHONPATH": str(copy / "code"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "STEER_TEST_RUNNER": mutant.runner,

@@ -1,4 +1,4 @@
-"""What one change, one look and one request cost on a registry of many names, on this machine's disk."""
+"""Costs of one change, one poll and one request on a registry of many names, on this machine's disk."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from unittest import mock
 
 import numpy as np
 
+from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors.manifest import Manifest, VectorEntry, read_manifest, write_manifest
-from steer_engine.vectors.uploaded import FOLDER, Shelf, ShelfLimits
+from steer_engine.vectors.manifest import FOLDER, Manifest, VectorEntry, read_manifest, write_manifest
+from steer_engine.vectors.uploaded import UploadedVectors
 
 
 @contextmanager
 def counted_stats() -> Iterator[Counter[str]]:
-    """Counts the files that are looked at (`stat`) meanwhile."""
-    looked: Counter[str] = Counter()
+    """Count the calls of `stat` in this block, by path."""
+    calls: Counter[str] = Counter()
     real = os.stat
 
     def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
-        looked[str(path)] += 1
+        calls[str(path)] += 1
         return real(path, *args, **kwargs)
 
     with mock.patch("os.stat", stat):
-        yield looked
+        yield calls
 
 
 def registry_costs(vectors: int) -> dict[str, float]:
-    """What one change, one look and one request cost on a real registry of so many names."""
+    """Seconds, bytes and `stat` calls of a change, a poll and a request, on a real registry of `vectors` names."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FOLDER / "manifest.json"
         path.parent.mkdir()
@@ -43,9 +44,9 @@ def registry_costs(vectors: int) -> dict[str, float]:
         entries = {f"vector-{i:05}": VectorEntry(digest=f"sha256:{i:064x}", num_bytes=2**20) for i in range(vectors)}
         write_manifest(path, Manifest(vectors=entries))
         reads = [_seconds(lambda: read_manifest(path)) for _ in range(5)]
-        limits = ShelfLimits(max_vectors=2 * vectors, max_registry_bytes=2**62)
-        shelf = Shelf(Path(folder), limits)
-        changes = [_seconds(lambda name=name: shelf.put(name, known)) for name in "abcde"]
+        limits = RegistryLimits(max_vectors=2 * vectors, max_registry_bytes=2**62)
+        uploaded = UploadedVectors(Path(folder), limits)
+        changes = [_seconds(lambda name=name: uploaded.put(name, known)) for name in "abcde"]
         num_bytes = path.stat().st_size
     with tempfile.TemporaryDirectory() as folder:
         registry = Registry(folder)

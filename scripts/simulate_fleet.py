@@ -1,9 +1,9 @@
-"""What a large fleet asks of its registry and its caches, before there is one.
+"""Simulate the load of a large fleet on its registry and caches.
 
-Requests name vectors by a Zipf law and are sent to the replicas as a load balancer would. What a replica holds is
-decided by the product's own classes: `Loaded` (contents that an API process has read), `Held` and `Resident` (what the
-engine has in host memory), `Bank` (rows on the device). Vectors are numbers here, and time is counted, not spent. What
-the registry's volume is asked is measured on a real registry with that many names.
+Requests name vectors by a Zipf law and go to replicas as through a load balancer. The product's own classes decide what
+a replica caches: `VectorCache` (contents read by an API process), `ShippedVectors` and `ResidentVectors` (the engine's
+host memory), `Bank` (rows on the device). A vector is only a number here, and the clock is simulated. The costs of the
+registry's volume are measured on a real registry with as many names.
 
 python scripts/simulate_fleet.py [--replicas 100] [--vectors 10000] [--rate 1000] [--out FILE.json]
 """
@@ -23,27 +23,27 @@ import torch
 import typer
 from registry_costs import registry_costs
 
-from steer_engine.api.background import PERIOD_S
-from steer_engine.api.frontend import Held
-from steer_engine.engine.admission import Resident
+from steer_engine.api.background import GAUGE_SECONDS
+from steer_engine.api.frontend import ShippedVectors
+from steer_engine.engine.admission import ResidentVectors
 from steer_engine.engine.bank import Bank
 from steer_engine.program import Row, RowKey
 from steer_engine.settings import EngineLimits
-from steer_engine.vectors.loaded import DEFAULT_BUDGET as LOADED_BYTES
-from steer_engine.vectors.loaded import Loaded
+from steer_engine.vectors.cache import DEFAULT_BUDGET as LOADED_BYTES
+from steer_engine.vectors.cache import VectorCache
 
 MODELS = {"8B": 32 * 4096, "70B": 80 * 8192}
-"""Numbers of a vector with all blocks."""
+"""Number of elements of a vector with all blocks."""
 
-BUCKET_S = 300.0
-"""The first so many seconds after a start are told apart."""
+COLD_S = 300.0
+"""Seconds after a start with empty caches that are counted separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """rate: steered requests a second of all replicas. answer_s: mean time that a request runs (exponential).
+    """rate: steered requests per second of all replicas. answer_s: mean duration of a request (exponential).
 
-    by_vector: a vector's requests all go to one replica; else any request goes to any.
+    by_vector: all requests with one vector go to one replica. Otherwise any request goes to any replica.
     """
 
     replicas: int = 100
@@ -67,31 +67,31 @@ class Fleet:
 
     @property
     def popularity_V(self) -> np.ndarray:
-        """Share of each vector in the requests, the most popular one first."""
+        """Share of each vector in the requests, most popular first. Shape [vectors]."""
         weights_V = np.arange(1, self.vectors + 1, dtype=np.float64) ** -self.zipf
         return np.asarray(weights_V / weights_V.sum())
 
 
 @dataclass
 class Counts:
-    """What happened at one replica in a span of `seconds`."""
+    """What happened at one replica in `seconds` seconds."""
 
     seconds: float = 0.0
     requests: int = 0
     read: int = 0
     """Vectors read from the registry's volume."""
-    asked: int = 0
-    """Calls to the engine before a request: is it held, or take it."""
+    engine_calls: int = 0
+    """Calls to the engine before a request, to check or ship its vector."""
     shipped: int = 0
     """Vectors sent to the engine."""
     copied: int = 0
     """Vectors written into the bank."""
     refused: int = 0
-    """503: the vectors in use fill the store."""
+    """Requests that got 503, because the vectors in use fill the store."""
     waited: int = 0
-    """Requests that found all slots taken."""
+    """Requests that found all slots in use."""
     running: float = 0.0
-    """Requests under way, summed over arrivals."""
+    """Running requests, summed over arrivals."""
 
     def hits(self, misses: int) -> float:
         return 1 - misses / self.requests
@@ -99,17 +99,17 @@ class Counts:
 
 @dataclass
 class Replica:
-    """One server with one engine. `serve` is the way of a request through all that holds vectors."""
+    """One server with one engine. `serve` takes a request through every cache of vectors."""
 
     fleet: Fleet
     now: float = 0.0
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
-        self.loaded: Loaded[bool] = Loaded(budget=self.fleet.loaded_bytes)
-        self.held = Held(clock=lambda: self.now)
-        self.resident = Resident(budget=self.fleet.store_bytes)
-        # All blocks of a vector come and go together: one row stands for all of them.
+        self.loaded: VectorCache[bool] = VectorCache(budget=self.fleet.loaded_bytes)
+        self.shipped = ShippedVectors(clock=lambda: self.now)
+        self.resident = ResidentVectors(budget=self.fleet.store_bytes)
+        # All blocks of a vector are cached and dropped together: one row represents them.
         self.bank = Bank(torch.zeros(self.fleet.slots * self.fleet.rows, 1), self._row)
         self._running: list[tuple[float, str]] = []
         self._in_use: Counter[str] = Counter()
@@ -136,10 +136,10 @@ class Replica:
         heapq.heappush(self._running, (begins + answer_s, digest))
 
     def _ship(self, digest: str) -> bool:
-        """As `shipping.ship` and `engine_core.steer_put` do."""
-        if self.held.is_fresh(digest):
+        """As `vllm.engine_client` and `vllm.engine_core` do."""
+        if self.shipped.is_fresh(digest):
             return True
-        self.counts.asked += 1
+        self.counts.engine_calls += 1
         if not self.resident.pin_if_resident(digest, self.now):
             victims = self.resident.make_room(self.fleet.vector_bytes, self._in_use, self.now)
             if victims is None:
@@ -147,10 +147,10 @@ class Replica:
             for victim in victims:
                 self.resident.drop(victim)
                 self.bank.forget(victim)
-            self.held.forget(victims)
+            self.shipped.forget(victims)
             self.resident.put(digest, self.fleet.vector_bytes, self.now)
             self.counts.shipped += 1
-        self.held.confirm(digest, self.now)
+        self.shipped.confirm(digest, self.now)
         return True
 
     def _end_one(self) -> float:
@@ -171,20 +171,20 @@ def _row_of(digest: str) -> Row:
 
 
 def shares_R(fleet: Fleet, spread: int = 0) -> np.ndarray:
-    """Share of the requests that each replica gets where vectors have a replica of their own.
+    """Share of the requests that each replica gets if each vector has its own replica. Shape [replicas].
 
-    spread: so many of the most popular vectors go to any replica all the same.
+    spread: number of the most popular vectors whose requests go to any replica.
     """
     popularity_V = fleet.popularity_V
     home_V = np.random.default_rng(fleet.seed).integers(fleet.replicas, size=fleet.vectors)
-    of_their_own_R = np.bincount(home_V[spread:], popularity_V[spread:], minlength=fleet.replicas)
-    return np.asarray(of_their_own_R + popularity_V[:spread].sum() / fleet.replicas)
+    own_R = np.bincount(home_V[spread:], popularity_V[spread:], minlength=fleet.replicas)
+    return np.asarray(own_R + popularity_V[:spread].sum() / fleet.replicas)
 
 
 def simulate(fleet: Fleet) -> tuple[Counts, Counts]:
-    """What happened in the first minutes after a start with empty caches, and in the second half of the time.
+    """Counts of the first COLD_S seconds after a start with empty caches, and of the second half of the time.
 
-    Sums over the `sampled` replicas: what the others do is alike.
+    Sums over the `sampled` replicas, which represent all.
     """
     rng = np.random.default_rng(fleet.seed)
     cold, warm = Counts(), Counts()
@@ -204,7 +204,7 @@ def _run(
     arrivals_N = np.sort(rng.uniform(0, end, num))
     vectors_N = rng.choice(len(popularity_V), num, p=popularity_V)
     answers_N = rng.exponential(replica.fleet.answer_s, num)
-    for begin, stop, total in ((0.0, min(BUCKET_S, end / 2), cold), (BUCKET_S, end / 2, None), (end / 2, end, warm)):
+    for begin, stop, total in ((0.0, min(COLD_S, end / 2), cold), (COLD_S, end / 2, None), (end / 2, end, warm)):
         replica.counts = Counts(seconds=stop - begin)
         for i in range(*np.searchsorted(arrivals_N, [begin, stop])):
             replica.serve(float(arrivals_N[i]), str(vectors_N[i]), float(answers_N[i]))
@@ -214,9 +214,9 @@ def _run(
 
 
 def che_hits(popularity_V: np.ndarray, places: int) -> float:
-    """Hit rate of a cache of `places` equal contents that drops the least recently used one (Che's approximation).
+    """Hit rate of an LRU cache with room for `places` contents of equal size (Che's approximation).
 
-    The time t after which a content is gone solves sum(1 - exp(-p t)) = places; a request hits with 1 - exp(-p t).
+    The time t until a content is dropped solves sum(1 - exp(-p t)) = places. A request hits with 1 - exp(-p t).
     """
     if places >= len(popularity_V):
         return 1.0
@@ -230,7 +230,7 @@ def che_hits(popularity_V: np.ndarray, places: int) -> float:
 
 
 def summary(fleet: Fleet, cold: Counts, warm: Counts) -> dict[str, Any]:
-    """Rates of the whole fleet: the sampled replicas stand for all."""
+    """Rates of the whole fleet, scaled from the sampled replicas."""
     scale = fleet.replicas / warm.seconds if warm.seconds else 0.0
     mib = fleet.vector_bytes / 2**20
     return {
@@ -242,7 +242,7 @@ def summary(fleet: Fleet, cold: Counts, warm: Counts) -> dict[str, Any]:
         "read_mib_s": warm.read * scale * mib,
         "read_mib_s_cold": cold.read * fleet.replicas / cold.seconds * mib,
         "shipped_mib_s": warm.shipped * scale * mib,
-        "asked_s": warm.asked * scale,
+        "engine_calls_s": warm.engine_calls * scale,
         "copied_s": warm.copied * scale,
         "refused": warm.refused / warm.requests,
         "waited": warm.waited / warm.requests,
@@ -251,20 +251,20 @@ def summary(fleet: Fleet, cold: Counts, warm: Counts) -> dict[str, Any]:
 
 
 COLUMNS = {
-    "loaded_hits_cold": ("read before, first 5 min", "{:.0%}"),
-    "loaded_hits": ("read before", "{:.0%}"),
-    "read_mib_s_cold": ("MiB/s of the volume, first 5 min", "{:,.0f}"),
-    "read_mib_s": ("MiB/s of the volume", "{:,.0f}"),
+    "loaded_hits_cold": ("in the API process, first 5 min", "{:.0%}"),
+    "loaded_hits": ("in the API process", "{:.0%}"),
+    "read_mib_s_cold": ("MiB/s read from the volume, first 5 min", "{:,.0f}"),
+    "read_mib_s": ("MiB/s read from the volume", "{:,.0f}"),
     "store_hits": ("in the store", "{:.1%}"),
     "shipped_mib_s": ("MiB/s shipped", "{:,.0f}"),
-    "asked_s": ("engine calls/s", "{:,.0f}"),
+    "engine_calls_s": ("engine calls/s", "{:,.0f}"),
     "bank_hits": ("in the bank", "{:.0%}"),
     "waited": ("waited", "{:.0%}"),
 }
 
 
 def caches_table(rows: list[dict[str, Any]]) -> str:
-    heads = ["model", "Zipf", "a request goes to", "memory to read into", *(head for head, _ in COLUMNS.values())]
+    heads = ["model", "Zipf", "a request goes to", "STEER_ENGINE_LOADED_BYTES", *(head for head, _ in COLUMNS.values())]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         fleet = row["fleet"]
@@ -276,7 +276,7 @@ def caches_table(rows: list[dict[str, Any]]) -> str:
 
 
 def pinning(fleet: Fleet) -> list[dict[str, float]]:
-    """What a cache of C vectors gives that drops the least recently used, and one that keeps the C most popular."""
+    """Hit rates of a cache of C vectors: least recently used out, against the C most popular pinned."""
     popularity_V = fleet.popularity_V
     places = sorted({fleet.slots * fleet.rows, *(2**30 * n // fleet.vector_bytes for n in (1, 4))})
     return [
@@ -287,13 +287,13 @@ def pinning(fleet: Fleet) -> list[dict[str, float]]:
 def main(
     replicas: Annotated[int, typer.Option(min=1)] = 100,
     vectors: Annotated[int, typer.Option(min=1)] = 10_000,
-    rate: Annotated[float, typer.Option(min=0.1, help="Steered requests a second, of all replicas.")] = 1000.0,
-    hours: Annotated[float, typer.Option(min=0.01, help="Simulated time since all caches were empty.")] = 2.0,
-    sampled: Annotated[int, typer.Option(min=1, help="Replicas that are simulated; the others are alike.")] = 2,
+    rate: Annotated[float, typer.Option(min=0.1, help="Steered requests per second, all replicas.")] = 1000.0,
+    hours: Annotated[float, typer.Option(min=0.01, help="Simulated hours since all caches were empty.")] = 2.0,
+    sampled: Annotated[int, typer.Option(min=1, help="Simulated replicas; they represent all.")] = 2,
     seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="Write all numbers here, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all numbers.")] = None,
 ) -> None:
-    """Print what a fleet's registry and caches do."""
+    """Print the load on a fleet's registry and caches."""
     base = Fleet(replicas=replicas, vectors=vectors, rate=rate, hours=hours, sampled=min(sampled, replicas), seed=seed)
     variants = [replace(base, model=model, zipf=zipf) for model in MODELS for zipf in (0.0, 0.8, 1.0, 1.2)]
     variants += [replace(base, model=model, by_vector=True) for model in MODELS]
@@ -306,14 +306,12 @@ def main(
     typer.echo(f"{replicas} replicas, {vectors:,} vectors, {rate:g} steered requests/s, {hours:g} h, seed {seed}\n")
     typer.echo(caches_table(rows) + "\n")
     typer.echo(registry_table(base, costs) + "\n")
-    typer.echo("| places | least recently used goes | the most popular stay |\n|---|---|---|")
+    typer.echo("| places | LRU | most popular pinned |\n|---|---|---|")
     for model, found in pins.items():
         for row in found:
             lru, best = row["lru"], row["most_popular"]
             typer.echo(f"| {row['places']:,} ({model}) | {lru:.1%} | {best:.1%} |")
-    typer.echo(
-        "\n| vectors that any replica serves | load of the busiest replica, in shares of an even one |\n|---|---|"
-    )
+    typer.echo("\n| vectors served by any replica | load of the busiest replica / mean load |\n|---|---|")
     for spread, factor in load.items():
         typer.echo(f"| {spread} | {factor:.1f} |")
     typer.echo(f"\n{time.perf_counter() - began:.0f} s")
@@ -323,18 +321,18 @@ def main(
 
 def registry_table(fleet: Fleet, costs: dict[str, float]) -> str:
     replicas, mib = fleet.replicas, costs["manifest_bytes"] / 2**20
-    polls = replicas / PERIOD_S
+    polls = replicas / GAUGE_SECONDS
     start_gib = {model: fleet.vectors * numbers * 4 / 2**30 for model, numbers in MODELS.items()}
     rows = [
-        ("looks at the manifest (`stat`), by requests", f"{fleet.rate * costs['stats_per_edit']:,.0f} /s"),
-        ("looks, by the servers' own polls", f"{polls * costs['stats_per_poll']:,.0f} /s"),
-        ("looks, by polls, were the vectors files of the folder",
+        ("`stat` calls by requests", f"{fleet.rate * costs['stats_per_edit']:,.0f} /s"),
+        ("`stat` calls by the servers' polls", f"{polls * costs['stats_per_poll']:,.0f} /s"),
+        ("`stat` calls by polls, if the vectors were files in the folder",
          f"{polls * costs['stats_per_poll_and_file'] * fleet.vectors:,.0f} /s"),
         ("size of the manifest", f"{mib:.2f} MiB"),
-        ("bytes read after a change, by all replicas", f"{mib * replicas:,.0f} MiB"),
-        ("time of a replica for that", f"{costs['manifest_read_s'] * 1000:.0f} ms"),
+        ("read after a change, all replicas", f"{mib * replicas:,.0f} MiB"),
+        ("time per replica for that", f"{costs['manifest_read_s'] * 1000:.0f} ms"),
         ("time of one change, under the lock", f"{costs['change_s'] * 1000:.0f} ms"),
-        *((f"read when a replica starts, {model}", f"{gib:.1f} GiB") for model, gib in start_gib.items()),
+        *((f"read at the startup of a replica, {model}", f"{gib:.1f} GiB") for model, gib in start_gib.items()),
     ]  # fmt: skip
     return "\n".join(["| the registry's volume | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
 

@@ -10,6 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "architectures.py"
 
 
-def test_the_table_of_the_docs_is_what_the_tests_say() -> None:
+def test_the_table_in_the_documentation_is_current() -> None:
     done = subprocess.run([sys.executable, "-P", str(SCRIPT), "--check"], check=False, timeout=60)
-    assert done.returncode == 0, "write it anew: .venv/bin/python -P scripts/architectures.py"
+    assert done.returncode == 0, "update it: .venv/bin/python -P scripts/architectures.py"

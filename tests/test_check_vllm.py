@@ -1,4 +1,4 @@
-"""The check of a vLLM by its source alone, on the one that is installed and on sources that differ."""
+"""The check of a vLLM release by its source: the installed one passes, differences are reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_installed_vllm_is_known_by_its_source() -> None:
 
 
 def test_every_import_of_vllm_is_on_a_list() -> None:
-    """What is not on one would break with a new vLLM without being named, neither at start-up nor by its source."""
+    """An import that is on no list would break with a new vLLM without a clear message."""
     from steer_engine.vllm.symbols import all_symbols
 
     known = {symbol.path for symbol in all_symbols()}
@@ -43,12 +43,12 @@ def test_every_import_of_vllm_is_on_a_list() -> None:
 
 
 def is_under(path: str, imported: str) -> bool:
-    """Whether a symbol's path is what was imported, a part of it, or in it, where it is a module."""
+    """Whether a symbol's path is the imported name, a part of it, or inside it if it is a module."""
     return f"{path}.".startswith(f"{imported}.") or path.startswith(f"{imported.replace(':', '.')}:")
 
 
 def imported_from_vllm(tree: ast.AST) -> Iterator[str]:
-    """`module:name` of what is imported when the code runs; imports for type checkers do not matter."""
+    """`module:name` of each runtime import. Imports for type checkers are left out."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -76,8 +76,8 @@ SOURCES = {
         ("lib:Public.run", ("c",), "lib:Public.run has no parameter c"),
         ("lib:Public.walk", (), "lib:Public.walk is missing"),
         ("lib.outer:Public", (), "lib.outer:Public is missing"),
-        ("lib:Public.size", ("a",), "lib:Public.size is no function"),
+        ("lib:Public.size", ("a",), "lib:Public.size is not a function"),
     ],
 )
-def test_what_differs_is_named(path: str, parameters: tuple[str, ...], problem: str | None) -> None:
+def test_differences_are_named(path: str, parameters: tuple[str, ...], problem: str | None) -> None:
     assert check_vllm.problem_of(Symbol(path, parameters), SOURCES.get) == problem

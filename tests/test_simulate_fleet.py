@@ -1,4 +1,4 @@
-"""The simulated fleet, where its answer is known: by arithmetic and by Che's approximation."""
+"""The fleet simulation against known results: arithmetic and Che's approximation."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ HOURS = 5.0
 
 
 def alone(zipf: float) -> dict[str, float]:
-    """One replica whose answers take no time and whose pins bind nothing: each cache drops the least recently used."""
+    """Hit rates of one replica. Answers take no time and pins never matter, so each cache is a plain LRU cache."""
     vector_bytes = fleet.Fleet().vector_bytes
     one = fleet.Fleet(
         replicas=1, sampled=1, vectors=VECTORS, rate=RATE, zipf=zipf, hours=HOURS, answer_s=1e-6, slots=PLACES["bank"],
         rows=1, loaded_bytes=PLACES["loaded"] * vector_bytes, store_bytes=PLACES["store"] * vector_bytes,
     )  # fmt: skip
-    assert PLACES["store"] > RATE * 60, "what the store must keep for a minute fits"
+    assert PLACES["store"] > RATE * 60, "the vectors pinned for a minute fit"
     found = fleet.summary(one, *fleet.simulate(one))
     assert found["refused"] == found["waited"] == 0
     return {name: found[f"{name}_hits"] for name in PLACES} | {"popularity": one.popularity_V}
 
 
 def bound(hits: float) -> float:
-    """Six standard errors of a share of the second half's requests."""
+    """Six standard errors of a hit rate over the requests of the second half."""
     return 6 * math.sqrt(hits * (1 - hits) / (RATE * HOURS * 3600 / 2))
 
 
-def test_equally_popular_vectors_hit_as_often_as_they_are_held() -> None:
+def test_the_hit_rate_of_equally_popular_vectors_is_the_cached_share() -> None:
     found = alone(zipf=0.0)
-    # A row of the bank goes with the vector that left the store, but is never used then: it was asked for later.
+    # A vector that leaves the store also leaves the bank. It was used later than the bank's own victims.
     for name, places in PLACES.items():
         share = places / VECTORS
         assert found[name] == pytest.approx(share, abs=bound(share)), name
 
 
-def test_a_zipf_law_hits_as_che_says() -> None:
+def test_the_hit_rate_of_a_zipf_law_is_ches() -> None:
     found = alone(zipf=1.0)
     for name, places in PLACES.items():
         expected = fleet.che_hits(found["popularity"], places)
-        assert expected > places / VECTORS + 0.1, "a cache of few serves many"
-        # The approximation itself is known to be good to a percent.
+        assert expected > places / VECTORS + 0.1, "a small cache serves many requests"
+        # The approximation is accurate to about one percent.
         assert found[name] == pytest.approx(expected, abs=bound(expected) + 0.01), name
 
 
-def test_che_is_exact_where_all_are_alike_or_all_fit() -> None:
+def test_che_is_exact_if_all_are_equally_popular_or_all_fit() -> None:
     popularity_V = fleet.Fleet(vectors=50, zipf=0.0).popularity_V
     assert fleet.che_hits(popularity_V, 10) == pytest.approx(0.2, abs=1e-9)
     assert fleet.che_hits(popularity_V, 50) == 1.0
 
 
 def test_a_store_that_requests_fill_refuses() -> None:
-    """Vectors asked for within the last minute are kept: here more than fit."""
+    """Vectors requested within the last minute are pinned: here more than fit."""
     small = fleet.Fleet(replicas=1, sampled=1, vectors=100, zipf=0.0, rate=1.0, hours=0.5)
     small = fleet.replace(small, store_bytes=10 * small.vector_bytes)
     assert fleet.summary(small, *fleet.simulate(small))["refused"] > 0.5
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert fleet.simulate(some) != fleet.simulate(fleet.replace(some, seed=1))
 
 
-def test_it_prints_tables_and_writes_its_numbers(tmp_path: Path) -> None:
+def test_it_prints_tables_and_writes_numbers(tmp_path: Path) -> None:
     app, out = typer.Typer(), tmp_path / "fleet.json"
     app.command()(fleet.main)
     few = ["--replicas", "3", "--vectors", "40", "--rate", "6", "--hours", "0.2", "--sampled", "9", "--out", str(out)]
