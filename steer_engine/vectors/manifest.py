@@ -1,19 +1,29 @@
-"""The manifest of a registry: which names stand for which content. One JSON file, always replaced whole."""
+"""The layout of a registry on disk, and its manifest: which names stand for which content.
+
+DIR/.steer-engine/
+    manifest.json               name -> digest, name -> preset; always replaced as a whole
+    objects/<hex>.safetensors   one vector, named by its digest; never changed
+    incoming/                   uploads in progress
+    lock                        locked while the manifest changes
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer_engine.errors import RegistryError
-from steer_engine.vectors.storage import write_atomically
+from steer_engine.vectors.storage import FileSignature, file_signature, write_atomically
 
-Signature = tuple[int, int, int]
-"""(mtime in ns, size, inode): changes whenever a file is replaced."""
+FOLDER = ".steer-engine"
+MANIFEST = "manifest.json"
+OBJECTS = "objects"
+INCOMING = "incoming"
+LOCK = "lock"
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -23,14 +33,14 @@ class _Strict(BaseModel):
 
 
 class VectorEntry(_Strict):
-    """What the manifest knows of a vector without opening its file."""
+    """What the manifest says about a vector."""
 
     digest: Digest
     num_bytes: int = Field(ge=0)
 
 
 class Manifest(_Strict):
-    """The state of a registry after `generation` changes. Presets are kept as they were written."""
+    """The state of a registry after `generation` changes. Presets are stored as they were sent."""
 
     format: Literal[1] = 1
     generation: int = Field(default=0, ge=0)
@@ -42,21 +52,26 @@ class Manifest(_Strict):
         return self.model_copy(update={"generation": self.generation + 1, **update})
 
     @property
+    def digests(self) -> set[str]:
+        """Digests of all vectors."""
+        return {entry.digest for entry in self.vectors.values()}
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all distinct vectors."""
         return sum({entry.digest: entry.num_bytes for entry in self.vectors.values()}.values())
 
 
-def read_manifest(path: Path) -> tuple[Manifest, Signature | None]:
-    """The manifest and the signature of its file; an empty one and None where there is no file.
+def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
+    """The manifest and the signature of its file; an empty manifest and None if there is no file.
 
     Raises:
-        RegistryError: the file is there but is no manifest. It is never replaced by an empty one.
+        RegistryError: the file is not a manifest. It is never replaced by an empty one.
     """
     try:
         with path.open("rb") as file:
-            # Of the open file: a signature taken by name could be of a newer one.
-            signature = signature_of(file.fileno())
+            # By descriptor: the path could already lead to a newer file.
+            signature = file_signature(file.fileno())
             raw = file.read()
     except FileNotFoundError:
         return Manifest(), None
@@ -64,19 +79,30 @@ def read_manifest(path: Path) -> tuple[Manifest, Signature | None]:
         return Manifest.model_validate(json.loads(raw)), signature
     except (ValueError, RecursionError, ValidationError) as error:
         raise RegistryError(
-            f"{path} is not a manifest ({type(error).__name__}); restore it, or move it away to begin anew."
+            f"{path} is not a manifest ({type(error).__name__}); restore it, or move it away to start with an empty "
+            "registry."
         ) from None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Replace the manifest so that a crash at any moment leaves the old one or the new one."""
+    """Replace the manifest. A crash at any moment leaves the old one or the new one."""
     write_atomically(path, manifest.model_dump_json().encode())
 
 
-def signature_of(path: Path | int) -> Signature | None:
-    """Of a file by name or descriptor; None where there is none."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return (status.st_mtime_ns, status.st_size, status.st_ino)
+def object_name(digest: str) -> str:
+    """Name of the file that holds the content of a digest."""
+    return f"{digest.removeprefix('sha256:')}.safetensors"
+
+
+def preset_digest(spec: dict[str, Any]) -> str:
+    """The version of a preset, for `ETag` and `If-Match`: the digest of its JSON."""
+    text = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def vectors_of(spec: dict[str, Any]) -> set[str]:
+    """The names and digests of the vectors that a spec's JSON uses."""
+    edits = [edit for edit in spec.get("edits") or () if isinstance(edit, dict)]
+    gates = [edit["gate"] for edit in edits if isinstance(edit.get("gate"), dict)]
+    named = [part.get("vector") for part in (*edits, *gates)]
+    return {name for name in named if isinstance(name, str)}

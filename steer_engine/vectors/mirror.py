@@ -1,9 +1,9 @@
-"""A read-only mirror: the operator's vectors at a URL, copied into a folder and kept alike.
+"""A read-only mirror: the vectors and presets at a URL, copied to a local folder and kept in sync.
 
-The URL is any that fsspec reads (`s3://`, `gs://`, `hf://`, `https://`, `file://`, ...): a folder of vector and preset
-files, or the folder of another server's registry. What is copied are files of the local folder like those an operator
-puts there, so that a registry serves them, and goes on with them while the URL is away. Only files that came from the
-URL are replaced or removed. Given by the operator, never by a client.
+The operator chooses the URL, never a client. fsspec must be able to read it (`s3://`, `gs://`, `hf://`, `https://`,
+`file://`, ...). It is a folder of vector and preset files, or the folder of another server's registry. The copies are
+ordinary files of the local folder, so a registry serves them, also while the URL is unreachable. Files that did not
+come from the URL are never replaced or removed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,13 +20,11 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer_engine.errors import RegistryError, SteeringRequestError, UnsupportedEngineError, VectorFileError
-from steer_engine.vectors import files, safetensors_format
-from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.folder import NAME, NAME_RULE, check_preset
-from steer_engine.vectors.folder import SUFFIX as PRESET_SUFFIX
-from steer_engine.vectors.manifest import Manifest
-from steer_engine.vectors.storage import write_atomically, writing
-from steer_engine.vectors.uploaded import FOLDER, ShelfLimits, preset_digest
+from steer_engine.settings import RegistryLimits
+from steer_engine.vectors import files, gguf_format, safetensors_format
+from steer_engine.vectors.folder import NAME, NAME_RULE, PRESET_SUFFIX, check_preset
+from steer_engine.vectors.manifest import FOLDER, MANIFEST, OBJECTS, Manifest, object_name, preset_digest
+from steer_engine.vectors.storage import disk_errors, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +33,15 @@ LOCK = ".steer-engine-mirror.lock"
 
 
 class _Copy(BaseModel):
-    """A file of the folder that came from the URL. version: what the source said of itself then."""
+    """A file of the folder that came from the URL. version: changes whenever the file at the URL changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: str
     digest: str | None = None
 
 
-_BEGUN = _Copy(version="")
-"""A file that is about to be copied for the first time."""
+_STARTED = _Copy(version="")
+"""A file that is being copied for the first time."""
 
 
 class _State(BaseModel):
@@ -55,7 +52,7 @@ class _State(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A file at the URL: where, which version, and the content that it must have, if that is known."""
+    """A file at the URL. Either `path` or `data` is given. digest: the content that it must have, if known."""
 
     version: str
     path: str | None = None
@@ -64,20 +61,20 @@ class _Source:
 
 
 class Mirror:
-    """Keeps `folder` like `url`. Several processes may share the folder: one at a time copies.
+    """Keeps `folder` in sync with `url`. Several processes may share the folder; one at a time copies.
 
     Raises:
-        UnsupportedEngineError: fsspec can't read such a URL (a package is missing: the message names it), the URL
-            holds a password, or the folder is a copy of another URL.
+        UnsupportedEngineError: fsspec cannot read such a URL (if a package is missing, the message names it), the URL
+            contains a password, or the folder is a copy of another URL.
     """
 
-    def __init__(self, url: str, folder: Path, limits: ShelfLimits | None = None) -> None:
+    def __init__(self, url: str, folder: Path, limits: RegistryLimits | None = None) -> None:
         self.url, self.folder = url, folder
-        self._limits = limits or ShelfLimits.from_environment()
+        self._limits = limits or RegistryLimits.from_environment()
         if "@" in url.partition("://")[2].partition("/")[0]:
             raise UnsupportedEngineError(
-                "--steering-mirror: a URL must not hold a password, which logs and process lists show; fsspec takes "
-                "credentials from the environment."
+                "--steering-mirror: the URL must not contain a password, because logs and process lists show it. "
+                "fsspec reads credentials from the environment."
             )
         try:
             from fsspec.core import url_to_fs  # type: ignore[import-untyped]
@@ -93,19 +90,20 @@ class Mirror:
                 f"{STATE} there."
             )
         self.faults: dict[str, str] = {}
-        """File -> why its version at the URL was left out."""
+        """File -> why its version at the URL is left out."""
 
     @property
     def has_copies(self) -> bool:
+        """Whether the folder has been in sync before."""
         return (self.folder / STATE).exists()
 
     def sync(self) -> bool:
-        """Copy what is new, remove what is gone. False where another process is at it.
+        """Copy new and changed files; remove files that were removed. False if another process is doing this.
 
         Raises:
-            RegistryError: the URL cannot be read, or the folder not written; what was copied before stays.
+            RegistryError: the URL cannot be read or the folder cannot be written. Earlier copies stay.
         """
-        with writing():
+        with disk_errors():
             try:
                 with FileLock(self.folder / LOCK, timeout=0):
                     self._sync()
@@ -116,46 +114,47 @@ class Mirror:
     def _sync(self) -> None:
         sources = self._listing()
         before = self._state().copies
-        # Noted before they are written: a file that a killed process left is known as a copy.
-        begun = {name: _BEGUN for name in sources if name not in before and not (self.folder / name).exists()}
-        copies = before | begun
-        self._note(copies)
+        # Saved before the files are written, so that a file left by a killed process is known to be a copy.
+        started = {name: _STARTED for name in sources if name not in before and not (self.folder / name).exists()}
+        copies = before | started
+        self._save(copies)
         faults: dict[str, str] = {}
         try:
-            # Presets name vectors: they go first, and come last.
+            # Presets use vectors: they are removed first and copied last.
             for name in sorted(set(before) - set(sources), key=lambda name: not name.endswith(PRESET_SUFFIX)):
-                logger.info("Mirror: %s is gone.", name)
+                logger.info("Mirror: %s was removed at the URL.", name)
                 (self.folder / name).unlink(missing_ok=True)
                 del copies[name]
             for name, source in sorted(sources.items(), key=lambda item: item[0].endswith(PRESET_SUFFIX)):
                 try:
-                    copies[name] = self._brought(name, source, copies.get(name))
+                    copies[name] = self._copy(name, source, copies.get(name))
                 except (VectorFileError, SteeringRequestError, ValueError, FileNotFoundError) as error:
                     faults[name] = f"{self.url}: {name}: {error}"
         finally:
-            self._note({name: copy for name, copy in copies.items() if copy != _BEGUN})
+            self._save({name: copy for name, copy in copies.items() if copy != _STARTED})
         for name, fault in faults.items():
             if self.faults.get(name) != fault:
                 logger.error("%s It is left out.", fault)
         self.faults = faults
 
-    def _note(self, copies: dict[str, _Copy]) -> None:
+    def _save(self, copies: dict[str, _Copy]) -> None:
         state = _State(url=self.url, copies=copies)
         if not self.has_copies or state != self._state():
             write_atomically(self.folder / STATE, state.model_dump_json().encode())
 
-    def _brought(self, name: str, source: _Source, before: _Copy | None) -> _Copy:
+    def _copy(self, name: str, source: _Source, before: _Copy | None) -> _Copy:
+        """Copy a file unless its version is unchanged. Raises if its content is not usable."""
         target = self.folder / name
         if before is not None and before.version == source.version and target.exists():
             return before
         if before is None and target.exists():
-            raise VectorFileError("the folder has a file of that name, which did not come from there.")
+            raise VectorFileError("the folder has another file of that name, which did not come from the URL.")
         data = source.data if source.data is not None else self._read(source)
         digest = None
         if name.endswith(PRESET_SUFFIX):
             check_preset(json.loads(data))
         else:
-            digest = _vector(name, data).digest
+            digest = (gguf_format if name.endswith(".gguf") else safetensors_format).from_bytes(data).digest
             if source.digest not in (None, digest):
                 raise VectorFileError(f"its content is {digest}, not {source.digest}.")
         write_atomically(target, data)
@@ -167,12 +166,12 @@ class Mirror:
             data: bytes = self._fs.cat_file(source.path)
         except FileNotFoundError:
             raise
-        except Exception as error:  # each protocol has its own
+        except Exception as error:  # each protocol has its own error classes
             raise RegistryError(f"{self.url} cannot be read: {type(error).__name__}: {error}") from error
         return data
 
     def _listing(self) -> dict[str, _Source]:
-        """File name -> source, of the plain files and of a registry's manifest; the latter's names win."""
+        """File name -> source: plain files, and the names of a registry's manifest, which take precedence."""
         try:
             self._fs.invalidate_cache()
             found = self._registry()
@@ -181,8 +180,8 @@ class Mirror:
             except FileNotFoundError:
                 if found is None:
                     raise
-                entries = []  # a web server that lists nothing
-        except Exception as error:  # each protocol has its own
+                entries = []  # a web server that lists no files
+        except Exception as error:  # each protocol has its own error classes
             raise RegistryError(f"{self.url} cannot be read: {type(error).__name__}: {error}") from error
         plain = {}
         for entry in entries:
@@ -199,18 +198,18 @@ class Mirror:
         return sources
 
     def _plain(self, entry: Mapping[str, Any]) -> _Source:
-        # A listing over HTTP has names only; a question for each file says its size and date.
-        told = self._fs.info(entry["name"]) if entry.get("size") is None else entry
-        if (told.get("size") or 0) > self._limits.max_registry_bytes:
-            raise RegistryError(f"{self.url}: {entry['name']} is larger than the registry may be.")
-        text = json.dumps(told, sort_keys=True, default=str)
+        # A listing over HTTP has names only; size and date take one more request per file.
+        info = self._fs.info(entry["name"]) if entry.get("size") is None else entry
+        if (info.get("size") or 0) > self._limits.max_registry_bytes:
+            raise RegistryError(f"{self.url}: {entry['name']} is larger than a registry may be.")
+        text = json.dumps(info, sort_keys=True, default=str)
         return _Source(version=hashlib.sha256(text.encode()).hexdigest(), path=entry["name"])
 
     def _registry(self) -> dict[str, _Source] | None:
-        """What another server's registry there names; None where there is none."""
+        """The files that another server's registry at the URL names; None if there is no registry."""
         root = f"{self._root}/{FOLDER}"
         try:
-            raw = self._fs.cat_file(f"{root}/manifest.json")
+            raw = self._fs.cat_file(f"{root}/{MANIFEST}")
         except FileNotFoundError:
             return None
         manifest = Manifest.model_validate(json.loads(raw))
@@ -218,7 +217,7 @@ class Mirror:
             f"{name}.safetensors": _Source(
                 version=entry.digest,
                 digest=entry.digest,
-                path=f"{root}/objects/{entry.digest.removeprefix('sha256:')}.safetensors",
+                path=f"{root}/{OBJECTS}/{object_name(entry.digest)}",
             )
             for name, entry in manifest.vectors.items()
             if NAME.fullmatch(name)
@@ -242,12 +241,3 @@ def _stem(name: str) -> str | None:
         if name.endswith(suffix) and not name.startswith("."):
             return name.removesuffix(suffix)
     return None
-
-
-def _vector(name: str, data: bytes) -> ControlVector:
-    if name.endswith(".safetensors"):
-        return safetensors_format.from_bytes(data)
-    with tempfile.NamedTemporaryFile(suffix=".gguf") as copy:
-        copy.write(data)
-        copy.flush()
-        return files.load(copy.name)

@@ -1,4 +1,4 @@
-"""Vectors and presets by name, vectors also by digest: an operator's folder, and what was put there since."""
+"""The registry: vectors by name or digest, and presets by name, from uploads and from an operator's folder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from steer_engine.errors import (
     ModelMismatchError,
     RegistryConflictError,
     RegistryError,
-    SteeringRequestError,
     UnknownVectorError,
     VectorFileError,
 )
+from steer_engine.settings import RegistryLimits
+from steer_engine.vectors.cache import VectorCache
 from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.folder import MAX_NAME, MAX_SUPERSEDED, NAME, NAME_RULE, Adopted, PresetFiles, check_preset
-from steer_engine.vectors.loaded import Loaded
-from steer_engine.vectors.uploaded import Shelf, ShelfLimits
-
-__all__ = ["MAX_NAME", "MAX_SUPERSEDED", "NAME_RULE", "Registry"]
+from steer_engine.vectors.folder import MAX_NAME, NAME, FolderVectors, PresetFiles, check_name, check_preset
+from steer_engine.vectors.uploaded import UploadedVectors
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +26,29 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Registry:
-    """Names and digests -> control vectors; names -> presets. Thread-safe, and shared through its folder.
+    """Names and digests -> control vectors; names -> presets. Thread-safe. Several processes may share the folder.
 
-    Two sources of names: the shelf (what was put over the API, durable) and the folder's own files (see `Adopted`);
-    a name on the shelf is never lost to a file of the same name.
+    An uploaded vector takes precedence over a file of the same name.
 
     Args:
         directory: the folder; None for a registry in memory only.
-        strict: a broken or foreign file raises VectorFileError here instead of being logged and left out.
+        strict: raise VectorFileError if a file of the folder is unusable. Otherwise it is logged and left out.
     """
 
     def __init__(
-        self, directory: Path | str | None = None, *, strict: bool = False, limits: ShelfLimits | None = None
+        self, directory: Path | str | None = None, *, strict: bool = False, limits: RegistryLimits | None = None
     ) -> None:
-        self._adopted = Adopted(directory)
-        self._loaded: Loaded[ControlVector] = Loaded()
-        self._shelf: Shelf | None = None
+        self._folder = FolderVectors(directory)
+        self._cache = VectorCache[ControlVector]()
+        self._uploaded: UploadedVectors | None = None
         self._preset_files: PresetFiles | None = None
-        faults = list(self._adopted.faults)
-        if self._adopted.directory is not None:
-            self._shelf = Shelf(self._adopted.directory, limits)
-            self._preset_files = PresetFiles(self._adopted.directory)
-            damaged = self._shelf.verify()
+        faults = self._folder.faults
+        if self._folder.directory is not None:
+            self._uploaded = UploadedVectors(self._folder.directory, limits)
+            self._preset_files = PresetFiles(self._folder.directory)
+            damaged = self._uploaded.verify()
             for fault in damaged.values():
-                logger.error("%s It cannot be used until it is put there again.", fault)
+                logger.error("%s It cannot be used until it is uploaded again.", fault)
             self._preset_files.all()
             faults += [*damaged.values(), *self._preset_files.faults.values()]
         if strict and faults:
@@ -59,122 +56,53 @@ class Registry:
 
     @property
     def directory(self) -> Path | None:
-        return self._adopted.directory
+        return self._folder.directory
 
     @property
-    def limits(self) -> ShelfLimits:
-        return ShelfLimits() if self._shelf is None else self._shelf.limits
+    def limits(self) -> RegistryLimits:
+        return RegistryLimits() if self._uploaded is None else self._uploaded.limits
 
     @property
     def fault(self) -> str | None:
-        """Why the folder cannot be read now, if so; vectors that were read before are served on."""
-        if self._shelf is None:
+        """Why the folder cannot be read now; None if it can. Vectors that were loaded before stay available."""
+        if self._uploaded is None:
             return None
-        self._shelf.manifest()
-        return self._shelf.fault
+        self._uploaded.manifest()
+        return self._uploaded.fault
 
     @property
     def generation(self) -> int:
-        """How many changes were made over the API; the same in every process that serves the folder."""
-        return 0 if self._shelf is None else self._shelf.manifest().generation
+        """How many changes were made over the API. The same in all processes that share the folder."""
+        return 0 if self._uploaded is None else self._uploaded.manifest().generation
 
     def get(self, name_or_digest: str) -> ControlVector:
-        """The vector of that name or digest, as of now. Raises UnknownVectorError."""
+        """The current vector of a name or digest. Raises UnknownVectorError."""
         found = self._find(name_or_digest)
-        if found is None and self._shelf is not None:
-            self._shelf.manifest(reopen=True)
+        if found is None and self._uploaded is not None:
+            self._uploaded.manifest(reopen=True)
             found = self._find(name_or_digest)
         if found is None:
             raise UnknownVectorError(
-                f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._what_there_is()}.", param="vector"
+                f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._registered()}.", param="vector"
             )
         return found
 
     def digest_of(self, name: str) -> str:
-        """The digest that a name stands for now. Raises UnknownVectorError."""
-        return self._shelved(name) or self.get(name).digest
+        """The current digest of a name. Raises UnknownVectorError."""
+        return self._uploaded_digest(name) or self.get(name).digest
 
     def names(self) -> dict[str, str]:
-        """Name -> digest of every vector, by name, after a look at the folder."""
-        names = {name: vector.digest for name, vector in self._adopted.all().items()}
-        if self._shelf is not None:
-            names |= {name: entry.digest for name, entry in self._shelf.manifest().vectors.items()}
+        """Name -> digest of every vector, sorted by name, after a scan of the folder."""
+        names = {name: vector.digest for name, vector in self._folder.all().items()}
+        if self._uploaded is not None:
+            names |= {name: entry.digest for name, entry in self._uploaded.manifest().vectors.items()}
         return dict(sorted(names.items()))
 
-    def add(self, name: str, vector: ControlVector) -> str:
-        """Put a vector in memory under a name, replacing an earlier one of that name; returns its digest.
-
-        Raises:
-            SteeringRequestError: the name is not usable, or a file of the folder has it.
-        """
-        return self._adopted.add(name, vector)
-
-    def put(self, name: str, vector: ControlVector, *, if_match: str | None = None) -> bool:
-        """Put a vector on the shelf, durably. True if the name is new.
-
-        Raises:
-            SteeringRequestError: the name is not usable. RegistryError: as `Shelf.put`, or there is no folder.
-        """
-        shelf = self._writable(name)
-        if (source := self._adopted.source_of(name)) is not None and self._shelved(name) is None:
-            raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
-        is_new = shelf.put(name, vector, if_match=if_match, file_presets=self._file_presets())
-        self._remember(vector)
-        return is_new
-
-    def delete(self, name: str, *, if_match: str | None = None) -> str:
-        """Take a name off the shelf; returns its digest. Raises as `Shelf.delete`."""
-        shelf = self._writable(name)
-        if self._shelved(name) is None and (source := self._adopted.source_of(name)) is not None:
-            raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; remove the file.")
-        return shelf.delete(name, if_match=if_match, file_presets=self._file_presets())
-
-    def preset(self, name: str) -> dict[str, Any]:
-        """A preset's spec as it was written. Raises UnknownVectorError."""
-        found = None
-        if NAME.fullmatch(name) is not None:
-            if self._shelf is not None:
-                found = self._shelf.manifest().presets.get(name)
-            if found is None and self._preset_files is not None:
-                found = self._preset_files.get(name)
-            if found is None and self._shelf is not None:
-                found = self._shelf.manifest(reopen=True).presets.get(name)
-        if found is None:
-            there = ", ".join(list(self.presets())[:8]) or "none"
-            raise UnknownVectorError(f"There is no preset {name[:MAX_NAME]!r}; there are: {there}.", param="preset")
-        return found
-
-    def presets(self) -> dict[str, dict[str, Any]]:
-        """Name -> spec of every preset, by name."""
-        found = self._file_presets()
-        if self._shelf is not None:
-            found |= self._shelf.manifest().presets
-        return dict(sorted(found.items()))
-
-    def put_preset(self, name: str, spec: Any, *, if_match: str | None = None) -> bool:
-        """Keep a preset, durably. True if the name is new. Raises SteeringRequestError, or as `Shelf.put_preset`."""
-        shelf = self._writable(name)
-        checked = check_preset(spec)
-        if self._is_preset_file(name):
-            raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; choose another name.")
-        return shelf.put_preset(name, checked, if_match=if_match)
-
-    def delete_preset(self, name: str, *, if_match: str | None = None) -> None:
-        """Forget a preset. Raises as `Shelf.delete_preset`."""
-        shelf = self._writable(name)
-        if self._is_preset_file(name):
-            raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; remove the file.")
-        shelf.delete_preset(name, if_match=if_match)
-
-    def incoming(self, name: str) -> Path:
-        """A folder for uploads under way. Raises SteeringRequestError for a name that cannot be put, RegistryError."""
-        return self._writable(name).incoming()
-
     def check(self, *, hidden_size: int, num_blocks: int, strict: bool = False) -> dict[str, str]:
-        """Names whose vectors do not fit a model -> why. They are logged; a request for one is refused by its message.
+        """Names whose vectors do not fit a model -> why. They are logged; a request that uses one is refused.
 
         Raises:
-            ModelMismatchError: with `strict`, where any does not fit.
+            ModelMismatchError: `strict`, and a vector does not fit.
         """
         misfits: dict[str, str] = {}
         for name in self.names():
@@ -184,57 +112,128 @@ class Registry:
                 misfits[name] = error.message
                 logger.warning("Control vector %s does not fit this model: %s", name, error.message)
             except UnknownVectorError:
-                continue  # gone since the names were read, or damaged and already in the log
+                continue  # it was deleted meanwhile, or it is damaged and already logged
         if strict and misfits:
             raise ModelMismatchError(" ".join(f"{name}: {reason}" for name, reason in misfits.items()))
         return misfits
+
+    def add(self, name: str, vector: ControlVector) -> str:
+        """Add a vector in memory, or replace one; returns its digest.
+
+        Raises:
+            SteeringRequestError: the name is not usable, or a file of the folder has it.
+        """
+        return self._folder.add(name, vector)
+
+    def put(self, name: str, vector: ControlVector, *, if_match: str | None = None) -> bool:
+        """Store an uploaded vector durably. True if the name is new.
+
+        Raises:
+            SteeringRequestError: the name is not usable.
+            RegistryError: there is no folder, or as `UploadedVectors.put`.
+        """
+        uploaded = self._writable(name)
+        if (source := self._folder.source_of(name)) is not None and self._uploaded_digest(name) is None:
+            raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
+        is_new = uploaded.put(name, vector, if_match=if_match, file_presets=self._file_presets())
+        self._cache.put(vector.digest, vector, vector.num_bytes)
+        return is_new
+
+    def delete(self, name: str, *, if_match: str | None = None) -> str:
+        """Delete an uploaded vector; returns its digest. Raises as `UploadedVectors.delete`."""
+        uploaded = self._writable(name)
+        if self._uploaded_digest(name) is None and (source := self._folder.source_of(name)) is not None:
+            raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; remove the file.")
+        return uploaded.delete(name, if_match=if_match, file_presets=self._file_presets())
+
+    def incoming(self, name: str) -> Path:
+        """A folder for uploads in progress. Raises SteeringRequestError if the name is not usable, RegistryError."""
+        return self._writable(name).incoming()
+
+    def preset(self, name: str) -> dict[str, Any]:
+        """A preset's spec, as it was sent. Raises UnknownVectorError."""
+        found = None
+        if NAME.fullmatch(name) is not None:
+            if self._uploaded is not None:
+                found = self._uploaded.manifest().presets.get(name)
+            if found is None and self._preset_files is not None:
+                found = self._preset_files.get(name)
+            if found is None and self._uploaded is not None:
+                found = self._uploaded.manifest(reopen=True).presets.get(name)
+        if found is None:
+            known = ", ".join(list(self.presets())[:8]) or "none"
+            raise UnknownVectorError(f"There is no preset {name[:MAX_NAME]!r}; there are: {known}.", param="preset")
+        return found
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Name -> spec of every preset, sorted by name."""
+        found = self._file_presets()
+        if self._uploaded is not None:
+            found |= self._uploaded.manifest().presets
+        return dict(sorted(found.items()))
+
+    def put_preset(self, name: str, spec: Any, *, if_match: str | None = None) -> bool:
+        """Store a preset durably. True if the name is new.
+
+        Raises:
+            SteeringRequestError: the name is not usable, or the spec is not a preset.
+            RegistryError: as `UploadedVectors.put_preset`.
+        """
+        uploaded = self._writable(name)
+        checked = check_preset(spec)
+        if self._is_preset_file(name):
+            raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; choose another name.")
+        return uploaded.put_preset(name, checked, if_match=if_match)
+
+    def delete_preset(self, name: str, *, if_match: str | None = None) -> None:
+        """Delete a preset. Raises as `UploadedVectors.delete_preset`."""
+        uploaded = self._writable(name)
+        if self._is_preset_file(name):
+            raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; remove the file.")
+        uploaded.delete_preset(name, if_match=if_match)
+
+    def _find(self, name_or_digest: str) -> ControlVector | None:
+        if _DIGEST.fullmatch(name_or_digest):
+            return self._by_digest(name_or_digest)
+        digest = self._uploaded_digest(name_or_digest)
+        return self._folder.find(name_or_digest) if digest is None else self._by_digest(digest)
+
+    def _by_digest(self, digest: str) -> ControlVector | None:
+        if (cached := self._cache.get(digest)) is not None:
+            return cached
+        if self._uploaded is None or digest not in self._uploaded.manifest().digests:
+            return self._folder.find_digest(digest)
+        try:
+            vector = self._uploaded.load(digest)
+        except UnknownVectorError:
+            return None  # it was deleted meanwhile
+        except (VectorFileError, OSError) as error:
+            logger.error("Control vector %s cannot be read: %s", digest, error)
+            raise UnknownVectorError(f"The file of control vector {digest} is damaged.", param="vector") from None
+        self._cache.put(digest, vector, vector.num_bytes)
+        return vector
+
+    def _uploaded_digest(self, name: str) -> str | None:
+        """The current digest of an uploaded vector."""
+        entry = None if self._uploaded is None else self._uploaded.manifest().vectors.get(name)
+        return None if entry is None else entry.digest
+
+    def _writable(self, name: str) -> UploadedVectors:
+        check_name(name)
+        if self._uploaded is None:
+            raise RegistryError("This server has no folder of vectors; start it with --steering-vectors DIR.")
+        return self._uploaded
 
     def _file_presets(self) -> dict[str, dict[str, Any]]:
         files = {} if self._preset_files is None else self._preset_files.all()
         return {name: spec for name, spec in files.items() if NAME.fullmatch(name)}
 
-    def _find(self, name_or_digest: str) -> ControlVector | None:
-        if _DIGEST.fullmatch(name_or_digest):
-            return self._by_digest(name_or_digest)
-        digest = self._shelved(name_or_digest)
-        return self._adopted.find(name_or_digest) if digest is None else self._by_digest(digest)
-
-    def _shelved(self, name: str) -> str | None:
-        """The digest that the shelf has for a name now."""
-        entry = None if self._shelf is None else self._shelf.manifest().vectors.get(name)
-        return None if entry is None else entry.digest
-
-    def _by_digest(self, digest: str) -> ControlVector | None:
-        if (loaded := self._loaded.get(digest)) is not None:
-            return loaded
-        if self._shelf is not None and digest in {entry.digest for entry in self._shelf.manifest().vectors.values()}:
-            try:
-                vector = self._shelf.load(digest)
-            except UnknownVectorError:
-                return None  # deleted in this very moment
-            except (VectorFileError, OSError) as error:
-                logger.error("Control vector %s cannot be read: %s", digest, error)
-                raise UnknownVectorError(f"The file of control vector {digest} is damaged.", param="vector") from None
-            self._remember(vector)
-            return vector
-        return self._adopted.find_digest(digest)
-
-    def _remember(self, vector: ControlVector) -> None:
-        self._loaded.put(vector.digest, vector, len(vector.blocks) * vector.hidden_size * 4)
-
-    def _writable(self, name: str) -> Shelf:
-        if NAME.fullmatch(name) is None:
-            raise SteeringRequestError(f"{name[:MAX_NAME]!r} is not usable as a name: {NAME_RULE}.", param="name")
-        if self._shelf is None:
-            raise RegistryError("This server has no folder of vectors: start it with --steering-vectors DIR.")
-        return self._shelf
-
     def _is_preset_file(self, name: str) -> bool:
-        assert self._shelf is not None
+        assert self._uploaded is not None
         files = self._preset_files
-        return name not in self._shelf.manifest().presets and files is not None and files.get(name) is not None
+        return name not in self._uploaded.manifest().presets and files is not None and files.get(name) is not None
 
-    def _what_there_is(self) -> str:
+    def _registered(self) -> str:
         names = list(self.names())
         if not names:
             return "none is registered"

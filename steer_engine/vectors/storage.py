@@ -1,4 +1,4 @@
-"""Writing a file so that a crash at any moment leaves the old one or the new one."""
+"""Files on disk: atomic writes, change detection, disk errors, and locks on uploads in progress."""
 
 from __future__ import annotations
 
@@ -15,12 +15,24 @@ from typing import IO
 
 from steer_engine.errors import RegistryError, RegistryFullError
 
+FileSignature = tuple[int, int, int]
+"""(mtime in ns, size in bytes, inode). It changes whenever a file is replaced."""
+
+MAX_UPLOAD_SECONDS = 3600.0
+"""An older upload is abandoned, locked or not. Some file systems have no locks."""
+
+LOCK_GRACE_SECONDS = 2.0
+"""The writer of a newer file may not have locked it yet."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, fsync, rename, fsync the folder.
+    """Replace a file. A crash at any moment leaves the old file or the new one.
 
-    The file's time is the clock's, not the kernel's, which may stand still for 4 ms: two versions in a row, of one size
-    and on one inode that was free again, would look alike to who compares `stat`.
+    Writes a temporary file in the same folder, syncs it, renames it, and syncs the folder. The modification time is set
+    from the clock, because the kernel's own time advances only every 4 ms. Without this, two versions that have the
+    same size and reuse the same inode could have the same `FileSignature`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -43,12 +55,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+def file_signature(path: Path | int) -> FileSignature | None:
+    """The signature of a file, given by path or descriptor; None if there is no such file."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 @contextmanager
-def writing() -> Iterator[None]:
-    """Turn an OSError of the body into RegistryFullError (507: no room) or RegistryError (503: anything else)."""
+def disk_errors() -> Iterator[None]:
+    """Convert an OSError of the body to RegistryFullError (507, no space) or RegistryError (503, anything else)."""
     try:
         yield
     except OSError as error:
@@ -58,24 +76,17 @@ def writing() -> Iterator[None]:
         raise RegistryError(f"The registry's folder cannot be written ({reason}); nothing was changed.") from error
 
 
-UPLOAD_SECONDS = 3600.0
-"""No upload takes longer: what is older was left, also where the file system has no locks."""
-
-YOUNG_SECONDS = 2.0
-"""A file may be so new that its writer has not locked it yet."""
-
-
-def mark(file: IO[bytes]) -> None:
-    """This process writes `file`, until it closes it or dies."""
-    with contextlib.suppress(OSError):  # no locks here: the age alone says
+def lock_upload(file: IO[bytes]) -> None:
+    """Lock a file that this process is writing. Closing the file releases the lock, and so does a crash."""
+    with contextlib.suppress(OSError):  # the file system has no locks: `is_abandoned` goes by age alone
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_left(path: Path) -> bool:
-    """Whether the writer of a file is gone. Raises OSError, FileNotFoundError where it has just finished."""
+def is_abandoned(path: Path) -> bool:
+    """Whether no process is writing this upload any more. Raises OSError; FileNotFoundError if it has just finished."""
     age = time.time() - path.stat().st_mtime
-    if age < YOUNG_SECONDS or age > UPLOAD_SECONDS:
-        return age > UPLOAD_SECONDS
+    if age < LOCK_GRACE_SECONDS or age > MAX_UPLOAD_SECONDS:
+        return age > MAX_UPLOAD_SECONDS
     with path.open("r+b") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

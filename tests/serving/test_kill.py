@@ -20,8 +20,8 @@ from serving.test_registry_routes import ADMIN, KEY, MODEL, app_of
 from steer_engine.api.routing import AdminKeys
 from steer_engine.settings import ApiLimits
 from steer_engine.vectors import ControlVector, Registry
+from steer_engine.vectors.manifest import FOLDER
 from steer_engine.vectors.safetensors_format import to_bytes
-from steer_engine.vectors.uploaded import FOLDER
 
 MOMENTS, CLIENTS, NAMES = 50, 3, 3
 WIDTH = 4096

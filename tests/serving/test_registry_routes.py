@@ -23,12 +23,11 @@ from steer_engine.api.middleware import SteeringMiddleware
 from steer_engine.api.registry_routes import Uploads
 from steer_engine.api.routing import HEADER, KEYS_ENV, AdminKeys
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
-from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits, NamedLimits
+from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
-from steer_engine.vectors.loaded import InlineVectors
+from steer_engine.vectors.cache import InlineVectors
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
-from steer_engine.vectors.uploaded import ShelfLimits
 
 KEY = "an-admin-key-of-a-test"
 ADMIN = {HEADER: KEY}
@@ -85,7 +84,7 @@ def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     (tmp_path / "vectors").mkdir()
-    return Registry(tmp_path / "vectors", limits=ShelfLimits(max_vectors=3, max_presets=2, max_preset_bytes=1000))
+    return Registry(tmp_path / "vectors", limits=RegistryLimits(max_vectors=3, max_presets=2, max_preset_bytes=1000))
 
 
 @pytest.fixture
@@ -383,7 +382,7 @@ async def test_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
 
 async def test_limits_are_published(client: httpx.AsyncClient) -> None:
     limits = (await client.get("/v1/steering")).json()["limits"]
-    groups = (Limits, ApiLimits, ShelfLimits, EngineLimits)
+    groups = (Limits, ApiLimits, RegistryLimits, EngineLimits)
     assert {group.__name__ for group in groups} == {group.__name__ for group in NamedLimits.__subclasses__()}
     names = {name for group in groups for name in group.model_fields} | {"rows", "bank_rows"}
     assert set(limits) == names

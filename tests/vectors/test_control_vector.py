@@ -72,7 +72,7 @@ def test_what_is_not_a_direction_is_refused(bad: dict[int, np.ndarray], sentence
 def test_metadata_must_fit_the_directions() -> None:
     with pytest.raises(VectorFileError, match="hidden size 4 but the directions have 2"):
         ControlVector(directions={0: np.ones(2)}, metadata=VectorMetadata(hidden_size=4))
-    with pytest.raises(VectorFileError, match="block 3 but the model is said to have 3 blocks"):
+    with pytest.raises(VectorFileError, match="block 3, but the metadata says that the model has 3 blocks"):
         ControlVector(directions={3: np.ones(2)}, metadata=VectorMetadata(num_blocks=3))
     assert ControlVector(directions={0: np.ones(2)}).metadata.hidden_size == 2
 

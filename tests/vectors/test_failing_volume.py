@@ -14,8 +14,8 @@ import pytest
 
 from steer_engine.errors import RegistryError, RegistryFullError
 from steer_engine.vectors import ControlVector, Registry
-from steer_engine.vectors.storage import writing
-from steer_engine.vectors.uploaded import FOLDER
+from steer_engine.vectors.manifest import FOLDER
+from steer_engine.vectors.storage import disk_errors
 
 NOBODY = 65534
 
@@ -151,7 +151,7 @@ def test_full(folder: Path, change: str) -> None:
     ("code", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503), (errno.EIO, 503)]
 )
 def test_what_the_disk_says_is_told(code: int, status: int) -> None:
-    with pytest.raises(RegistryError, match=os.strerror(code)) as caught, writing():
+    with pytest.raises(RegistryError, match=os.strerror(code)) as caught, disk_errors():
         raise OSError(code, os.strerror(code))
     assert caught.value.status == status
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.gguf_format import load, require_sane_gguf, save
+from steer_engine.vectors.gguf_format import check_header, load, save
 
 
 def text(content: bytes, length: int | None = None) -> bytes:
@@ -117,7 +117,7 @@ def test_the_template_of_these_attacks_is_a_good_file(tmp_path: Path) -> None:
         key(b"f", 12, b"\0" * 8),
         key(b"general.alignment", 4, struct.pack("<I", 64)),
     )
-    require_sane_gguf(file(keys=extras, alignment=64))
+    check_header(file(keys=extras, alignment=64))
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_the_template_of_these_attacks_is_a_good_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_gguf_package_refuses_is_a_vector_file_error(data: bytes, sentence: str, tmp_path: Path) -> None:
-    require_sane_gguf(data)
+    check_header(data)
     (tmp_path / "v.gguf").write_bytes(data)
-    with pytest.raises(VectorFileError, match=f"the gguf package cannot read it .*{sentence}"):
+    with pytest.raises(VectorFileError, match=f"The gguf package cannot read it .*{sentence}"):
         load(tmp_path / "v.gguf")
 
 

@@ -11,7 +11,7 @@ import pytest
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.spec import SteeringSpec, parse_spec
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.loaded import InlineVectors
+from steer_engine.vectors.cache import InlineVectors
 from steer_engine.vectors.safetensors_format import to_bytes
 
 
@@ -88,7 +88,7 @@ def test_switched_off() -> None:
 
 
 def test_what_is_held_is_bounded_and_kept_by_use() -> None:
-    inline = InlineVectors(100_000, max_held_bytes=3 * 16)
+    inline = InlineVectors(100_000, budget=3 * 16)
     for i in range(3):
         inline.take(spec({"data": encoded(one(i))}))
     assert inline.find(one(0).digest) is not None

@@ -18,10 +18,10 @@ import pytest
 from filelock import FileLock
 
 from steer_engine.errors import RegistryError, UnsupportedEngineError
+from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors.mirror import LOCK, STATE, Mirror
 from steer_engine.vectors.safetensors_format import to_bytes
-from steer_engine.vectors.uploaded import ShelfLimits
 
 CALM = {"edits": [{"vector": "north"}]}
 
@@ -162,7 +162,7 @@ def test_the_operators_own_files_are_neither_replaced_nor_removed(folder: Path, 
     save(along(3), folder / "own.safetensors")
     mirror = Mirror(f"file://{tmp_path}/there", folder)
     mirror.sync()
-    assert "did not come from there" in mirror.faults["north.safetensors"]
+    assert "did not come from the URL" in mirror.faults["north.safetensors"]
     (tmp_path / "there" / "north.safetensors").unlink()
     mirror.sync()
     assert Registry(folder).names() == {"north": along(2).digest, "own": along(3).digest}
@@ -207,7 +207,7 @@ def test_the_registrys_limit_is_the_mirrors(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "there").mkdir()
     for axis in range(3):
         save(along(axis), tmp_path / "there" / f"v{axis}.safetensors")
-    mirror = Mirror(f"file://{tmp_path}/there", folder, ShelfLimits(max_vectors=2, max_presets=0))
+    mirror = Mirror(f"file://{tmp_path}/there", folder, RegistryLimits(max_vectors=2, max_presets=0))
     with pytest.raises(RegistryError, match="3 files; the registry takes at most 2"):
         mirror.sync()
 
@@ -217,7 +217,7 @@ def test_the_registrys_limit_is_the_mirrors(folder: Path, tmp_path: Path) -> Non
     [
         ("s3://bucket/vectors", "s3fs"),
         ("nowhere://x", "nowhere"),
-        ("https://user:secret@example.org/x", "must not hold a password"),
+        ("https://user:secret@example.org/x", "must not contain a password"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_with_what_to_do(

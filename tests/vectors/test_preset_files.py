@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from steer_engine.errors import SteeringRequestError
-from steer_engine.vectors.folder import MAX_FILE_BYTES, PresetFiles, check_preset
+from steer_engine.vectors.folder import MAX_PRESET_FILE_BYTES, PresetFiles, check_preset
 
 CALM = {"edits": [{"vector": "calm", "scale": 1.5, "blocks": "8-22"}]}
 
@@ -32,7 +32,7 @@ def test_broken_files_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogC
         "typo": json.dumps({"edits": [{"vektor": "calm"}]}),
         "deep": "[" * 100_000,
         "null": "null",
-        "large": " " * (MAX_FILE_BYTES + 1),
+        "large": " " * (MAX_PRESET_FILE_BYTES + 1),
         "inline": json.dumps({"edits": [{"vector": {"data": "AAAA"}}]}),
     }
     for name, text in bad.items():
@@ -62,5 +62,5 @@ def test_check_says_where(tmp_path: Path) -> None:
 
 
 def test_a_preset_that_reads_is_none() -> None:
-    with pytest.raises(SteeringRequestError, match="what is read belongs in requests"):
+    with pytest.raises(SteeringRequestError, match="captures belong in requests"):
         check_preset({"edits": [{"vector": "v"}], "capture": {}})

@@ -10,8 +10,8 @@ import pytest
 
 from steer_engine.errors import ModelMismatchError, SteeringRequestError, UnknownVectorError, VectorFileError
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors import folder as registry_module
-from steer_engine.vectors.registry import MAX_SUPERSEDED
+from steer_engine.vectors import folder as folder_module
+from steer_engine.vectors.folder import MAX_SUPERSEDED
 
 
 def one(value: float, block: int = 1, width: int = 4) -> ControlVector:
@@ -22,13 +22,13 @@ def one(value: float, block: int = 1, width: int = 4) -> ControlVector:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Paths that the registry reads from disk, as it reads them."""
     seen: list[Path] = []
-    original = registry_module.load
+    original = folder_module.load
 
     def load(path: Path) -> ControlVector:
         seen.append(path)
         return original(path)
 
-    monkeypatch.setattr(registry_module, "load", load)
+    monkeypatch.setattr(folder_module, "load", load)
     return seen
 
 

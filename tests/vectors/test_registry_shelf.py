@@ -16,9 +16,9 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors import uploaded as shelf_module
-from steer_engine.vectors.loaded import BUDGET_VARIABLE
-from steer_engine.vectors.uploaded import FOLDER
+from steer_engine.vectors import uploaded as uploaded_module
+from steer_engine.vectors.cache import BUDGET_VARIABLE
+from steer_engine.vectors.manifest import FOLDER
 
 CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
 
@@ -125,12 +125,12 @@ def test_memory_for_contents_is_bounded_and_what_was_let_go_is_read_again(
     registry = Registry(tmp_path)
     for i in range(10):
         registry.put(f"v{i}", one(i))
-    assert len(registry._loaded.digests()) == 3
+    assert len(registry._cache.digests()) == 3
     for i in range(10):
         assert registry.get(f"v{i}") == one(i)
-        assert len(registry._loaded.digests()) <= 3
+        assert len(registry._cache.digests()) <= 3
     registry.put("large", one(1, width=1000))
-    assert registry._loaded.digests() == [one(1, width=1000).digest]
+    assert registry._cache.digests() == [one(1, width=1000).digest]
 
 
 def test_a_vector_that_a_preset_file_uses_is_not_deleted(tmp_path: Path) -> None:
@@ -177,9 +177,9 @@ def test_a_name_that_stat_does_not_show_yet_is_found(tmp_path: Path, monkeypatch
     registry.put("first", one(1))
     manifest = tmp_path / FOLDER / "manifest.json"
     assert other.get("first") == one(1)
-    stale = shelf_module.signature_of(manifest)
-    real = shelf_module.signature_of
-    monkeypatch.setattr(shelf_module, "signature_of", lambda path: stale if path == manifest else real(path))
+    stale = uploaded_module.file_signature(manifest)
+    real = uploaded_module.file_signature
+    monkeypatch.setattr(uploaded_module, "file_signature", lambda path: stale if path == manifest else real(path))
     registry.put("second", one(2))
     registry.put_preset("calm", CALM)
     assert other.get("second") == one(2)

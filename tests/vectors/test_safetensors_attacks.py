@@ -80,7 +80,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     ),
     "block beyond the model": (
         with_tensors({"direction.3": entry()}, metadata={**META, "num_blocks": "3"}),
-        "block 3 but the model is said to have 3",
+        "block 3, but the metadata says",
     ),
     "no tensors": (with_tensors({}), "no tensors"),
     "no tensors but data": (with_tensors({}, b"abcd"), "no tensors"),

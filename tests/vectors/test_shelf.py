@@ -22,10 +22,12 @@ from steer_engine.errors import (
     UnknownVectorError,
     VectorFileError,
 )
+from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors import uploaded as shelf_module
-from steer_engine.vectors.storage import mark
-from steer_engine.vectors.uploaded import ANY, FOLDER, Shelf, ShelfLimits, preset_digest
+from steer_engine.vectors import uploaded as uploaded_module
+from steer_engine.vectors.manifest import FOLDER, preset_digest
+from steer_engine.vectors.storage import lock_upload
+from steer_engine.vectors.uploaded import ANY, UploadedVectors
 
 PRESET = {"edits": [{"vector": "a", "scale": 2.0}]}
 
@@ -43,14 +45,14 @@ def object_name(vector: ControlVector) -> str:
 
 
 def test_nothing_is_made_before_something_is_put(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     assert shelf.manifest().vectors == {}
     assert shelf.verify() == {}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_put_load_and_delete(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     assert shelf.put("a", one(1)) is True
     assert shelf.put("a", one(1)) is False
     assert shelf.put("b", one(1)) is True
@@ -67,7 +69,7 @@ def test_put_load_and_delete(tmp_path: Path) -> None:
 
 
 def test_a_name_is_replaced_only_by_who_knows_what_it_stood_for(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
     with pytest.raises(RegistryConflictError, match=one(1).digest):
         shelf.put("a", one(2))
@@ -85,7 +87,7 @@ def test_a_name_is_replaced_only_by_who_knows_what_it_stood_for(tmp_path: Path) 
 
 
 def test_presets(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
     other = {"edits": [{"vector": "b", "gate": {"vector": "a", "min_cos": 0.1}}]}
     assert shelf.put_preset("calm", PRESET) is True
@@ -104,7 +106,7 @@ def test_presets(tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, ShelfLimits(max_vectors=2, max_presets=1))
+    shelf = UploadedVectors(tmp_path, RegistryLimits(max_vectors=2, max_presets=1))
     shelf.put("a", one(1))
     shelf.put("b", one(2))
     with pytest.raises(RegistryFullError, match="at most 2 vectors"):
@@ -114,7 +116,7 @@ def test_limits(tmp_path: Path) -> None:
     with pytest.raises(RegistryFullError, match="at most 1 presets"):
         shelf.put_preset("loud", PRESET)
     size = shelf.manifest().num_bytes
-    small = Shelf(tmp_path / "small", ShelfLimits(max_registry_bytes=size // 2))
+    small = UploadedVectors(tmp_path / "small", RegistryLimits(max_registry_bytes=size // 2))
     small.put("a", one(1))
     small.put("same content", one(1))
     with pytest.raises(RegistryFullError, match="bytes"):
@@ -122,7 +124,7 @@ def test_limits(tmp_path: Path) -> None:
 
 
 def test_processes_see_each_other_s_changes_at_once(tmp_path: Path) -> None:
-    mine, theirs = Shelf(tmp_path), Shelf(tmp_path)
+    mine, theirs = UploadedVectors(tmp_path), UploadedVectors(tmp_path)
     mine.put("a", one(1))
     assert theirs.manifest().vectors["a"].digest == one(1).digest
     theirs.put("a", one(2), if_match=one(1).digest)
@@ -133,33 +135,33 @@ def test_processes_see_each_other_s_changes_at_once(tmp_path: Path) -> None:
 
 
 def test_an_unchanged_manifest_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
     shelf.manifest()
     reads = []
-    original = shelf_module.read_manifest
-    monkeypatch.setattr(shelf_module, "read_manifest", lambda path: (reads.append(path), original(path))[1])
+    original = uploaded_module.read_manifest
+    monkeypatch.setattr(uploaded_module, "read_manifest", lambda path: (reads.append(path), original(path))[1])
     for _ in range(5):
         shelf.manifest()
     assert reads == []
-    Shelf(tmp_path).put("b", one(2))
+    UploadedVectors(tmp_path).put("b", one(2))
     shelf.manifest()
     assert len(reads) == 2 + 1  # at the start of the other and under its lock, and one here
 
 
 def test_a_damaged_manifest_is_an_error_and_never_an_empty_registry(tmp_path: Path) -> None:
-    Shelf(tmp_path).put("a", one(1))
+    UploadedVectors(tmp_path).put("a", one(1))
     path = tmp_path / FOLDER / "manifest.json"
     whole = path.read_bytes()
     for damaged in (b"", whole[:-5], b"[" * 100_000, json.dumps({"format": 2}).encode(), b"\xff"):
         path.write_bytes(damaged)
         with pytest.raises(RegistryError, match="is not a manifest"):
-            Shelf(tmp_path)
+            UploadedVectors(tmp_path)
         assert path.read_bytes() == damaged
 
 
 def test_damaged_content_is_found_at_the_start_and_mended_by_sending_it_again(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     for name, value in (("short", 1), ("other", 2), ("gone", 3), ("good", 4)):
         shelf.put(name, one(value))
     folder = tmp_path / FOLDER / "objects"
@@ -167,7 +169,7 @@ def test_damaged_content_is_found_at_the_start_and_mended_by_sending_it_again(tm
     path.write_bytes(path.read_bytes()[:-1])
     (folder / object_name(one(2))).write_bytes((folder / object_name(one(4))).read_bytes())
     (folder / object_name(one(3))).unlink()
-    faults = Shelf(tmp_path).verify()
+    faults = UploadedVectors(tmp_path).verify()
     assert sorted(faults) == ["gone", "other", "short"]
     with pytest.raises(VectorFileError):
         shelf.load(one(2).digest)
@@ -176,7 +178,7 @@ def test_damaged_content_is_found_at_the_start_and_mended_by_sending_it_again(tm
 
 
 def test_the_start_removes_what_a_crash_left(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
     root = tmp_path / FOLDER
     young, old = shelf.incoming() / "young", shelf.incoming() / "old"
@@ -184,59 +186,59 @@ def test_the_start_removes_what_a_crash_left(tmp_path: Path) -> None:
     for path in (*leftovers, young):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    assert Shelf(tmp_path).verify() == {}
+    assert UploadedVectors(tmp_path).verify() == {}
     assert not any(path.exists() for path in leftovers)
     assert young.exists()
     assert shelf.load(one(1).digest) == one(1)
 
 
 def test_an_upload_is_left_when_its_writer_is_gone(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
     left, under_way = shelf.incoming() / "left", shelf.incoming() / "under way"
     left.write_bytes(b"half")
     with under_way.open("wb") as file:
-        mark(file)
+        lock_upload(file)
         for path in (left, under_way):
             os.utime(path, (time.time() - 10, time.time() - 10))
-        Shelf(tmp_path).verify()
+        UploadedVectors(tmp_path).verify()
         assert not left.exists()
         assert under_way.exists()
-    Shelf(tmp_path).verify()
+    UploadedVectors(tmp_path).verify()
     assert not under_way.exists()
 
 
 def test_a_lock_that_is_held_is_waited_for_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
-    monkeypatch.setattr(shelf_module, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(uploaded_module, "LOCK_SECONDS", 0.05)
     with shelf._changing(), pytest.raises(CapacityError):
-        Shelf(tmp_path).put("b", one(2))
-    Shelf(tmp_path).put("b", one(2))
+        UploadedVectors(tmp_path).put("b", one(2))
+    UploadedVectors(tmp_path).put("b", one(2))
 
 
 def test_many_start_while_others_change_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading all objects at the start takes minutes where there are thousands: no other server waits for it."""
-    shelf = Shelf(tmp_path)
+    shelf = UploadedVectors(tmp_path)
     shelf.put("a", one(1))
     shelf.put("b", one(2))
-    monkeypatch.setattr(shelf_module, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(uploaded_module, "LOCK_SECONDS", 0.05)
     with shelf._changing():
-        assert Shelf(tmp_path).verify() == {}, "a server starts while another tidies"
-    load, changed = Shelf.load, []
+        assert UploadedVectors(tmp_path).verify() == {}, "a server starts while another tidies"
+    load, changed = UploadedVectors.load, []
 
-    def load_slowly(self: Shelf, digest: str) -> ControlVector:
+    def load_slowly(self: UploadedVectors, digest: str) -> ControlVector:
         if not changed:
             changed.append(shelf.delete("b"))  # refused while the lock is held
         return load(self, digest)
 
-    monkeypatch.setattr(Shelf, "load", load_slowly)
-    assert Shelf(tmp_path).verify() == {}, "what was deleted meanwhile is not damaged"
+    monkeypatch.setattr(UploadedVectors, "load", load_slowly)
+    assert UploadedVectors(tmp_path).verify() == {}, "what was deleted meanwhile is not damaged"
     assert changed == [one(2).digest]
 
 
 def test_threads_lose_no_change(tmp_path: Path) -> None:
-    shelves = [Shelf(tmp_path) for _ in range(2)]
+    shelves = [UploadedVectors(tmp_path) for _ in range(2)]
 
     def work(number: int) -> None:
         for i in range(10):
@@ -247,8 +249,8 @@ def test_threads_lose_no_change(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(Shelf(tmp_path).manifest().vectors) == 40
-    assert Shelf(tmp_path).manifest().generation == 40
+    assert len(UploadedVectors(tmp_path).manifest().vectors) == 40
+    assert UploadedVectors(tmp_path).manifest().generation == 40
 
 
 def test_kill_at_any_moment(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
         began, done = _run_until_killed(tmp_path, seed=moment, seconds=rng.uniform(0.0, 0.06))
         for name, digest in done:
             _apply(state, name, digest)
-        shelf = Shelf(tmp_path)
+        shelf = UploadedVectors(tmp_path)
         assert shelf.verify() == {}
         found = {name: entry.digest for name, entry in shelf.manifest().vectors.items()}
         if found != state:
@@ -310,7 +312,7 @@ def _change_for_ever(folder: Path, seed: int, writer: int) -> None:
 
     os.write(writer, b"\n")
     try:
-        rng, shelf = random.Random(seed), Shelf(folder)
+        rng, shelf = random.Random(seed), UploadedVectors(folder)
         while True:
             name = f"v{rng.randrange(4)}"
             known = name in shelf.manifest().vectors
