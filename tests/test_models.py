@@ -1,4 +1,4 @@
-"""The model cache holds whole, checked checkpoints, whatever interrupts a conversion."""
+"""The model cache contains complete, verified checkpoints only, whatever interrupts a conversion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A quick stand-in for the conversion; the list grows with each one."""
+    """Replaces the conversion with a fast one. The list records each call."""
     done: list[Path] = []
 
     def convert(source: Path, target: Path) -> None:
@@ -37,7 +37,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (target / "model.safetensors").write_bytes(b"weights")
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(models, "_convert_in_child", convert)
     return done
 
 
@@ -45,7 +45,7 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_other_names_are_left_alone(cache: Path) -> None:
+def test_other_names_are_unchanged(cache: Path) -> None:
     assert models.resolve_model("org/model") == "org/model"
     assert models.resolve_model("./smollm2-135m") == "./smollm2-135m"
     assert not cache.exists()
@@ -82,7 +82,7 @@ def break_source(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [break_byte, break_missing, break_manifest, break_no_manifest, break_source])
-def test_damage_is_found_and_mended(cache: Path, conversions: list[Path], damage: Callable[[Path], None]) -> None:
+def test_damage_is_found_and_repaired(cache: Path, conversions: list[Path], damage: Callable[[Path], None]) -> None:
     path = models.get_model(SMOLLM2, quiet)
     damage(path)
     said: list[str] = []
@@ -97,7 +97,7 @@ def test_failed_conversion_leaves_nothing(cache: Path, monkeypatch: pytest.Monke
         (target / "model.safetensors").write_bytes(b"half")
         raise ModelError("the conversion failed")
 
-    monkeypatch.setattr(models, "_convert", fail)
+    monkeypatch.setattr(models, "_convert_in_child", fail)
     with pytest.raises(ModelError, match="the conversion failed"):
         models.get_model(SMOLLM2, quiet)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
@@ -127,12 +127,12 @@ def test_wrong_package_file_is_refused(cache: Path, conversions: list[Path]) -> 
 
 @pytest.mark.parametrize("victim", ["child", "everything"])
 def test_killed_conversion_leaves_no_half_checkpoint(cache: Path, victim: str) -> None:
-    """A real conversion, killed with SIGKILL in the middle: no final folder, and the next run starts clean."""
+    """A real conversion is killed by SIGKILL. The final folder does not exist, and the next run starts clean."""
     command = [sys.executable, "-P", "-m", "steer_engine", "models", "get", "smollm2-135m"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         child = wait_for_child(process.pid)
-        time.sleep(2)  # into the imports of Transformers, well before the weights are written
+        time.sleep(2)  # during the imports of Transformers, long before the weights are written
         if victim == "child":
             os.kill(child, signal.SIGKILL)
         else:
@@ -151,7 +151,7 @@ def test_killed_conversion_leaves_no_half_checkpoint(cache: Path, victim: str) -
         assert "Traceback" not in stderr
 
 
-def test_leftovers_of_a_killed_run_are_swept(cache: Path, conversions: list[Path]) -> None:
+def test_leftovers_of_a_killed_run_are_removed(cache: Path, conversions: list[Path]) -> None:
     stale = cache / f".{models.checkpoint_path(SMOLLM2).name}.tmp-1"
     stale.mkdir(parents=True)
     (stale / "model.safetensors").write_bytes(b"half")
@@ -171,7 +171,7 @@ def wait_for_child(pid: int, seconds: float = 60) -> int:
 
 
 def test_the_real_checkpoint(smollm2: str) -> None:
-    """It loads as a normal checkpoint of the right shape, and its tokenizer chats."""
+    """It loads as a normal checkpoint of the right shape, and its tokenizer has a chat template."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(smollm2)

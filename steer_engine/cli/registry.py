@@ -1,9 +1,13 @@
-"""A running server, asked for its vectors and presets. Needs nothing but the standard library."""
+"""Commands for the registry of a running server: its vectors and presets, and `steer-engine status`.
+
+Requests use the standard library only.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -20,19 +24,22 @@ from steer_engine.errors import RegistryError, SteeringRequestError, VectorFileE
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
 
-
 URL_ENV = "STEER_ENGINE_URL"
 ADMIN_ENV = "STEER_ENGINE_ADMIN_KEY"
 KEY_ENVS = ("STEER_ENGINE_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
 DEFAULT_URL = "http://localhost:8000"
 TIMEOUT_SECONDS = 60
 MAX_ANSWER_BYTES = 1 << 30
+PIPED_WIDTH = 10_000
+"""Columns; wider than any table."""
 
-Url = Annotated[str, typer.Option(envvar=URL_ENV, help="The server; the keys come from the environment.")]
+Url = Annotated[str, typer.Option(envvar=URL_ENV, help="URL of the server. Keys are read from the environment.")]
+VectorName = Annotated[str, typer.Argument(help="Name of a vector on the server.")]
+PresetName = Annotated[str, typer.Argument(help="Name of a preset on the server.")]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the keys to wherever it says."""
+    """Does not follow redirects, because they would send the keys to another server."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -43,7 +50,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said: its body, and the digest that it names (`ETag`)."""
+    """A server's answer. digest: from the header `ETag`."""
 
     status: int
     body: bytes
@@ -56,14 +63,15 @@ class Answer:
 
 
 class Remote:
-    """One server. Keys come from the environment only: other users of a machine can read its command lines.
+    """A client of one server. All methods raise RegistryError, with the server's reason.
 
-    STEER_ENGINE_API_KEY (or OPENAI_API_KEY, VLLM_API_KEY) reads, STEER_ENGINE_ADMIN_KEY changes.
+    Keys are read from the environment only, because other users of a machine can read its command lines.
+    STEER_ENGINE_API_KEY (or OPENAI_API_KEY, VLLM_API_KEY) is for reading, STEER_ENGINE_ADMIN_KEY for changes.
     """
 
     def __init__(self, url: str) -> None:
         if not url.startswith(("http://", "https://")):
-            raise RegistryError(f"{url} is not the URL of a server: it begins with http:// or https://.")
+            raise RegistryError(f"{url} is not the URL of a server; it must begin with http:// or https://.")
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1/steering"
         admin = os.environ.get(ADMIN_ENV, "")
         key = next((found for name in KEY_ENVS if (found := os.environ.get(name))), admin)
@@ -72,27 +80,27 @@ class Remote:
             self._headers["X-Steering-Admin-Key"] = admin
 
     def get(self, *path: str, **query: Any) -> Answer:
-        return self._ask("GET", path, query=query)
+        return self._request("GET", path, query=query)
 
     def ready(self) -> None:
-        """Raises RegistryError, with the server's reason, unless it is ready to steer."""
-        self._ask("GET", (), url=f"{self._base.removesuffix('/v1/steering')}/readyz")
+        """Raise RegistryError unless the server is ready to steer."""
+        self._request("GET", (), url=f"{self._base.removesuffix('/v1/steering')}/readyz")
 
     def put(self, *path: str, body: bytes, content_type: str, replace: bool) -> Answer:
-        """Raises RegistryError where the name stands for something else, unless `replace`."""
+        """Upload `body`. If the name has other content, replace it (`replace`) or raise RegistryError."""
         headers = {"Content-Type": content_type}
-        if replace and (seen := self._digest_of(path)):
-            headers["If-Match"] = f'"{seen}"'
-        return self._ask("PUT", path, body=body, headers=headers)
+        if replace and (found := self._digest_of(path)):
+            headers["If-Match"] = f'"{found}"'
+        return self._request("PUT", path, body=body, headers=headers)
 
     def post(self, *path: str, body: bytes) -> Answer:
-        return self._ask("POST", path, body=body, headers={"Content-Type": "application/json"})
+        return self._request("POST", path, body=body, headers={"Content-Type": "application/json"})
 
     def delete(self, *path: str) -> Answer:
-        return self._ask("DELETE", path)
+        return self._request("DELETE", path)
 
     def pages(self, what: str) -> list[dict[str, Any]]:
-        """All entries of a list, page by page."""
+        """All entries of a list, fetched page by page."""
         entries: list[dict[str, Any]] = []
         while True:
             page = self.get(what, after=entries[-1]["name"] if entries else "", limit=1000).json()
@@ -103,10 +111,10 @@ class Remote:
     def _digest_of(self, path: tuple[str, ...]) -> str | None:
         try:
             return self.get(*path).digest
-        except _Absent:
+        except _NotFound:
             return None
 
-    def _ask(
+    def _request(
         self,
         method: str,
         path: tuple[str, ...],
@@ -125,20 +133,20 @@ class Remote:
                 digest = answer.headers.get("ETag", "").strip('"')
                 return Answer(answer.status, answer.read(MAX_ANSWER_BYTES), digest)
         except urllib.error.HTTPError as error:
-            kind = _Absent if error.code == 404 else RegistryError
+            kind = _NotFound if error.code == 404 else RegistryError
             raise kind(f"{method} {url}: {error.code}: {_reason(error)}") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
-            raise RegistryError(f"{url} cannot be reached ({reason}); say --url, or set {URL_ENV}.") from None
+            raise RegistryError(f"{url} is unreachable ({reason}); set --url or {URL_ENV}.") from None
 
 
-class _Absent(RegistryError):
-    """404."""
+class _NotFound(RegistryError):
+    """The server answered 404."""
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     text = error.read(65536).decode(errors="replace")
-    hint = f" (the key comes from {ADMIN_ENV} or {KEY_ENVS[0]})" if error.code in (401, 403) else ""
+    hint = f" (the key is read from {ADMIN_ENV} or {KEY_ENVS[0]})" if error.code in (401, 403) else ""
     try:
         found = json.loads(text)["error"]
         return str(found["message"] if isinstance(found, dict) else found) + hint
@@ -148,9 +156,11 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 def status(
     url: Url = DEFAULT_URL,
-    counters: Annotated[bool, typer.Option("--counters", help="Also the counters of the API and its engine.")] = False,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="Include the counters of the API process and its engine.")
+    ] = False,
 ) -> None:
-    """Print as JSON what a server can do: model, blocks, operations, limits; fails unless it is ready to steer.
+    """Print a server's model, blocks, operations and limits as JSON. Fails unless the server is ready to steer.
 
     Example: steer-engine status --url http://localhost:8000
     """
@@ -162,17 +172,24 @@ def status(
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
-VectorName = Annotated[str, typer.Argument(help="VectorName of a vector on the server.")]
+def print_table(table: Table) -> None:
+    """Print a table. If the output is piped, it is as wide as the table, so that no cell is cut or wrapped."""
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
+
+
+def short_digest(digest: str) -> str:
+    """The first 12 hexadecimal digits for a terminal, the whole digest for a pipe."""
+    return digest[: len("sha256:") + 12] if sys.stdout.isatty() else digest
 
 
 def fetched(name: str, url: str) -> ControlVector:
-    """A vector of a server, after checking that it is what its digest says. Raises RegistryError, VectorFileError."""
+    """A vector of a server, verified by its digest. Raises RegistryError, VectorFileError."""
     from steer_engine.vectors.safetensors_format import from_bytes
 
     answer = Remote(url).get("vectors", name, download="")
     vector = from_bytes(answer.body)
     if vector.digest != answer.digest:
-        raise VectorFileError(f"The server promised {answer.digest} and sent {vector.digest}.")
+        raise VectorFileError(f"The server announced {answer.digest} but sent {vector.digest}.")
     return vector
 
 
@@ -184,46 +201,48 @@ def list_vectors(url: Url = DEFAULT_URL) -> None:
     table = Table("name", "digest")
     for entry in Remote(url).pages("vectors"):
         table.add_row(entry["name"], entry["digest"])
-    Console(soft_wrap=True).print(table)
+    print_table(table)
 
 
 def add(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A control vector, safetensors or GGUF.")],
-    name: Annotated[str, typer.Option(help="Its name on the server; the file's stem if not given.")] = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace what the name stands for now.")] = False,
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A control-vector file, safetensors or GGUF.")
+    ],
+    name: Annotated[str, typer.Option(help="Name on the server (default: the file's stem).")] = "",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the current content of the name.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Put a vector on a server, where it steers the next request. Needs STEER_ENGINE_ADMIN_KEY.
+    """Upload a vector to a server. The next request can use it. Needs STEER_ENGINE_ADMIN_KEY.
 
     Example: steer-engine vectors add cheerful.safetensors --url http://localhost:8000
     """
     from steer_engine.vectors import load
 
-    vector = load(file)  # so that a broken file is named here, in one sentence
+    vector = load(file)  # reports an unusable file before it is sent
     answer = Remote(url).put(
         "vectors", name or file.stem, body=file.read_bytes(), content_type="application/octet-stream", replace=replace
     )
     if answer.digest != vector.digest:
-        raise VectorFileError(f"The server keeps {answer.digest}, but {file} is {vector.digest}.")
+        raise VectorFileError(f"The server stored {answer.digest}, but {file} is {vector.digest}.")
     typer.echo(f"{name or file.stem}: {answer.digest}{' (new)' if answer.status == 201 else ''}")
 
 
 def remove_vector(name: VectorName, url: Url = DEFAULT_URL) -> None:
-    """Take a vector off a server; requests that run with it finish. Needs STEER_ENGINE_ADMIN_KEY.
+    """Delete a vector from a server. Running requests that use it are completed. Needs STEER_ENGINE_ADMIN_KEY.
 
     Example: steer-engine vectors rm cheerful
     """
-    gone = Remote(url).delete("vectors", name).json()
-    typer.echo(f"{name}: {gone['digest']} removed; {gone['in_flight']} requests use it still")
+    removed = Remote(url).delete("vectors", name).json()
+    typer.echo(f"{name}: {removed['digest']} removed; {removed['in_flight']} running requests use it")
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="VectorName or digest of a vector on the server.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; NAME.safetensors if not given.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
+    name: Annotated[str, typer.Argument(help="Name or digest of a vector on the server.")],
+    out: Annotated[Path | None, typer.Option(help="File to write (default: NAME.safetensors).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Fetch a vector from a server and write it as a file, after checking that it is what its digest says.
+    """Download a vector from a server to a file, and verify it by its digest.
 
     Example: steer-engine vectors pull cheerful --out cheerful.gguf
     """
@@ -231,35 +250,33 @@ def pull(
 
     target = out or Path(f"{name.removeprefix('sha256:')[:128]}.safetensors")
     if target.suffix not in SUFFIXES:
-        raise VectorFileError(f"{target}: the file's name must end in {' or '.join(SUFFIXES)}.")
+        raise VectorFileError(f"{target}: the name of the file must end in {' or '.join(SUFFIXES)}.")
     if target.exists() and not force:
-        raise VectorFileError(f"{target}: there is such a file already; choose another with --out, or --force.")
+        raise VectorFileError(f"{target}: the file exists; choose another with --out, or replace it with --force.")
     vector = fetched(name, url)
     save(vector, target)
     typer.echo(f"{target}: {vector.digest}")
 
 
-app = typer.Typer(no_args_is_help=True, help="Presets of a running server: named steering, also served as models.")
-
-PresetName = Annotated[str, typer.Argument(help="PresetName of a preset on the server.")]
+app = typer.Typer(no_args_is_help=True, help="Presets of a running server: named steering, also available as models.")
 
 
 @app.command("list")
 def list_presets(url: Url = DEFAULT_URL) -> None:
-    """List the presets of a server, and the vectors that they use.
+    """List the presets of a server and the vectors that they use.
 
     Example: steer-engine presets list --url http://localhost:8000
     """
     table = Table("name", "vectors", "digest")
     for entry in Remote(url).pages("presets"):
         vectors = ", ".join(str(edit["vector"]) for edit in entry["spec"]["edits"])
-        table.add_row(entry["name"], vectors, entry["digest"][: len("sha256:") + 12])
-    Console(soft_wrap=True).print(table)
+        table.add_row(entry["name"], vectors, short_digest(entry["digest"]))
+    print_table(table)
 
 
 @app.command()
 def show(name: PresetName, url: Url = DEFAULT_URL) -> None:
-    """Print a preset as JSON, as `put` takes it.
+    """Print a preset as JSON, in the form that `put` accepts.
 
     Example: steer-engine presets show calm > calm.json
     """
@@ -269,35 +286,35 @@ def show(name: PresetName, url: Url = DEFAULT_URL) -> None:
 @app.command()
 def put(
     name: PresetName,
-    spec: Annotated[str, typer.Argument(help="A JSON file, or the JSON itself: what a request's `steering` says.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Replace what the name stands for now.")] = False,
+    spec: Annotated[str, typer.Argument(help="A JSON file, or JSON: the value of a request's `steering`.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the current content of the name.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Keep steering under a name on a server. Needs STEER_ENGINE_ADMIN_KEY.
+    """Store steering under a name on a server. Needs STEER_ENGINE_ADMIN_KEY.
 
     Example: steer-engine presets put calm '{"edits": [{"vector": "cheerful", "scale": -0.2}]}'
     """
-    body = json.dumps(_read(spec)).encode()
+    body = json.dumps(_read_json(spec)).encode()
     answer = Remote(url).put("presets", name, body=body, content_type="application/json", replace=replace)
     typer.echo(f"{name}: {answer.digest}{' (new)' if answer.status == 201 else ''}")
 
 
 @app.command()
 def check(
-    spec: Annotated[str, typer.Argument(help="A JSON file, or the JSON itself: what a request's `steering` says.")],
+    spec: Annotated[str, typer.Argument(help="A JSON file, or JSON: the value of a request's `steering`.")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Print what a request with this steering would get from a server: digest, edits, rows, dose. Keeps nothing.
+    """Print what a server would apply for this steering: digest, edits, rows, dose. Stores nothing.
 
     Example: steer-engine presets check '{"edits": [{"vector": "cheerful", "scale": -0.2}]}'
     """
-    body = json.dumps(_read(spec)).encode()
+    body = json.dumps(_read_json(spec)).encode()
     typer.echo(json.dumps(Remote(url).post("validate", body=body).json(), indent=2, ensure_ascii=False))
 
 
 @app.command("rm")
 def remove_preset(name: PresetName, url: Url = DEFAULT_URL) -> None:
-    """Take a preset off a server. Needs STEER_ENGINE_ADMIN_KEY.
+    """Delete a preset from a server. Needs STEER_ENGINE_ADMIN_KEY.
 
     Example: steer-engine presets rm calm
     """
@@ -305,13 +322,11 @@ def remove_preset(name: PresetName, url: Url = DEFAULT_URL) -> None:
     typer.echo(f"{name}: removed")
 
 
-def _read(spec: str) -> Any:
+def _read_json(spec: str) -> Any:
     where = "The text" if spec.lstrip().startswith("{") else spec
     try:
         return json.loads(spec if where == "The text" else Path(spec).read_text())
     except OSError as error:
-        raise SteeringRequestError(
-            f"{spec[:200]} is neither JSON nor a file that can be read: {error.strerror}."
-        ) from None
+        raise SteeringRequestError(f"{spec[:200]} is neither JSON nor a readable file: {error.strerror}.") from None
     except ValueError as error:
         raise SteeringRequestError(f"{where[:200]} is not JSON: {error}.") from None

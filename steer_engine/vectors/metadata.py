@@ -1,4 +1,4 @@
-"""What is known about a control vector besides its numbers."""
+"""Metadata of a control vector, and its form as text in files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from steer_engine.errors import VectorFileError
 
 MAX_BLOCKS = 1024
-"""More blocks than any known model has; bounds block numbers, and with them headers and allocations."""
+"""More blocks than any known model has. Limits block numbers, headers and allocations."""
 
 MAX_HIDDEN_SIZE = 65536
 """Four times the widest known residual stream."""
 
 MAX_TEXT = 1024
-"""Characters of one short field, such as a model's name."""
+"""Characters of a short field, such as a model's name."""
 
 MAX_NOTES = 16384
-"""Characters of the free text."""
+"""Characters of the free text field."""
 
 MAX_EXTRA = 64
 """Entries of `extra` and of `created_with`."""
@@ -33,16 +33,16 @@ Block = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
 
 
 class VectorMetadata(BaseModel):
-    """Provenance and calibration of a control vector. Empty text and None mean "not known".
+    """Provenance and calibration of a control vector. Empty text and None mean "unknown".
 
-    residual_norms: block -> mean Euclidean norm of a token row of the residual stream there, measured where the vector
-        was derived. It is what `unit: "residual"` multiplies, so it counts as content (it enters the digest).
-    separation: block -> how often the direction there, derived from other pairs, ranked a positive above a negative
-        (AUROC; 0.5 is chance).
+    residual_norms: block -> mean Euclidean norm of a token row of the residual stream there, measured while the
+        vector was derived. `unit: "residual"` multiplies by it, so it is content and part of the digest.
+    separation: block -> AUROC of the direction on pairs it was not derived from: how often it ranked a positive above a
+        negative (0.5 is chance).
     explained_variance: block -> share of the squared differences of the pairs that lies along the direction.
     dataset_digest: "sha256:..." of the contrast pairs.
     created_with: package -> version.
-    extra: keys of other tools, kept as they are.
+    extra: keys of other tools, unchanged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -76,7 +76,7 @@ class VectorMetadata(BaseModel):
 
     @classmethod
     def checked(cls, fields: Mapping[str, object]) -> VectorMetadata:
-        """Build from untrusted fields; VectorFileError names the first field that is wrong."""
+        """Build from untrusted fields. Raises VectorFileError, which names the first invalid field."""
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
@@ -85,9 +85,9 @@ class VectorMetadata(BaseModel):
             raise VectorFileError(f"The vector's metadata field {where!r} is not usable: {first['msg']}.") from None
 
     def joined(self, other: VectorMetadata) -> VectorMetadata:
-        """Metadata of a sum of two vectors; symmetric. What both agree on stays, the rest becomes "not known".
+        """Metadata of a sum of two vectors; symmetric. Equal fields stay, other fields become unknown.
 
-        Residual norms of a block that both measured are averaged: each estimates the same property of the model.
+        Residual norms that both have for a block are averaged, because both estimate the same property of the model.
         """
         mine, theirs = self.residual_norms, other.residual_norms
         norms = {
@@ -125,7 +125,7 @@ TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", 
 
 
 def metadata_to_text(metadata: VectorMetadata) -> dict[str, str]:
-    """The `__metadata__` map: text to text, unknown fields left out, structured ones as JSON."""
+    """The `__metadata__` map, text to text. Unknown fields are left out; mappings are written as JSON."""
     text = {"format": FORMAT, "format_version": FORMAT_VERSION}
     for name, value in metadata.model_dump().items():
         if name in JSON_FIELDS:
@@ -138,14 +138,14 @@ def metadata_to_text(metadata: VectorMetadata) -> dict[str, str]:
 
 
 def metadata_from_text(text: Any) -> VectorMetadata:
-    """Inverse of `metadata_to_text`. Keys that are not ours are kept in `extra`."""
+    """Inverse of `metadata_to_text`. Other keys are kept in `extra`. Raises VectorFileError."""
     if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
         raise VectorFileError("The file's `__metadata__` is missing or is not a map of text to text.")
     if text.get("format") != FORMAT:
-        raise VectorFileError(f"The file's metadata does not say `format: {FORMAT}`; it is some other file.")
+        raise VectorFileError(f"The file's metadata does not say `format: {FORMAT}`; this is not a control vector.")
     if text.get("format_version") != FORMAT_VERSION:
         found = text.get("format_version", "none")
-        raise VectorFileError(f"Format version {found[:32]!r} is not known; this release reads {FORMAT_VERSION!r}.")
+        raise VectorFileError(f"Format version {found[:32]!r} is not supported; this release reads {FORMAT_VERSION!r}.")
     fields: dict[str, Any] = {name: text[name] for name in TEXT_FIELDS if name in text}
     for name in NUMBER_FIELDS:
         if name in text:
@@ -165,7 +165,7 @@ def metadata_from_text(text: Any) -> VectorMetadata:
 
 
 def parse_json_object(text: str, what: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys and without NaN or infinity."""
+    """Parse a JSON object without duplicate keys, NaN and infinity. Raises VectorFileError; `what` names the text."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -174,14 +174,14 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
         return found
 
     def no_constant(name: str) -> NoReturn:
-        raise VectorFileError(f"{what.capitalize()} has a value {name}, which JSON does not know.")
+        raise VectorFileError(f"{what.capitalize()} has the value {name}, which is not valid JSON.")
 
     try:
         parsed = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except VectorFileError:
         raise
     except (ValueError, RecursionError):  # broken JSON, an integer of thousands of digits, deep nesting
-        raise VectorFileError(f"{what.capitalize()} is not readable JSON.") from None
+        raise VectorFileError(f"{what.capitalize()} is not valid JSON.") from None
     if not isinstance(parsed, dict):
         raise VectorFileError(f"{what.capitalize()} is not a JSON object.")
     return parsed
@@ -189,7 +189,7 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
 
 def _block_key(key: str, name: str) -> int:
     if re.fullmatch(r"0|[1-9][0-9]{0,3}", key) is None:
-        raise VectorFileError(f"The metadata's {name} name block {key[:32]!r}, which is not a block number.")
+        raise VectorFileError(f"The metadata's {name} contain block {key[:32]!r}, which is not a block number.")
     return int(key)
 
 

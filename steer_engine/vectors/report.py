@@ -1,11 +1,9 @@
-"""Small pictures as SVG text: bars by block, two histograms in one, a heat map. Numbers in, no text of a user's."""
+"""The HTML report about control vectors: one page with tables and small SVG figures, without scripts or other files."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import import_module
 
 import numpy as np
 
@@ -13,89 +11,13 @@ from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.suggestion import doses, suggest
 
+Projections = Mapping[int, tuple[np.ndarray, np.ndarray]]
+"""Block -> projections of positive and negative texts on the direction there, `[N]` each."""
+
 WIDTH, HEIGHT, EDGE = 420, 200, 46
+"""Size of a figure and width of its axis labels, in pixels."""
+
 _BLUE, _RED = (33, 102, 172), (178, 24, 43)
-
-
-def bars(values: Mapping[int, float], *, low: float = 0.0, high: float | None = None) -> str:
-    """One bar per block; the axis runs from `low` to `high` (the largest value)."""
-    top = max(values.values(), default=0.0) if high is None else high
-    span = top - low if top > low else 1.0
-    step = (WIDTH - EDGE) / max(1, len(values))
-    parts = []
-    for i, (block, value) in enumerate(values.items()):
-        height = (HEIGHT - EDGE) * min(1.0, max(0.0, (value - low) / span))
-        x, y = EDGE + i * step, HEIGHT - 24 - height
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" height="{height:.1f}" fill="#2166ac">'
-            f"<title>block {block}: {value:.4g}</title></rect>"
-        )
-        if i % max(1, len(values) // 10) == 0:
-            parts.append(_text(x + step * 0.4, HEIGHT - 8, str(block), "middle"))
-    parts += [_text(EDGE - 6, HEIGHT - 22, f"{low:.3g}", "end"), _text(EDGE - 6, 28, f"{low + span:.3g}", "end")]
-    return _picture(WIDTH, HEIGHT, parts)
-
-
-def histograms(positive_N: np.ndarray, negative_N: np.ndarray) -> str:
-    """Shares of positives (blue) and negatives (red) per interval, each over its own number of texts."""
-    shares, edges = histogram_shares(positive_N, negative_N)
-    top = max(float(share.max()) for share in shares) or 1.0
-    step = (WIDTH - EDGE) / (len(edges) - 1)
-    parts = []
-    for name, share_B, colour in zip(("positives", "negatives"), shares, (_BLUE, _RED), strict=True):
-        for i, share in enumerate(share_B):
-            height = (HEIGHT - EDGE) * float(share) / top
-            parts.append(
-                f'<rect x="{EDGE + i * step:.1f}" y="{HEIGHT - 24 - height:.1f}" width="{step:.1f}" '
-                f'height="{height:.1f}" fill="rgb{colour}" fill-opacity="0.55">'
-                f"<title>{name} from {edges[i]:.4g} to {edges[i + 1]:.4g}: {share:.1%}</title></rect>"
-            )
-        place = EDGE if name == "negatives" else WIDTH - 60
-        parts.append(f'<text x="{place}" y="14" font-size="11" fill="rgb{colour}">{name}</text>')
-    for i in range(0, len(edges), max(1, (len(edges) - 1) // 4)):
-        parts.append(_text(EDGE + i * step, HEIGHT - 8, f"{edges[i]:.3g}", "end" if i == len(edges) - 1 else "middle"))
-    parts += [_text(EDGE - 6, HEIGHT - 22, "0", "end"), _text(EDGE - 6, 28, f"{top:.0%}", "end")]
-    return _picture(WIDTH, HEIGHT, parts)
-
-
-def histogram_shares(positive_N: np.ndarray, negative_N: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Share of each side in each of equal intervals over both, and the intervals' edges."""
-    edges = np.histogram_bin_edges(np.concatenate([positive_N, negative_N]), bins=24)
-    return [np.histogram(side_N, edges)[0] / max(1, len(side_N)) for side_N in (positive_N, negative_N)], edges
-
-
-def heatmap(matrix: np.ndarray, labels: Sequence[int]) -> str:
-    """A square of values from -1 (red) over 0 (white) to 1 (blue), with every tenth label or so."""
-    count = len(labels)
-    step = (HEIGHT - 24) / max(1, count)
-    parts = []
-    for row in range(count):
-        for column in range(count):
-            value = float(matrix[row, column])
-            parts.append(
-                f'<rect x="{24 + column * step:.2f}" y="{row * step:.2f}" width="{step + 0.05:.2f}" '
-                f'height="{step + 0.05:.2f}" fill="{_colour(value)}">'
-                f"<title>{labels[row]}, {labels[column]}: {value:.3f}</title></rect>"
-            )
-        if row % max(1, count // 6) == 0:
-            parts.append(_text(20, row * step + step / 2 + 4, str(labels[row]), "end"))
-            parts.append(_text(24 + row * step + step / 2, HEIGHT - 8, str(labels[row]), "middle"))
-    return _picture(HEIGHT, HEIGHT, parts)
-
-
-def _colour(value: float) -> str:
-    end = _BLUE if value >= 0 else _RED
-    share = min(1.0, abs(value))
-    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in end)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11" fill="#555" text-anchor="{anchor}">{text}</text>'
-
-
-def _picture(width: int, height: int, parts: Sequence[str]) -> str:
-    return f'<svg width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
-
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -105,16 +27,15 @@ figcaption { font-weight: 600 } dt { float: left; width: 9rem; color: #666 } cod
 """
 
 
-Projections = Mapping[int, tuple[np.ndarray, np.ndarray]]
-"""Block -> components of positives and negatives along the direction there, `[N]` each."""
-
-
 def html_report(vectors: Mapping[str, ControlVector], projections: Mapping[str, Projections] | None = None) -> str:
-    """The page: norms, dose and separation by block, cosines between blocks, and between vectors where there are more.
+    """The page: norms, dose and separation by block, cosines between blocks and between several vectors.
 
-    projections: vector's name -> where texts lie along it, shown as histograms.
+    All text from a file is escaped.
 
-    Everything that comes from a file is escaped.
+    projections: vector's name -> projections of texts on it, shown as histograms.
+
+    Raises:
+        VectorFileError: no vector is given, or the vectors have different hidden sizes.
     """
     if not vectors:
         raise VectorFileError("A report needs at least one control vector.")
@@ -129,7 +50,7 @@ def html_report(vectors: Mapping[str, ControlVector], projections: Mapping[str, 
 
 
 def block_cosines(vector: ControlVector) -> np.ndarray:
-    """Cosines between the directions of all pairs of blocks, `[blocks, blocks]`; zero directions have cosine 0."""
+    """Cosines between the directions of all pairs of blocks, `[blocks, blocks]`; 0 for a direction of zeros."""
     rows = np.stack([direction.astype(np.float64) for direction in vector.directions.values()])
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     units = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
@@ -138,7 +59,7 @@ def block_cosines(vector: ControlVector) -> np.ndarray:
 
 
 def cosine_by_block(a: ControlVector, b: ControlVector) -> dict[int, float]:
-    """Cosine between two vectors at each block that both have."""
+    """Block -> cosine between the directions of two vectors, where both have one. Raises VectorFileError."""
     if a.hidden_size != b.hidden_size:
         raise VectorFileError(f"Vectors of hidden size {a.hidden_size} and {b.hidden_size} cannot be compared.")
     found = {}
@@ -163,7 +84,7 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
         "data set": about.dataset_digest,
         "made with": ", ".join(f"{key} {value}" for key, value in about.created_with.items()),
         "notes": about.notes,
-        "to start with": suggestion,
+        "suggestion": suggestion,
     }
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items() if value)
     figures = [_figure("|v|", bars(vector.norms))]
@@ -208,42 +129,81 @@ def _figure(caption: str, picture: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{picture}</figure>"
 
 
-def png_report(vectors: Mapping[str, ControlVector], projections: Mapping[str, Projections] | None = None) -> bytes:
-    """One row of figures per vector: norms, doses, separation, cosines between blocks, and histograms of projections
-    where there are any.
+def bars(values: Mapping[int, float], *, low: float = 0.0, high: float | None = None) -> str:
+    """One bar per block. The axis ranges from `low` to `high` (default: the largest value)."""
+    top = max(values.values(), default=0.0) if high is None else high
+    span = top - low if top > low else 1.0
+    step = (WIDTH - EDGE) / max(1, len(values))
+    parts = []
+    for i, (block, value) in enumerate(values.items()):
+        height = (HEIGHT - EDGE) * min(1.0, max(0.0, (value - low) / span))
+        x, y = EDGE + i * step, HEIGHT - 24 - height
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" height="{height:.1f}" fill="#2166ac">'
+            f"<title>block {block}: {value:.4g}</title></rect>"
+        )
+        if i % max(1, len(values) // 10) == 0:
+            parts.append(_text(x + step * 0.4, HEIGHT - 8, str(block), "middle"))
+    parts += [_text(EDGE - 6, HEIGHT - 22, f"{low:.3g}", "end"), _text(EDGE - 6, 28, f"{low + span:.3g}", "end")]
+    return _picture(WIDTH, HEIGHT, parts)
 
-    Raises:
-        VectorFileError: no vector, or matplotlib is not installed.
-    """
-    if not vectors:
-        raise VectorFileError("A report needs at least one control vector.")
-    try:
-        # The object interface: no window system, no global state.
-        figures = import_module("matplotlib.figure")
-    except ImportError:
-        raise VectorFileError("A PNG report needs: pip install 'steer-engine[report]'. HTML needs nothing.") from None
-    columns = 4 + max((len(by_block) for by_block in (projections or {}).values()), default=0)
-    figure = figures.Figure(figsize=(4 * columns, 3.2 * len(vectors)), layout="constrained")
-    axes = figure.subplots(len(vectors), columns, squeeze=False)
-    for row, (name, vector) in zip(axes, vectors.items(), strict=True):
-        series = (("|v|", vector.norms), ("dose of scale 1", doses(vector)), ("AUROC", vector.metadata.separation))
-        for axis, (title, values) in zip(row, series, strict=False):
-            axis.bar(list(values), list(values.values()))
-            axis.set_title(f"{name}: {title}", parse_math=False)
-            axis.set_xlabel("block")
-        if vector.metadata.separation:
-            row[2].set_ylim(0.5, 1.0)
-        row[3].imshow(block_cosines(vector), vmin=-1, vmax=1, cmap="RdBu")
-        row[3].set_title("cosine between blocks")
-        shown = (projections or {}).get(name, {})
-        for axis, (block, sides) in zip(row[4:], shown.items(), strict=False):
-            shares, edges = histogram_shares(*sides)
-            for side, share_B, colour in zip(("positives", "negatives"), shares, ("C0", "C3"), strict=True):
-                axis.stairs(share_B, edges, fill=True, alpha=0.55, color=colour, label=side)
-            axis.set_title(f"projection at block {block}")
-            axis.legend()
-        for axis in row[4 + len(shown) :]:
-            axis.set_axis_off()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=100)
-    return out.getvalue()
+
+def histograms(positive_N: np.ndarray, negative_N: np.ndarray) -> str:
+    """Histograms of positives (blue) and negatives (red), each normalised by its own number of texts."""
+    shares, edges = histogram_shares(positive_N, negative_N)
+    top = max(float(share.max()) for share in shares) or 1.0
+    step = (WIDTH - EDGE) / (len(edges) - 1)
+    parts = []
+    for name, share_B, colour in zip(("positives", "negatives"), shares, (_BLUE, _RED), strict=True):
+        for i, share in enumerate(share_B):
+            height = (HEIGHT - EDGE) * float(share) / top
+            parts.append(
+                f'<rect x="{EDGE + i * step:.1f}" y="{HEIGHT - 24 - height:.1f}" width="{step:.1f}" '
+                f'height="{height:.1f}" fill="rgb{colour}" fill-opacity="0.55">'
+                f"<title>{name} from {edges[i]:.4g} to {edges[i + 1]:.4g}: {share:.1%}</title></rect>"
+            )
+        place = EDGE if name == "negatives" else WIDTH - 60
+        parts.append(f'<text x="{place}" y="14" font-size="11" fill="rgb{colour}">{name}</text>')
+    for i in range(0, len(edges), max(1, (len(edges) - 1) // 4)):
+        parts.append(_text(EDGE + i * step, HEIGHT - 8, f"{edges[i]:.3g}", "end" if i == len(edges) - 1 else "middle"))
+    parts += [_text(EDGE - 6, HEIGHT - 22, "0", "end"), _text(EDGE - 6, 28, f"{top:.0%}", "end")]
+    return _picture(WIDTH, HEIGHT, parts)
+
+
+def histogram_shares(positive_N: np.ndarray, negative_N: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Shares of positives and of negatives in 24 equal intervals `[24]`, and the edges of these `[25]`."""
+    edges = np.histogram_bin_edges(np.concatenate([positive_N, negative_N]), bins=24)
+    return [np.histogram(side_N, edges)[0] / max(1, len(side_N)) for side_N in (positive_N, negative_N)], edges
+
+
+def heatmap(matrix: np.ndarray, labels: Sequence[int]) -> str:
+    """A square of values from -1 (red) through 0 (white) to 1 (blue), with about six labels per axis."""
+    count = len(labels)
+    step = (HEIGHT - 24) / max(1, count)
+    parts = []
+    for row in range(count):
+        for column in range(count):
+            value = float(matrix[row, column])
+            parts.append(
+                f'<rect x="{24 + column * step:.2f}" y="{row * step:.2f}" width="{step + 0.05:.2f}" '
+                f'height="{step + 0.05:.2f}" fill="{_colour(value)}">'
+                f"<title>{labels[row]}, {labels[column]}: {value:.3f}</title></rect>"
+            )
+        if row % max(1, count // 6) == 0:
+            parts.append(_text(20, row * step + step / 2 + 4, str(labels[row]), "end"))
+            parts.append(_text(24 + row * step + step / 2, HEIGHT - 8, str(labels[row]), "middle"))
+    return _picture(HEIGHT, HEIGHT, parts)
+
+
+def _colour(value: float) -> str:
+    end = _BLUE if value >= 0 else _RED
+    share = min(1.0, abs(value))
+    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in end)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11" fill="#555" text-anchor="{anchor}">{text}</text>'
+
+
+def _picture(width: int, height: int, parts: Sequence[str]) -> str:
+    return f'<svg width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'

@@ -1,11 +1,11 @@
-"""The control-vector file: safetensors with a convention. docs/vector_format.md describes it for other tools.
+"""The control-vector file: a convention on top of safetensors, described in docs/vector_format.md.
 
     8 bytes     header length, little-endian unsigned
     header      JSON: "__metadata__" (text -> text) and one entry "direction.{l}" per block
     data        the directions, without gaps
 
-The reader is strict and is written as a security boundary: every number in the header is checked against a named limit
-and against the real size before anything is allocated, and each way of being wrong is one VectorFileError.
+The reader is a security boundary. It checks every number in the header against a named limit and against the real size
+before it allocates anything. Each kind of invalid file has its own VectorFileError.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from steer_engine.vectors.metadata import (
 from steer_engine.vectors.storage import write_atomically
 
 MAX_HEADER_BYTES = 1 << 20
-"""1,024 blocks need about 100 kB; a header of a million keys is refused by its length, unread."""
+"""1,024 blocks need about 100 kB. A longer header is refused unread."""
 
 MAX_FILE_BYTES = 8 + MAX_HEADER_BYTES + MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
-"""The largest vector the limits allow."""
+"""Size of the largest vector within the limits."""
 
 DType = Literal["float32", "float16", "bfloat16"]
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -48,14 +48,14 @@ _NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
 
 
 def to_bytes(vector: ControlVector, dtype: DType = "float32") -> bytes:
-    """Serialise. Equal vectors with equal metadata give equal bytes; 16-bit dtypes round to nearest even.
+    """The bytes of a file. Equal vectors with equal metadata give equal bytes. 16-bit dtypes round to nearest even.
 
     Raises:
-        VectorFileError: a value does not fit the dtype, or the dtype is not one of the three.
+        VectorFileError: a value is too large for the dtype, or the dtype is unknown.
     """
     code = _CODES.get(dtype)
     if code is None:
-        raise VectorFileError(f"dtype {dtype!r} is none of {', '.join(_CODES)}.")
+        raise VectorFileError(f"dtype {dtype!r} is not supported; valid are {', '.join(_CODES)}.")
     payloads = {block: _encode(direction, code, block) for block, direction in vector.directions.items()}
     header: dict[str, Any] = {"__metadata__": metadata_to_text(vector.metadata)}
     offset = 0
@@ -67,7 +67,7 @@ def to_bytes(vector: ControlVector, dtype: DType = "float32") -> bytes:
         }
         offset += len(payload)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data starts 8-byte aligned, as safetensors asks
+    text += b" " * (-len(text) % 8)  # safetensors requires 8-byte alignment of the data
     if len(text) > MAX_HEADER_BYTES:
         raise VectorFileError(f"The metadata is too long: a header of {len(text)} bytes, at most {MAX_HEADER_BYTES}.")
     return struct.pack("<Q", len(text)) + text + b"".join(payloads.values())
@@ -77,7 +77,7 @@ def from_bytes(data: bytes | memoryview) -> ControlVector:
     """Read a control vector from the bytes of a file.
 
     Raises:
-        VectorFileError: anything that is not exactly such a file; one sentence says what.
+        VectorFileError: the file does not follow the convention exactly. The message says how, in one sentence.
     """
     if len(data) > MAX_FILE_BYTES:
         raise VectorFileError(f"{len(data)} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
@@ -100,11 +100,11 @@ def from_bytes(data: bytes | memoryview) -> ControlVector:
 
 
 def load(path: str | os.PathLike[str]) -> ControlVector:
-    """Read a file; VectorFileError names it."""
+    """Read a file. Raises VectorFileError, which names the file."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
-            # One byte more than allowed is enough to know, however large the file (or endless the device) is.
+            # One byte more than allowed is enough to detect a file that is too large, or a device without an end.
             data = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
@@ -115,12 +115,12 @@ def load(path: str | os.PathLike[str]) -> ControlVector:
 
 
 def save(vector: ControlVector, path: str | os.PathLike[str], dtype: DType = "float32") -> None:
-    """Write a file atomically: whoever looks finds the old one, the new one or none, never a part."""
+    """Write a file atomically. Raises VectorFileError as `to_bytes` does."""
     write_atomically(Path(path), to_bytes(vector, dtype))
 
 
 def _parse_header(raw: bytes) -> dict[str, Any]:
-    if not raw.startswith(b"{"):  # safetensors' own rule; also keeps other files out early
+    if not raw.startswith(b"{"):  # a rule of safetensors; it also refuses other kinds of files early
         raise VectorFileError("The header does not begin with '{'; this is not a safetensors file.")
     try:
         text = raw.decode("utf-8")
@@ -130,7 +130,7 @@ def _parse_header(raw: bytes) -> dict[str, Any]:
 
 
 def _checked_span(name: str, entry: Any) -> tuple[str, int, int]:
-    """(dtype code, begin, end) of one tensor, consistent in itself."""
+    """(dtype code, begin, end) of one tensor, after checking that its entry is valid and consistent."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) >= MAX_BLOCKS:
         raise VectorFileError(
@@ -149,7 +149,7 @@ def _checked_span(name: str, entry: Any) -> tuple[str, int, int]:
 
 
 def _require_gapless(spans: dict[str, tuple[str, int, int]], size: int) -> None:
-    """The tensors tile the data exactly: no gap, no overlap, nothing before, nothing after."""
+    """Raise VectorFileError unless the tensors cover the data exactly: no gap, no overlap, nothing before or after."""
     end_of_last = 0
     for name, (_, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
         if begin != end_of_last:
@@ -179,7 +179,7 @@ def _encode(direction: Direction, code: str, block: int) -> bytes:
         encoded = half.tobytes()
     else:
         bits = direction.view(np.uint32).astype(np.uint64)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # to nearest, ties to even
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # to nearest even
         fits = bool(np.isfinite((rounded.astype(np.uint32) << 16).view(np.float32)).all())
         encoded = rounded.tobytes()
     if not fits:
@@ -187,11 +187,8 @@ def _encode(direction: Direction, code: str, block: int) -> bytes:
     return encoded
 
 
-SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
-
-
 def header_schema() -> dict[str, Any]:
-    """Schema of the JSON header: `__metadata__` and one entry per block. Values of `__metadata__` are all text."""
+    """JSON Schema of the header: `__metadata__` (text to text) and one entry per block."""
     tensor = {
         "type": "object",
         "description": "The direction added to the output of this block, counted from 0 over the whole model.",
@@ -214,7 +211,7 @@ def header_schema() -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {
-        "$schema": SCHEMA_ID,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Header of a control-vector file (safetensors)",
         "type": "object",
         "properties": {"__metadata__": _metadata_schema()},
@@ -226,7 +223,7 @@ def header_schema() -> dict[str, Any]:
 
 
 def _metadata_schema() -> dict[str, Any]:
-    """The text map: what each text holds is said by `contentSchema` (JSON) or `pattern` (whole numbers)."""
+    """Schema of the text map. `contentSchema` describes JSON values, `pattern` describes whole numbers."""
     properties: dict[str, Any] = {
         "format": {"const": FORMAT},
         "format_version": {"const": FORMAT_VERSION},
@@ -239,7 +236,7 @@ def _metadata_schema() -> dict[str, Any]:
             properties[name] = {"type": "string", "pattern": "^[0-9]{1,9}$"}
         else:
             properties[name] = {key: field[key] for key in ("type", "maxLength", "pattern") if key in field}
-        properties[name]["description"] = DESCRIPTIONS[name]
+        properties[name]["description"] = _DESCRIPTIONS[name]
     return {
         "type": "object",
         "properties": properties,
@@ -248,13 +245,13 @@ def _metadata_schema() -> dict[str, Any]:
     }
 
 
-DESCRIPTIONS = {
-    "model": "What the vector was derived on: a Hugging Face id or a name.",
+_DESCRIPTIONS = {
+    "model": "The model that the vector was derived on: a Hugging Face id or a name.",
     "architecture": "The model's architecture, as in its config.json.",
-    "hidden_size": "D; equal to the length of every direction.",
-    "num_blocks": "Number of blocks of the model; every direction's block is below it.",
+    "hidden_size": "D, the length of every direction.",
+    "num_blocks": "Number of blocks of the model. Block numbers of directions are below it.",
     "method": "How it was derived: diffmean, pca, ...",
-    "position": "Which token rows were read: last, mean, or token numbers.",
+    "position": "Which token rows were captured: last, mean, or token numbers.",
     "residual_norms": "Block -> mean Euclidean norm of a token row of the stream at its output. Part of the digest.",
     "separation": "Block -> AUROC of the direction on texts that it was not derived from; 0.5 is chance.",
     "explained_variance": "Block -> share of the squared differences of the pairs that lies along the direction.",

@@ -1,4 +1,4 @@
-"""A first block range and scale to try with a vector."""
+"""Suggests a range of blocks and a scale to start with for a vector."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector
 
 GENTLE, STRONG = 0.25, 0.5
-"""Doses, summed over the blocks. On SmolLM2-135M (blocks 8-19 of 30, cheerful against gloomy) 0.24 turned the mood,
-0.48 turned it fully and left the text fluent, 0.95 broke it. One model: a place to start, not a law."""
+"""Doses, summed over the blocks. Measured on one model only, SmolLM2-135M (blocks 8-19 of 30, cheerful against gloomy):
+0.24 changed the mood, 0.48 changed it fully with fluent text, 0.95 broke the text."""
 
 FIRST, LAST = 0.25, 0.65
-"""Depth of the blocks to start with: early ones hold words, late ones the next token."""
+"""Range of the suggested blocks, as a share of the depth. Earlier blocks represent words, later ones the next token."""
 
 WORSE = 0.05
-"""Blocks that separate worse than the best one by more than this are left out."""
+"""Blocks whose separation is below the best one by more than this are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """Blocks `first` to `last`, and the scales of a gentle and a strong effect there."""
+    """Blocks `first` to `last`, and the scales for a gentle and a strong effect."""
 
     first: int
     last: int
@@ -32,21 +32,21 @@ class Suggestion:
 
 
 def doses(vector: ControlVector) -> dict[int, float]:
-    """Block -> |v| / |x|: what scale 1 adds, in parts of the residual stream; only where its norm is known."""
+    """Block -> |v| / |x|, the dose of scale 1, for blocks whose mean residual norm |x| is known."""
     streams = vector.metadata.residual_norms
     return {block: norm / streams[block] for block, norm in vector.norms.items() if block in streams}
 
 
 def suggest(vector: ControlVector) -> Suggestion:
-    """Middle blocks that separate well, in one run, and scales by dose.
+    """The longest run of middle blocks that separate well, and scales that give the doses above.
 
     Raises:
-        VectorFileError: the file lacks the residual norms or the model's depth, without which nothing can be said.
+        VectorFileError: the metadata lacks the residual norms or the number of blocks, or all directions are zero.
     """
     num_blocks = vector.metadata.num_blocks
     known = doses(vector)
     if num_blocks is None or not known:
-        raise VectorFileError("The vector's metadata lack num_blocks or residual_norms: no suggestion can be made.")
+        raise VectorFileError("The vector's metadata lacks num_blocks or residual_norms, so no suggestion can be made.")
     middle = [block for block in known if FIRST * num_blocks <= block < LAST * num_blocks] or list(known)
     separation = vector.metadata.separation
     best = max((separation[block] for block in middle if block in separation), default=0.0)
@@ -54,12 +54,12 @@ def suggest(vector: ControlVector) -> Suggestion:
     run = max(_runs(good), key=len)
     total = sum(known[block] for block in run)
     if total == 0.0:
-        raise VectorFileError("The vector's directions are zero: no scale has an effect.")
+        raise VectorFileError("The vector's directions are zero, so no scale has an effect.")
     return Suggestion(first=run[0], last=run[-1], gentle=GENTLE / total, strong=STRONG / total)
 
 
 def shown_blocks(vector: ControlVector) -> tuple[int, ...]:
-    """Up to three blocks to look at: the ends of the suggested run, and the best separating one in it."""
+    """Up to three blocks to show: both ends of the suggested run, and the block in it that separates best."""
     try:
         suggestion = suggest(vector)
     except VectorFileError:

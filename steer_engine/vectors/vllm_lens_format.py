@@ -1,11 +1,11 @@
-"""A vllm-lens steering vector as JSON: what its clients send in `apply_steering_vectors`, saved to a file.
+"""Steering vectors of vllm-lens: JSON, as its clients send it in `apply_steering_vectors`.
 
     {"activations": {"data": base64, "dtype": "int16", "original_dtype": "torch.bfloat16", "shape": [L, D],
                      "compression": "zstd"},
      "layer_indices": [l, ...], "scale": 1.0, ...}
 
-Row i of the activations is added to the output of block `layer_indices[i]`, times the scale. Without `compression` the
-data are raw values.
+Row i of the activations times the scale is added to the output of block `layer_indices[i]`. Without `compression` the
+data is not compressed.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE
 
 MAX_FILE_BYTES = 1 << 28
 MAX_DATA_BYTES = MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
-"""Of the unpacked activations: a few bytes of zstd can claim to be terabytes."""
+"""Bytes of the decompressed activations. A few bytes of zstd can expand to terabytes."""
 
 _STORED = {"torch.float32": "<f4", "torch.float16": "<f2", "torch.float64": "<f8", "torch.bfloat16": "<u2"}
-"""How the values of each torch dtype are stored; bfloat16 as the bits of an int16."""
+"""NumPy type of the stored values for each torch dtype. bfloat16 is stored as its bits."""
 
 
 def load(path: Path) -> ControlVector:
-    """Read such a file, or a list with one such object.
+    """Read a file with one object, or with a list of one object.
 
     Raises:
-        VectorFileError: not such an object, or one that a control vector cannot be: per position, or `norm_match`.
+        VectorFileError: not such an object, or one that a control vector cannot express (see `from_object`).
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{path}: larger than {MAX_FILE_BYTES} bytes.")
+            raise VectorFileError(f"{path}: the file has more than {MAX_FILE_BYTES} bytes.")
         parsed = json.loads(path.read_bytes())
     except OSError as error:
         raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
@@ -56,11 +56,11 @@ def load(path: Path) -> ControlVector:
 
 
 def from_object(parsed: Any) -> ControlVector:
-    """One decoded object. Raises VectorFileError."""
+    """A vector from one decoded object. Raises VectorFileError, also for `norm_match` and for rows per position."""
     if not isinstance(parsed, dict) or not isinstance(parsed.get("activations"), dict):
-        raise VectorFileError("not one object with `activations` and `layer_indices`.")
+        raise VectorFileError("not an object with `activations` and `layer_indices`.")
     if parsed.get("norm_match") or parsed.get("position_indices"):
-        raise VectorFileError("norm_match and position_indices are not part of a vector; ask for them in the request.")
+        raise VectorFileError("norm_match and position_indices are not part of a vector; set them in the request.")
     rows_LD = _rows(parsed["activations"])
     indices = parsed.get("layer_indices")
     if not isinstance(indices, list) or len(set(map(str, indices))) != len(rows_LD) or len(indices) != len(rows_LD):
@@ -74,7 +74,7 @@ def from_object(parsed: Any) -> ControlVector:
 
 
 def _rows(tensor: dict[str, Any]) -> npt.NDArray[Any]:
-    """`[L, D]` of the encoded tensor; `[L, 1, D]` is taken as one position for all."""
+    """The encoded tensor as `[L, D]`. `[L, 1, D]` is accepted: one row for all positions."""
     dtype, shape = tensor.get("dtype"), tensor.get("shape")
     means = tensor.get("original_dtype", f"torch.{dtype}")
     if (
@@ -82,21 +82,21 @@ def _rows(tensor: dict[str, Any]) -> npt.NDArray[Any]:
         or means not in _STORED
         or dtype != means.partition(".")[2].replace("bfloat16", "int16")
     ):
-        raise VectorFileError(f"dtype {str(dtype)[:32]!r} for {str(means)[:32]!r} is not one that is read.")
+        raise VectorFileError(f"dtype {str(dtype)[:32]!r} for {str(means)[:32]!r} is not supported.")
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise VectorFileError("shape is not a list of sizes.")
     if len(shape) == 3 and shape[1] == 1:
         shape = [shape[0], shape[2]]
     if len(shape) != 2:
         raise VectorFileError(
-            f"shape {str(shape)[:64]} is not [layers, hidden size]; one row per position is not read."
+            f"shape {str(shape)[:64]} is not [layers, hidden size]; one row per position is not supported."
         )
     expected = math.prod(shape) * np.dtype(_STORED[means]).itemsize
     if expected > MAX_DATA_BYTES:
         raise VectorFileError(f"shape {shape} is larger than any control vector.")
     raw = _raw(tensor, expected)
     if len(raw) != expected:
-        raise VectorFileError(f"the data have {len(raw)} bytes where shape and dtype need {expected}.")
+        raise VectorFileError(f"the data has {len(raw)} bytes; shape and dtype need {expected}.")
     values = np.frombuffer(raw, dtype=_STORED[means]).reshape(shape)
     if means == "torch.bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -107,19 +107,19 @@ def _raw(tensor: dict[str, Any], expected: int) -> bytes:
     try:
         packed = base64.b64decode(tensor.get("data", ""), validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise VectorFileError("the data are not base64.") from None
+        raise VectorFileError("the data is not base64.") from None
     compression = tensor.get("compression")
     if compression is None:
         return packed
     if compression != "zstd":
-        raise VectorFileError(f"compression {str(compression)[:32]!r} is not known.")
+        raise VectorFileError(f"compression {str(compression)[:32]!r} is not supported.")
     try:
         zstandard = import_module("zstandard")
     except ImportError:
-        raise VectorFileError("the data are compressed; reading them needs: pip install zstandard.") from None
+        raise VectorFileError("the data is compressed; install zstandard to read it: pip install zstandard.") from None
     try:
         with zstandard.ZstdDecompressor().stream_reader(packed) as stream:
-            unpacked: bytes = stream.read(expected + 1)  # never more than the shape needs, whatever the frame claims
+            unpacked: bytes = stream.read(expected + 1)  # limited by the shape, whatever the frame says
             return unpacked
     except zstandard.ZstdError:
-        raise VectorFileError("the data are not zstd.") from None
+        raise VectorFileError("the data is not zstd.") from None

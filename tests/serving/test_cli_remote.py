@@ -110,7 +110,7 @@ def test_status(living: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["model"], found["limits"]["max_edits"]) == ("tiny", 8)
     assert "stats" not in found
     assert json.loads(call("status", "--counters"))["stats"]["engine"]["ok"]
-    with pytest.raises(RegistryError, match="cannot be reached"):
+    with pytest.raises(RegistryError, match="unreachable"):
         call("status", "--url", "http://127.0.0.1:1")
 
 

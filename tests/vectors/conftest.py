@@ -1,4 +1,4 @@
-"""Samples that the vector tests share."""
+"""Sample vectors."""
 
 from __future__ import annotations
 

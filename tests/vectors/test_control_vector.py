@@ -1,3 +1,5 @@
+"""The value: directions, digest, arithmetic, checks."""
+
 from __future__ import annotations
 
 import hashlib
@@ -134,7 +136,7 @@ def test_arithmetic_is_that_of_a_vector_space(a: ControlVector, b: ControlVector
         assert np.all(np.abs(direction - expected) <= np.maximum(np.abs(expected) * 2**-24, 2**-150))
 
 
-def test_division_and_what_is_no_number(vector: ControlVector) -> None:
+def test_division_and_operands_of_other_types(vector: ControlVector) -> None:
     assert (vector / 4) * 4.0 == vector
     assert vector / np.float32(2) == vector * 0.5
     with pytest.raises(ZeroDivisionError):
@@ -163,7 +165,7 @@ def test_sums_need_equal_hidden_sizes_and_stay_finite(vector: ControlVector) -> 
         huge + huge
 
 
-def test_metadata_of_a_sum_keeps_what_both_agree_on(vector: ControlVector) -> None:
+def test_metadata_of_a_sum_keeps_equal_fields(vector: ControlVector) -> None:
     other = vector.with_metadata(method="mean", residual_norms={3: 12.75, 8: 4.0}, extra={})
     joined = (vector + other).metadata
     assert joined == (other + vector).metadata

@@ -1,4 +1,4 @@
-"""A registry whose volume is away, read-only or full: reads go on from memory, writes fail and change nothing."""
+"""A registry on an unmounted, read-only or full volume: reads use the last known state, writes fail without effect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def not_writable(folder: Path) -> Iterator[None]:
-    """As a read-only mount is: for root too, who gives up being root."""
+    """Makes a folder read-only, like a read-only mount. Root can write anyway, so the process changes its user."""
     everything = [folder, *folder.rglob("*")]
     modes = {path: path.stat().st_mode for path in everything}
     for path in everything:
@@ -58,7 +58,7 @@ def not_writable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def full() -> Iterator[None]:
-    """No file may grow past 100 bytes."""
+    """Limits files to 100 bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -77,22 +77,22 @@ CHANGES: dict[str, Callable[[Registry], object]] = {
 }
 
 
-def assert_whole(registry: Registry) -> None:
+def assert_unchanged(registry: Registry) -> None:
     assert registry.get("a").digest == vector(1).digest
     assert registry.names() == {"a": vector(1).digest}
     assert list(registry.presets()) == ["p"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_away(folder: Path, change: str) -> None:
-    """An unmounted volume leaves an empty folder behind: nothing is made there."""
+def test_unmounted(folder: Path, change: str) -> None:
+    """An unmounted volume leaves an empty folder. Nothing may be created there."""
     registry = Registry(folder)
-    assert_whole(registry)
+    assert_unchanged(registry)
     assert registry.fault is None
-    away = folder.with_name("away")
-    folder.rename(away)
+    elsewhere = folder.with_name("elsewhere")
+    folder.rename(elsewhere)
     folder.mkdir()
-    assert_whole(registry)
+    assert_unchanged(registry)
     assert "cannot be read" in str(registry.fault)
     with pytest.raises(RegistryError, match="cannot be changed now") as caught:
         CHANGES[change](registry)
@@ -100,17 +100,17 @@ def test_away(folder: Path, change: str) -> None:
     assert str(folder) not in caught.value.message
     assert list(folder.iterdir()) == []
     folder.rmdir()
-    away.rename(folder)
+    elsewhere.rename(folder)
     assert registry.fault is None
     CHANGES[change](registry)
 
 
 def test_no_folder_at_all(folder: Path) -> None:
     registry = Registry(folder)
-    assert_whole(registry)
-    folder.rename(folder.with_name("away"))
+    assert_unchanged(registry)
+    folder.rename(folder.with_name("elsewhere"))
     folder.write_text("an error that is not 'no such file'")
-    assert_whole(registry)
+    assert_unchanged(registry)
     assert registry.fault is not None
 
 
@@ -118,22 +118,22 @@ def test_no_folder_at_all(folder: Path) -> None:
 def test_read_only(folder: Path, change: str) -> None:
     with not_writable(folder):
         registry = Registry(folder)
-        assert_whole(registry)
+        assert_unchanged(registry)
         assert registry.fault is None, "it can be read"
         with pytest.raises(RegistryError, match="cannot be written") as caught:
             CHANGES[change](registry)
         assert caught.value.status == 503
-        assert_whole(registry)
+        assert_unchanged(registry)
 
 
-def test_a_mirror_follows_its_source(folder: Path) -> None:
-    """A replica that may only read sees what another one puts."""
+def test_a_read_only_replica_follows(folder: Path) -> None:
+    """A replica that can only read sees the uploads of another one."""
     source = Registry(folder)
     with not_writable(folder):
-        mirror = Registry(folder)
+        replica = Registry(folder)
     source.put("b", vector(2))
     with not_writable(folder):
-        assert mirror.get("b").digest == vector(2).digest
+        assert replica.get("b").digest == vector(2).digest
 
 
 @pytest.mark.parametrize("change", ["put", "replace", "put_preset"])
@@ -141,8 +141,8 @@ def test_full(folder: Path, change: str) -> None:
     registry = Registry(folder)
     with full(), pytest.raises(RegistryFullError, match="is full"):
         CHANGES[change](registry)
-    assert_whole(registry)
-    assert_whole(Registry(folder, strict=True))
+    assert_unchanged(registry)
+    assert_unchanged(Registry(folder, strict=True))
     assert not list((folder / FOLDER).rglob("*.part"))
     CHANGES[change](registry)
 
@@ -150,19 +150,19 @@ def test_full(folder: Path, change: str) -> None:
 @pytest.mark.parametrize(
     ("code", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503), (errno.EIO, 503)]
 )
-def test_what_the_disk_says_is_told(code: int, status: int) -> None:
+def test_disk_errors_become_registry_errors(code: int, status: int) -> None:
     with pytest.raises(RegistryError, match=os.strerror(code)) as caught, disk_errors():
         raise OSError(code, os.strerror(code))
     assert caught.value.status == status
 
 
-def test_a_manifest_that_is_damaged_while_it_serves(folder: Path) -> None:
-    """What was read before serves on; nothing is changed until it is mended; clients hear no path."""
+def test_a_manifest_damaged_at_run_time(folder: Path) -> None:
+    """The last known state is served, nothing can be changed until the repair, and clients see no path."""
     registry, path = Registry(folder), folder / FOLDER / "manifest.json"
-    assert_whole(registry)
+    assert_unchanged(registry)
     good = path.read_bytes()
     path.write_bytes(good[:-3])
-    assert_whole(registry)
+    assert_unchanged(registry)
     assert "damaged" in str(registry.fault)
     for change in CHANGES.values():
         with pytest.raises(RegistryError, match="cannot be changed now") as caught:

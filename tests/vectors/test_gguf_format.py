@@ -1,3 +1,5 @@
+"""GGUF control vectors of every known writer."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -56,7 +58,7 @@ def test_files_of_other_tools(
     assert vector.metadata.notes == "GGUF model hint: llama"
 
 
-def test_ours_come_back_whole(vector: ControlVector, tmp_path: Path) -> None:
+def test_round_trip(vector: ControlVector, tmp_path: Path) -> None:
     save(vector, tmp_path / "v.gguf")
     back = load(tmp_path / "v.gguf")
     assert back == vector
@@ -64,7 +66,7 @@ def test_ours_come_back_whole(vector: ControlVector, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["v.gguf"]
 
 
-def test_what_llama_cpp_looks_for_is_there(vector: ControlVector, tmp_path: Path) -> None:
+def test_a_written_file_has_what_llama_cpp_needs(vector: ControlVector, tmp_path: Path) -> None:
     save(vector, tmp_path / "v.gguf")
     reader = GGUFReader(tmp_path / "v.gguf")
     assert reader.get_field("general.architecture").contents() == "controlvector"
@@ -103,7 +105,7 @@ def test_a_model_file_is_not_a_vector(tmp_path: Path) -> None:
         ({"direction.1": np.ones(3, np.float32), "direction.2": np.ones(4, np.float32)}, "Hidden sizes differ"),
     ],
 )
-def test_what_is_no_direction_is_refused(tmp_path: Path, tensors: dict[str, np.ndarray], sentence: str) -> None:
+def test_other_tensors_are_refused(tmp_path: Path, tensors: dict[str, np.ndarray], sentence: str) -> None:
     with pytest.raises(VectorFileError, match=sentence):
         load(write(tmp_path / "v.gguf", tensors))
 
@@ -113,7 +115,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "gone.gguf")
 
 
-def test_bad_metadata_of_ours_is_refused(tmp_path: Path) -> None:
+def test_bad_metadata_is_refused(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "v.gguf", "controlvector")
     writer.add_string("steer_engine.metadata", '{"format": "control-vector", "format_version": "7"}')
     writer.add_tensor("direction.1", np.ones(3, np.float32))
@@ -121,5 +123,5 @@ def test_bad_metadata_of_ours_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(VectorFileError, match="version '7' is not known"):
+    with pytest.raises(VectorFileError, match="version '7' is not supported"):
         load(tmp_path / "v.gguf")

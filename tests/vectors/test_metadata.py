@@ -1,3 +1,5 @@
+"""Checks of the metadata fields."""
+
 from __future__ import annotations
 
 import pytest
@@ -33,7 +35,7 @@ from steer_engine.vectors import VectorMetadata
         ({"extra": {"k": "\ud800"}}, "extra"),
     ],
 )
-def test_fields_that_are_not_usable_are_named(fields: dict[str, object], where: str) -> None:
+def test_errors_name_the_unusable_field(fields: dict[str, object], where: str) -> None:
     with pytest.raises(VectorFileError, match=f"metadata field '{where}"):
         VectorMetadata.checked(fields)
 

@@ -1,4 +1,4 @@
-"""A folder is kept like a URL: what is new comes, what is gone goes, what is wrong is left out; all else stays."""
+"""A mirror copies new and changed files, removes removed ones, leaves out unusable ones, and touches no others."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def there(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
         serving.join()
 
 
-def test_files_come_change_and_go(there: tuple[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_files_are_copied_replaced_and_removed(there: tuple[str, Any], folder: Path, tmp_path: Path) -> None:
     url, write = there
     write("north.safetensors", to_bytes(along(1)))
     save(along(2), tmp_path / "south.gguf")
@@ -100,7 +100,7 @@ def test_files_come_change_and_go(there: tuple[str, Any], folder: Path, tmp_path
     assert mirror.sync()
     assert registry.names() == {"north": both.digest}
     assert registry.presets() == {}
-    # What is gone is forgotten: a file of the operator's own may take its place, and stays.
+    # A removed copy is forgotten. The operator may add another file of that name, which stays.
     save(along(5), folder / "south.gguf")
     assert mirror.sync()
     assert registry.names() == {"north": both.digest, "south": along(5).digest}
@@ -130,7 +130,7 @@ def test_another_servers_registry(there: tuple[str, Any], folder: Path, tmp_path
     mirror.sync()
     assert registry.names() == {"north": along(2).digest}
 
-    # A file that is not what the manifest says is not taken, and what was taken before stays.
+    # A file whose content differs from the manifest is not copied. The earlier copy stays.
     other.put("north", along(3), if_match="*")
     publish()
     write(f".steer-engine/objects/{along(3).digest.removeprefix('sha256:')}.safetensors", to_bytes(along(4)))
@@ -168,20 +168,20 @@ def test_the_operators_own_files_are_neither_replaced_nor_removed(folder: Path, 
     assert Registry(folder).names() == {"north": along(2).digest, "own": along(3).digest}
 
 
-def test_a_process_that_was_killed_half_way_leaves_nothing_that_stays(folder: Path, tmp_path: Path) -> None:
+def test_a_copy_left_by_a_killed_process_is_replaced(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     save(along(1), tmp_path / "there" / "north.safetensors")
     mirror = Mirror(f"file://{tmp_path}/there", folder)
     mirror.sync()
     state = json.loads((folder / STATE).read_text())
-    state["copies"]["north.safetensors"] = {"version": "", "digest": None}  # as it is noted before the file is written
+    state["copies"]["north.safetensors"] = {"version": "", "digest": None}  # the state saved before the file is written
     (folder / STATE).write_text(json.dumps(state))
     save(along(2), tmp_path / "there" / "north.safetensors")
     Mirror(mirror.url, folder).sync()
     assert Registry(folder).names() == {"north": along(2).digest}
 
 
-def test_a_source_that_is_away_is_an_error_and_takes_nothing_back(folder: Path, tmp_path: Path) -> None:
+def test_an_unreachable_source_is_an_error_and_removes_nothing(folder: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.mkdir()
     save(along(1), there / "north.safetensors")
@@ -189,10 +189,10 @@ def test_a_source_that_is_away_is_an_error_and_takes_nothing_back(folder: Path, 
     assert not mirror.has_copies
     mirror.sync()
     assert mirror.has_copies
-    there.rename(tmp_path / "away")
+    there.rename(tmp_path / "elsewhere")
     for url in (f"file://{there}", "http://127.0.0.1:9/x"):
         with pytest.raises(RegistryError, match="cannot be read"):
-            Mirror(url, folder if url.startswith("file") else tmp_path / "away").sync()
+            Mirror(url, folder if url.startswith("file") else tmp_path / "elsewhere").sync()
     assert Registry(folder).names() == {"north": along(1).digest}
 
 
@@ -203,7 +203,7 @@ def test_one_process_at_a_time(folder: Path, tmp_path: Path) -> None:
     assert mirror.sync()
 
 
-def test_the_registrys_limit_is_the_mirrors(folder: Path, tmp_path: Path) -> None:
+def test_the_limits_of_a_registry_apply(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for axis in range(3):
         save(along(axis), tmp_path / "there" / f"v{axis}.safetensors")
@@ -220,10 +220,10 @@ def test_the_registrys_limit_is_the_mirrors(folder: Path, tmp_path: Path) -> Non
         ("https://user:secret@example.org/x", "must not contain a password"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_refused_with_what_to_do(
+def test_an_unusable_url_is_refused_with_a_reason(
     folder: Path, url: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     with pytest.raises(UnsupportedEngineError, match=reason) as refused:
         Mirror(url, folder)
     assert "secret" not in str(refused.value)

@@ -1,238 +1,190 @@
+"""A registry with both sources of names: uploads over the API, and files of the operator."""
+
 from __future__ import annotations
 
-import logging
-import os
-import threading
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from steer_engine.errors import ModelMismatchError, SteeringRequestError, UnknownVectorError, VectorFileError
+from steer_engine.errors import (
+    RegistryConflictError,
+    RegistryError,
+    SteeringRequestError,
+    UnknownVectorError,
+    VectorFileError,
+)
 from steer_engine.vectors import ControlVector, Registry, save
-from steer_engine.vectors import folder as folder_module
-from steer_engine.vectors.folder import MAX_SUPERSEDED
+from steer_engine.vectors import uploaded as uploaded_module
+from steer_engine.vectors.cache import BUDGET_VARIABLE
+from steer_engine.vectors.manifest import FOLDER
+
+CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
 
 
-def one(value: float, block: int = 1, width: int = 4) -> ControlVector:
-    return ControlVector(directions={block: np.full(width, value, np.float32)})
+def one(value: float, width: int = 4) -> ControlVector:
+    return ControlVector(directions={1: np.full(width, value, np.float32)})
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Paths that the registry reads from disk, as it reads them."""
-    seen: list[Path] = []
-    original = folder_module.load
-
-    def load(path: Path) -> ControlVector:
-        seen.append(path)
-        return original(path)
-
-    monkeypatch.setattr(folder_module, "load", load)
-    return seen
-
-
-def test_files_are_adopted_under_their_stem(tmp_path: Path) -> None:
-    save(one(1), tmp_path / "cheerful.safetensors")
-    save(one(2), tmp_path / "Formal-v1.2_b.gguf")
-    (tmp_path / "README.txt").write_text("not a vector")
-    (tmp_path / ".hidden.safetensors").write_text("not looked at")
-    registry = Registry(tmp_path)
-    assert registry.names() == {"Formal-v1.2_b": one(2).digest, "cheerful": one(1).digest}
-    assert registry.get("cheerful") == one(1)
-    assert registry.get(one(2).digest) == one(2)
-    assert registry.digest_of("cheerful") == one(1).digest
-    assert registry.directory == tmp_path
-
-
-def test_unknown_names_say_what_there_is(tmp_path: Path) -> None:
-    registry = Registry()
-    with pytest.raises(UnknownVectorError, match="no control vector 'a'; none is registered") as caught:
-        registry.get("a")
-    assert caught.value.status == 404
-    assert caught.value.param == "vector"
-    for i in range(10):
-        registry.add(f"v{i}", one(i))
-    with pytest.raises(UnknownVectorError, match="v6, v7 and 2 more"):
-        registry.get("../../etc/passwd")
+def test_an_upload_is_durable_and_visible_to_other_processes(tmp_path: Path) -> None:
+    registry, other = Registry(tmp_path), Registry(tmp_path)
+    assert registry.put("put", one(1)) is True
+    for each in (registry, other, Registry(tmp_path, strict=True)):
+        assert each.get("put") == one(1)
+        assert each.get(one(1).digest) == one(1)
+        assert each.names() == {"put": one(1).digest}
+        assert each.digest_of("put") == one(1).digest
+        assert each.generation == 1
+    other.put("put", one(2), if_match=one(1).digest)
+    assert registry.get("put") == one(2)
+    assert registry.get(one(1).digest) == one(1)  # a request resolved before can still use it
+    other.delete("put")
     with pytest.raises(UnknownVectorError):
-        registry.get("sha256:" + "0" * 64)
-    with pytest.raises(UnknownVectorError) as caught:
-        registry.get("x" * 100_000)
-    assert len(caught.value.message) < 400
+        registry.get("put")
+    assert registry.names() == {}
 
 
-def test_a_name_with_path_parts_reaches_no_file(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    save(one(1), tmp_path / "outside.safetensors")
-    registry = Registry(tmp_path / "in")
-    for name in ("../outside", "./../outside", str(tmp_path / "outside"), "..", "", "a\0b"):
-        with pytest.raises(UnknownVectorError):
-            registry.get(name)
-
-
-def test_broken_and_foreign_files_are_logged_once_and_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    save(one(1), tmp_path / "good.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"\0" * 20)
-    (tmp_path / "folder.gguf").mkdir()
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    save(one(3), tmp_path / "-bad name.safetensors")
-    with caplog.at_level(logging.INFO):
-        registry = Registry(tmp_path)
-        assert list(registry.names()) == ["good"]
-        registry.names()
-    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(errors) == 4
-    for part in (
-        "broken.safetensors: The header",
-        "folder.gguf: not a regular",
-        "pipe.safetensors: not a regular",
-        "-bad name.safetensors: the file's stem is not usable",
-    ):
-        assert sum(part in error for error in errors) == 1
-    with pytest.raises(UnknownVectorError):
-        registry.get("broken")
-    with pytest.raises(VectorFileError, match=r"broken\.safetensors.*folder\.gguf"):
-        Registry(tmp_path, strict=True)
-
-
-def test_a_folder_must_exist_to_begin_with(tmp_path: Path) -> None:
-    with pytest.raises(VectorFileError, match="gone: the folder of control vectors does not exist"):
-        Registry(tmp_path / "gone")
-
-
-def test_a_stem_used_twice_is_an_error_for_the_second(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save(one(1), tmp_path / "v.safetensors")
-    save(one(2), tmp_path / "v.gguf")
-    assert Registry(tmp_path).get("v") == one(1)
-    assert r"v.gguf: left out, the name 'v' is already taken by v.safetensors" in caplog.text
-    with pytest.raises(VectorFileError, match="already taken"):
-        Registry(tmp_path, strict=True)
-
-
-def test_what_changes_on_disk_is_seen_and_what_does_not_is_not_read_again(tmp_path: Path, reads: list[Path]) -> None:
-    path = tmp_path / "v.safetensors"
-    save(one(1), path)
-    registry = Registry(tmp_path)
-    registry.get("v")
-    registry.names()
-    assert reads == [path]
-    save(one(2), path)
-    assert registry.get("v") == one(2)
-    save(one(3), tmp_path / "w.safetensors")
-    assert registry.get("w") == one(3)
-    assert registry.names() == {"v": one(2).digest, "w": one(3).digest}
-    assert len(reads) == 3
-    # What was resolved before the file changed can still be fetched by its digest.
-    assert registry.get(one(1).digest) == one(1)
-    path.unlink()
-    with pytest.raises(UnknownVectorError):
-        registry.get("v")
-    assert registry.names() == {"w": one(3).digest}
-    assert registry.get(one(2).digest) == one(2)
-
-
-def test_a_new_file_is_found_by_digest(tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
-    save(one(5), tmp_path / "late.safetensors")
-    assert registry.get(one(5).digest) == one(5)
-
-
-def test_a_file_that_turns_bad_leaves_the_good_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "v.safetensors"
-    save(one(1), path)
-    registry = Registry(tmp_path, strict=True)
-    path.write_bytes(path.read_bytes()[:-3])
-    assert registry.get("v") == one(1)
-    assert f"The version read before ({one(1).digest}) stays." in caplog.text
-    save(one(2), path)
-    assert registry.get("v") == one(2)
-
-
-def test_a_folder_that_vanishes_loses_its_names_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "vectors"
-    save(one(1), folder / "v.safetensors")
-    registry = Registry(folder)
-    registry.add("memory", one(2))
-    (folder / "v.safetensors").unlink()
-    folder.rmdir()
-    assert registry.get("memory") == one(2)
-    assert "memory" in registry.names()
-    assert "the folder cannot be read" in caplog.text
-    with pytest.raises(UnknownVectorError):
-        registry.get("v")
-
-
-def test_add(tmp_path: Path) -> None:
+def test_names_of_files_cannot_be_changed_over_the_api(tmp_path: Path) -> None:
     save(one(1), tmp_path / "file.safetensors")
     registry = Registry(tmp_path)
-    assert registry.add("memory", one(2)) == one(2).digest
-    registry.add("memory", one(3))
-    registry.add("alias", one(3))
-    assert registry.get("memory") == one(3)
-    with pytest.raises(SteeringRequestError, match=r"belongs to the file file\.safetensors") as caught:
-        registry.add("file", one(2))
-    assert caught.value.param == "name"
-    for name in ("", "-a", "a b", "a/b", "a" * 129, "sha256:" + "0" * 64, "a\n", "ä"):
-        with pytest.raises(SteeringRequestError, match="not usable as a name"):
-            registry.add(name, one(2))
-    registry.add("a" * 128, one(2))
+    with pytest.raises(RegistryConflictError, match=r"belongs to the file file\.safetensors"):
+        registry.put("file", one(2))
+    with pytest.raises(RegistryConflictError, match="remove the file"):
+        registry.delete("file")
+    registry.put("put", one(2))
+    assert registry.names() == {"file": one(1).digest, "put": one(2).digest}
+    save(one(3), tmp_path / "put.safetensors")
+    assert registry.get("put") == one(2)  # an acknowledged upload takes precedence over a file
+    registry.delete("put")
+    assert registry.get("put") == one(3)
 
 
-def test_superseded_vectors_are_bounded_and_named_ones_never_go() -> None:
-    registry = Registry()
-    registry.add("kept", one(-1))
-    for i in range(MAX_SUPERSEDED + 10):
-        registry.add("moving", one(i))
-    assert registry.get(one(-1).digest) == one(-1)
-    assert registry.get(one(MAX_SUPERSEDED + 9).digest) is registry.get("moving")
-    assert registry.get(one(9).digest) == one(9)  # the 64th behind the one that is named
-    for i in range(9):
+def test_presets_of_both_sources(tmp_path: Path) -> None:
+    (tmp_path / "calm.preset.json").write_text(json.dumps(CALM))
+    registry = Registry(tmp_path)
+    assert registry.preset("calm") == CALM
+    loud = {"edits": [{"vector": "put", "scale": 9.0}]}
+    assert registry.put_preset("loud", loud) is True
+    assert Registry(tmp_path).presets() == {"calm": CALM, "loud": loud}
+    with pytest.raises(RegistryConflictError):
+        registry.put_preset("calm", loud)
+    with pytest.raises(RegistryConflictError):
+        registry.delete_preset("calm")
+    with pytest.raises(SteeringRequestError):
+        registry.put_preset("bad", {"preset": "calm"})
+    with pytest.raises(UnknownVectorError, match="there are: calm, loud"):
+        registry.preset("nobody")
+    for name in ("../calm", "", "x" * 100_000, "a\0"):
         with pytest.raises(UnknownVectorError):
-            registry.get(one(i).digest)
-    registry.add("moving", one(9))
-    for i in range(100, 100 + MAX_SUPERSEDED):
-        registry.add("other", one(i))
-    assert registry.get(one(9).digest) is registry.get("moving")
+            registry.preset(name)
+    registry.delete_preset("loud")
+    assert Registry(tmp_path).presets() == {"calm": CALM}
 
 
-def test_check_against_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save(one(1, block=1), tmp_path / "fits.safetensors")
-    save(one(1, block=9), tmp_path / "deep.safetensors")
-    save(one(1, width=8), tmp_path / "wide.safetensors")
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "..", "a" * 129, "sha256:" + "0" * 64, "a\n", "ä", "a\0"])
+def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
     registry = Registry(tmp_path)
-    misfits = registry.check(hidden_size=4, num_blocks=9)
-    assert sorted(misfits) == ["deep", "wide"]
-    assert "Control vector wide does not fit this model: The vector has hidden size 8" in caplog.text
-    with pytest.raises(ModelMismatchError, match=r"deep: .*wide: "):
-        registry.check(hidden_size=4, num_blocks=9, strict=True)
-    assert registry.check(hidden_size=4, num_blocks=10, strict=False).keys() == {"wide"}
+    for change in (
+        lambda: registry.put(name, one(1)),
+        lambda: registry.delete(name),
+        lambda: registry.put_preset(name, CALM),
+        lambda: registry.delete_preset(name),
+    ):
+        with pytest.raises(SteeringRequestError, match="not usable as a name"):
+            change()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_see_one_version_or_the_other(tmp_path: Path) -> None:
-    path = tmp_path / "v.safetensors"
-    versions = {one(1).digest, one(2).digest}
-    save(one(1), path)
+def test_uploads_need_a_folder() -> None:
+    registry = Registry()
+    registry.add("memory", one(1))
+    assert registry.generation == 0
+    assert registry.presets() == {}
+    with pytest.raises(RegistryError, match="--steering-vectors"):
+        registry.put("a", one(1))
+
+
+def test_damaged_content_is_logged_and_raises_404(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Registry(tmp_path).put("put", one(1))
+    (path,) = (tmp_path / FOLDER / "objects").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
     registry = Registry(tmp_path)
-    stop = threading.Event()
-    faults: list[object] = []
+    assert "Control vector put" in caplog.text
+    with pytest.raises(UnknownVectorError, match="damaged"):
+        registry.get("put")
+    assert registry.check(hidden_size=4, num_blocks=9) == {}
+    with pytest.raises(VectorFileError):
+        Registry(tmp_path, strict=True)
 
-    def look() -> None:
-        while not stop.is_set():
-            try:
-                if registry.get("v").digest not in versions or registry.names().keys() != {"v"}:
-                    faults.append("unexpected content")
-            except Exception as error:
-                faults.append(error)
 
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for i in range(50):
-        save(one(1 + i % 2), path)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert faults == []
+def test_the_cache_is_limited_and_removed_vectors_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BUDGET_VARIABLE, str(3 * 4 * 4))
+    registry = Registry(tmp_path)
+    for i in range(10):
+        registry.put(f"v{i}", one(i))
+    assert len(registry._cache.digests()) == 3
+    for i in range(10):
+        assert registry.get(f"v{i}") == one(i)
+        assert len(registry._cache.digests()) <= 3
+    registry.put("large", one(1, width=1000))
+    assert registry._cache.digests() == [one(1, width=1000).digest]
+
+
+def test_a_vector_used_by_a_preset_file_cannot_be_deleted(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.put("put", one(1))
+    (tmp_path / "calm.preset.json").write_text(json.dumps(CALM))
+    with pytest.raises(RegistryConflictError, match="calm"):
+        registry.delete("put")
+    assert registry.get("put") == one(1)
+    registry.put("put", one(2), if_match="*")  # the preset uses the name, so it follows
+    (tmp_path / "calm.preset.json").unlink()
+    registry.delete("put")
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_content_used_by_a_preset_by_digest_cannot_be_removed(tmp_path: Path, in_file: bool) -> None:
+    registry = Registry(tmp_path)
+    registry.put("put", one(1))
+    pinned = {"edits": [{"vector": "other", "gate": {"vector": one(1).digest, "min_cos": 0.0}}]}
+    if in_file:
+        (tmp_path / "pinned.preset.json").write_text(json.dumps(pinned))
+    else:
+        registry.put_preset("pinned", pinned)
+    with pytest.raises(RegistryConflictError, match="pinned"):
+        registry.delete("put")
+    with pytest.raises(RegistryConflictError, match="pinned"):
+        registry.put("put", one(2), if_match="*")
+    assert Registry(tmp_path).get(one(1).digest) == one(1)
+    registry.put("copy", one(1))
+    registry.put("put", one(2), if_match="*")
+    with pytest.raises(RegistryConflictError, match="pinned"):
+        registry.delete("copy")
+    registry.put("put", one(1), if_match="*")
+    registry.delete("copy")
+    assert Registry(tmp_path).get(one(1).digest) == one(1)
+
+
+def test_a_change_that_stat_does_not_show_yet_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may answer `stat` from its cache for seconds, but opens the newest version of a file.
+
+    A change must not undo another one that `stat` does not show yet.
+    """
+    registry, other = Registry(tmp_path), Registry(tmp_path)
+    registry.put("first", one(1))
+    manifest = tmp_path / FOLDER / "manifest.json"
+    assert other.get("first") == one(1)
+    stale = uploaded_module.file_signature(manifest)
+    real = uploaded_module.file_signature
+    monkeypatch.setattr(uploaded_module, "file_signature", lambda path: stale if path == manifest else real(path))
+    registry.put("second", one(2))
+    registry.put_preset("calm", CALM)
+    assert other.get("second") == one(2)
+    assert other.get(one(2).digest) == one(2)
+    registry.put_preset("loud", CALM)
+    assert other.preset("loud") == CALM
+    with pytest.raises(UnknownVectorError):
+        other.get("third")

@@ -1,3 +1,5 @@
+"""The HTML report and its SVG figures."""
+
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
@@ -7,11 +9,21 @@ import pytest
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.report import block_cosines, cosine_by_block, html_report
+from steer_engine.vectors.report import (
+    EDGE,
+    HEIGHT,
+    bars,
+    block_cosines,
+    cosine_by_block,
+    heatmap,
+    histogram_shares,
+    histograms,
+    html_report,
+)
 
 
 def body(page: str) -> ET.Element:
-    """The page as XML, which it also is from <h1> on: every tag is closed and every text escaped."""
+    """The page as XML. From <h1> on it is valid XML: every tag is closed and every text escaped."""
     return ET.fromstring("<page>" + page.partition("</style>")[2].replace("</html>", "</page>"))
 
 
@@ -23,14 +35,14 @@ def test_the_page_has_a_row_per_block_and_its_figures(vector: ControlVector) -> 
     norm = vector.norms[2]
     assert rows[1] == ["2", f"{norm:.4g}", "10.5", f"{norm / 10.5:.1%}", "1.000", ""]
     assert rows[3][0] == "7"
-    assert rows[3][4:] == ["", "25.0%"]  # no separation is known there
+    assert rows[3][4:] == ["", "25.0%"]  # the separation is unknown
     assert len(list(root.iter("figure"))) == 4
     assert len(list(root.iter("rect"))) == 3 + 3 + 2 + 9
     for foreign in ("<script", "http:", "https:", "url("):
         assert foreign not in page
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_unknown_values_are_left_out() -> None:
     page = html_report({"bare": ControlVector(directions={0: np.zeros(3)})})
     assert len(list(body(page).iter("figure"))) == 2
     assert "no suggestion can be made" in page
@@ -72,3 +84,40 @@ def test_projections_are_shown_per_block(vector: ControlVector) -> None:
         "projection of texts at block 2",
         "projection of texts at block 7",
     ]
+
+
+def heights(picture: str) -> list[float]:
+    return [float(rect.attrib["height"]) for rect in ET.fromstring(picture).iter("rect")]
+
+
+def test_bars_are_in_proportion() -> None:
+    one, two, none = heights(bars({3: 1.0, 4: 2.0, 5: 0.0}))
+    assert two == HEIGHT - EDGE
+    assert one == two / 2
+    assert none == 0.0
+
+
+def test_bars_are_limited_to_the_given_range() -> None:
+    assert heights(bars({0: 0.75, 1: 0.2, 2: 3.0}, low=0.5, high=1.0)) == [77.0, 0.0, 154.0]
+    assert heights(bars({0: 0.0, 1: 0.0})) == [0.0, 0.0]
+    assert heights(bars({})) == []
+
+
+def test_heatmap_colours_show_sign_and_size() -> None:
+    picture = ET.fromstring(heatmap(np.array([[1.0, -1.0], [0.0, 0.5]]), [4, 9]))
+    assert [rect.attrib["fill"] for rect in picture.iter("rect")] == ["#2166ac", "#b2182b", "#ffffff", "#90b2d6"]
+    assert "4, 9: -1.000" in [title.text for title in picture.iter("title")]
+
+
+def test_histograms_show_the_shares_of_each_side() -> None:
+    positive, negative = np.array([2.0, 2.0, 3.0, 4.0]), np.array([-4.0, 2.0])
+    shares, edges = histogram_shares(positive, negative)
+    assert (edges[0], edges[-1], len(edges)) == (-4.0, 4.0, 25)
+    assert [share.sum() for share in shares] == [1.0, 1.0]
+    at_two = np.searchsorted(edges, 2.0, side="right") - 1
+    assert (shares[0][at_two], shares[1][at_two]) == (0.5, 0.5)
+    picture = ET.fromstring(histograms(positive, negative))
+    assert len(picture.findall(".//rect")) == 48
+    titles = [title.text for title in picture.iter("title")]
+    assert "negatives from -4 to -3.667: 50.0%" in titles
+    ET.fromstring(histograms(np.zeros(3), np.zeros(3)))

@@ -1,4 +1,4 @@
-"""Files that were made to hurt the reader. Each ends in one VectorFileError, quickly and in little memory."""
+"""Hostile safetensors files. Each raises one VectorFileError, quickly and with little memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_tensors(tensors: dict[str, Any], data: bytes = TWO, metadata: Any = MET
 
 def test_the_template_of_these_attacks_is_a_good_file() -> None:
     assert from_bytes(with_tensors({"direction.3": entry()})).directions[3].tolist() == [1.0, 2.0]
-    # Order in the header is free, order of the data is what the offsets say.
+    # Entries of the header may have any order; the offsets give the order of the data.
     swapped = with_tensors({"direction.9": entry(8, 16), "direction.3": entry()}, TWO + TWO[::-1])
     assert from_bytes(swapped).blocks == (3, 9)
 
@@ -47,12 +47,12 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "header size 0": (struct.pack("<Q", 0), "does not begin with '{'"),
     "header size 2**64-1": (struct.pack("<Q", 2**64 - 1) + b"{}", "18446744073709551615 bytes; at most"),
     "header longer than the file": (struct.pack("<Q", 64) + b"{}", "has 64 bytes; only 2 follow"),
-    "header not JSON": (file(b"{not json"), "not readable JSON"),
+    "header not JSON": (file(b"{not json"), "not valid JSON"),
     "header a list": (file(b"[]"), "does not begin"),
     "header after spaces": (file(b"  {}"), "does not begin"),
     "header not UTF-8": (file(b'{"\xff":1}'), "not UTF-8"),
-    "nested 100,000 deep": (file(b'{"a":' * 100_000), "not readable JSON"),
-    "an integer of 10,000 digits": (file(b'{"a":' + b"9" * 10_000 + b"}"), "not readable JSON"),
+    "nested 100,000 deep": (file(b'{"a":' * 100_000), "not valid JSON"),
+    "an integer of 10,000 digits": (file(b'{"a":' + b"9" * 10_000 + b"}"), "not valid JSON"),
     "a NaN constant": (file(b'{"a":NaN}'), "value NaN"),
     "the same tensor twice": (
         file(b'{"__metadata__":{"format":"control-vector","format_version":"1"},"direction.1":{},"direction.1":{}}'),
@@ -61,12 +61,12 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "no metadata": (file({"direction.3": entry()}), "missing or is not a map"),
     "metadata a list": (with_tensors({"direction.3": entry()}, metadata=[]), "missing or is not a map"),
     "metadata with a number": (with_tensors({}, metadata={**META, "model": 1}), "missing or is not a map"),
-    "another format": (with_tensors({}, metadata={"format": "pt"}), "some other file"),
-    "a later version": (with_tensors({}, metadata={**META, "format_version": "2"}), "version '2' is not known"),
+    "another format": (with_tensors({}, metadata={"format": "pt"}), "not a control vector"),
+    "a later version": (with_tensors({}, metadata={**META, "format_version": "2"}), "version '2' is not supported"),
     "hidden size in words": (with_tensors({}, metadata={**META, "hidden_size": "two"}), "hidden_size is 'two'"),
     "hidden size with other digits": (with_tensors({}, metadata={**META, "hidden_size": "²"}), "whole number"),
-    "norms not JSON": (with_tensors({}, metadata={**META, "residual_norms": "{"}), "not readable JSON"),
-    "norms a surrogate": (with_tensors({}, metadata={**META, "residual_norms": "\ud800"}), "not readable JSON"),
+    "norms not JSON": (with_tensors({}, metadata={**META, "residual_norms": "{"}), "not valid JSON"),
+    "norms a surrogate": (with_tensors({}, metadata={**META, "residual_norms": "\ud800"}), "not valid JSON"),
     "norms a list": (with_tensors({}, metadata={**META, "residual_norms": "[]"}), "not a JSON object"),
     "norms of block x": (with_tensors({}, metadata={**META, "residual_norms": '{"x":1.0}'}), "block 'x'"),
     "norms of block 01": (with_tensors({}, metadata={**META, "residual_norms": '{"01":1.0}'}), "block '01'"),
@@ -132,7 +132,7 @@ def test_attack_is_refused_with_its_own_sentence(name: str) -> None:
     data, sentence = ATTACKS[name]
     with pytest.raises(VectorFileError, match=sentence) as caught:
         from_bytes(data)
-    assert len(caught.value.message) < 400  # nothing of the attacker's is echoed at length
+    assert len(caught.value.message) < 400  # the message quotes little of the attacker's text
     caught.value.message.encode()
 
 
@@ -150,7 +150,7 @@ def test_a_million_keys_are_refused_unread() -> None:
     assert peak < 100_000
 
 
-def test_the_fullest_header_that_is_read_is_still_quick() -> None:
+def test_the_largest_accepted_header_is_read_quickly() -> None:
     keys = b",".join(b'"%x":0' % i for i in range(110_000))
     header = (b"{" + keys)[: MAX_HEADER_BYTES - 7].rpartition(b",")[0] + b"}"
     before = time.perf_counter()

@@ -1,3 +1,5 @@
+"""Control vectors in safetensors."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -36,7 +38,7 @@ def test_golden_bytes_both_ways() -> None:
     assert back.metadata == golden_vector().metadata
 
 
-def test_a_vector_and_all_it_says_come_back(vector: ControlVector) -> None:
+def test_round_trip_with_metadata(vector: ControlVector) -> None:
     back = from_bytes(to_bytes(vector))
     assert back == vector
     assert back.metadata == vector.metadata
@@ -85,12 +87,12 @@ def test_sixteen_bits_round_to_nearest(dtype: DType, mantissa_bits: int) -> None
     bound = np.abs(values) * 2.0 ** -(mantissa_bits + 1)
     assert np.all(np.abs(back - values) <= np.maximum(bound, 2.0**-25))  # 2**-25: half a subnormal of float16
     assert np.abs(back - values).max() > 0
-    # What is representable comes back exactly, so a second trip changes nothing.
+    # Representable values are exact, so a second round trip changes nothing.
     again = from_bytes(to_bytes(ControlVector(directions={0: back}), dtype)).directions[0]
     assert np.array_equal(again, back)
 
 
-def test_bfloat16_ties_go_to_even_and_what_does_not_fit_is_refused() -> None:
+def test_bfloat16_rounds_ties_to_even_and_refuses_overflow() -> None:
     tie_down, tie_up = 1.0 + 2**-8, 1.0 + 3 * 2**-8
     vector = ControlVector(directions={0: np.array([tie_down, tie_up, -tie_up], np.float32)})
     assert from_bytes(to_bytes(vector, "bfloat16")).directions[0].tolist() == [1.0, 1.015625, -1.015625]
@@ -98,7 +100,7 @@ def test_bfloat16_ties_go_to_even_and_what_does_not_fit_is_refused() -> None:
         to_bytes(ControlVector(directions={0: np.array([7e4])}), "float16")
     with pytest.raises(VectorFileError, match="block 0 has values too large for BF16"):
         to_bytes(ControlVector(directions={0: np.array([3.4e38])}), "bfloat16")
-    with pytest.raises(VectorFileError, match="dtype 'int8' is none of"):
+    with pytest.raises(VectorFileError, match="dtype 'int8' is not supported"):
         to_bytes(vector, "int8")  # type: ignore[arg-type]
 
 

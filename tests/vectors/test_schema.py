@@ -1,4 +1,4 @@
-"""The published schema and page say what the code does."""
+"""The published schema and page agree with the code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_we_write_fits_the_schema(vector: ControlVector) -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     written = header(to_bytes(vector))
     jsonschema.validate(written, schema)
-    for name in JSON_FIELDS:  # validators do not look into text: do what the schema says about it
+    for name in JSON_FIELDS:  # validators do not check JSON inside text
         content = schema["properties"]["__metadata__"]["properties"][name]["contentSchema"]
         jsonschema.validate(json.loads(written["__metadata__"][name]), content)
 

@@ -1,3 +1,5 @@
+"""Suggested blocks and scales."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -9,7 +11,7 @@ from steer_engine.vectors.suggestion import doses, shown_blocks, suggest
 
 
 def vector(size: float = 1.0, **metadata: object) -> ControlVector:
-    """Unit directions at all 20 blocks of a model whose stream has norm 10 everywhere."""
+    """Unit directions at all 20 blocks of a model with residual norm 10 at each."""
     fields = {"num_blocks": 20, "residual_norms": dict.fromkeys(range(20), 10.0), **metadata}
     return ControlVector(
         directions={block: np.array([size, 0.0]) for block in range(20)}, metadata=VectorMetadata.checked(fields)
@@ -22,7 +24,7 @@ def test_middle_blocks_and_scales_by_dose() -> None:
     assert found.gentle == pytest.approx(0.25 / 0.8)
     assert found.strong == pytest.approx(0.5 / 0.8)
     assert str(found) == "blocks 5-12, scale 0.31 (gentle) to 0.62 (strong)"
-    # Twice the vector needs half the scale.
+    # A vector of twice the size needs half the scale.
     assert suggest(vector(2.0)).gentle == pytest.approx(found.gentle / 2)
 
 
@@ -45,7 +47,7 @@ def test_doses_are_known_where_norms_are() -> None:
         suggest(vector(0.0))
 
 
-def test_blocks_to_look_at_are_the_ends_and_the_best(vector: ControlVector) -> None:
+def test_shown_blocks_are_both_ends_and_the_best(vector: ControlVector) -> None:
     assert shown_blocks(vector) == (3,)
     directions = {block: np.ones(4) for block in range(12)}
     about = VectorMetadata(

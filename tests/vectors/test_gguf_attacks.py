@@ -1,4 +1,4 @@
-"""GGUF headers that were made to hurt the reader."""
+"""Hostile GGUF headers."""
 
 from __future__ import annotations
 

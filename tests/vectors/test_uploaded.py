@@ -1,4 +1,4 @@
-"""The durable shelf: what was acknowledged is there after a crash at any moment, and nothing half-written is."""
+"""Uploads are durable: after a crash at any moment, everything acknowledged exists and nothing is incomplete."""
 
 from __future__ import annotations
 
@@ -44,78 +44,78 @@ def object_name(vector: ControlVector) -> str:
     return f"{vector.digest.removeprefix('sha256:')}.safetensors"
 
 
-def test_nothing_is_made_before_something_is_put(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
-    assert shelf.manifest().vectors == {}
-    assert shelf.verify() == {}
+def test_the_folder_is_created_by_the_first_upload(tmp_path: Path) -> None:
+    uploaded = UploadedVectors(tmp_path)
+    assert uploaded.manifest().vectors == {}
+    assert uploaded.verify() == {}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_put_load_and_delete(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
-    assert shelf.put("a", one(1)) is True
-    assert shelf.put("a", one(1)) is False
-    assert shelf.put("b", one(1)) is True
+    uploaded = UploadedVectors(tmp_path)
+    assert uploaded.put("a", one(1)) is True
+    assert uploaded.put("a", one(1)) is False
+    assert uploaded.put("b", one(1)) is True
     assert objects(tmp_path) == {object_name(one(1))}
-    assert shelf.load(one(1).digest) == one(1)
-    assert shelf.delete("a") == one(1).digest
-    assert shelf.load(one(1).digest) == one(1)  # b still stands for it
-    shelf.delete("b")
+    assert uploaded.load(one(1).digest) == one(1)
+    assert uploaded.delete("a") == one(1).digest
+    assert uploaded.load(one(1).digest) == one(1)  # b still has this content
+    uploaded.delete("b")
     assert objects(tmp_path) == set()
     with pytest.raises(UnknownVectorError):
-        shelf.load(one(1).digest)
+        uploaded.load(one(1).digest)
     with pytest.raises(UnknownVectorError):
-        shelf.delete("a")
+        uploaded.delete("a")
 
 
-def test_a_name_is_replaced_only_by_who_knows_what_it_stood_for(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
+def test_replacing_a_name_needs_its_current_digest(tmp_path: Path) -> None:
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
     with pytest.raises(RegistryConflictError, match=one(1).digest):
-        shelf.put("a", one(2))
+        uploaded.put("a", one(2))
     with pytest.raises(PreconditionError):
-        shelf.put("a", one(2), if_match=one(3).digest)
+        uploaded.put("a", one(2), if_match=one(3).digest)
     with pytest.raises(PreconditionError, match="does not exist"):
-        shelf.put("new", one(2), if_match=ANY)
+        uploaded.put("new", one(2), if_match=ANY)
     with pytest.raises(PreconditionError):
-        shelf.delete("a", if_match=one(2).digest)
-    assert shelf.manifest().vectors["a"].digest == one(1).digest
-    assert shelf.put("a", one(2), if_match=one(1).digest) is False
-    assert shelf.put("a", one(3), if_match=ANY) is False
+        uploaded.delete("a", if_match=one(2).digest)
+    assert uploaded.manifest().vectors["a"].digest == one(1).digest
+    assert uploaded.put("a", one(2), if_match=one(1).digest) is False
+    assert uploaded.put("a", one(3), if_match=ANY) is False
     assert objects(tmp_path) == {object_name(one(3))}
-    shelf.delete("a", if_match=one(3).digest)
+    uploaded.delete("a", if_match=one(3).digest)
 
 
 def test_presets(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
     other = {"edits": [{"vector": "b", "gate": {"vector": "a", "min_cos": 0.1}}]}
-    assert shelf.put_preset("calm", PRESET) is True
-    assert shelf.put_preset("calm", PRESET) is False
+    assert uploaded.put_preset("calm", PRESET) is True
+    assert uploaded.put_preset("calm", PRESET) is False
     with pytest.raises(RegistryConflictError):
-        shelf.put_preset("calm", other)
-    assert shelf.put_preset("calm", other, if_match=preset_digest(PRESET)) is False
+        uploaded.put_preset("calm", other)
+    assert uploaded.put_preset("calm", other, if_match=preset_digest(PRESET)) is False
     with pytest.raises(RegistryConflictError, match="calm"):
-        shelf.delete("a")
+        uploaded.delete("a")
     with pytest.raises(PreconditionError):
-        shelf.delete_preset("calm", if_match=preset_digest(PRESET))
-    shelf.delete_preset("calm", if_match=preset_digest(other))
+        uploaded.delete_preset("calm", if_match=preset_digest(PRESET))
+    uploaded.delete_preset("calm", if_match=preset_digest(other))
     with pytest.raises(UnknownVectorError):
-        shelf.delete_preset("calm")
-    shelf.delete("a")
+        uploaded.delete_preset("calm")
+    uploaded.delete("a")
 
 
 def test_limits(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path, RegistryLimits(max_vectors=2, max_presets=1))
-    shelf.put("a", one(1))
-    shelf.put("b", one(2))
+    uploaded = UploadedVectors(tmp_path, RegistryLimits(max_vectors=2, max_presets=1))
+    uploaded.put("a", one(1))
+    uploaded.put("b", one(2))
     with pytest.raises(RegistryFullError, match="at most 2 vectors"):
-        shelf.put("c", one(3))
+        uploaded.put("c", one(3))
     assert objects(tmp_path) == {object_name(one(1)), object_name(one(2))}
-    shelf.put_preset("calm", PRESET)
+    uploaded.put_preset("calm", PRESET)
     with pytest.raises(RegistryFullError, match="at most 1 presets"):
-        shelf.put_preset("loud", PRESET)
-    size = shelf.manifest().num_bytes
+        uploaded.put_preset("loud", PRESET)
+    size = uploaded.manifest().num_bytes
     small = UploadedVectors(tmp_path / "small", RegistryLimits(max_registry_bytes=size // 2))
     small.put("a", one(1))
     small.put("same content", one(1))
@@ -123,7 +123,7 @@ def test_limits(tmp_path: Path) -> None:
         small.put("b", one(2))
 
 
-def test_processes_see_each_other_s_changes_at_once(tmp_path: Path) -> None:
+def test_processes_see_the_changes_of_others_at_once(tmp_path: Path) -> None:
     mine, theirs = UploadedVectors(tmp_path), UploadedVectors(tmp_path)
     mine.put("a", one(1))
     assert theirs.manifest().vectors["a"].digest == one(1).digest
@@ -135,18 +135,18 @@ def test_processes_see_each_other_s_changes_at_once(tmp_path: Path) -> None:
 
 
 def test_an_unchanged_manifest_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
-    shelf.manifest()
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
+    uploaded.manifest()
     reads = []
     original = uploaded_module.read_manifest
     monkeypatch.setattr(uploaded_module, "read_manifest", lambda path: (reads.append(path), original(path))[1])
     for _ in range(5):
-        shelf.manifest()
+        uploaded.manifest()
     assert reads == []
     UploadedVectors(tmp_path).put("b", one(2))
-    shelf.manifest()
-    assert len(reads) == 2 + 1  # at the start of the other and under its lock, and one here
+    uploaded.manifest()
+    assert len(reads) == 2 + 1  # two by the other one, at startup and under its lock; and one here
 
 
 def test_a_damaged_manifest_is_an_error_and_never_an_empty_registry(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_a_damaged_manifest_is_an_error_and_never_an_empty_registry(tmp_path: Pa
         assert path.read_bytes() == damaged
 
 
-def test_damaged_content_is_found_at_the_start_and_mended_by_sending_it_again(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
+def test_damaged_content_is_found_at_startup_and_repaired_by_another_upload(tmp_path: Path) -> None:
+    uploaded = UploadedVectors(tmp_path)
     for name, value in (("short", 1), ("other", 2), ("gone", 3), ("good", 4)):
-        shelf.put(name, one(value))
+        uploaded.put(name, one(value))
     folder = tmp_path / FOLDER / "objects"
     path = folder / object_name(one(1))
     path.write_bytes(path.read_bytes()[:-1])
@@ -172,16 +172,16 @@ def test_damaged_content_is_found_at_the_start_and_mended_by_sending_it_again(tm
     faults = UploadedVectors(tmp_path).verify()
     assert sorted(faults) == ["gone", "other", "short"]
     with pytest.raises(VectorFileError):
-        shelf.load(one(2).digest)
-    assert shelf.put("short", one(1)) is False
-    assert shelf.load(one(1).digest) == one(1)
+        uploaded.load(one(2).digest)
+    assert uploaded.put("short", one(1)) is False
+    assert uploaded.load(one(1).digest) == one(1)
 
 
-def test_the_start_removes_what_a_crash_left(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
+def test_startup_removes_unused_files(tmp_path: Path) -> None:
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
     root = tmp_path / FOLDER
-    young, old = shelf.incoming() / "young", shelf.incoming() / "old"
+    young, old = uploaded.incoming() / "young", uploaded.incoming() / "old"
     leftovers = [root / "objects" / "0.safetensors", root / "objects" / ".x.part", root / ".manifest.json.y.part", old]
     for path in (*leftovers, young):
         path.write_bytes(b"half")
@@ -189,60 +189,60 @@ def test_the_start_removes_what_a_crash_left(tmp_path: Path) -> None:
     assert UploadedVectors(tmp_path).verify() == {}
     assert not any(path.exists() for path in leftovers)
     assert young.exists()
-    assert shelf.load(one(1).digest) == one(1)
+    assert uploaded.load(one(1).digest) == one(1)
 
 
-def test_an_upload_is_left_when_its_writer_is_gone(tmp_path: Path) -> None:
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
-    left, under_way = shelf.incoming() / "left", shelf.incoming() / "under way"
-    left.write_bytes(b"half")
-    with under_way.open("wb") as file:
+def test_an_upload_is_abandoned_when_its_writer_has_ended(tmp_path: Path) -> None:
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
+    abandoned, in_progress = uploaded.incoming() / "abandoned", uploaded.incoming() / "in progress"
+    abandoned.write_bytes(b"half")
+    with in_progress.open("wb") as file:
         lock_upload(file)
-        for path in (left, under_way):
+        for path in (abandoned, in_progress):
             os.utime(path, (time.time() - 10, time.time() - 10))
         UploadedVectors(tmp_path).verify()
-        assert not left.exists()
-        assert under_way.exists()
+        assert not abandoned.exists()
+        assert in_progress.exists()
     UploadedVectors(tmp_path).verify()
-    assert not under_way.exists()
+    assert not in_progress.exists()
 
 
-def test_a_lock_that_is_held_is_waited_for_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
+def test_a_change_waits_for_the_lock_and_then_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
     monkeypatch.setattr(uploaded_module, "LOCK_SECONDS", 0.05)
-    with shelf._changing(), pytest.raises(CapacityError):
+    with uploaded._changing(), pytest.raises(CapacityError):
         UploadedVectors(tmp_path).put("b", one(2))
     UploadedVectors(tmp_path).put("b", one(2))
 
 
-def test_many_start_while_others_change_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading all objects at the start takes minutes where there are thousands: no other server waits for it."""
-    shelf = UploadedVectors(tmp_path)
-    shelf.put("a", one(1))
-    shelf.put("b", one(2))
+def test_startup_needs_no_lock_to_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifying thousands of objects takes minutes; other servers must not wait for it."""
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
+    uploaded.put("b", one(2))
     monkeypatch.setattr(uploaded_module, "LOCK_SECONDS", 0.05)
-    with shelf._changing():
-        assert UploadedVectors(tmp_path).verify() == {}, "a server starts while another tidies"
+    with uploaded._changing():
+        assert UploadedVectors(tmp_path).verify() == {}, "a server starts while another one removes unused files"
     load, changed = UploadedVectors.load, []
 
     def load_slowly(self: UploadedVectors, digest: str) -> ControlVector:
         if not changed:
-            changed.append(shelf.delete("b"))  # refused while the lock is held
+            changed.append(uploaded.delete("b"))  # refused if `verify` has the lock
         return load(self, digest)
 
     monkeypatch.setattr(UploadedVectors, "load", load_slowly)
-    assert UploadedVectors(tmp_path).verify() == {}, "what was deleted meanwhile is not damaged"
+    assert UploadedVectors(tmp_path).verify() == {}, "a vector deleted meanwhile is not damaged"
     assert changed == [one(2).digest]
 
 
 def test_threads_lose_no_change(tmp_path: Path) -> None:
-    shelves = [UploadedVectors(tmp_path) for _ in range(2)]
+    stores = [UploadedVectors(tmp_path) for _ in range(2)]
 
     def work(number: int) -> None:
         for i in range(10):
-            shelves[number % 2].put(f"v{number}-{i}", one(100 * number + i))
+            stores[number % 2].put(f"v{number}-{i}", one(100 * number + i))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -254,7 +254,7 @@ def test_threads_lose_no_change(tmp_path: Path) -> None:
 
 
 def test_kill_at_any_moment(tmp_path: Path) -> None:
-    """50 times: a process puts, replaces and deletes until it is killed; then the folder is as it had acknowledged."""
+    """50 times: a process uploads, replaces and deletes until it is killed. The folder has what it acknowledged."""
     rng = random.Random(5)
     state: dict[str, str] = {}
     undecided = 0
@@ -262,18 +262,18 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
         began, done = _run_until_killed(tmp_path, seed=moment, seconds=rng.uniform(0.0, 0.06))
         for name, digest in done:
             _apply(state, name, digest)
-        shelf = UploadedVectors(tmp_path)
-        assert shelf.verify() == {}
-        found = {name: entry.digest for name, entry in shelf.manifest().vectors.items()}
+        uploaded = UploadedVectors(tmp_path)
+        assert uploaded.verify() == {}
+        found = {name: entry.digest for name, entry in uploaded.manifest().vectors.items()}
         if found != state:
-            # The one change that was under way may have happened, or not; nothing in between.
+            # The change in progress may have happened or not, but not in part.
             assert len(began) == len(done) + 1
             _apply(state, *began[-1])
             undecided += 1
         assert found == state
         assert objects(tmp_path) == {f"{digest.removeprefix('sha256:')}.safetensors" for digest in state.values()}
         for digest in state.values():
-            assert shelf.load(digest).digest == digest
+            assert uploaded.load(digest).digest == digest
     assert state
     assert undecided < 50
 
@@ -289,14 +289,14 @@ def _apply(state: dict[str, str], name: str, digest: str | None) -> None:
 
 
 def _run_until_killed(folder: Path, seed: int, seconds: float) -> tuple[list[Change], list[Change]]:
-    """Changes that a child process began and that it acknowledged, before SIGKILL."""
+    """Changes that a child process began, and those it acknowledged, before SIGKILL."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _change_for_ever(folder, seed, writer)
+        _change_forever(folder, seed, writer)
     os.close(writer)
     try:
-        os.read(reader, 1)  # the child's first sign of life
+        os.read(reader, 1)  # the child has started
         time.sleep(seconds)
     finally:
         os.kill(child, signal.SIGKILL)
@@ -306,24 +306,24 @@ def _run_until_killed(folder: Path, seed: int, seconds: float) -> tuple[list[Cha
     return [(n, d) for kind, n, d in lines if kind == "began"], [(n, d) for kind, n, d in lines if kind == "done"]
 
 
-def _change_for_ever(folder: Path, seed: int, writer: int) -> None:
+def _change_forever(folder: Path, seed: int, writer: int) -> None:
     def say(kind: str, name: str, digest: str | None) -> None:
         os.write(writer, f"{json.dumps([kind, name, digest])}\n".encode())
 
     os.write(writer, b"\n")
     try:
-        rng, shelf = random.Random(seed), UploadedVectors(folder)
+        rng, uploaded = random.Random(seed), UploadedVectors(folder)
         while True:
             name = f"v{rng.randrange(4)}"
-            known = name in shelf.manifest().vectors
+            known = name in uploaded.manifest().vectors
             if known and rng.random() < 0.3:
                 say("began", name, None)
-                shelf.delete(name)
+                uploaded.delete(name)
                 say("done", name, None)
             else:
                 vector = one(rng.random(), width=2000)
                 say("began", name, vector.digest)
-                shelf.put(name, vector, if_match=ANY if known else None)
+                uploaded.put(name, vector, if_match=ANY if known else None)
                 say("done", name, vector.digest)
     finally:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Golden files of each convention, written here: row values say which block they must land on."""
+"""Files of other tools. The tests write one of each kind; the value of a row is the block it must belong to."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from steer_engine.errors import VectorFileError
-from steer_engine.vectors.importers import import_vector
+from steer_engine.vectors import ControlVector, load, save
+from steer_engine.vectors.importers import KINDS, import_vector
 
 
 class SteeringVector:
-    """Stands for the pickled object of the steering-vectors package."""
+    """Replaces the class that the steering-vectors package pickles."""
 
     layer_activations: dict[int, torch.Tensor]
 
@@ -28,6 +30,29 @@ def row(value: float) -> torch.Tensor:
     return torch.full((4,), float(value))
 
 
+def test_notes_name_the_source_and_the_result_can_be_saved(tmp_path: Path) -> None:
+    vector = ControlVector(directions={3: np.array([1.0, 2.0])})
+    save(vector, tmp_path / "theirs.gguf")
+    imported = import_vector(tmp_path / "theirs.gguf", "gguf", model="example/model")
+    assert imported == vector
+    assert imported.metadata.notes == "Imported from theirs.gguf (gguf)."
+    assert imported.metadata.model == "example/model"
+    save(imported, tmp_path / "ours.safetensors")
+    assert load(tmp_path / "ours.safetensors").metadata == imported.metadata
+
+
+def test_unknown_kinds_are_refused_with_the_list(tmp_path: Path) -> None:
+    with pytest.raises(VectorFileError, match="no kind 'pickle'.*gguf, caa, persona, refusal, layers, vllm-lens"):
+        import_vector(tmp_path / "x.pt", "pickle")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_file_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "direction_metadata.json").write_text('{"layer": 1}')
+    with pytest.raises(VectorFileError, match=r"vec_layer_1_gone\.pt: cannot be read"):
+        import_vector(tmp_path / "vec_layer_1_gone.pt", kind)
+
+
 def test_caa_layer_is_the_block(tmp_path: Path) -> None:
     for layer in (0, 13):
         torch.save(row(layer).to(torch.bfloat16), tmp_path / f"vec_layer_{layer}_Llama-2-7b-chat-hf.pt")
@@ -38,11 +63,11 @@ def test_caa_layer_is_the_block(tmp_path: Path) -> None:
     assert folder.metadata.method == "diffmean"
 
 
-def test_caa_names_must_say_the_layer_once(tmp_path: Path) -> None:
+def test_caa_names_must_contain_the_layer_and_be_of_one_model(tmp_path: Path) -> None:
     with pytest.raises(VectorFileError, match=r"has no file vec_layer_\*\.pt"):
         import_vector(tmp_path, "caa")
     torch.save(row(1), tmp_path / "vector.pt")
-    with pytest.raises(VectorFileError, match="the name does not say the layer"):
+    with pytest.raises(VectorFileError, match="the name must contain the layer"):
         import_vector(tmp_path / "vector.pt", "caa")
     torch.save(row(1), tmp_path / "vec_layer_1_a.pt")
     torch.save(row(1), tmp_path / "vec_layer_1_b.pt")
@@ -57,7 +82,7 @@ def test_persona_row_l_is_block_l_minus_1(tmp_path: Path) -> None:
     assert {block: v[0] for block, v in vector.directions.items()} == {0: 0.0, 1: 1.0, 2: 2.0}
     assert vector.metadata.num_blocks == 4
     torch.save(row(1), tmp_path / "flat.pt")
-    with pytest.raises(VectorFileError, match=r"shape \[4\], where a tensor of 2"):
+    with pytest.raises(VectorFileError, match=r"shape \[4\]; a tensor of 2"):
         import_vector(tmp_path / "flat.pt", "persona")
     torch.save(rows[:2], tmp_path / "short.pt")
     with pytest.raises(VectorFileError, match="2 rows"):
@@ -66,14 +91,14 @@ def test_persona_row_l_is_block_l_minus_1(tmp_path: Path) -> None:
 
 def test_refusal_layer_l_is_block_l_minus_1(tmp_path: Path) -> None:
     torch.save(row(7).double(), tmp_path / "direction.pt")
-    with pytest.raises(VectorFileError, match="the layer is not known"):
+    with pytest.raises(VectorFileError, match="the layer is unknown"):
         import_vector(tmp_path / "direction.pt", "refusal")
     (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -5, "layer": 14}))
     vector = import_vector(tmp_path / "direction.pt", "refusal")
     assert {block: v.tolist() for block, v in vector.directions.items()} == {13: [7.0] * 4}
     for layer in (0, -1, 1024, "14", True, 1.0):
         (tmp_path / "direction_metadata.json").write_text(json.dumps({"layer": layer}))
-        with pytest.raises(VectorFileError, match="has no block before it"):
+        with pytest.raises(VectorFileError, match="is not usable; valid are 1 to 1023"):
             import_vector(tmp_path / "direction.pt", "refusal")
 
 
@@ -87,16 +112,16 @@ def test_a_dict_of_layers(tmp_path: Path) -> None:
         ({}, "at least one block"),
         ({5: torch.ones(2, 2)}, r"layers\.pt: .*shape \[2, 2\]"),
         ({5: torch.ones(2, dtype=torch.int64)}, "floating-point"),
-        ({5: 1.0}, "holds float"),
+        ({5: 1.0}, "contains float"),
         ({5: torch.tensor([float("nan")])}, "not finite"),
-        ({5: torch.ones(1).expand(2**33)}, "is no vector"),
+        ({5: torch.ones(1).expand(2**33)}, "is not a vector"),
     ):
         torch.save(bad, tmp_path / "layers.pt")
         with pytest.raises(VectorFileError, match=sentence):
             import_vector(tmp_path / "layers.pt", "layers")
 
 
-def test_a_pickle_of_code_is_refused_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(Exploit(), tmp_path / "evil.pt")
     with pytest.raises(VectorFileError, match="could run any code"):
@@ -104,13 +129,13 @@ def test_a_pickle_of_code_is_refused_unrun(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "pwned").exists()
 
 
-def test_steering_vectors_pickles_are_refused_with_the_way_to_reexport(tmp_path: Path) -> None:
+def test_steering_vectors_pickles_are_refused_with_an_export_command(tmp_path: Path) -> None:
     theirs = SteeringVector()
     theirs.layer_activations = {3: row(3)}
     torch.save(theirs, tmp_path / "v.pt")
-    with pytest.raises(VectorFileError, match="re-export it with: python -c") as caught:
+    with pytest.raises(VectorFileError, match="export it as tensors with: python -c") as caught:
         import_vector(tmp_path / "v.pt", "layers")
-    # The printed line works.
+    # The command in the message works.
     code = caught.value.message.partition('python -c "')[2].rstrip('"')
     code = code.replace("IN.pt", str(tmp_path / "v.pt")).replace("OUT.pt", str(tmp_path / "out.pt"))
     exec(code, {"__name__": "reexport"})
@@ -118,7 +143,7 @@ def test_steering_vectors_pickles_are_refused_with_the_way_to_reexport(tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02.", b"PK\x03\x04" + b"\0" * 40])
-def test_what_is_no_torch_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "vec_layer_1_x.pt").write_bytes(content)
     with pytest.raises(VectorFileError, match=r"vec_layer_1_x\.pt"):
         import_vector(tmp_path / "vec_layer_1_x.pt", "caa")

@@ -1,3 +1,5 @@
+"""Atomic writes and file signatures."""
+
 from __future__ import annotations
 
 import os
@@ -10,7 +12,7 @@ import pytest
 from steer_engine.vectors.storage import write_atomically
 
 
-def test_a_write_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_a_write_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
     path = tmp_path / "f"
     write_atomically(path, b"one")
     write_atomically(path, b"two")
@@ -20,7 +22,7 @@ def test_a_write_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failure_keeps_the_old_file_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_failure_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "f"
     write_atomically(path, b"old")
 
@@ -34,7 +36,7 @@ def test_a_failure_keeps_the_old_file_and_no_part(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd))[1])
@@ -43,8 +45,8 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path: Path, monkey
     assert order == ["fsync", "replace", "fsync"]
 
 
-def test_versions_in_a_row_have_times_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the kernel's, which on many systems are those of a tick of 4 ms."""
+def test_each_version_has_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's time advances only every 4 ms on many systems."""
     ticks = iter(range(10**18, 10**18 + 5))
     monkeypatch.setattr(time, "time_ns", lambda: next(ticks))
     for number in range(5):

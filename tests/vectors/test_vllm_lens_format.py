@@ -1,7 +1,10 @@
+"""JSON files with vectors of vllm-lens."""
+
 from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ ROWS = np.array([[1.0, -0.5, 3.0], [0.25, 2.0, -8.0]], np.float32)  # exact in b
 
 
 def encoded(rows: np.ndarray = ROWS, dtype: str = "float32", *, zstd: bool = True, **changes: Any) -> dict[str, Any]:
-    """A tensor as vllm-lens puts it into JSON."""
+    """A tensor as vllm-lens encodes it in JSON."""
     original = f"torch.{dtype}"
     if dtype == "bfloat16":
         stored = (rows.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
@@ -42,7 +45,7 @@ def write(tmp_path: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("zstd", [True, False])
-def test_layers_are_blocks_and_the_scale_is_multiplied_in(tmp_path: Path, dtype: str, zstd: bool) -> None:
+def test_layers_are_blocks_and_the_scale_is_applied(tmp_path: Path, dtype: str, zstd: bool) -> None:
     content = {"activations": encoded(dtype=dtype, zstd=zstd), "layer_indices": [18, 4], "scale": 2.0}
     for wrapped in (content, [content]):
         vector = import_vector(write(tmp_path, wrapped), "vllm-lens")
@@ -58,9 +61,9 @@ def test_one_position_for_all_is_a_vector(tmp_path: Path) -> None:
 
 GOOD = {"activations": encoded(), "layer_indices": [0, 1]}
 BAD: dict[str, tuple[Any, str]] = {
-    "not an object": ([1, 2], "not one object"),
-    "two vectors": ([GOOD, GOOD], "not one object"),
-    "no activations": ({"layer_indices": [1]}, "not one object"),
+    "not an object": ([1, 2], "not an object"),
+    "two vectors": ([GOOD, GOOD], "not an object"),
+    "no activations": ({"layer_indices": [1]}, "not an object"),
     "norm_match": ({**GOOD, "norm_match": True}, "not part of a vector"),
     "positions": ({**GOOD, "position_indices": [3]}, "not part of a vector"),
     "a row per position": ({**GOOD, "activations": encoded(np.ones((2, 5, 3), np.float32))}, "one row per position"),
@@ -70,14 +73,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "layer -1": ({**GOOD, "layer_indices": [-1, 2]}, "Block -1 is not a block number"),
     "scale in words": ({**GOOD, "scale": "2"}, "not a finite number"),
     "dtype object": ({**GOOD, "activations": encoded(dtype="float32") | {"dtype": "object"}}, "dtype 'object'"),
-    "dtype a list": ({**GOOD, "activations": encoded() | {"dtype": []}}, "is not one that is read"),
+    "dtype a list": ({**GOOD, "activations": encoded() | {"dtype": []}}, "is not supported"),
     "int16 that is not bfloat16": (
         {**GOOD, "activations": encoded(dtype="bfloat16", original_dtype="torch.int16")},
         "dtype 'int16' for 'torch.int16'",
     ),
     "shape negative": ({**GOOD, "activations": encoded(shape=[-2, 3])}, "not a list of sizes"),
     "shape too large": ({**GOOD, "activations": encoded(shape=[2**20, 2**20])}, "larger than any"),
-    "shape that lies": ({**GOOD, "activations": encoded(shape=[2, 4])}, "have 24 bytes where shape and dtype need 32"),
+    "shape that lies": ({**GOOD, "activations": encoded(shape=[2, 4])}, "has 24 bytes; shape and dtype need 32"),
     "not base64": ({**GOOD, "activations": encoded(data="$$$")}, "not base64"),
     "data a number": ({**GOOD, "activations": encoded(data=3)}, "not base64"),
     "not zstd": ({**GOOD, "activations": encoded(data="AAAA")}, "not zstd"),
@@ -87,7 +90,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_vector_is_refused(tmp_path: Path, name: str) -> None:
+def test_other_content_is_refused(tmp_path: Path, name: str) -> None:
     content, sentence = BAD[name]
     with pytest.raises(VectorFileError, match=rf"v\.json: .*{sentence}"):
         import_vector(write(tmp_path, content), "vllm-lens")
@@ -100,14 +103,14 @@ def test_not_json(tmp_path: Path) -> None:
             import_vector(tmp_path / "v.json", "vllm-lens")
 
 
-def test_a_frame_that_unpacks_to_far_more_is_read_no_further_than_its_shape(tmp_path: Path) -> None:
+def test_decompression_is_limited_by_the_shape(tmp_path: Path) -> None:
     bomb = base64.b64encode(zstandard.ZstdCompressor().compress(bytes(1 << 28))).decode()
     content = {"activations": encoded(data=bomb), "layer_indices": [0, 1]}
-    with pytest.raises(VectorFileError, match="have 25 bytes where shape and dtype need 24"):
+    with pytest.raises(VectorFileError, match="has 25 bytes; shape and dtype need 24"):
         import_vector(write(tmp_path, content), "vllm-lens")
 
 
 def test_without_zstandard_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(VectorFileError, match="pip install zstandard"):
         import_vector(write(tmp_path, GOOD), "vllm-lens")
