@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", nargs="?", help="version of vllm or path of a wheel (default: the newest version)")
     version = parser.parse_args().version
-    from steer_engine.vllm.symbols import all_symbols
+    from steer_engine.vllm.examination import all_symbols
 
     symbols = all_symbols()
     console = Console()

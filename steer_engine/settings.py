@@ -1,4 +1,4 @@
-"""Limits with names: each can be set by the environment, and `GET /v1/steering` publishes all of them."""
+"""Every setting in one place: environment variables, what is armed, and the limits with their names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,38 @@ from steer_engine.spec import MAX_SPEC_CHARS, Op, parse_blocks
 
 PREFIX = "STEER_ENGINE_"
 
+# Environment variables. The first group configures a server; `serve` sets it from its flags for every process.
+ARMED_ENV = "STEER_ENGINE"
+"""1 arms every engine with all defaults, without flags."""
+VECTORS_ENV = "STEER_ENGINE_VECTORS"
+"""Folder of control vectors and presets."""
+STRICT_ENV = "STEER_ENGINE_STRICT"
+"""1: refuse to start if a file of the folder is unusable."""
+DEFAULT_PRESET_ENV = "STEER_ENGINE_DEFAULT_PRESET"
+"""Preset for requests that do not mention steering."""
+MIRROR_URL_ENV = "STEER_ENGINE_MIRROR"
+MIRROR_SECONDS_ENV = "STEER_ENGINE_MIRROR_SECONDS"
+ADMIN_KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
+"""Admin keys of a server, separated by commas. Two at once let an operator replace one while the other works."""
+ADMIN_KEY_FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
+"""A file with one admin key per line, read again whenever it changes."""
+CACHED_VECTOR_BYTES_ENV = "STEER_ENGINE_LOADED_BYTES"
+"""Host memory of an API process for vectors read from its folder."""
+
+# For clients and commands.
+URL_ENV = "STEER_ENGINE_URL"
+"""The server that `vectors`, `presets` and `status` talk to."""
+ADMIN_KEY_ENV = "STEER_ENGINE_ADMIN_KEY"
+API_KEY_ENVS = ("STEER_ENGINE_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
+CACHE_ENV = "STEER_ENGINE_CACHE"
+"""Folder for converted packaged models."""
+
 
 class NamedLimits(BaseModel):
-    """A group of limits; `STEER_ENGINE_MAX_EDITS=4` in the environment sets the field `max_edits`, and so on."""
+    """A group of limits. `STEER_ENGINE_MAX_EDITS=4` in the environment sets the field `max_edits`, and so on.
+
+    `GET /v1/steering` publishes all limits.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +55,7 @@ class NamedLimits(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Defaults, and what the environment says otherwise. Raises UnsupportedEngineError for a bad number."""
+        """The defaults, overridden by the environment. Raises UnsupportedEngineError for a bad number."""
         named = {name: os.environ.get(cls.variable(name)) for name in cls.model_fields}
         try:
             return cls.model_validate({name: value for name, value in named.items() if value is not None})
@@ -45,16 +74,16 @@ PIN_SECONDS = 60.0
 
 
 class SteeringConfig(BaseModel):
-    """What is armed. Everything in here changes the compiled graph or device memory; nothing else belongs here.
+    """What is armed. Every field changes the compiled graph or device memory; nothing else belongs here.
 
-    blocks: `"all"`, `"8-22"` or a list; sites that exist in the graph.
-    ops: operations that a request may use; `("add",)` compiles to a graph without any reduction of ours.
-    rows: bank rows (and program entries) that one request may need per block after adds are merged.
-    bank_rows: rows of the bank in all. Default: as many as all requests at once could need, so that none ever waits for
-        one; with fewer, requests wait in the scheduler.
-    capture: blocks whose residual stream can be read (empty: reading is not armed).
+    blocks: `"all"`, `"8-22"` or a list: blocks that can be steered.
+    ops: operations that a request may use. `("add",)` compiles to a graph without reductions.
+    rows: bank rows (and program entries) that one request may need per block, after adds are merged.
+    bank_rows: total rows of the bank. Default: enough for all requests at once. With fewer, requests wait in the
+        scheduler.
+    capture: blocks whose residual stream can be captured (empty: none).
     fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). One launch
-        less per block, but silence is then plain vLLM to within rounding, not bit for bit.
+        less per block, but unsteered output then equals plain vLLM's within rounding, not bit for bit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,14 +111,14 @@ class SteeringConfig(BaseModel):
         return _select(self.blocks, num_blocks, "--steering-blocks")
 
     def capture_blocks(self, num_blocks: int) -> tuple[int, ...]:
-        """The block numbers whose stream can be read, ascending; always a subset of the armed ones."""
+        """The blocks whose stream can be captured, ascending; a subset of the armed blocks."""
         if self.capture == ():
             return ()
         wanted = _select(self.capture, num_blocks, "capture blocks")
         unarmed = set(wanted) - set(self.armed_blocks(num_blocks))
         if unarmed:
             raise UnsupportedEngineError(
-                f"Reading is asked at blocks {sorted(unarmed)} which are not armed; arm them with --steering-blocks."
+                f"Capture is requested at blocks {sorted(unarmed)}, which are not armed (--steering-blocks)."
             )
         return wanted
 
@@ -104,13 +133,13 @@ class SteeringConfig(BaseModel):
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> SteeringConfig | None:
-        """The settings if this engine is armed, else None.
+        """The settings if this engine is armed, otherwise None.
 
-        Armed means: `additional_config` has our key, or the environment says STEER_ENGINE=1 (all defaults).
+        An engine is armed if `additional_config` has our key, or the environment has STEER_ENGINE=1 (all defaults).
         """
         raw = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         if raw is None:
-            return cls() if os.environ.get("STEER_ENGINE", "") == "1" else None
+            return cls() if os.environ.get(ARMED_ENV, "") == "1" else None
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -120,29 +149,29 @@ class SteeringConfig(BaseModel):
 
 
 class Limits(NamedLimits):
-    """What one request may ask; `GET /v1/steering` publishes these numbers."""
+    """Limits on one request."""
 
     max_edits: int = Field(default=8, ge=1)
     max_request_vectors: int = Field(default=16, ge=1)
-    """Different vectors that one request may name, those of gates included."""
+    """Different vectors that one request may name, including those of gates."""
     max_abs_scale: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
-    """Largest |edit| at a block in mean residual norms, where the vector's file knows them."""
-    max_spec_bytes: int = MAX_SPEC_CHARS
-    """Of a spec as JSON text; `parse_spec` holds to it."""
+    """Largest |edit| at a block in mean residual norms, where the vector's file has them. Useful doses are below 2."""
+    max_spec_bytes: int = Field(default=MAX_SPEC_CHARS, ge=1)
+    """Length of a spec as JSON text."""
     max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
-    """Decoded bytes of all vectors that come in one request itself; 0 switches them off."""
+    """Decoded bytes of all inline vectors of a request; 0 disables inline vectors."""
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
-    """Of the rows that one request reads: float32, blocks x positions x hidden size. With --steering-capture only."""
+    """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
     max_captures: int = Field(default=4, ge=1)
-    """Requests of one API process that read at once; others wait. Bounds what the workers hold of them."""
+    """Capturing requests of one API process at once; others wait. Bounds the rows that workers keep."""
 
 
 class EngineLimits(NamedLimits):
-    """Of one engine; its processes read it from the environment, as the API does that publishes it."""
+    """Limits of one engine. Its processes read them from the environment, like the API that publishes them."""
 
     store_bytes: int = Field(default=4 * 2**30, ge=0)
-    """Host memory of each worker for vectors; what no request names makes room."""
+    """Host memory of each worker for vectors. Vectors that no request names are dropped to make room."""
 
 
 def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:
@@ -161,21 +190,20 @@ def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[
 
 
 class ApiLimits(NamedLimits):
-    """Of one API process."""
+    """Limits of one API process."""
 
     max_body_bytes: int = Field(default=64 * 2**20, ge=1)
-    """Body of any request; vLLM itself has no limit."""
+    """Body of any request. vLLM itself has no limit."""
     max_upload_bytes: int = Field(default=64 * 2**20, ge=1)
-    """Body of a vector that is put: 80 blocks of 8192 are 2.6 MB."""
+    """Body of an uploaded vector. 80 blocks of 8192 numbers are 2.6 MB."""
     max_uploads: int = Field(default=4, ge=1)
-    """Uploads at once; another one is asked to come again."""
+    """Concurrent uploads; further ones get 503."""
     max_bank_queue: int = Field(default=256, ge=1)
-    """Steered requests that may wait in the engine before the next one is sent away; where the bank is smaller than all
-    requests could need (--steering-bank-rows)."""
+    """Steered requests that may wait for bank rows (--steering-bank-rows); further ones get 503."""
 
 
 class RegistryLimits(NamedLimits):
-    """How large a registry may grow."""
+    """Limits of a registry's size."""
 
     max_vectors: int = Field(default=1_000, ge=0)
     max_presets: int = Field(default=1_000, ge=0)

@@ -14,7 +14,7 @@ from steer_engine.vllm.patching import Symbol
 
 
 def test_the_installed_vllm_is_known_by_its_source() -> None:
-    from steer_engine.vllm.symbols import all_symbols
+    from steer_engine.vllm.examination import all_symbols
 
     found = importlib.util.find_spec("vllm")
     assert found is not None
@@ -32,7 +32,7 @@ def test_the_installed_vllm_is_known_by_its_source() -> None:
 
 def test_every_import_of_vllm_is_on_a_list() -> None:
     """An import that is on no list would break with a new vLLM without a clear message."""
-    from steer_engine.vllm.symbols import all_symbols
+    from steer_engine.vllm.examination import all_symbols
 
     known = {symbol.path for symbol in all_symbols()}
     files = sorted((Path(__file__).resolve().parents[1] / "steer_engine").rglob("*.py"))

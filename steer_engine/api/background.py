@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import CapacityError, RegistryError, SteerError
+from steer_engine.settings import MIRROR_SECONDS_ENV, MIRROR_URL_ENV
 from steer_engine.vectors.mirror import Mirror
 from steer_engine.vectors.registry import Registry
 
 PROBE_TIMEOUT_SECONDS = 5.0
 GAUGE_SECONDS = 10.0
 
-MIRROR_URL_ENV = "STEER_ENGINE_MIRROR"
-MIRROR_SECONDS_ENV = "STEER_ENGINE_MIRROR_SECONDS"
 MIRROR_SECONDS = 60.0
 
 Handshake = Callable[[], Awaitable[dict[str, Any]]]

@@ -19,7 +19,14 @@ from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, resolve_capture
-from steer_engine.settings import PIN_SECONDS, Limits, SteeringConfig
+from steer_engine.settings import (
+    DEFAULT_PRESET_ENV,
+    PIN_SECONDS,
+    STRICT_ENV,
+    VECTORS_ENV,
+    Limits,
+    SteeringConfig,
+)
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.cache import InlineVectors
@@ -59,9 +66,9 @@ class Frontend:
         self.registry = Registry(None)
         self._model = model
         if config is not None:
-            self.default_preset = os.environ.get("STEER_ENGINE_DEFAULT_PRESET") or None
-            folder = os.environ.get("STEER_ENGINE_VECTORS")
-            strict = os.environ.get("STEER_ENGINE_STRICT") == "1"
+            self.default_preset = os.environ.get(DEFAULT_PRESET_ENV) or None
+            folder = os.environ.get(VECTORS_ENV)
+            strict = os.environ.get(STRICT_ENV) == "1"
             self.registry = Registry(Path(folder) if folder else None, strict=strict)
 
     @property

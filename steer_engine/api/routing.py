@@ -21,14 +21,9 @@ from starlette.responses import Response
 from steer_engine.api.answers import envelope_of, status_of
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.settings import ADMIN_KEY_FILE_ENV, ADMIN_KEYS_ENV
 from steer_engine.spec import shown
 from steer_engine.vectors.storage import FileSignature, file_signature
-
-KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
-"""Keys separated by commas. Two at once let an operator replace one while the other works."""
-
-FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
-"""A file with one key per line, read again whenever it changes."""
 
 HEADER = "x-steering-admin-key"
 MIN_KEY_CHARS = 16
@@ -52,8 +47,8 @@ class AdminKeys:
 
     @classmethod
     def from_environment(cls) -> AdminKeys:
-        file = os.environ.get(FILE_ENV)
-        keys = os.environ.get(KEYS_ENV, "").split(",")
+        file = os.environ.get(ADMIN_KEY_FILE_ENV)
+        keys = os.environ.get(ADMIN_KEYS_ENV, "").split(",")
         return cls(keys, Path(file) if file else None)
 
     @property
@@ -63,7 +58,7 @@ class AdminKeys:
 
     def plain_keys(self) -> list[str]:
         """The keys as configured now, for vLLM's own list of keys that may call `/v1`."""
-        keys = os.environ.get(KEYS_ENV, "").split(",")
+        keys = os.environ.get(ADMIN_KEYS_ENV, "").split(",")
         if self._file is not None:
             keys += _read_keys(self._file)
         return [key for key in _stripped(keys) if len(key) >= MIN_KEY_CHARS]

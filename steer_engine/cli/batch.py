@@ -12,15 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from steer_engine.api.batch import Finished, Tally, read_lines, resume, run
-from steer_engine.cli.serve import parse_serve_flags
 from steer_engine.errors import BatchFileError
 
 AT_ONCE = 512
-"""More than most engines run at once, so that the scheduler always has a choice."""
+"""More than most engines run at once, so that the scheduler always has requests to choose from."""
 
 
 def batch(argv: Sequence[str]) -> int:
-    """Answer a batch file; started again with the same files, go on where it stopped. Returns the exit status.
+    """Answer a batch file. Run again with the same files, it continues where it stopped. Returns the exit status.
 
     Raises:
         SteerError: a file or a flag is wrong; nothing was started.
@@ -34,10 +33,12 @@ def batch(argv: Sequence[str]) -> int:
     if all(finished.has(line) for line in read_lines(own.source)):
         tally = Tally(skipped=finished.count)  # nothing to start an engine for
     else:
+        from steer_engine.vllm.launch import parse_serve_flags
+
         tally = asyncio.run(_run(parse_serve_flags([own.model, *rest]), own, finished))
     Console(stderr=True).print(
         f"{tally.answered} answered, {tally.failed} failed"
-        + (f", {tally.skipped} were there" if tally.skipped else ""),
+        + (f", {tally.skipped} already answered" if tally.skipped else ""),
         highlight=False,
     )
     return 1 if tally.failed and not tally.answered and not tally.skipped else 0
@@ -46,7 +47,7 @@ def batch(argv: Sequence[str]) -> int:
 def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} requests at once would answer nothing; at least 1")
+        raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
     return number
 
 
@@ -58,12 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Every other flag is one of `steer-engine serve`.",
     )
     parser.add_argument("source", type=Path, metavar="IN", help="JSON lines: custom_id, url, body")
-    parser.add_argument("target", type=Path, metavar="OUT", help="answers, one a line, in the order in which they come")
+    parser.add_argument("target", type=Path, metavar="OUT", help="answers, one per line, in the order of completion")
     parser.add_argument("--model", required=True, help="as for `steer-engine serve`")
     parser.add_argument(
         "--at-once", type=_at_least_one, default=AT_ONCE, metavar="N", help=f"requests at once (default {AT_ONCE})"
     )
-    parser.add_argument("--retry-errors", action="store_true", help="ask lines again that failed in an earlier run")
+    parser.add_argument("--retry-errors", action="store_true", help="repeat lines that failed in an earlier run")
     return parser
 
 

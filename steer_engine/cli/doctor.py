@@ -1,4 +1,4 @@
-"""The diagnosis as a table for people."""
+"""`steer-engine doctor MODEL`: whether a model can be served steered, how, and what memory it takes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steer_engine.vllm.examination import Diagnosis
+if TYPE_CHECKING:
+    from steer_engine.vllm.examination import Diagnosis
 
 _MEMORY = {
     "bank": "bank",
     "programs": "programs",
     "routing": "routing",
-    "device": "in all on each rank's device",
-    "host_vector": "one vector of every block, in host memory",
-    "host_store": "most that vectors may take there",
+    "device": "total on each rank's device",
+    "host_vector": "one vector with all blocks, in host memory",
+    "host_store": "limit for vectors in host memory",
 }
 
 
@@ -33,12 +35,12 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     for reason in diagnosis.against:
         console.print(Text.assemble(("no: ", "bold red"), reason), soft_wrap=True)
     if diagnosis.serves:
-        asked = "" if diagnosis.probed_blocks else " as far as its configuration says; nothing was loaded"
-        console.print(Text.assemble(("yes: ", "bold green"), f"it can be served steered{asked}"), soft_wrap=True)
+        limits = "" if diagnosis.probed_blocks else ", judging by its configuration; nothing was loaded"
+        console.print(Text.assemble(("yes: ", "bold green"), f"it can be served steered{limits}"), soft_wrap=True)
 
 
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    """Name and value of each line; only what was found out."""
+    """Name and value of each line that is known."""
     found = [("model", diagnosis.model)]
     if diagnosis.vllm:
         same = diagnosis.num_symbols - diagnosis.num_different
@@ -103,9 +105,15 @@ def doctor(argv: Sequence[str]) -> int:
     own, of_serve = parser.parse_known_args(argv)
     if not of_serve:
         parser.error("MODEL is missing")
-    # Before vLLM is imported. It logs to the standard output, where only the diagnosis belongs.
+    # Before vLLM is imported. It logs to standard output, which is for the diagnosis only.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+    from steer_engine.vllm.flags import name_plugins
+    from steer_engine.vllm.plugin import hide_kernel_folder
+
+    name_plugins()
+    hide_kernel_folder()
 
     from steer_engine.vllm.examination import examine
 

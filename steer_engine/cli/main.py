@@ -35,8 +35,8 @@ app.add_typer(vectors.app, name="vectors")
 app.command()(status)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"steer-engine {__version__}")
         raise typer.Exit
 
@@ -54,20 +54,20 @@ def steer_engine(
 
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Settings of a command that hands all its arguments to another parser, which is imported only then."""
+"""Settings of a command that passes all its arguments to another parser, which is imported only then."""
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def serve(context: typer.Context) -> None:
     """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering."""
-    from steer_engine.cli.serve import serve as run
+    from steer_engine.vllm.launch import serve as run
 
     raise typer.Exit(run(context.args))
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def doctor(context: typer.Context) -> None:
-    """Say whether MODEL can be served steered, how, what memory it takes, and if not, why."""
+    """Check whether MODEL can be served steered, how, with what memory, and if not, why."""
     from steer_engine.cli.doctor import doctor as run
 
     raise typer.Exit(run(context.args))
@@ -75,7 +75,7 @@ def doctor(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def batch(context: typer.Context) -> None:
-    """Answer a file of requests in OpenAI's batch format; started again, go on where it stopped.
+    """Answer a file of requests in OpenAI's batch format. Run again, it continues where it stopped.
 
     Example:
 
@@ -96,7 +96,7 @@ def derive(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def dump(context: typer.Context) -> None:
-    """Keep the residual stream of texts in a folder; started again, go on where it stopped."""
+    """Capture the residual stream of texts into a folder. Run again, it continues where it stopped."""
     from steer_engine.cli.derive import dump_command
 
     _hand_over(context, dump_command)
@@ -112,7 +112,7 @@ def fit(context: typer.Context) -> None:
 
 @app.command("eval", add_help_option=False, context_settings=_PASS_ON)
 def evaluate(context: typer.Context) -> None:
-    """Measure what a control vector does to a task, and at what price, with controls."""
+    """Measure the effect of a control vector on a task, its side effects, and controls."""
     from steer_engine.cli.evaluate import eval_command
 
     _hand_over(context, eval_command)
@@ -120,7 +120,7 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def paper(context: typer.Context) -> None:
-    """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one beside it."""
+    """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one."""
     from steer_engine.cli.evaluate import paper_command
 
     _hand_over(context, paper_command)
@@ -128,21 +128,21 @@ def paper(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def calibrate(context: typer.Context) -> None:
-    """Find the dose that helps a task most within a bound on KL, and note it in the vector's file."""
+    """Find the dose that helps a task most within a bound on KL, and store it in the vector's file."""
     from steer_engine.cli.evaluate import calibrate_command
 
     _hand_over(context, calibrate_command)
 
 
 def _hand_over(context: typer.Context, function: Callable[..., None]) -> None:
-    """Run a command whose options are read by a parser of its own."""
+    """Run a command that has its own parser."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     command.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
     command(args=context.args, prog_name=context.command_path)
 
 
 def main() -> None:
-    """Entry point of the console script. A mistake of the user's is one line, not a traceback."""
+    """Entry point of the console script. A user's error is one line, not a traceback."""
     try:
         app()
     except SteerError as error:

@@ -1,7 +1,8 @@
-"""What an engine would be like, asked of vLLM before it is deployed: its configuration, and a small armed copy of it.
+"""Whether a model can be served steered, found out before it is deployed: its configuration, and a small armed copy.
 
-Calls `EngineArgs.create_engine_config`, `LLMEngine.from_engine_args`, and reads why vLLM picks a model runner. Known
-for vLLM 0.32 and 0.33.
+Calls `EngineArgs.create_engine_config` and `LLMEngine.from_engine_args`, and reads why vLLM picks a model runner. Known
+for vLLM 0.32 and 0.33. Importing this module imports vLLM: plugins must be named, and the folder of kernels hidden,
+before.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from steer_engine.engine.runtime import Footprint, allocate_tables
 from steer_engine.errors import SteerError
 from steer_engine.settings import CONFIG_KEY, EngineLimits, SteeringConfig
-from steer_engine.vllm import engine_client
+from steer_engine.vllm import engine_client, launch, symbols
 from steer_engine.vllm.arming import most_rows
+from steer_engine.vllm.fused_norm import reason_not_to_fuse
 from steer_engine.vllm.patching import Symbol
-from steer_engine.vllm.supported import model_shape
+from steer_engine.vllm.plugin import hide_kernel_folder, register
+from steer_engine.vllm.supported import check_supported, model_shape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,11 +51,11 @@ PROBE_SETTINGS: dict[str, Any] = {
     "speculative_config": None,
     "disable_log_stats": True,
 }
-"""The copy has random weights and room for nothing but its start; neither changes how a block carries the stream."""
+"""The copy has random weights and little memory; neither changes how a block carries the stream."""
 
 
 def engine_args(args: argparse.Namespace) -> EngineArgs:
-    """vLLM's settings of the engine, from the flags of `serve`. One rank of one replica: all are alike."""
+    """vLLM's engine settings from the flags of `serve`, for one rank of one replica: all ranks are equal."""
     found = EngineArgs.from_cli_args(args)
     return dataclasses.replace(
         found,
@@ -63,13 +66,13 @@ def engine_args(args: argparse.Namespace) -> EngineArgs:
     )
 
 
-def configuration(asked: EngineArgs) -> VllmConfig:
-    """The whole configuration, with every default that vLLM has here. Nothing is loaded."""
-    return asked.create_engine_config(UsageContext.OPENAI_API_SERVER)
+def configuration(args: EngineArgs) -> VllmConfig:
+    """The whole configuration with vLLM's defaults on this machine. Nothing is loaded."""
+    return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
-    """What the buffers of one rank take, by the call that allocates them."""
+    """Bytes of the buffers of one rank, computed by the call that allocates them."""
     shape = model_shape(vllm_config, config)
     tables = allocate_tables(
         config,
@@ -85,11 +88,11 @@ def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
 
 
 def model_runner(vllm_config: VllmConfig) -> tuple[str, str]:
-    """The model runner that vLLM takes on this machine, V1 or V2, and why."""
+    """The model runner that vLLM uses on this machine, V1 or V2, and the reason."""
     name = "V2" if vllm_config.use_v2_model_runner else "V1"
-    said = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
-    if said is not None:
-        return name, f"VLLM_USE_V2_MODEL_RUNNER={said}"
+    override = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    if override is not None:
+        return name, f"VLLM_USE_V2_MODEL_RUNNER={override}"
     if name == "V2":
         return name, "vLLM's default where Triton is usable"
     if not HAS_TRITON:
@@ -98,16 +101,16 @@ def model_runner(vllm_config: VllmConfig) -> tuple[str, str]:
     return name, f"V2 does not support {', '.join(unsupported)}" if unsupported else "vLLM's choice"
 
 
-def start_small(asked: EngineArgs, shrink: Callable[[Any], Any]) -> dict[str, Any]:
+def start_small(args: EngineArgs, shrink: Callable[[Any], Any]) -> dict[str, Any]:
     """Start an armed copy in this process, with random weights and `shrink` applied to its configuration.
 
-    Returns what its worker says of itself. Raises UnsupportedEngineError if it cannot be armed, or vLLM's own errors.
+    Returns the status of its worker. Raises UnsupportedEngineError if it cannot be armed, or vLLM's own errors.
     """
-    settings = dict(asked.additional_config or {})
-    # A copy has fewer blocks than may be named; whatever is armed, each kind of block is asked.
+    settings = dict(args.additional_config or {})
+    # A copy has fewer blocks than the flags may name; every kind of block is probed, whatever is armed.
     settings[CONFIG_KEY] = {**settings.get(CONFIG_KEY, {}), "blocks": "all", "capture": ()}
-    overrides = asked.hf_overrides or shrink
-    copy = dataclasses.replace(asked, **PROBE_SETTINGS, hf_overrides=overrides, additional_config=settings)
+    overrides = args.hf_overrides or shrink
+    copy = dataclasses.replace(args, **PROBE_SETTINGS, hf_overrides=overrides, additional_config=settings)
     engine = LLMEngine.from_engine_args(copy, usage_context=UsageContext.LLM_CLASS)
     status = engine_client.check_status([engine_client.call(engine, "status")])
     worker: dict[str, Any] = status["workers"][0]
@@ -147,7 +150,7 @@ def shrunken(config: Any) -> Any:
 
 
 def blocks_to_probe(text: Any) -> int:
-    """How many of the first blocks have one of each kind among them."""
+    """The number of first blocks that contain one of each kind."""
     num_blocks: int = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or [None]
     first_of_each = max(kinds.index(kind) for kind in set(kinds)) + 1
@@ -156,7 +159,7 @@ def blocks_to_probe(text: Any) -> int:
 
 
 def rough_size(text: Any) -> float:
-    """Parameters, to a factor of two or so."""
+    """Number of parameters, within a factor of about two."""
     hidden = float(text.hidden_size)
     experts = max([1, *(getattr(text, name, None) or 1 for name in _EXPERTS)])
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -167,19 +170,19 @@ def rough_size(text: Any) -> float:
 
 @dataclass(kw_only=True)
 class Diagnosis:
-    """Filled in as far as the examination got; it serves if nothing stands against it.
+    """The result of an examination, as far as it got. The model can be served if nothing is `against` it.
 
     forms: stream form -> the blocks of the probed copy that have it. memory: bytes, on each rank.
     """
 
     model: str
     against: list[str] = field(default_factory=list)
-    """Why it can't be served steered."""
+    """Reasons why the model cannot be served steered."""
     vllm: str = ""
     num_symbols: int = 0
-    """Symbols of vLLM that Steer Engine touches."""
+    """vLLM symbols that Steer Engine wraps or uses."""
     num_different: int = 0
-    """Those that are not as it knows them."""
+    """How many of them differ from what it knows."""
     architecture: str = ""
     hidden_size: int = 0
     num_blocks: int = 0
@@ -196,7 +199,7 @@ class Diagnosis:
     forms: dict[str, list[int]] = field(default_factory=dict)
     kernel: str = ""
     fused_blocks: int = 0
-    """Of the probed ones, whose edit happens inside the norm that follows."""
+    """Probed blocks that are edited inside the norm that follows them."""
     memory: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -211,39 +214,39 @@ T = TypeVar("T")
 
 
 class _Stopped(Exception):
-    """Nothing more can be found out; the diagnosis says why."""
+    """The examination cannot continue; the diagnosis has the reason."""
 
 
 def examine(argv: Sequence[str], *, probe: bool = True) -> Diagnosis:
-    """The diagnosis of what `steer-engine serve` with `argv` would start.
+    """Examine what `steer-engine serve` with `argv` would start.
 
-    probe: start a small copy with random weights too; without it, only configurations are read.
+    probe: also start a small copy with random weights; otherwise only configurations are read.
     """
-    # In this process: the copy's errors come back as they are.
+    # The copy runs in this process, so that its errors arrive unchanged.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     diagnosis = Diagnosis(model=argv[0] if argv else "")
     try:
         _check_symbols(diagnosis)
-        asked = _attempt(diagnosis, lambda: _settings(argv))
-        diagnosis.model = asked.model
-        vllm_config = _attempt(diagnosis, lambda: _configure(diagnosis, asked))
+        requested = _attempt(diagnosis, lambda: _settings(argv))
+        diagnosis.model = requested.model
+        vllm_config = _attempt(diagnosis, lambda: _configure(diagnosis, requested))
         if probe and diagnosis.serves:
-            _attempt(diagnosis, lambda: _probe(diagnosis, asked, vllm_config))
+            _attempt(diagnosis, lambda: _probe(diagnosis, requested, vllm_config))
     except _Stopped:
         pass
     return diagnosis
 
 
+def all_symbols() -> tuple[Symbol, ...]:
+    """Every vLLM symbol that Steer Engine wraps or uses, including those of the commands `serve`, `batch`, `doctor`."""
+    return (*symbols.engine_symbols(), *symbols.api_symbols(), *launch.USED, *USED)
+
+
 def _check_symbols(diagnosis: Diagnosis) -> None:
-    from steer_engine.vllm.plugin import hide_kernel_folder
-
     hide_kernel_folder()
-
-    from steer_engine.vllm.symbols import all_symbols, vllm_version
-
-    symbols = all_symbols()
-    diagnosis.vllm, diagnosis.num_symbols = vllm_version(), len(symbols)
-    problems = [problem for symbol in symbols if (problem := symbol.problem()) is not None]
+    checked = all_symbols()
+    diagnosis.vllm, diagnosis.num_symbols = symbols.vllm_version(), len(checked)
+    problems = [problem for symbol in checked if (problem := symbol.problem()) is not None]
     diagnosis.num_different = len(problems)
     diagnosis.against += [f"vLLM {diagnosis.vllm} differs: {problem}" for problem in problems]
     if diagnosis.against:
@@ -264,22 +267,14 @@ def _first_lines(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-def _settings(argv: Sequence[str]) -> Any:
-    from steer_engine.cli.serve import parse_serve_flags
-
-    args = parse_serve_flags(argv)
-    from steer_engine.vllm.plugin import register
-
+def _settings(argv: Sequence[str]) -> EngineArgs:
+    args = launch.parse_serve_flags(argv)
     register()
-
     return engine_args(args)
 
 
-def _configure(diagnosis: Diagnosis, asked: Any) -> Any:
-    from steer_engine.settings import SteeringConfig
-    from steer_engine.vllm.supported import check_supported, model_shape
-
-    vllm_config = configuration(asked)
+def _configure(diagnosis: Diagnosis, requested: EngineArgs) -> Any:
+    vllm_config = configuration(requested)
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
     assert config is not None, "the flags of serve arm"
     check_supported(vllm_config)
@@ -303,16 +298,14 @@ def _configure(diagnosis: Diagnosis, asked: Any) -> Any:
     return vllm_config
 
 
-def _probe(diagnosis: Diagnosis, asked: Any, vllm_config: Any) -> None:
-    from steer_engine.vllm.fused_norm import reason_not_to_fuse
-
-    worker = start_small(asked, shrunken)
+def _probe(diagnosis: Diagnosis, requested: EngineArgs, vllm_config: Any) -> None:
+    worker = start_small(requested, shrunken)
     diagnosis.probed_blocks = len(worker["armed_blocks"])
     for block, form in worker["forms"].items():
         diagnosis.forms.setdefault(form, []).append(int(block))
     diagnosis.fused_blocks = len(worker["fused_blocks"])
     diagnosis.kernel = "PyTorch" if worker["kernel"] == "torch" else "Triton"
-    wanted = (asked.additional_config or {})["steer_engine"].get("fuse_norm", False)
+    wanted = (requested.additional_config or {})[CONFIG_KEY].get("fuse_norm", False)
     if wanted and not worker["fused_blocks"]:
         reason = reason_not_to_fuse(vllm_config) or "there is no Triton here, or no norm takes the stream as it is"
         diagnosis.kernel += f", not fused: {reason}"

@@ -1,14 +1,14 @@
-"""vLLM's own app and engine in this process, asked without a socket. Known for vLLM 0.32, 0.33.
+"""Starts vLLM's own server, armed: with a port (`serve`), or without one in this process (`serving_app`, for batches).
 
-Wraps nothing: calls what `vllm serve` calls between parsing its flags and opening its port. The answers are those of
-the server, errors included, and every hook of ours is in place.
+Wraps nothing: calls what `vllm serve` calls. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import httpx
 
 from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Ask
+from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags
 from steer_engine.vllm.patching import Symbol
 
 CLI_ENV_SETUP = Symbol(
@@ -36,20 +37,61 @@ USED = (
 
 MAX_ECHO_CHARS = 200
 
+SHUTDOWN_TIMEOUT_SECONDS = 30
+"""vLLM's own default of 0 leaves running requests without an answer on SIGTERM."""
 
-def _body_of(answer: httpx.Response) -> Any:
-    """What it says; an answer that is no JSON (of a server that fails) becomes an error as all are."""
-    try:
-        return answer.json()
-    except ValueError:
-        return envelope(answer.text[:MAX_ECHO_CHARS], answer.status_code)
+
+def serve(argv: Sequence[str]) -> int:
+    """Run the server until it is stopped. argv: everything after `steer-engine serve`. Returns the exit status.
+
+    Raises:
+        SteerError: the flags describe something that cannot be served steered; nothing was started.
+    """
+    args = parse_serve_flags(argv)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    ServeSubcommand.cmd(args)
+    return 0
+
+
+def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `vllm serve` and ours, ready for an armed start. Sets the environment that belongs to them.
+
+    Raises:
+        SteerError: as `serve`.
+    """
+    refuse_unknown_flags(argv)
+    name_plugins()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+
+    CLI_ENV_SETUP.get()()
+    command = ServeSubcommand()
+    args = _parser(command).parse_args(["serve", *argv])
+    configure_logging_from_args(args)
+    arm(args)
+    command.validate(args)
+    return args
+
+
+def _parser(command: Any) -> argparse.ArgumentParser:
+    """vLLM's own parser of `serve`, with our flags as one more group, so that --config and --help know them too."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser: argparse.ArgumentParser = FlexibleArgumentParser(prog="steer-engine")
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "steer-engine serve [model_tag] [options]"
+    serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS)
+    add_flags(serve_parser.add_argument_group("SteerEngine", description="What is armed, and the vectors it serves."))
+    return parser
 
 
 @asynccontextmanager
 async def serving_app(args: Any) -> AsyncIterator[Ask]:
-    """An engine for `args` (those of `vllm serve`), and a way to ask it; the engine ends with the context.
+    """Start an engine with the parsed flags `args`, and yield a function that sends it requests without a socket.
 
-    Asking raises RuntimeError once the engine is dead.
+    The answers are those of the server, errors included. The engine ends with the context. A request to a dead engine
+    raises RuntimeError.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -67,11 +109,19 @@ async def serving_app(args: Any) -> AsyncIterator[Ask]:
         ) as client:
 
             async def ask(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-                # Not httpx's own way to write JSON: half a surrogate or a NaN of one line would end the whole batch.
+                # httpx's own JSON refuses half a surrogate or a NaN, which would end the whole batch.
                 content = json.dumps(body).encode()
                 answer = await client.post(path, content=content, headers={"Content-Type": "application/json"})
                 if answer.status_code >= 500 and engine_client.errored:
-                    raise RuntimeError("The engine has died; start again to go on where it stopped.")
+                    raise RuntimeError("The engine has died; run the same command again to continue.")
                 return answer.status_code, _body_of(answer)
 
             yield ask
+
+
+def _body_of(answer: httpx.Response) -> Any:
+    """The JSON of an answer. A failing server may answer with other text, which becomes an error in the usual form."""
+    try:
+        return answer.json()
+    except ValueError:
+        return envelope(answer.text[:MAX_ECHO_CHARS], answer.status_code)

@@ -54,13 +54,6 @@ def api_symbols() -> tuple[Symbol, ...]:
     return (ASYNC_LLM_INIT, *patched, *(symbol for module in api_modules() for symbol in module.USED))
 
 
-def all_symbols() -> tuple[Symbol, ...]:
-    """Every symbol, including what the commands `serve`, `batch` and `doctor` call."""
-    from steer_engine.vllm import examination, launch
-
-    return (*engine_symbols(), *api_symbols(), *launch.USED, *examination.USED)
-
-
 def vllm_version() -> str:
     """The version of the installed vLLM."""
     from vllm import __version__

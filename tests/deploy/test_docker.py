@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import steer_engine
-from steer_engine.api.routing import FILE_ENV
+from steer_engine.settings import ADMIN_KEY_FILE_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "deploy" / "docker"
@@ -87,7 +87,7 @@ def test_compose_keeps_keys_off_the_command_line_and_lets_requests_finish() -> N
     server = compose()["services"]["server"]
     command = " ".join(server["entrypoint"])
     assert "key" not in command.lower()
-    assert server["environment"][FILE_ENV] == "/run/secrets/admin_keys"
+    assert server["environment"][ADMIN_KEY_FILE_ENV] == "/run/secrets/admin_keys"
     timeout = int(re.search(r"--shutdown-timeout (\d+)", command)[1])  # type: ignore[index]
     assert int(server["stop_grace_period"].removesuffix("s")) >= timeout + 20
     assert f"steer-engine:{steer_engine.__version__}-cpu" in server["image"]

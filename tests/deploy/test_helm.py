@@ -15,7 +15,7 @@ from helpers.kubernetes import Manifest, validate
 from helpers.monitoring import metrics_of
 
 import steer_engine
-from steer_engine.api.routing import FILE_ENV
+from steer_engine.settings import ADMIN_KEY_FILE_ENV
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "steer-engine"
 VALUES = sorted((CHART / "ci").glob("*.yaml"))
@@ -110,7 +110,7 @@ def test_keys_come_from_secrets_and_never_by_argument() -> None:
     server = server_of(render(values("one-gpu"))["Deployment"])
     environment = {each["name"]: each for each in server["env"]}
     assert environment["VLLM_API_KEY"]["valueFrom"]["secretKeyRef"] == {"name": "steer-engine-keys", "key": "api-key"}
-    folder, _, name = environment[FILE_ENV]["value"].rpartition("/")
+    folder, _, name = environment[ADMIN_KEY_FILE_ENV]["value"].rpartition("/")
     assert {"name": "admin-keys", "mountPath": folder, "readOnly": True} in server["volumeMounts"]
     assert name == "admin-keys"
     assert "key" not in " ".join(server["args"])

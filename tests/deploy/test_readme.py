@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from steer_engine.cli.serve import add_flags
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.stream import StreamForm
 from steer_engine.settings import EngineLimits, SteeringConfig
+from steer_engine.vllm.flags import add_flags
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 README = (DEPLOY / "README.md").read_text()

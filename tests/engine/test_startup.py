@@ -16,14 +16,14 @@ from vllm.exceptions import VLLMValidationError
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
 from steer_engine.settings import CONFIG_KEY, SteeringConfig
-from steer_engine.vllm import symbols
+from steer_engine.vllm import examination, symbols
 from steer_engine.vllm.patching import Patch, Symbol, apply, check_symbols
 from steer_engine.vllm.plugin import register
 from steer_engine.vllm.supported import check_supported
 
 
 def test_every_symbol_is_as_we_know_it() -> None:
-    known = symbols.all_symbols()
+    known = examination.all_symbols()
     assert len(known) >= 20
     check_symbols(known, vllm.__version__)
 

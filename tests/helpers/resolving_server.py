@@ -52,7 +52,7 @@ def requests(inline: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 async def main(model: str, vectors: Path, target: Path, flags: list[str]) -> None:
     from steer_engine.api.batch import resume, run
-    from steer_engine.cli.serve import parse_serve_flags
+    from steer_engine.vllm.launch import parse_serve_flags
 
     args = parse_serve_flags([model, "--served-model-name", "tiny", "--steering-vectors", str(vectors), *flags])
 

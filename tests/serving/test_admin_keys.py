@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from steer_engine.api.routing import FILE_ENV, HEADER, KEYS_ENV, AdminKeys
+from steer_engine.api.routing import HEADER, AdminKeys
+from steer_engine.settings import ADMIN_KEY_FILE_ENV, ADMIN_KEYS_ENV
 
 OLD, NEW = "old-key-0123456789", "new-key-0123456789"
 
 
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(KEYS_ENV, raising=False)
-    monkeypatch.delenv(FILE_ENV, raising=False)
+    monkeypatch.delenv(ADMIN_KEYS_ENV, raising=False)
+    monkeypatch.delenv(ADMIN_KEY_FILE_ENV, raising=False)
 
 
 def test_without_a_key_nobody_may() -> None:
@@ -26,7 +27,7 @@ def test_without_a_key_nobody_may() -> None:
 
 
 def test_either_of_several_keys_in_either_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEYS_ENV, f"{OLD}, {NEW}")
+    monkeypatch.setenv(ADMIN_KEYS_ENV, f"{OLD}, {NEW}")
     keys = AdminKeys.from_environment()
     assert keys.configured
     assert keys.plain_keys() == [OLD, NEW]
@@ -50,7 +51,7 @@ def test_either_of_several_keys_in_either_header(monkeypatch: pytest.MonkeyPatch
 
 def test_the_file_is_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    monkeypatch.setenv(FILE_ENV, str(file))
+    monkeypatch.setenv(ADMIN_KEY_FILE_ENV, str(file))
     keys = AdminKeys.from_environment()
     assert not keys.configured
     file.write_text(f"# rotated monthly\n{OLD}\n\n")
@@ -67,7 +68,7 @@ def test_the_file_is_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_short_keys_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv(KEYS_ENV, "secret")
+    monkeypatch.setenv(ADMIN_KEYS_ENV, "secret")
     keys = AdminKeys.from_environment()
     assert not keys.configured
     assert not keys.allow({HEADER: "secret"})
@@ -79,7 +80,7 @@ def test_short_keys_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 def test_a_byte_order_mark_is_no_part_of_the_first_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{OLD}\n{NEW}\n", "utf-8-sig")
-    monkeypatch.setenv(FILE_ENV, str(file))
+    monkeypatch.setenv(ADMIN_KEY_FILE_ENV, str(file))
     keys = AdminKeys.from_environment()
     assert keys.allow({HEADER: OLD})
     assert keys.allow({HEADER: NEW})
@@ -91,8 +92,8 @@ def test_a_file_that_is_not_text_locks_nobody_else_out(
 ) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{NEW}\n", "utf-16")
-    monkeypatch.setenv(FILE_ENV, str(file))
-    monkeypatch.setenv(KEYS_ENV, OLD)
+    monkeypatch.setenv(ADMIN_KEY_FILE_ENV, str(file))
+    monkeypatch.setenv(ADMIN_KEYS_ENV, OLD)
     keys = AdminKeys.from_environment()
     assert keys.allow({HEADER: OLD})
     assert not keys.allow({HEADER: NEW})

@@ -11,17 +11,16 @@ import numpy as np
 import psutil
 import pytest
 
-from steer_engine.api import background
-from steer_engine.cli import serve
 from steer_engine.errors import SteerError, UnsupportedEngineError, VectorFileError
-from steer_engine.settings import CONFIG_KEY, SteeringConfig
+from steer_engine.settings import CONFIG_KEY, MIRROR_SECONDS_ENV, MIRROR_URL_ENV, SteeringConfig
 from steer_engine.vectors import ControlVector, save
 from steer_engine.vectors.mirror import STATE
+from steer_engine.vllm import flags, launch
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", background.URL_ENV, background.SECONDS_ENV)
+    own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", MIRROR_URL_ENV, MIRROR_SECONDS_ENV)
     for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *own):
         # Set first, so that what the command itself sets is undone too.
         monkeypatch.setenv(name, "")
@@ -33,20 +32,20 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def parsed(*argv: str) -> Any:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    return serve._parser(ServeSubcommand()).parse_args(["serve", *argv])
+    return launch._parser(ServeSubcommand()).parse_args(["serve", *argv])
 
 
 def armed(*argv: str) -> Any:
     args = parsed(*argv)
-    serve.arm(args)
+    flags.arm(args)
     return args
 
 
 def test_the_page_on_serving_has_every_flag_and_no_other() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     table = re.findall(r"^\| `(--steering-[a-z-]+)", page, re.MULTILINE)
-    flags = [flag for flag in parsed("org/model").__dict__ if flag.startswith("steering_")]
-    assert sorted(table) == sorted("--" + flag.replace("_", "-") for flag in flags)
+    ours = [flag for flag in parsed("org/model").__dict__ if flag.startswith("steering_")]
+    assert sorted(table) == sorted("--" + flag.replace("_", "-") for flag in ours)
 
 
 def test_a_packaged_model_is_served_under_its_name() -> None:
@@ -64,7 +63,7 @@ def test_other_models_and_names_stay_as_they_are() -> None:
 def test_defaults_arm_everything(tmp_path: Path) -> None:
     args = armed("org/model")
     assert SteeringConfig.from_additional_config(args.additional_config) == SteeringConfig()
-    assert args.shutdown_timeout == serve.SHUTDOWN_TIMEOUT_S
+    assert args.shutdown_timeout == launch.SHUTDOWN_TIMEOUT_SECONDS
     assert os.environ["STEER_ENGINE_VECTORS"] == str(tmp_path / "data" / "steer-engine" / "vectors")
     assert Path(os.environ["STEER_ENGINE_VECTORS"]).is_dir()
     assert "STEER_ENGINE_STRICT" not in os.environ
@@ -101,8 +100,8 @@ def test_flags_may_come_from_a_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["--steering-block", "--steering", "--steering-vec=x", "--steering_row"])
 def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
     with pytest.raises(UnsupportedEngineError, match="--steering-blocks"):
-        serve._refuse_unknown_flags(["org/model", flag])
-    serve._refuse_unknown_flags(["org/model", "--steering-blocks=1", "--steering_rows", "2", "--strange"])
+        flags.refuse_unknown_flags(["org/model", flag])
+    flags.refuse_unknown_flags(["org/model", "--steering-blocks=1", "--steering_rows", "2", "--strange"])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
 def test_mistakes_are_one_sentence(argv: list[str], says: str) -> None:
     args = parsed("org/model", *argv)
     with pytest.raises(SteerError) as refused:
-        serve.arm(args)
+        flags.arm(args)
     assert says in refused.value.message
     assert "\n" not in refused.value.message
 
@@ -130,7 +129,7 @@ def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     args = parsed("org/model")
     with pytest.raises(UnsupportedEngineError, match="VLLM_USE_RUST_FRONTEND"):
-        serve.arm(args)
+        flags.arm(args)
 
 
 def test_strict_names_the_broken_file_before_anything_starts(tmp_path: Path) -> None:
@@ -141,13 +140,13 @@ def test_strict_names_the_broken_file_before_anything_starts(tmp_path: Path) -> 
 
 
 def test_all_plugins_that_would_load_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve._name_plugins()
+    flags.name_plugins()
     assert "steer_engine" in os.environ["VLLM_PLUGINS"].split(",")
     monkeypatch.setenv("VLLM_PLUGINS", "other,steer_engine")
-    serve._name_plugins()
+    flags.name_plugins()
     assert os.environ["VLLM_PLUGINS"] == "other,steer_engine"
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    serve._name_plugins()
+    flags.name_plugins()
     assert os.environ["VLLM_PLUGINS"] == "steer_engine"
 
 
@@ -176,15 +175,15 @@ def test_a_mirror_is_copied_before_the_folder_is_read(tmp_path: Path) -> None:
     there.mkdir()
     here.mkdir()
     save(ControlVector(directions={1: np.ones(4, np.float32)}), there / "north.safetensors")
-    flags = ("org/model", "--steering-vectors", str(here), "--steering-mirror", f"file://{there}")
-    armed(*flags, "--steering-strict", "--steering-mirror-seconds", "2")
+    given = ("org/model", "--steering-vectors", str(here), "--steering-mirror", f"file://{there}")
+    armed(*given, "--steering-strict", "--steering-mirror-seconds", "2")
     assert (here / "north.safetensors").exists()
-    assert os.environ[background.URL_ENV] == f"file://{there}"
-    assert float(os.environ[background.SECONDS_ENV]) == 2
+    assert os.environ[MIRROR_URL_ENV] == f"file://{there}"
+    assert float(os.environ[MIRROR_SECONDS_ENV]) == 2
     there.rename(tmp_path / "away")
-    armed(*flags)  # it was copied before
+    armed(*given)  # it was copied before
     (here / STATE).unlink()
     with pytest.raises(SteerError, match="cannot be read"):
-        armed(*flags)
+        armed(*given)
     with pytest.raises(SteerError, match="at least 1"):
-        armed(*flags, "--steering-mirror-seconds", "0")
+        armed(*given, "--steering-mirror-seconds", "0")

@@ -21,9 +21,9 @@ from steer_engine.api import registry_routes, routes
 from steer_engine.api.gates import DrainGate
 from steer_engine.api.middleware import SteeringMiddleware
 from steer_engine.api.registry_routes import Uploads
-from steer_engine.api.routing import HEADER, KEYS_ENV, AdminKeys
+from steer_engine.api.routing import HEADER, AdminKeys
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
-from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
+from steer_engine.settings import ADMIN_KEYS_ENV, ALL_OPS, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
 from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
 from steer_engine.vectors.cache import InlineVectors
@@ -176,7 +176,7 @@ async def test_without_a_key_changes_are_off(registry: Registry, path: str) -> N
         for method in ("PUT", "DELETE"):
             answer = await client.request(method, f"/v1/steering/{path}", content=b"", headers=ADMIN)
             assert error(answer)[0] == 403
-            assert KEYS_ENV in answer.json()["error"]["message"]
+            assert ADMIN_KEYS_ENV in answer.json()["error"]["message"]
 
 
 def hostile() -> dict[str, tuple[bytes, int]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.vllm import symbols
+from steer_engine.vllm import examination, symbols
 from steer_engine.vllm.patching import Symbol, check_symbols
 from steer_engine.vllm.plugin import register, register_api
 
 MAX_WRAPPED = 33
 
 
-@pytest.mark.parametrize("symbol", symbols.all_symbols(), ids=lambda symbol: symbol.path)
+@pytest.mark.parametrize("symbol", examination.all_symbols(), ids=lambda symbol: symbol.path)
 def test_symbol_is_as_we_know_it(symbol: Symbol) -> None:
     assert symbol.problem() is None
 

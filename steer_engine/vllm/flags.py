@@ -1,0 +1,217 @@
+"""The flags of `steer-engine serve`: vLLM's own, and ours, which all begin with `--steering-`.
+
+`arm` turns parsed flags into an armed start: the model, `additional_config`, the environment, defaults of the machine.
+Known for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from steer_engine.api.background import copy_mirror
+from steer_engine.errors import UnsupportedEngineError
+from steer_engine.models import resolve_model
+from steer_engine.settings import (
+    CONFIG_KEY,
+    DEFAULT_PRESET_ENV,
+    MIRROR_SECONDS_ENV,
+    MIRROR_URL_ENV,
+    STRICT_ENV,
+    VECTORS_ENV,
+    ApiLimits,
+    EngineLimits,
+    Limits,
+    RegistryLimits,
+    SteeringConfig,
+)
+from steer_engine.spec import Op, parse_blocks
+from steer_engine.vectors.registry import Registry
+
+PLUGIN = "steer_engine"
+
+CPU_KV_CACHE_SHARE = 0.25
+"""Default share of free memory for the KV cache on a CPU; vLLM's own default is 92 % of all memory."""
+
+MIN_MIRROR_SECONDS = 1.0
+
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+_REFUSED_FLAGS = {
+    "grpc": "--grpc serves without Python plugins",
+    "enable_elastic_ep": "--enable-elastic-ep restarts workers, whose banks would be empty",
+    "enable_fault_tolerance": "--enable-fault-tolerance restarts workers, whose banks would be empty",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def add_flags(parser: Any) -> None:
+    """The flags of Steer Engine; every one begins with `--steering-`."""
+    add = parser.add_argument
+    add("--steering-vectors", type=Path, metavar="DIR", help="Folder of control vectors (safetensors or GGUF); the "
+        f"file stem is the name. Default: {VECTORS_ENV}, else a folder in the user's data directory.")  # fmt: skip
+    add("--steering-mirror", metavar="URL", help="Copy the vectors and presets at this URL, any that fsspec reads "
+        "(s3://, gs://, hf://, https://, file://), into the folder at startup, and keep it in sync.")  # fmt: skip
+    add("--steering-mirror-seconds", type=float, metavar="N", help="Mirror polling interval in seconds. Default: 60.")
+    add("--steering-blocks", metavar="BLOCKS", help="Blocks that can be steered, such as 8-22. Default: all.")
+    add("--steering-ops", metavar="OPS", help=f"Operations that requests may use, of {','.join(Op)}. Default: all.")
+    add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
+    add("--steering-bank-rows", type=int, metavar="N", help="Total bank rows, one per vector and block in use. "
+        "Default: enough for all requests at once. With fewer, requests wait for rows.")  # fmt: skip
+    add("--steering-capture", metavar="BLOCKS", help="Blocks whose residual stream requests may capture, such as 8-22, "
+        "or all. Answers return the rows. Default: none.")  # fmt: skip
+    add("--steering-fuse-norm", action="store_true", help="Edit inside the add-and-norm that follows a block, on GPUs: "
+        "one launch less per block. That norm rounds once less than vLLM's, so unsteered output is no longer "
+        "bit-identical to plain vLLM's.")  # fmt: skip
+    add("--steering-limit", action="append", default=[], metavar="NAME=N", help="Set a limit that GET /v1/steering "
+        "publishes, such as max_edits=4; may be given several times.")  # fmt: skip
+    add("--steering-default", metavar="PRESET", help="Preset for requests that do not mention steering.")
+    add("--steering-strict", action="store_true", help="Refuse to start if a file of the folder is unusable.")
+
+
+def refuse_unknown_flags(argv: Sequence[str]) -> None:
+    """Raise UnsupportedEngineError for a misspelt or abbreviated flag of ours."""
+    own = argparse.ArgumentParser(add_help=False)
+    add_flags(own)
+    known = set(own._option_string_actions)
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--steering") and name not in known:
+            raise UnsupportedEngineError(f"unknown flag {name}; valid flags: {', '.join(sorted(known))}.")
+
+
+def name_plugins() -> None:
+    """Name every plugin in VLLM_PLUGINS: vLLM loads endpoint plugins by name only, and then general plugins as well.
+
+    Must run before vLLM is imported, which picks its platform by plugin.
+    """
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is not None:
+        names = [name for name in given.split(",") if name]
+    else:
+        names = [entry.name for group in _PLUGIN_GROUPS for entry in entry_points(group=group)]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def arm(args: argparse.Namespace) -> None:
+    """Turn parsed flags into an armed start: model, `additional_config`, environment, defaults of the machine.
+
+    Raises:
+        SteerError: the flags describe something that cannot be served steered.
+    """
+    _refuse_unsteerable(args)
+    _resolve_model(args)
+    additional = dict(args.additional_config or {})
+    settings = {**additional.get(CONFIG_KEY, {}), **_settings(args)}
+    # Validated here, so that a typo gives one line and not a traceback from the engine.
+    config = SteeringConfig.from_additional_config({CONFIG_KEY: settings})
+    assert config is not None
+    args.additional_config = additional | config.to_additional_config()
+    os.environ[VECTORS_ENV] = str(_vectors_folder(args.steering_vectors))
+    _set_limits(args.steering_limit)
+    if args.steering_default is not None:
+        os.environ[DEFAULT_PRESET_ENV] = args.steering_default
+    _copy_mirror(args)
+    if args.steering_strict:
+        os.environ[STRICT_ENV] = "1"
+        Registry(os.environ[VECTORS_ENV], strict=True)
+    _cpu_defaults(args)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    if args.steering_blocks is not None:
+        try:
+            parse_blocks(args.steering_blocks)
+        except ValueError as error:
+            raise UnsupportedEngineError(f"--steering-blocks: {error}") from None
+    settings: dict[str, Any] = {
+        "blocks": args.steering_blocks,
+        "ops": args.steering_ops.split(",") if args.steering_ops else None,
+        "rows": args.steering_rows,
+        "bank_rows": args.steering_bank_rows,
+        "fuse_norm": args.steering_fuse_norm or None,
+        "capture": (args.steering_blocks or "all") if args.steering_capture == "all" else args.steering_capture,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _set_limits(given: Sequence[str]) -> None:
+    """Set limits through the environment, which every process inherits."""
+    groups = (Limits, RegistryLimits, ApiLimits, EngineLimits)
+    for each in given:
+        name, _, value = each.partition("=")
+        group = next((group for group in groups if name in group.model_fields), None)
+        if group is None:
+            known = ", ".join(name for group in groups for name in group.model_fields)
+            raise UnsupportedEngineError(f"--steering-limit {each}: unknown limit {name!r}; valid limits: {known}.")
+        os.environ[group.variable(name)] = value
+    for group in groups:
+        group.from_environment()
+
+
+def _refuse_unsteerable(args: argparse.Namespace) -> None:
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip().lower() in ("1", "true"):
+        raise UnsupportedEngineError("VLLM_USE_RUST_FRONTEND=1 serves without Python plugins; unset it.")
+    for name, reason in _REFUSED_FLAGS.items():
+        if getattr(args, name, False):
+            raise UnsupportedEngineError(f"{reason}, so requests could run unsteered; leave it out.")
+
+
+def _resolve_model(args: argparse.Namespace) -> None:
+    """Replace the name of a packaged model by its folder, and serve it under that name."""
+    requested = getattr(args, "model_tag", None) or args.model
+    resolved = str(resolve_model(requested))
+    if resolved != requested and args.served_model_name is None:
+        args.served_model_name = [requested]
+    args.model_tag = args.model = resolved
+
+
+def _vectors_folder(requested: Path | None) -> Path:
+    import platformdirs
+
+    given = requested or os.environ.get(VECTORS_ENV)
+    if given:
+        folder = Path(given).expanduser().resolve()
+        if not folder.is_dir():
+            raise UnsupportedEngineError(f"--steering-vectors {folder} is not a folder.")
+        return folder
+    folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _copy_mirror(args: argparse.Namespace) -> None:
+    """Copy the mirror before anything reads the folder. The API processes keep it in sync."""
+    if args.steering_mirror_seconds is not None:
+        if not args.steering_mirror_seconds >= MIN_MIRROR_SECONDS:
+            raise UnsupportedEngineError(
+                f"--steering-mirror-seconds {args.steering_mirror_seconds:g}: at least {MIN_MIRROR_SECONDS:g}."
+            )
+        os.environ[MIRROR_SECONDS_ENV] = str(args.steering_mirror_seconds)
+    if url := args.steering_mirror or os.environ.get(MIRROR_URL_ENV):
+        copy_mirror(url, Path(os.environ[VECTORS_ENV]))
+        os.environ[MIRROR_URL_ENV] = url
+
+
+def _cpu_defaults(args: argparse.Namespace) -> None:
+    """On a CPU, give the KV cache a share of the free memory, unless its size is specified."""
+    import psutil  # type: ignore[import-untyped]
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization:
+        args.kv_cache_memory_bytes = int(psutil.virtual_memory().available * CPU_KV_CACHE_SHARE)
+        logger.info("KV cache: %.1f GiB, a quarter of the free memory", args.kv_cache_memory_bytes / 2**30)
