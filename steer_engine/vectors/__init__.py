@@ -1,4 +1,4 @@
-"""Control vectors: the value, its files (safetensors, GGUF) and the registry of an operator's folder."""
+"""Control vectors: the value, its files (safetensors and GGUF), and the registry."""
 
 from __future__ import annotations
 

@@ -135,9 +135,9 @@ def _from_reader(reader: GGUFReader) -> ControlVector:
 
 
 def _metadata(reader: GGUFReader, architecture: str) -> VectorMetadata:
-    ours = _text(reader, METADATA_KEY)
-    if ours:
-        return metadata_from_text(parse_json_object(ours, f"the key {METADATA_KEY}"))
+    text = _text(reader, METADATA_KEY)
+    if text:
+        return metadata_from_text(parse_json_object(text, f"the key {METADATA_KEY}"))
     hint = _text(reader, f"{architecture}.model_hint") or _text(reader, f"{ARCHITECTURES[0]}.model_hint")
     return VectorMetadata.checked({"notes": f"GGUF model hint: {hint}"} if hint else {})
 

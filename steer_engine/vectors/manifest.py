@@ -1,4 +1,4 @@
-"""The layout of a registry on disk, and its manifest: which names stand for which content.
+"""The layout of a registry on disk, and its manifest: which content each name has.
 
 DIR/.steer-engine/
     manifest.json               name -> digest, name -> preset; always replaced as a whole
