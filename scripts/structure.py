@@ -96,8 +96,8 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
-    """Modules of the package that a file imports: at the top, inside functions, and for type checkers."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules of the package that a file imports when it runs: at the top, and inside functions."""
+    for node in running(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -107,6 +107,14 @@ def imports(name: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
         else:
             continue
         yield from (target for target in targets if target in known and target != name)
+
+
+def running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node except those under `if TYPE_CHECKING:`, which never run."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from running(child)
 
 
 def absolute(node: ast.ImportFrom, name: str, *, is_package: bool) -> str:

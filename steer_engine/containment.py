@@ -87,6 +87,23 @@ def check_dose(edit: Edit, vector: ControlVector, param: str, limits: Limits) ->
                 )
 
 
+def largest_dose(edits: Iterable[Edit], vectors: Mapping[str, ControlVector]) -> float | None:
+    """The largest dose of an `add` at a block, in mean residual norms; None if no vector's file has them.
+
+    vectors: by digest.
+    """
+    doses = []
+    for edit in edits:
+        vector = vectors.get(edit.vector)
+        if vector is None or edit.op is not Op.ADD:
+            continue
+        norms = vector.metadata.residual_norms
+        for block, scale in zip(edit.blocks, edit.scales, strict=True):
+            if norms.get(block):
+                doses.append(abs(scale) * vector.norms[block] / norms[block])
+    return max(doses, default=None)
+
+
 def check_growth(
     edits: Sequence[Edit], vectors: Mapping[str, ControlVector], *, preserve_norm: bool, dtype: str
 ) -> None:

@@ -281,8 +281,6 @@ def _entry_from_wire(wire: list[Any]) -> Entry:
     )
 
 
-
-
 def block_key(extra_args: Mapping[str, Any] | None, start: int, end: int) -> tuple[Any, ...] | None:
     """The extra prefix-cache key of the KV block with positions start <= p < end, or None if no edit touches it.
 

@@ -80,21 +80,6 @@ async def refresh_gauges(readiness: Readiness, registry: Registry, period: float
         await asyncio.sleep(period)
 
 
-def copy_mirror(url: str, folder: Path) -> None:
-    """Copy `url` into `folder`. An unreachable URL is not an error if an earlier copy exists.
-
-    Raises:
-        SteerError: the URL cannot be read, and there is no earlier copy.
-    """
-    mirror = Mirror(url, folder)
-    try:
-        mirror.sync()
-    except RegistryError as error:
-        if not mirror.has_copies:
-            raise
-        logger.error("%s Serving the earlier copy.", error.message)
-
-
 async def sync_mirror(url: str, folder: Path, seconds: float) -> None:
     """Keep `folder` in sync with `url` until cancelled. API processes that share the folder take turns."""
     from steer_engine.api import metrics

@@ -8,9 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from steer_engine.api.answers import RequestNote, current_note, envelope, envelope_of, status_of
-from steer_engine.api.body_scan import model_of, requests_steering
 from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
-from steer_engine.api.request_field import FIELD
+from steer_engine.api.request_field import FIELD, model_of, requests_steering
 from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
 
 Scope = MutableMapping[str, Any]

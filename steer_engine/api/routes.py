@@ -16,8 +16,8 @@ from steer_engine.api import metrics
 from steer_engine.api.registry_routes import SPEC_BODY, read_json
 from steer_engine.api.request_field import FIELD, steering_of
 from steer_engine.api.routing import SteeringRoute, failed, frontend_of
+from steer_engine.containment import largest_dose
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
-from steer_engine.resolve import ResolvedSpec
 from steer_engine.spec import Op, SteeringSpec
 
 router = APIRouter(tags=["steering"], route_class=SteeringRoute)
@@ -71,7 +71,13 @@ async def validate(request: Request) -> JSONResponse:
     resolved = await asyncio.to_thread(frontend.resolve, steering_of({FIELD: body}), can_capture=True)
     if resolved is None:
         raise SteeringRequestError("The body specifies no steering.", "steering")
-    return JSONResponse(resolved.report() | {"rows": resolved.template.rows, "dose": _dose(resolved)})
+    return JSONResponse(
+        resolved.report()
+        | {
+            "rows": resolved.template.rows,
+            "dose": largest_dose([each.edit for each in resolved.edits], resolved.vectors),
+        }
+    )
 
 
 @router.get("/v1/steering/stats")
@@ -88,20 +94,6 @@ async def stats(request: Request) -> JSONResponse:
             "engine": engine,
         }
     )
-
-
-def _dose(resolved: ResolvedSpec) -> float | None:
-    """The largest |edit| at a block, in mean residual norms; None if no vector's file has them."""
-    doses = []
-    for edit in (each.edit for each in resolved.edits):
-        vector = resolved.vectors.get(edit.vector)
-        if vector is None or edit.op is not Op.ADD:
-            continue
-        norms = vector.metadata.residual_norms
-        for block, scale in zip(edit.blocks, edit.scales, strict=True):
-            if norms.get(block):
-                doses.append(abs(scale) * vector.norms[block] / norms[block])
-    return max(doses, default=None)
 
 
 playground_router = APIRouter(include_in_schema=False)

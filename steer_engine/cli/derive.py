@@ -102,7 +102,9 @@ def derive_command(
 
     Example: steer-engine derive smollm2-135m --pairs sentiment --blocks 8-19 --out cheerful.safetensors
     """
-    from steer_engine.derive import derive, dump, fit_dump
+    from steer_engine.derive.derivation import derive
+    from steer_engine.derive.dump_fitter import fit_dump
+    from steer_engine.derive.dump_writer import dump
     from steer_engine.derive.methods import require_method
     from steer_engine.vectors.files import save
 
@@ -158,7 +160,8 @@ def dump_command(
 
     Example: steer-engine dump smollm2-135m --pairs sentiment --blocks 8-19 --out sentiment.dump
     """
-    from steer_engine.derive import dump, load_texts
+    from steer_engine.derive.dump_writer import dump
+    from steer_engine.derive.texts import load_texts
 
     loaded = load_texts(texts)
     for sentence in loaded.duplicates():
@@ -199,7 +202,7 @@ def fit_command(
 
     Example: steer-engine fit sentiment.dump --method pca --out cheerful-pca.safetensors
     """
-    from steer_engine.derive import fit_dump
+    from steer_engine.derive.dump_fitter import fit_dump
     from steer_engine.vectors.files import save
 
     require_writable(out, force=force)

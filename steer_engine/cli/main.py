@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from steer_engine import __version__
-from steer_engine.cli import models, pairs, registry, vectors
+from steer_engine.cli import pairs, registry, vectors
 from steer_engine.cli.registry import status
-from steer_engine.errors import SteerError
+from steer_engine.errors import ModelError, SteerError
+from steer_engine.models import PACKAGED, checkpoint_path, get_model
+
+models_app = typer.Typer(no_args_is_help=True, help="Packaged models: list them, or make one ready.")
 
 app = typer.Typer(
     name="steer-engine",
@@ -26,7 +29,7 @@ app = typer.Typer(
     "steer-engine vectors show vectors/\n\n"
     "steer-engine serve smollm2-135m --steering-vectors vectors/",
 )
-app.add_typer(models.app, name="models")
+app.add_typer(models_app, name="models")
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(registry.app, name="presets")
 app.add_typer(vectors.app, name="vectors")
@@ -132,6 +135,31 @@ def calibrate(context: typer.Context) -> None:
     from steer_engine.cli.evaluate import calibrate_command
 
     _hand_over(context, calibrate_command)
+
+
+@models_app.command("get")
+def get_packaged_model(
+    name: Annotated[str, typer.Argument(help="Name of a packaged model, such as smollm2-135m.")],
+) -> None:
+    """Convert a packaged model to a normal checkpoint in the cache, and print its folder.
+
+    Does nothing but check hashes if it is there. Example: steer-engine models get smollm2-135m
+    """
+    if name not in PACKAGED:
+        raise ModelError(
+            f"No packaged model is called {name!r}; there are: {', '.join(PACKAGED)}. "
+            "A Hugging Face id or a path needs no `get`: give it to serve or derive."
+        )
+    typer.echo(get_model(PACKAGED[name]))
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """Show the packaged models and where their checkpoints are."""
+    for model in PACKAGED.values():
+        path = checkpoint_path(model)
+        where = str(path) if path.exists() else f"not converted yet: steer-engine models get {model.name}"
+        typer.echo(f"{model.name}\n  {model.title}\n  {model.license}; package {model.requirement}\n  {where}")
 
 
 def _hand_over(context: typer.Context, function: Callable[..., None]) -> None:

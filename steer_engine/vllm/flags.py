@@ -14,8 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from steer_engine.api.background import copy_mirror
-from steer_engine.errors import UnsupportedEngineError
+from steer_engine.errors import RegistryError, UnsupportedEngineError
 from steer_engine.models import resolve_model
 from steer_engine.settings import (
     CONFIG_KEY,
@@ -31,6 +30,7 @@ from steer_engine.settings import (
     SteeringConfig,
 )
 from steer_engine.spec import Op, parse_blocks
+from steer_engine.vectors.mirror import Mirror
 from steer_engine.vectors.registry import Registry
 
 PLUGIN = "steer_engine"
@@ -202,6 +202,21 @@ def _copy_mirror(args: argparse.Namespace) -> None:
     if url := args.steering_mirror or os.environ.get(MIRROR_URL_ENV):
         copy_mirror(url, Path(os.environ[VECTORS_ENV]))
         os.environ[MIRROR_URL_ENV] = url
+
+
+def copy_mirror(url: str, folder: Path) -> None:
+    """Copy `url` into `folder`. An unreachable URL is not an error if an earlier copy exists.
+
+    Raises:
+        SteerError: the URL cannot be read, and there is no earlier copy.
+    """
+    mirror = Mirror(url, folder)
+    try:
+        mirror.sync()
+    except RegistryError as error:
+        if not mirror.has_copies:
+            raise
+        logger.error("%s Serving the earlier copy.", error.message)
 
 
 def _cpu_defaults(args: argparse.Namespace) -> None:

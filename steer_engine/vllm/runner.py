@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from steer_engine.engine.capture_buffer import CaptureBuffer
+from steer_engine.engine.outputs import CaptureBuffer, Scores
 from steer_engine.engine.runtime import EngineRuntime
-from steer_engine.engine.scores import Scores
 from steer_engine.program import PROGRAM_KEY, Program
 
 ADAPTER = "_steer_adapter"

@@ -12,7 +12,7 @@ from helpers.random_specs import NUM_BLOCKS
 from helpers.stepping import HIDDEN_SIZE, changed, edited, new_runtime, program, route, stream
 
 from steer_engine.capture import CaptureRequest, Positions
-from steer_engine.engine.capture_buffer import CaptureBuffer
+from steer_engine.engine.outputs import CaptureBuffer
 from steer_engine.engine.runtime import EngineRuntime
 
 CAPTURE_BLOCKS = (1, 3)

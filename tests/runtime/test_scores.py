@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from steer_engine.engine.scores import Scores, divergence, entropy
+from steer_engine.engine.outputs import Scores, divergence, entropy
 from steer_engine.program import Program, Score
 
 VOCABULARY = 50_000

@@ -199,7 +199,7 @@ LONG = {"prompt": PROMPTS["long"]}
 REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "a block that there is not": ("completions", {}, {"blocks": [1, 3]}, "Blocks 3 cannot be captured here"),
     "blocks that are none": ("completions", {}, {"blocks": "first"}, "none of 'all', '8-22'"),
-    "a position beyond the prompt": ("completions", {}, {"positions": [0, 7]}, "position 7 is outside the prompt, which has 7 tokens"),
+    "a position beyond the prompt": ("completions", {}, {"positions": [0, 7]}, "the prompt, which has 7 tokens"),
     "one before it": ("completions", {}, {"positions": [-8]}, "position -8 is outside the prompt"),
     "no position": ("completions", {}, {"positions": []}, "at least 1 item"),
     "another word": ("completions", {}, {"positions": "first"}, "'last', 'mean', 'all'"),
