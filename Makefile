@@ -1,17 +1,18 @@
-# Seven verbs; each sets up .venv first if needed. On a GPU machine: make EXTRA=cuda demo
+# Each target makes .venv first if it is missing. On a GPU machine: make EXTRA=cuda demo
 #   make demo             derive a vector, serve a real model, show plain and steered answers
-#   make test [ALL=1]     the test suites, each in its own process [with the long ones]; one of them: make test ONLY=engine-v1
+#   make quick            make check, then the unit tests that start no engine: under a minute
 #   make check            lint, format, types, import contracts
-#   make bench            what steering costs, measured [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: afresh]
-#   make mutants          break the code in known ways and see the tests notice
-#   make docs             the documentation, into site/
-#   make setup            only .venv
+#   make test [ALL=1]     all test suites, each in its own process [with the slow tests]; one suite: make test ONLY=engine-v1
+#   make bench            measure the cost of steering [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: measure again]
+#   make mutants          break the code in known ways; each time a test must fail
+#   make docs             build the documentation into site/
+#   make setup            make .venv only
 EXTRA ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready-$(EXTRA)
 
-.PHONY: help setup demo test check bench mutants docs
+.PHONY: help setup demo quick check test bench mutants docs
 help:
 	@sed -n '1,/^EXTRA/s/^#  *//p' Makefile
 
@@ -32,6 +33,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+quick: check
+	@$(BIN)/python -P scripts/run_tests.py quick quick-folders
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick) $(if $(PEERS),--peers) $(if $(AGAIN),--again)

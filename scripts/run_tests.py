@@ -1,7 +1,7 @@
-"""Run the test suites, each in a process of its own, and end with one line that adds them up.
+"""Run the test suites, each in a process of its own, and print their sum in the last line.
 
-They can't share a process: the V2 runner and the kernels need Triton's interpreter before torch is imported, the V1
-runner must not have it, and each engine keeps its memory until its process ends.
+They cannot share a process. The V2 runner and the kernels need Triton's interpreter before torch is imported, the V1
+runner must not have it, and an engine keeps its memory until its process ends.
 
     scripts/run_tests.py [--all] [SUITE ...]
 """
@@ -21,107 +21,120 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "engine", "families", "serving", "gpu")
-"""Not of the unit suite. Tests of `gpu` are run by `benchmarks/gpu.sh`."""
+
+OWN_SUITES = ("kernels", "engine", "families", "serving", "gpu")
+"""Folders of tests/ that the unit suite leaves out. `benchmarks/gpu.sh` runs `gpu`."""
+
+SLOWER_UNIT_TESTS = ("derive", "doctor", "evaluate", "runtime/test_host_memory.py", "test_triton_kernels_name.py")
+"""Parts of the unit suite that start engines, Ray, or processes that import vLLM. The quick suites leave them out."""
+
+QUICK_FOLDERS = ("benchmarks", "demo", "deploy", "vectors")
+"""Half of the quick tests, for the second core."""
+
+SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
+"""Threads of engines that share cores must not spin: each step would otherwise take a time slice."""
+
+PARALLEL_SUITES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A pytest run: its paths under tests/ (none = everything that has no suite of its own) and its environment."""
+    """A pytest run.
+
+    paths: those under tests/ to run; none = all of tests/. without: paths to leave out. by_default: run it if no suite
+    is named.
+    """
 
     name: str
-    folder: str = ""
+    paths: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    by_default: bool = True
 
-    def command(self, *, everything: bool, report: Path) -> list[str]:
-        chosen = [f"tests/{self.folder}"] if self.folder else ["tests", *(f"--ignore=tests/{name}" for name in FOLDERS)]
-        marks = [] if everything else ["-m", "not slow"]
+    def command(self, *, with_slow: bool, report: Path) -> list[str]:
         return [
             str(Path(sys.executable).with_name("pytest")),
             "-q",
             "--durations=5",
             f"--junitxml={report}",
-            *marks,
-            *chosen,
+            *([] if with_slow else ["-m", "not slow"]),
+            *([f"tests/{path}" for path in self.paths] or ["tests"]),
+            *(f"--ignore=tests/{path}" for path in self.without),
         ]
 
 
 SUITES = (
-    Suite(name="serving", folder="serving"),
-    Suite(name="unit"),
-    Suite(name="engine-v2", folder="engine", env={"STEER_TEST_RUNNER": "v2"}),
-    Suite(name="engine-v1", folder="engine", env={"STEER_TEST_RUNNER": "v1"}),
-    Suite(name="kernels", folder="kernels"),
-    Suite(name="families", folder="families"),
+    Suite(name="serving", paths=("serving",)),
+    Suite(name="unit", without=OWN_SUITES),
+    Suite(name="engine-v2", paths=("engine",), env={"STEER_TEST_RUNNER": "v2"}),
+    Suite(name="engine-v1", paths=("engine",), env={"STEER_TEST_RUNNER": "v1"}),
+    Suite(name="kernels", paths=("kernels",)),
+    Suite(name="families", paths=("families",)),
+    Suite(name="quick", without=(*OWN_SUITES, *SLOWER_UNIT_TESTS, *QUICK_FOLDERS), by_default=False),
+    Suite(name="quick-folders", paths=QUICK_FOLDERS, by_default=False),
 )
-"""The longest first."""
-
-JOBS = 2
-"""Suites at once."""
-
-SHARING = {"OMP_WAIT_POLICY": "passive"}
-"""Engines that share cores must not spin while they wait for their threads: each step would take a time slice."""
+"""The longest first. The two quick suites are a part of `unit`."""
 
 
-def run(suite: Suite, *, everything: bool) -> Counter[str]:
-    """Counts of passed, failed and skipped tests. A run that broke down without a failed test counts as one failure."""
+def main() -> int:
+    arguments = parsed_arguments()
+    named = arguments.suites
+    chosen = [suite for suite in SUITES if (suite.name in named if named else suite.by_default)]
+
+    def timed(suite: Suite) -> tuple[Counter[str], str]:
+        print(f"{suite.name}: started", flush=True)
+        began = time.monotonic()
+        counts = run(suite, with_slow=arguments.all)
+        numbers = f"{counts['passed']:4} passed {counts['failed']:3} failed {counts['skipped']:3} skipped"
+        return counts, f"{suite.name:10} {numbers} {time.monotonic() - began:6.0f} s"
+
+    with ThreadPoolExecutor(max_workers=PARALLEL_SUITES) as pool:
+        results = list(pool.map(timed, chosen))
+    total = sum((counts for counts, _ in results), Counter[str]())
+    print("", *(line for _, line in results), sep="\n")
+    skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
+    print(f"{total['passed']} passed, {total['failed']} failed{skipped}")
+    return 1 if total["failed"] or not total["passed"] else 0
+
+
+def parsed_arguments() -> argparse.Namespace:
+    names = [suite.name for suite in SUITES]
+    parser = argparse.ArgumentParser(description="Run the test suites, each in its own process.")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(names)}")
+    parser.add_argument("--all", action="store_true", help="include the slow tests")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.suites if name not in names]:
+        parser.error(f"unknown suite {unknown[0]!r}; valid are {', '.join(names)}")
+    return arguments
+
+
+def run(suite: Suite, *, with_slow: bool) -> Counter[str]:
+    """Numbers of passed, failed and skipped tests. A run that breaks without a failed test counts as one failure."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = suite.command(everything=everything, report=report)
         done = subprocess.run(
-            command,
+            suite.command(with_slow=with_slow, report=report),
             cwd=ROOT,
-            env=os.environ | SHARING | suite.env,
+            env=os.environ | SHARED_CORES | suite.env,
             check=False,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        status = done.returncode
-        # In one piece: suites run side by side.
+        # In one piece: other suites print at the same time.
         print(f"\n==> {suite.name}\n{done.stdout.decode(errors='replace')}", flush=True)
         counts = read_report(report) if report.exists() else Counter[str]()
-    if status != 0 and not counts["failed"]:
-        counts["failed"] = 1  # broken conftest, crash of the interpreter, or no test at all
+    if done.returncode != 0 and not counts["failed"]:
+        counts["failed"] = 1  # a broken conftest, a crash of the interpreter, or no test at all
     return counts
 
 
 def read_report(report: Path) -> Counter[str]:
+    """Numbers of passed, failed and skipped tests of a JUnit file."""
     counts: Counter[str] = Counter()
     for case in ElementTree.parse(report).iter("testcase"):
         outcomes = {child.tag for child in case}
         counts["failed" if outcomes & {"failure", "error"} else "skipped" if "skipped" in outcomes else "passed"] += 1
     return counts
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Run the test suites, each in its own process.")
-    parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(suite.name for suite in SUITES)}"
-    )
-    parser.add_argument("--all", action="store_true", help="the long tests as well")
-    arguments = parser.parse_args()
-    names = {suite.name for suite in SUITES}
-    if unknown := [name for name in arguments.suites if name not in names]:
-        parser.error(f"no suite is called {unknown[0]!r}; there are: {', '.join(sorted(names))}")
-    chosen = [suite for suite in SUITES if not arguments.suites or suite.name in arguments.suites]
-
-    def timed(suite: Suite) -> tuple[Counter[str], str]:
-        print(f"{suite.name}: started", flush=True)
-        began = time.monotonic()
-        counts = run(suite, everything=arguments.all)
-        tallies = f"{counts['passed']:4} passed {counts['failed']:3} failed {counts['skipped']:3} skipped"
-        return counts, f"{suite.name:10} {tallies} {time.monotonic() - began:6.0f} s"
-
-    with ThreadPoolExecutor(max_workers=JOBS) as pool:
-        results = list(pool.map(timed, chosen))
-    total = sum((counts for counts, _ in results), Counter[str]())
-    lines = [line for _, line in results]
-    print("", *lines, sep="\n")
-    print(
-        f"{total['passed']} passed, {total['failed']} failed"
-        + (f", {total['skipped']} skipped" if total["skipped"] else "")
-    )
-    return 1 if total["failed"] or not total["passed"] else 0
 
 
 if __name__ == "__main__":

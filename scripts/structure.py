@@ -27,6 +27,8 @@ MAX_LINES_OF_A_FILE = 400
 MAX_CYCLES = 0
 MAX_WRAPPED_SYMBOLS = 33
 
+ENTRY_POINTS = ("steer_engine.cli.main", "steer_engine.vllm.plugin")
+
 Graph = Mapping[str, frozenset[str]]
 """Module -> the modules of the package that it imports."""
 
@@ -63,19 +65,18 @@ def measure(package: Path) -> list[Measurement]:
     """All numbers of a package. The wrapped symbols are those of the installed steer_engine."""
     files = modules(package)
     lines = {name: len(path.read_text().splitlines()) for name, path in files.items()}
-    graph = {name: frozenset(imports(name, path, files)) for name, path in files.items()}
     short = sorted(name for name, path in files.items() if lines[name] < SHORT_LINES and not path.stem.startswith("__"))
-    importers = Counter(target for targets in graph.values() for target in targets)
-    single = sorted(name for name, count in importers.items() if count == 1)
     longest = max(lines, key=lines.__getitem__)
+    graph = import_graph(files)
+    single = single_importer(graph)
     found = cycles(graph)
     return [
         Measurement("modules", len(files), MAX_MODULES),
         Measurement("lines", sum(lines.values())),
+        Measurement(f"files under {SHORT_LINES} lines", percent(short, files), MAX_SHORT_PERCENT, "%", " ".join(short)),
         Measurement(
-            f"files under {SHORT_LINES} lines", percent(short, files), MAX_SHORT_PERCENT, "%", ", ".join(short)
+            "modules with a single importer", percent(single, files), MAX_SINGLE_IMPORTER_PERCENT, "%", " ".join(single)
         ),
-        Measurement("modules with a single importer", percent(single, files), MAX_SINGLE_IMPORTER_PERCENT, "%"),
         Measurement("lines of the largest file", lines[longest], MAX_LINES_OF_A_FILE, detail=longest),
         Measurement("import cycles", len(found), MAX_CYCLES, detail="; ".join(" <-> ".join(each) for each in found)),
         Measurement("wrapped vLLM symbols", wrapped_symbols(), MAX_WRAPPED_SYMBOLS),
@@ -95,26 +96,42 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def imports(name: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
-    """Modules of the package that a file imports when it runs: at the top, and inside functions."""
-    for node in running(ast.parse(path.read_text())):
+def import_graph(files: Mapping[str, Path]) -> Graph:
+    """Which module imports which: at the top, inside functions, and for type checkers.
+
+    A name that a package's `__init__` re-exports counts as imported from the module that defines it, too.
+    """
+    trees = {name: ast.parse(path.read_text()) for name, path in files.items()}
+    packages = {name for name, path in files.items() if path.stem == "__init__"}
+    origins = {
+        (package, imported): module
+        for package in packages
+        for module, imported in imported_names(trees[package], package, is_package=True)
+        if module in files
+    }
+
+    def targets(name: str) -> Iterator[str]:
+        for module, imported in imported_names(trees[name], name, is_package=name in packages):
+            submodule = f"{module}.{imported}"
+            yield from [submodule] if submodule in files else [module, origins.get((module, imported), "")]
+
+    return {name: frozenset(each for each in targets(name) if each in files and each != name) for name in files}
+
+
+def imported_names(tree: ast.AST, name: str, *, is_package: bool) -> Iterator[tuple[str, str]]:
+    """(module, name) of each `from module import name`, and (module, "") of each `import module`."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = absolute(node, name, is_package=path.stem == "__init__")
-            # `from package import module` imports the module; `from module import name` imports the module `module`.
-            targets = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
-        else:
-            continue
-        yield from (target for target in targets if target in known and target != name)
+            module = absolute(node, name, is_package=is_package)
+            yield from ((module, alias.name) for alias in node.names)
 
 
-def running(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node except those under `if TYPE_CHECKING:`, which never run."""
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
-            yield from running(child)
+def single_importer(graph: Graph) -> list[str]:
+    """Modules that exactly one other module imports. Entry points are left out: the installer's script imports them."""
+    importers = Counter(target for targets in graph.values() for target in targets)
+    return sorted(name for name, count in importers.items() if count == 1 and name not in ENTRY_POINTS)
 
 
 def absolute(node: ast.ImportFrom, name: str, *, is_package: bool) -> str:
@@ -127,11 +144,15 @@ def absolute(node: ast.ImportFrom, name: str, *, is_package: bool) -> str:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others (strongly connected components)."""
-    reachable = {name: reach(graph, name) for name in graph}
+    """Groups of modules that import each other, directly or through others (strongly connected components).
+
+    The root package is left out: it loads the public names from the modules below it when they are used.
+    """
+    inner = {name: frozenset(t for t in targets if "." in t) for name, targets in graph.items() if "." in name}
+    reachable = {name: reach(inner, name) for name in inner}
     groups = {
         tuple(sorted(other for other in reachable[name] if name in reachable[other]))
-        for name in graph
+        for name in inner
         if name in reachable[name]
     }
     return [list(group) for group in sorted(groups)]

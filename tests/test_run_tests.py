@@ -1,4 +1,4 @@
-"""`make test` adds its suites up honestly: a crash, a broken conftest or a suite without tests is a failure."""
+"""`make test` counts correctly: a crash, a broken conftest or a suite without tests is a failure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import run_tests
 
+SUITES = run_tests.SUITES
+"""The real ones, before a test replaces them."""
+
 
 @pytest.fixture(autouse=True)
 def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script works on an empty project with one suite `engine` that wants STEER_TEST_RUNNER=v2."""
+    """The script runs in an empty project with one suite `engine` that sets STEER_TEST_RUNNER=v2."""
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)
-    suite = run_tests.Suite(name="engine", folder="engine", env={"STEER_TEST_RUNNER": "v2"})
+    suite = run_tests.Suite(name="engine", paths=("engine",), env={"STEER_TEST_RUNNER": "v2"})
     monkeypatch.setattr(run_tests, "SUITES", (suite,))
     monkeypatch.setattr(sys, "argv", ["run_tests.py"])
     (tmp_path / "tests" / "engine").mkdir(parents=True)
@@ -30,7 +33,7 @@ CASES = {
         "import os\ndef test_it(): assert os.environ['STEER_TEST_RUNNER'] == 'v2'",
         Counter(passed=1),
     ),
-    "long one left out": (
+    "slow test left out": (
         "import pytest\n@pytest.mark.slow\ndef test_it(): assert 0\ndef test_that(): pass",
         Counter(passed=1),
     ),
@@ -44,7 +47,7 @@ CASES = {
 def test_counts(tmp_path: Path, case: str) -> None:
     text, expected = CASES[case]
     (tmp_path / "tests" / "engine" / "test_case.py").write_text(text)
-    assert run_tests.run(run_tests.SUITES[0], everything=False) == expected
+    assert run_tests.run(run_tests.SUITES[0], with_slow=False) == expected
 
 
 def test_last_line_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +60,14 @@ def test_last_line_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed"
 
 
-def test_folders_with_a_suite_of_their_own_exist() -> None:
-    """The unit suite leaves them out; a renamed folder would be run twice."""
-    folders = {path.name for path in Path(__file__).parent.iterdir() if any(path.glob("test_*.py"))}
-    assert set(run_tests.FOLDERS) <= folders
+def test_the_paths_of_all_suites_exist() -> None:
+    """A renamed folder would otherwise run in two suites, or in none."""
+    tests = Path(__file__).parent
+    paths = {path for suite in SUITES for path in (*suite.paths, *suite.without)}
+    assert [path for path in paths if not (tests / path).exists()] == []
+
+
+def test_every_test_file_is_in_one_default_suite() -> None:
+    (rest,) = [suite for suite in SUITES if suite.by_default and not suite.paths]
+    own = {path for suite in SUITES if suite.by_default for path in suite.paths}
+    assert set(rest.without) == own | {"gpu"}
