@@ -1,4 +1,4 @@
-"""Gauges sum up what the workers of all engines say."""
+"""Gauges summarise the status of the workers of all engines."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def gauge(name: str, **labels: str) -> float | None:
 
 def test_engines_add_up_and_ranks_do_not() -> None:
     workers = [worker(0, steered_slots=3), worker(0, steered_slots=3), worker(1, steered_slots=4)]
-    metrics.engine_polled(workers)
+    metrics.engine_refreshed(workers)
     assert gauge("steer_engine_steered_requests") == 7
     assert gauge("steer_engine_armed") == 1
     # Of the stages of a pipeline one may have nothing to do for a request.
-    metrics.engine_polled([worker(0, steered_slots=3), worker(0, steered_slots=1)])
+    metrics.engine_refreshed([worker(0, steered_slots=3), worker(0, steered_slots=1)])
     assert gauge("steer_engine_steered_requests") == 3
-    metrics.engine_polled([])
+    metrics.engine_refreshed([])
     assert gauge("steer_engine_armed") == 0
 
 
 def test_the_fullest_worker_counts() -> None:
-    metrics.engine_polled(
+    metrics.engine_refreshed(
         [
             worker(0, bank_rows_used=90, bank_rows_pinned=10, store_bytes=5),
             worker(1, bank_rows_used=70, bank_rows_pinned=60, store_bytes=7),
@@ -51,7 +51,7 @@ def test_the_fullest_worker_counts() -> None:
     assert gauge("steer_engine_store_bytes") == 7
 
 
-def test_vectors_of_clients_take_no_name_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploaded_vectors_do_not_displace_registered_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many a client sends, their number of series is bounded, and a registered name keeps its own."""
     monkeypatch.setattr(metrics, "_labels", {most: set() for most in metrics._labels})
     labels = {metrics._label_of(f"sha256:{number:064x}", f"sha256:{number:x}".ljust(71, "0")) for number in range(500)}

@@ -28,12 +28,12 @@ class Engine:
         return {"workers": 1}
 
 
-async def test_the_answer_is_the_engine_s() -> None:
+async def test_the_status_is_the_engine_s() -> None:
     engine = Engine()
     assert await Readiness(engine.handshake).check() == {"workers": 1}
 
 
-async def test_each_probe_asks_anew_but_probes_at_once_share_a_call() -> None:
+async def test_each_probe_is_a_handshake_and_concurrent_probes_share_one() -> None:
     engine = Engine()
     readiness = Readiness(engine.handshake)
     await readiness.check()
@@ -46,7 +46,7 @@ async def test_each_probe_asks_anew_but_probes_at_once_share_a_call() -> None:
 async def test_a_timeout_leaves_the_call_running() -> None:
     engine = Engine()
     engine.wait = asyncio.Event()
-    readiness = Readiness(engine.handshake, timeout_s=0.01)
+    readiness = Readiness(engine.handshake, timeout=0.01)
     for _ in range(2):
         with pytest.raises(CapacityError, match=r"0\.01 s"):
             await readiness.check()

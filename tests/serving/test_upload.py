@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ def request_of(content: bytes) -> Request:
     return Request({"type": "http", "method": "PUT", "headers": []}, receive)
 
 
-@pytest.fixture
-def full() -> Iterator[None]:
-    """No file may grow past 1 kB."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow past 1 kB. Not a fixture: pytest's own output may be a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 async def test_a_vector_is_taken(tmp_path: Path) -> None:
@@ -40,10 +43,10 @@ async def test_a_vector_is_taken(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_full_disk(tmp_path: Path, full: None) -> None:
+async def test_a_full_disk(tmp_path: Path) -> None:
     uploads = Uploads(2**20, 1)
     for _ in range(2):  # its place is free again
-        with pytest.raises(RegistryFullError, match="is full"):
+        with full_disk(), pytest.raises(RegistryFullError, match="is full"):
             await uploads.receive(request_of(to_bytes(VECTOR)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
