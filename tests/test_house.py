@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows."""
+"""Rules of this repository that no linter checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """Files under version control that match; skips where there is no repository (an sdist)."""
+    """Tracked files that match. Skips the test outside a git checkout (an sdist)."""
     done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip("not a git checkout")
@@ -46,13 +46,13 @@ def test_ci_runs_the_checks_and_then_the_test_command_of_the_readme() -> None:
 def test_public_api_is_small_and_loads() -> None:
     assert len(steer_engine.__all__) <= 8
     assert dir(steer_engine) == sorted(steer_engine.__all__)
-    for name in set(steer_engine.__all__) - {"LLM"}:  # the engine's own tests load that one
+    for name in set(steer_engine.__all__) - {"LLM"}:  # tests/engine loads that one
         assert getattr(steer_engine, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'steer'; it has LLM"):
         _ = steer_engine.steer
 
 
-def test_version_is_said_once() -> None:
+def test_the_version_is_consistent() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,19 +67,33 @@ def test_entry_points_load(group: str) -> None:
 
 def test_no_machine_path_is_committed() -> None:
     pattern = re.compile(r"/(?:home|root|work|Users)/\w+")
-    guilty = [path.name for path in tracked("*.py", "*.md", "*.toml", "*.yml", "*.yaml", "Makefile", "*.sh")
+    found = [path.name for path in tracked("*.py", "*.md", "*.toml", "*.yml", "*.yaml", "Makefile", "*.sh")
               if pattern.search(path.read_text()) and path != Path(__file__)]  # fmt: skip
-    assert guilty == []
+    assert found == []
 
 
-def test_modules_stay_readable() -> None:
+def test_no_module_has_more_than_400_lines() -> None:
     long = {path.name: count for path in tracked("steer_engine/**.py", "triton_kernels/**.py")
             if (count := len(path.read_text().splitlines())) > 400}  # fmt: skip
     assert long == {}
 
 
 def test_every_folder_of_the_packages_is_a_package() -> None:
-    """A folder without `__init__.py` would be left out of a wheel without a word."""
+    """A wheel silently lacks a folder without `__init__.py`."""
     for top in (ROOT / "steer_engine", ROOT / "triton_kernels" / "steer_kernels"):
         folders = {path.parent for path in top.rglob("*.py")}
         assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_map_names_files_that_exist() -> None:
+    roots = (ROOT, ROOT / "steer_engine", ROOT / "triton_kernels" / "steer_kernels")
+    pages = [*ROOT.glob("*.md"), ROOT / "docs" / "architecture.md"]
+    named = {name for page in pages for name in re.findall(r"`([\w/]+\.py)`", page.read_text())}
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not any((root / name).is_file() for root in roots)] == []
+
+
+def test_contributing_quotes_the_targets_of_structure() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    for target in ("at most 130", "at most 8)", "at most 20)", "at most 400", "at most 33"):
+        assert target in page
