@@ -1,9 +1,9 @@
-"""Everyday beginnings of sentences: what steering does to text that it is not meant for."""
+"""Runs an evaluation: derives or loads vectors, scores conditions, and compares them with controls."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from steer_engine.derive.capture_engine import installed_versions
+from steer_engine.derive.fit import CapturedRows
+from steer_engine.derive.moments import Chunk, Sample, summarise
 from steer_engine.derive.progress import Progress
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import (
     BASELINE,
     Condition,
+    Contrast,
     as_long_as,
     contrasts,
     random_like,
     with_shuffled_labels,
 )
 from steer_engine.evaluate.encode import Encoder, Question
-from steer_engine.evaluate.fitting import Side, read, vector_of
 from steer_engine.evaluate.items import Item, Task
 from steer_engine.evaluate.journal import Journal
 from steer_engine.evaluate.outcome import Example, Flip, Outcome, Point, Trial, Verdict, machine
@@ -33,13 +35,14 @@ from steer_engine.evaluate.statistics import Paired, compare, holm, slope
 from steer_engine.evaluate.sweep import Table, choose, sweep
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import load, save
+from steer_engine.vectors.metadata import VectorMetadata
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
 
 
 def neutral_texts() -> list[str]:
-    """The packaged texts, one a line; each breaks off where a next word is due."""
+    """The packaged everyday texts, one per line, each cut off before a word. They show side effects of steering."""
     data = resources.files("steer_engine.evaluate").joinpath("data/neutral.txt").read_text(encoding="utf-8")
     return [line for line in data.splitlines() if line.strip()]
 
@@ -47,6 +50,11 @@ def neutral_texts() -> list[str]:
 _SAFE = frozenset(string.ascii_letters + string.digits + "._-")
 
 MAX_FLIPS = 40
+PAIRS_PER_BATCH = 64
+
+Side = list[Sample]
+"""The captured stream of the positives, or of the negatives."""
+
 NUM_EXAMPLES = 6
 EXAMPLE_TOKENS = 24
 
@@ -186,9 +194,9 @@ class Evaluation:
         reading = f"{recipe.against}{' shuffled' if shuffled else ''}"
         if reading not in self._sides:
             with shown.counting(f"reading {reading}:", total=len(pairs), unit="pairs") as advance:
-                self._sides[reading] = read(self._llm, self._encoder, pairs, advance)
+                self._sides[reading] = _capture_sides(self._llm, self._encoder, pairs, advance)
         notes = f"{len(pairs)} pairs of task {self._task.name}, right answers against {reading}."
-        vector = vector_of(self._llm, self._sides[reading], recipe.method, model=self._model, notes=notes)
+        vector = _vector_of(self._llm, self._sides[reading], recipe.method, model=self._model, notes=notes)
         path.parent.mkdir(parents=True, exist_ok=True)
         save(vector, path)
         return vector
@@ -306,3 +314,38 @@ def _margins(before: Table, after: Table) -> list[tuple[float, float]]:
 def _usable(name: str) -> str:
     """A name as the registry and file systems take it."""
     return "".join(letter if letter in _SAFE else "-" for letter in name)[:120]
+
+
+def _capture_sides(
+    llm: LLM, encoder: Encoder, pairs: Sequence[Contrast], advance: Callable[[int], None] = lambda steps: None
+) -> tuple[Side, Side]:
+    """Capture the residual stream at the last token of every positive and every negative, at all blocks."""
+    positive: Side = []
+    negative: Side = []
+    for start in range(0, len(pairs), PAIRS_PER_BATCH):
+        batch = pairs[start : start + PAIRS_PER_BATCH]
+        texts = [encoder.ids(*text) for pair in batch for text in (pair.positive, pair.negative)]
+        samples = [summarise(rows_LTD, skip_first=False) for rows_LTD in llm.capture(texts, "last")]
+        positive += samples[::2]
+        negative += samples[1::2]
+        advance(len(batch))
+    return positive, negative
+
+
+def _vector_of(llm: LLM, sides: tuple[Side, Side], method: str, *, model: str, notes: str) -> ControlVector:
+    """Fit a vector to the captured sides, at all blocks of the model.
+
+    Raises:
+        DerivationError: the sides do not differ.
+    """
+    rows = CapturedRows()
+    rows.add(Chunk.of(*sides, keep_rows=True))
+    metadata = VectorMetadata(
+        model=model,
+        hidden_size=llm.hidden_size,
+        num_blocks=llm.num_blocks,
+        method=method,
+        position="last",
+        notes=notes,
+    )
+    return rows.fit(method, llm.capture_blocks, metadata)

@@ -41,7 +41,7 @@ def test_help_shows_an_example(command: str) -> None:
         (("--task", "ioi", "--unit", "norms"), "--unit 'norms' is none of vector, residual"),
         (("--task", "ioi", "--method", "magic"), "There is no method 'magic'"),
         (("--task", "ioi", "--against", "right"), "--against 'right' is none of wrong, random"),
-        (("--task", "ioi", "--blocks", "x"), "--blocks: 'x' is none of"),
+        (("--task", "ioi", "--blocks", "x"), "--blocks: 'x' is not valid"),
         (("--task", "ioi", "--vector", "missing.safetensors"), "missing.safetensors"),
     ],
 )

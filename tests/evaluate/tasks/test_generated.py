@@ -8,8 +8,7 @@ from collections import Counter
 import pytest
 
 from steer_engine.errors import EvaluationError
-from steer_engine.evaluate.generated_tasks import NAMES, OBJECTS, PLACES, PLURALS
-from steer_engine.evaluate.tasks import TASKS, Item, Sizes, Task, load_task
+from steer_engine.evaluate.tasks import NAMES, OBJECTS, PLACES, PLURALS, TASKS, Item, Sizes, Task, load_task
 
 SIZES = Sizes(derive=100, validation=100, test=500)
 
@@ -102,7 +101,7 @@ def test_babi15_puzzles_differ_in_more_than_order() -> None:
 def test_a_space_that_is_used_up_says_so() -> None:
     from random import Random
 
-    from steer_engine.evaluate.generated_tasks import draw
+    from steer_engine.evaluate.tasks import draw
 
     def coin(random: Random, split: str) -> tuple[int, str, list[str], str]:
         side = random.randrange(5)
