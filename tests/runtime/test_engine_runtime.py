@@ -234,7 +234,7 @@ def test_addresses_never_change() -> None:
     for step in range(50):
         slot = step % 3 + 1
         runtime.release(slot)
-        runtime.admit(slot, program({"scale": 1 + step}, {"op": "ablate"}, prompt_len=step + 1))
+        runtime.admit(slot, program({"scale": 1 + step / 10}, {"op": "ablate"}, prompt_len=step + 1))
         route(runtime, *((slot, step, 1 + step % 5) for slot in (1, 2, 3)))
         runtime.capture([step % 3], [False])
         edited(runtime, hidden, carried, step % NUM_BLOCKS)
