@@ -1,4 +1,4 @@
-"""Ask a running server one question at several scales, all at once.
+"""Send one question to a running server at several scales, concurrently.
 
 steer-engine serve smollm2-135m --steering-vectors vectors/ --enforce-eager
 python examples/chat.py "How are you feeling today?"
@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 MODEL, VECTOR, SCALES = "smollm2-135m", "cheerful", (-0.3, 0.0, 0.3)
 
 
-async def ask(client: AsyncOpenAI, question: str, scale: float) -> str:
+async def answer_at(client: AsyncOpenAI, question: str, scale: float) -> str:
     answer = await client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": question}],
@@ -27,7 +27,7 @@ async def ask(client: AsyncOpenAI, question: str, scale: float) -> str:
 
 async def main(question: str) -> None:
     async with AsyncOpenAI(base_url="http://localhost:8000/v1", api_key="none") as client:
-        for line in await asyncio.gather(*(ask(client, question, scale) for scale in SCALES)):
+        for line in await asyncio.gather(*(answer_at(client, question, scale) for scale in SCALES)):
             print(line)
 
 

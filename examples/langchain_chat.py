@@ -22,7 +22,7 @@ def main(model: str, vector: str, question: str, preset: str | None = None) -> N
         "steered": ChatOpenAI(model=model, max_tokens=60, extra_body={"steering": steering}, **SERVER),
     }
     if preset is not None:
-        # A model of its own: nothing else has to change in a program that is there already.
+        # A preset is a model name, so an existing program needs no other change.
         chats["preset"] = ChatOpenAI(model=f"{model}:{preset}", max_tokens=60, **SERVER)
     for name, chat in chats.items():
         print(f"{name}: {chat.invoke(question).content!r}")

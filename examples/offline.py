@@ -1,4 +1,4 @@
-"""Derive a vector by hand from what the engine reads, and steer with it, in one process without a server.
+"""Derive a vector from captured activations, and steer with it, in one process without a server.
 
 python examples/offline.py
 """

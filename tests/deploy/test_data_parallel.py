@@ -1,4 +1,4 @@
-"""Two data-parallel engines behind two API processes: a vector reaches both before its first request, busy or not.
+"""Two data-parallel engines behind two API processes: a vector reaches both before its first request, idle or busy.
 
 Slow: it starts three processes with an engine or a server each.
 """
@@ -53,7 +53,7 @@ def together(server: Server, count: int, vector: str | None, **fields: Any) -> l
         return list(pool.map(lambda _: server.post("/v1/completions", body(vector, **fields)), range(count)))
 
 
-def test_both_engines_steer_alike(server: Server) -> None:
+def test_both_engines_steer_equally(server: Server) -> None:
     before = answered(server)
     put(server, "north", along(7))
     steered = [tokens(answer) for answer in together(server, 24, "north")]

@@ -1,4 +1,4 @@
-"""The images and the compose file: linted, pinned, not root, and alike where they must be."""
+"""The images and the compose file: linted, pinned, without root, and consistent."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_vllm_is_a_release_that_we_support() -> None:
     assert (0, 32) <= tuple(int(part) for part in cuda[1].split(".")) < (0, 34)
 
 
-def test_the_build_context_holds_what_is_copied_and_no_more() -> None:
+def test_the_build_context_has_exactly_what_is_copied() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = set()
     for name in DOCKERFILES:
@@ -76,7 +76,7 @@ def test_compose_services_are_pinned_confined_and_local(service: str) -> None:
     assert all(port.startswith("127.0.0.1:") for port in about["ports"])
 
 
-def test_compose_mounts_what_is_there() -> None:
+def test_compose_mounts_existing_folders() -> None:
     for service in compose()["services"].values():
         for mount in service.get("volumes", ()):
             source = mount.split(":")[0]

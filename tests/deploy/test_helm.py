@@ -20,7 +20,7 @@ from steer_engine.settings import ADMIN_KEY_FILE_ENV
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "steer-engine"
 VALUES = sorted((CHART / "ci").glob("*.yaml"))
 CUSTOM = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
-"""Kinds that Kubernetes itself has no schema of."""
+"""Kinds without a schema in Kubernetes itself."""
 
 
 def values(name: str, **changes: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def test_pods_are_confined() -> None:
     assert server["image"] == f"steer-engine:{steer_engine.__version__}-cuda"
 
 
-def test_network_policy_lets_in_whom_it_names() -> None:
+def test_the_network_policy_allows_the_named_sources() -> None:
     policy = render(values("tensor-parallel"))["NetworkPolicy"]["spec"]
     sources = [peer["namespaceSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
     assert [labels["kubernetes.io/metadata.name"] for labels in sources] == ["gateway", "monitoring"]

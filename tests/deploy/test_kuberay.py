@@ -1,5 +1,5 @@
-"""The KubeRay manifests: the operator's objects against its own schemas, their pods against Kubernetes', and their
-commands against our own command line.
+"""The KubeRay manifests: objects against the operator's schemas, pods against Kubernetes', commands against our command
+line.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FILES = sorted((DEPLOY / "kuberay").glob("*.yaml"))
 
 SCHEMAS = Path(__file__).parent / "kuberay_1_1"
 NEWER: dict[str, dict[str, Any]] = {"RayJob": {"backoffLimit": {"type": "integer", "minimum": 0}}, "RayService": {}}
-"""Fields that we use and that came after the release whose schemas are kept (1.2: `backoffLimit`)."""
+"""Fields that we use and that are newer than the kept schemas (1.2: `backoffLimit`)."""
 
 
 def closed(schema: Any) -> Any:
-    """The same schema, in which a field that it does not name is an error: the API server would drop it in silence."""
+    """The schema with unknown fields as errors: the API server would drop them silently."""
     if isinstance(schema, list):
         return [closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -46,7 +46,7 @@ def closed(schema: Any) -> Any:
 
 def schema_of(kind: str) -> dict[str, Any]:
     spec: dict[str, Any] = json.loads((SCHEMAS / f"{kind.lower()}.json").read_text())["properties"]["spec"]
-    assert not spec["properties"].keys() & NEWER[kind].keys(), "the schema knows it now: take it out of NEWER"
+    assert not spec["properties"].keys() & NEWER[kind].keys(), "the schema has this field now: remove it from NEWER"
     return closed(spec | {"properties": spec["properties"] | NEWER[kind]})  # type: ignore[no-any-return]
 
 
@@ -75,7 +75,7 @@ def templates_of(manifest: Manifest) -> list[Manifest]:
     return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
 
 
-def test_there_is_one_for_each_use() -> None:
+def test_the_four_manifests() -> None:
     assert {path.stem for path in FILES} == {
         "rayjob-derive", "rayjob-eval", "multi-node-server", "rayservice-experimental"
     }  # fmt: skip
@@ -132,7 +132,7 @@ def test_commands_are_those_of_our_command_line(name: str) -> None:
     assert not model.startswith("-")
     flags = [word.split("=")[0] for word in rest if word.startswith("--")]
     if command == "serve":
-        # vLLM's own flags are checked where vLLM is imported: tests/deploy/test_recipes.py.
+        # vLLM's own flags are checked in tests/deploy/test_readme.py.
         return
     known = {f"--{name.replace('_', '-')}" for name in inspect.signature(COMMANDS[command]).parameters}
     assert set(flags) <= known

@@ -1,4 +1,4 @@
-"""Dashboard, rules and scrape configuration: valid, and about metrics that exist."""
+"""Dashboard, rules and scrape configuration are valid and use metrics that exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OF_PROMETHEUS = {"up"}
 
 
 def series(name: str, kind: str) -> set[str]:
-    """Names on the page of a metric that Python calls `name`."""
+    """Names on /metrics of a metric that Python calls `name`."""
     return {name.removesuffix("_total") + suffix for suffix in SUFFIXES[kind]}
 
 
@@ -40,7 +40,7 @@ def our_series() -> set[str]:
 
 @functools.cache
 def vllm_series() -> set[str]:
-    """By vLLM's source: importing it takes as long as all tests here. A running server is asked in tests/serving."""
+    """From vLLM's source, since importing it takes as long as all tests here. tests/servers checks a running server."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -71,47 +71,47 @@ def test_rules_read_metrics_that_exist(rule: dict[str, str]) -> None:
 
 
 def test_every_metric_of_ours_is_on_the_dashboard() -> None:
-    """A metric that nobody shows is one that nobody looks at."""
+    """A metric that is not on the dashboard is not seen."""
     shown = {name for _, query in panel_queries() for name in metrics_of(query)}
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in our_series()}
     assert families - {re.sub(r"_bucket$", "", name) for name in shown} == set()
 
 
-def left_out(given: Any, known: Any, place: str = "") -> Iterator[str]:
-    """Where `known` lacks something of `given`, or has something else there."""
+def differences(given: Any, known: Any, place: str = "") -> Iterator[str]:
+    """Places where `known` lacks a part of `given`, or differs from it."""
     if isinstance(given, dict) and isinstance(known, dict):
         for key, value in given.items():
-            yield from left_out(value, known[key], f"{place}.{key}") if key in known else [f"{place}.{key}"]
+            yield from differences(value, known[key], f"{place}.{key}") if key in known else [f"{place}.{key}"]
     elif isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
         for number, (one, other) in enumerate(zip(given, known, strict=True)):
-            yield from left_out(one, other, f"{place}[{number}]")
+            yield from differences(one, other, f"{place}[{number}]")
     elif given != known:
         yield f"{place}: {given!r} is {known!r}"
 
 
-def as_grafana_reads_it(board: dict[str, Any]) -> Any:
-    """By the types that Grafana generates from its own schemas: what they do not know is gone."""
+def parsed_by_grafana(board: dict[str, Any]) -> Any:
+    """The dashboard after a round trip through Grafana's generated types. Unknown fields are lost."""
     register_default_plugins()
     return json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(board)))
 
 
 def test_dashboard_passes_the_schema_of_grafana() -> None:
     board = dashboard()
-    assert list(left_out(board, as_grafana_reads_it(board))) == []
+    assert list(differences(board, parsed_by_grafana(board))) == []
 
 
 @pytest.mark.parametrize("place", ["", "panels.3", "panels.3.fieldConfig.defaults", "panels.3.targets.0"])
-def test_the_schema_finds_what_grafana_does_not_know(place: str) -> None:
+def test_the_schema_finds_unknown_fields(place: str) -> None:
     board = spoiled = dashboard()
     for key in filter(None, place.split(".")):
         spoiled = spoiled[int(key) if key.isdigit() else key]
     spoiled["heigth"] = 8
-    found = list(left_out(board, as_grafana_reads_it(board)))
+    found = list(differences(board, parsed_by_grafana(board)))
     assert len(found) == 1
     assert found[0].endswith(".heigth")
 
 
-def test_dashboard_holds_together() -> None:
+def test_the_dashboard_is_consistent() -> None:
     board = dashboard()
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)

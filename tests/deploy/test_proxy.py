@@ -1,4 +1,4 @@
-"""deploy/proxy/nginx.conf in a real nginx, before small servers: open routes pass whole, all others are closed."""
+"""deploy/proxy/nginx.conf in a real nginx, in front of small servers: open routes pass, all others are closed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.skipif(MISSING, reason=WHY_MISSING)
 
 
 LONG_ANSWER_SECONDS = 17.0
-"""The proxy once gave up asking again 15 s after a request had come in."""
+"""An earlier proxy retried only within 15 s of a request's arrival."""
 
 
 class Echo:
-    """An ASGI app on a port of its own, in a thread."""
+    """An ASGI app on its own port, in a thread."""
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         self.port = free_port()
@@ -47,27 +47,27 @@ class Echo:
 
 
 class Mute:
-    """A port that never says anything: it takes connections until it hangs up, or does not even take them."""
+    """A silent port: it accepts connections until `hang_up`, or accepts none."""
 
     def __init__(self, *, answers_to_connections: bool) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64 if answers_to_connections else 0)
         self.port = self._listener.getsockname()[1]
-        # A queue that is full drops what knocks, as a machine does that is gone.
-        knocks = 0 if answers_to_connections else 4
-        self._knocking = [self._knock() for _ in range(knocks)]
+        # A full queue drops new connections, as a lost machine does.
+        num_pending = 0 if answers_to_connections else 4
+        self._pending = [self._connect() for _ in range(num_pending)]
 
-    def _knock(self) -> socket.socket:
-        knocking = socket.socket()
-        knocking.setblocking(False)
-        knocking.connect_ex(("127.0.0.1", self.port))
-        return knocking
+    def _connect(self) -> socket.socket:
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(("127.0.0.1", self.port))
+        return connection
 
     def hang_up(self) -> None:
-        """As a process that is killed: its connections are reset."""
+        """Reset all connections, as a killed process does."""
         self._listener.settimeout(0)
         try:
             while True:
-                self._listener.accept()[0].close()  # what was sent is unread: a reset
+                self._listener.accept()[0].close()  # unread data: a reset
         except BlockingIOError:
             self._listener.close()
 
@@ -75,7 +75,7 @@ class Mute:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (*self._knocking, self._listener):
+        for each in (*self._pending, self._listener):
             each.close()
 
 
@@ -99,7 +99,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory, engine: Echo, certificates: 
 
 
 TOKENS = "/inference/v1/generate"
-"""For programs beside the server, which need no proxy."""
+"""For programs on the same machine, which need no proxy."""
 
 OPEN = [
     *(("POST", path) for path in sorted(CARRYING_PATHS - {INVOCATIONS, TOKENS})),
@@ -152,7 +152,7 @@ def test_only_the_methods_of_a_route(proxy: Proxy, method: str, path: str) -> No
     ["/v1/models/../../metrics", "/v1/steering/vectors/../../../metrics", "/v1/steering/vectors/..%2f..%2f..%2fmetrics",
      "//metrics", "/./metrics", "/%6detrics", "/v1/../metrics", "/METRICS", "/metrics;/v1/models", "/metrics%00"],
 )  # fmt: skip
-def test_closed_routes_stay_closed_however_they_are_spelt(proxy: Proxy, target: str) -> None:
+def test_closed_routes_stay_closed_in_every_spelling(proxy: Proxy, target: str) -> None:
     assert proxy.raw(target) in (400, 404)
 
 
@@ -187,7 +187,7 @@ def test_bodies_are_limited_by_route(proxy: Proxy) -> None:
     assert proxy.client.put("/v1/steering/vectors/v", content=large).json()["num_bytes"] == len(large)
 
 
-def test_streams_arrive_as_they_are_made(proxy: Proxy) -> None:
+def test_streams_are_not_buffered(proxy: Proxy) -> None:
     arrived = []
     with proxy.client.stream("POST", "/v1/chat/completions", json={"stream": True}) as answer:
         for line in answer.iter_lines():
@@ -219,7 +219,7 @@ def test_rate_is_limited_by_key(tmp_path: Path, engine: Echo, certificates: Path
         proxy.stop()
 
 
-def test_made_up_keys_share_the_rate_of_their_address(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+def test_invented_keys_share_the_rate_of_their_address(tmp_path: Path, engine: Echo, certificates: Path) -> None:
     proxy = Proxy(tmp_path, [engine.port], certificates, {"rate=100r/s": "rate=1r/m", "burst=200": "burst=4"})
     try:
         keys = [{"Authorization": f"Bearer made-up-{number}"} for number in range(8)]
@@ -228,7 +228,7 @@ def test_made_up_keys_share_the_rate_of_their_address(tmp_path: Path, engine: Ec
         proxy.stop()
 
 
-def test_a_replica_that_drains_or_is_gone_costs_no_request(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+def test_a_draining_or_lost_replica_loses_no_request(tmp_path: Path, engine: Echo, certificates: Path) -> None:
     draining = Echo("draining", status=503)
     gone = free_port()
     proxy = Proxy(tmp_path, [draining.port, gone, engine.port], certificates, NO_RATE)
@@ -241,39 +241,39 @@ def test_a_replica_that_drains_or_is_gone_costs_no_request(tmp_path: Path, engin
 
 
 @pytest.mark.slow
-def test_a_replica_that_dies_late_in_an_answer_costs_no_request(
+def test_a_replica_that_dies_late_in_an_answer_loses_no_request(
     tmp_path: Path, engine: Echo, certificates: Path
 ) -> None:
-    """An answer may take longer than the proxy would wait for a connection, and is asked for again all the same."""
+    """An answer may take longer than the proxy waits for a connection. The request is retried nevertheless."""
     with Mute(answers_to_connections=True) as dying:
         proxy = Proxy(tmp_path, [dying.port, engine.port], certificates, NO_RATE)
         try:
             with ThreadPoolExecutor(2) as pool:
-                # The second goes to the other replica: the first one has a request under way.
-                asked = [pool.submit(proxy.client.post, "/v1/completions", content=b"{}") for _ in range(2)]
+                # The second request goes to the other replica, since the first has one running.
+                answers = [pool.submit(proxy.client.post, "/v1/completions", content=b"{}") for _ in range(2)]
                 time.sleep(LONG_ANSWER_SECONDS)
-                assert sum(answer.done() for answer in asked) == 1
+                assert sum(answer.done() for answer in answers) == 1
                 dying.hang_up()
-                assert [answer.result().json()["server"] for answer in asked] == ["one", "one"]
+                assert [answer.result().json()["server"] for answer in answers] == ["one", "one"]
         finally:
             proxy.stop()
 
 
-def test_a_machine_that_is_silent_costs_no_request(tmp_path: Path, engine: Echo, certificates: Path) -> None:
-    """One that lost its power refuses no connection, it just does not answer."""
+def test_a_silent_machine_loses_no_request(tmp_path: Path, engine: Echo, certificates: Path) -> None:
+    """A machine without power refuses no connection, but does not answer."""
     quick = {"proxy_connect_timeout 5s;": "proxy_connect_timeout 1s;"}
     with Mute(answers_to_connections=False) as silent:
         proxy = Proxy(tmp_path, [silent.port, engine.port], certificates, NO_RATE | quick)
         try:
             for _ in range(4):
                 assert proxy.client.post("/v1/completions", content=b"{}").json()["server"] == "one"
-            assert f"127.0.0.1:{silent.port}" in proxy.log.read_text(), "nobody asked the silent one"
+            assert f"127.0.0.1:{silent.port}" in proxy.log.read_text(), "the silent machine got no request"
         finally:
             proxy.stop()
 
 
-def test_idle_connections_are_given_up_before_the_server_does_it(proxy: Proxy) -> None:
-    """A request that meets a connection which is just being closed would fail, and count against its server."""
+def test_idle_connections_are_closed_before_the_server_closes_them(proxy: Proxy) -> None:
+    """A request on a connection that is being closed would fail, and count as a failure of its server."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -285,7 +285,7 @@ def test_idle_connections_are_given_up_before_the_server_does_it(proxy: Proxy) -
     assert int(ours[1]) < int(theirs[1])
 
 
-def test_no_server_at_all_is_said(tmp_path: Path, certificates: Path) -> None:
+def test_no_server_is_a_503(tmp_path: Path, certificates: Path) -> None:
     proxy = Proxy(tmp_path, [free_port()], certificates, NO_RATE)
     try:
         answer = proxy.client.get("/v1/models")

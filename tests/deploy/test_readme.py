@@ -1,4 +1,4 @@
-"""deploy/README.md: its numbers are the engine's, its flags and values exist, its links lead somewhere."""
+"""deploy/README.md: its numbers are the engine's; its flags, values and links exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 README = (DEPLOY / "README.md").read_text()
 TEXTS = [path for path in DEPLOY.rglob("*") if path.suffix in (".md", ".yaml", ".yml", ".cuda", ".cpu", ".example")]
 MAX_TOKENS = 8192
-"""Of a batch; the routing buffers take 64 KiB for them."""
+"""Per batch; the routing buffers need 64 KiB for them."""
 
 
 def sizing() -> list[list[str]]:
@@ -72,7 +72,7 @@ def vllm_source() -> str:
     return "".join((folder / name).read_text() for name in files if (folder / name).exists())
 
 
-def test_steering_flags_are_ours() -> None:
+def test_steering_flags_exist() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     used = {flag for _, flag in flags() if flag.startswith("--steering")}
@@ -85,12 +85,12 @@ def test_steering_flags_are_ours() -> None:
     ["--tensor-parallel-size", "--data-parallel-size", "--max-model-len", "--max-num-seqs", "--shutdown-timeout",
      "--distributed-executor-backend", "--served-model-name"],
 )  # fmt: skip
-def test_other_flags_are_vllms(flag: str) -> None:
-    assert flag in {used for _, used in flags()}, "no longer used: take it out here"
+def test_other_flags_exist_in_vllm(flag: str) -> None:
+    assert flag in {used for _, used in flags()}, "no longer used: remove it here"
     assert flag in vllm_source() or re.search(rf"^    {flag[2:].replace('-', '_')}\b", vllm_source(), re.MULTILINE)
 
 
-def test_values_that_are_set_are_of_the_chart() -> None:
+def test_values_exist_in_the_chart() -> None:
     values = yaml.safe_load((DEPLOY / "helm" / "steer-engine" / "values.yaml").read_text())
     for key in re.findall(r"--set ([\w.]+)=", README):
         found = values
@@ -99,12 +99,12 @@ def test_values_that_are_set_are_of_the_chart() -> None:
             found = found[part]
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (DEPLOY / target).exists(), target
 
 
-def test_alerts_and_metrics_that_it_names_exist() -> None:
+def test_named_alerts_and_metrics_exist() -> None:
     rules = (DEPLOY / "prometheus" / "rules.yml").read_text()
     page = (DEPLOY.parent / "docs" / "deploying.md").read_text()
     for alert in re.findall(r"`(SteerEngine\w+)`", README + page):

@@ -1,5 +1,5 @@
-"""Replicas on one registry folder, behind the shipped proxy: what is put on one is served by all, and neither a rolling
-restart nor `kill -9` loses, changes or unsteers an answer.
+"""Replicas on one registry folder, behind our proxy: all serve what is uploaded to one, and neither a rolling restart
+nor `kill -9` loses or changes an answer.
 
 Slow: it starts three servers.
 """
@@ -28,18 +28,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ADMIN = {"X-Steering-Admin-Key": "the-admin-key-of-a-test"}
 HIDDEN_SIZE = 64
 START_SECONDS = 480
-"""Twice what one server may take: they load side by side, or while others answer."""
+"""Twice the limit of one server, since servers load at the same time, or while others answer."""
 
 
 def along(axis: int) -> ControlVector:
-    """A push along one axis, strong enough that greedy text is another one for each."""
+    """A vector along one axis, strong enough that each axis gives another greedy text."""
     direction_D = np.zeros(HIDDEN_SIZE, np.float32)
     direction_D[axis] = 40.0
     return ControlVector(directions={1: direction_D})
 
 
 class Replicas:
-    """Servers of one model and one folder, each with a log of its own."""
+    """Servers of one model and one folder, each with its own log."""
 
     def __init__(self, model: str, folder: Path) -> None:
         self._model, self._folder = model, folder
@@ -61,7 +61,7 @@ def replicas(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Repli
 
 @pytest.fixture(scope="module")
 def pair(replicas: Replicas) -> Iterator[tuple[Server, Server]]:
-    """Two replicas, which load at the same time."""
+    """Two replicas. They load at the same time."""
     started = [replicas.start("one"), replicas.start("two")]
     try:
         for server in started:
@@ -73,9 +73,9 @@ def pair(replicas: Replicas) -> Iterator[tuple[Server, Server]]:
 
 
 def body(vector: str | None = None, **fields: Any) -> dict[str, Any]:
-    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    asked |= {"return_token_ids": True, **fields}
-    return asked | ({"steering": {"edits": [{"vector": vector}]}} if vector else {})
+    requested = {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    requested |= {"return_token_ids": True, **fields}
+    return requested | ({"steering": {"edits": [{"vector": vector}]}} if vector else {})
 
 
 def ask(server: Server, vector: str | None = None) -> httpx.Response:
@@ -105,7 +105,7 @@ def generation(server: Server) -> int:
     return int(server.get("/v1/steering").json()["generation"])
 
 
-def test_what_is_put_on_one_is_served_by_the_other_at_its_next_request(pair: tuple[Server, Server]) -> None:
+def test_an_upload_to_one_is_served_by_the_other_at_its_next_request(pair: tuple[Server, Server]) -> None:
     one, two = pair
     plain = tokens(ask(two))
     assert ask(two, "new").status_code == 404
@@ -129,7 +129,7 @@ def test_replaces_and_deletes_converge(pair: tuple[Server, Server]) -> None:
     assert generation(one) == generation(two)
 
 
-def test_of_two_that_put_one_name_at_once_one_wins_everywhere(pair: tuple[Server, Server]) -> None:
+def test_of_two_simultaneous_uploads_of_one_name_one_wins_everywhere(pair: tuple[Server, Server]) -> None:
     for race in range(8):
         name, axes = f"race{race}", (32 + race, 48 + race)
         with ThreadPoolExecutor(2) as pool:
@@ -150,12 +150,12 @@ def test_presets_are_shared(pair: tuple[Server, Server]) -> None:
 
 
 class Load:
-    """Clients that ask through the proxy, steered and not, until they are stopped; every answer is kept."""
+    """Clients that send steered and other requests through the proxy until they are stopped. All answers are kept."""
 
     def __init__(self, proxy: Proxy, num_clients: int = 4) -> None:
         self._proxy, self._stop = proxy, threading.Event()
         self.pause = 0.0
-        """Seconds that a client waits after an answer."""
+        """Seconds between an answer and the client's next request."""
         self.answers: list[tuple[str | None, httpx.Response | Exception]] = []
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(num_clients)]
         for thread in self._threads:
@@ -178,7 +178,7 @@ class Load:
     def wait_for(self, more: int) -> None:
         goal, deadline = len(self.answers) + more, time.monotonic() + 120
         while len(self.answers) < goal:
-            assert time.monotonic() < deadline, "the load has come to a halt"
+            assert time.monotonic() < deadline, "no more answers"
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -191,7 +191,7 @@ class Load:
 def test_a_rolling_restart_and_a_crash_lose_nothing(
     pair: tuple[Server, Server], replicas: Replicas, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Last: it ends both replicas. The first is drained and replaced, then the second is killed."""
+    """The last test, since it ends both replicas: the first is drained and replaced, then the second is killed."""
     one, two = pair
     put(one, "north", along(21))
     put(two, "south", along(22))
@@ -210,12 +210,12 @@ def test_a_rolling_restart_and_a_crash_lose_nothing(
         one.process.terminate()
         assert one.process.wait(90) == 0
         load.wait_for(10)
-        load.pause = 1.0  # loading a replica takes the same processors
+        load.pause = 1.0  # the loading replica needs the same cores
         three = replicas.start("three", port=three_port)
         three.wait_for(seconds=START_SECONDS)
         load.pause = 0.0
         while f":{three_port} sha256" not in proxy.log.read_text():
-            load.wait_for(10)  # the proxy tries it again some seconds after it last failed
+            load.wait_for(10)  # the proxy retries it some seconds after its last failure
         two.kill()
         load.wait_for(40)
         load.stop()
