@@ -43,21 +43,21 @@ MUTANTS = (
         file="vllm/runner_v1.py",
         right="slot = self._slot_of.pop(request_id)",
         wrong="slot = self._slot_of[request_id]",
-        test="engine/test_admission.py::test_more_requests_than_slots",
+        test="engines/test_admission.py::test_more_requests_than_slots",
     ),
     Mutant(
         name="a generation begins one token late",
         file="edit.py",
         right="(prompt_len if self.from_end else 0)",
         wrong="(prompt_len + 1 if self.from_end else 0)",
-        test="engine/test_modes.py::test_steering_changes_between_turns",
+        test="engines/test_modes.py::test_steering_changes_between_turns",
     ),
     Mutant(
         name="prefix-cache keys ignore steering",
         file="vllm/scheduler.py",
         right="if key is not None:",
         wrong="if key is None:",
-        test="engine/test_prefix_cache.py::test_unequal_steering_does_not_share",
+        test="engines/test_prefix_cache.py::test_unequal_steering_does_not_share",
     ),
     Mutant(
         name="one rank lacks the vector",
@@ -67,14 +67,14 @@ MUTANTS = (
             "    from torch.distributed import get_rank\n\n"
             "    if get_rank() == 0:\n        adapter.runtime.store.put(vector)"
         ),
-        test="engine/test_tensor_parallel.py",
+        test="engines/test_tensor_parallel.py",
     ),
     Mutant(
         name="an evicted row is still found",
         file="engine/bank.py",
         right="        row, number = self._idle.popitem(last=False)\n        del self._row_of[row]",
         wrong="        row, number = self._idle.popitem(last=False)",
-        test="runtime/test_bank.py",
+        test="engine/test_bank.py",
     ),
     Mutant(
         name="edits go into an unused part of the stream",
@@ -88,14 +88,14 @@ MUTANTS = (
         file="vllm/shutdown.py",
         right="while (now := time.monotonic()) - began < at_most:",
         wrong="while (now := time.monotonic()) - began < 0:",
-        test="serving/test_while_it_writes.py::test_what_is_under_way_when_the_server_is_told_to_stop_comes_whole",
+        test="servers/test_while_it_writes.py::test_what_is_under_way_when_the_server_is_told_to_stop_comes_whole",
     ),
     Mutant(
         name="an answer cut off by the shutdown looks complete",
         file="vllm/shutdown.py",
         right="if gate is not None and _is_cut(output)",
         wrong="if gate is None and _is_cut(output)",
-        test="serving/test_while_it_writes.py::test_what_is_left_when_the_time_is_up_is_told",
+        test="servers/test_while_it_writes.py::test_what_is_left_when_the_time_is_up_is_told",
     ),
 )
 

@@ -22,13 +22,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-OWN_SUITES = ("kernels", "engine", "families", "serving", "gpu")
+OWN_SUITES = ("kernels", "engines", "families", "servers", "gpu")
 """Folders of tests/ that the unit suite leaves out. `benchmarks/gpu.sh` runs `gpu`."""
 
-SLOWER_UNIT_TESTS = ("derive", "doctor", "evaluate", "runtime/test_host_memory.py", "test_triton_kernels_name.py")
-"""Parts of the unit suite that start engines, Ray, or processes that import vLLM. The quick suites leave them out."""
+SLOWER_UNIT_TESTS = (
+    "api/test_batch_lines.py",
+    "api/test_batch_runner.py",
+    "benchmarks/test_environments.py",
+    "cli/test_doctor.py",
+    "derive",
+    "engine/test_host_memory.py",
+    "evaluate",
+    "test_check_vllm.py",
+    "test_models.py",
+    "test_run_tests.py",
+    "test_triton_kernels_name.py",
+)
+"""Parts of the unit suite that start engines, Ray or processes, or measure memory. The quick suites skip them."""
 
-QUICK_FOLDERS = ("benchmarks", "demo", "deploy", "vectors")
+QUICK_FOLDERS = ("benchmarks", "cli", "demo", "deploy", "vectors")
 """Half of the quick tests, for the second core."""
 
 SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
@@ -64,14 +76,14 @@ class Suite:
 
 
 SUITES = (
-    Suite(name="serving", paths=("serving",)),
+    Suite(name="serving", paths=("servers",)),
     Suite(name="unit", without=OWN_SUITES),
-    Suite(name="engine-v2", paths=("engine",), env={"STEER_TEST_RUNNER": "v2"}),
-    Suite(name="engine-v1", paths=("engine",), env={"STEER_TEST_RUNNER": "v1"}),
+    Suite(name="engine-v2", paths=("engines",), env={"STEER_TEST_RUNNER": "v2"}),
+    Suite(name="engine-v1", paths=("engines",), env={"STEER_TEST_RUNNER": "v1"}),
     Suite(name="kernels", paths=("kernels",)),
     Suite(name="families", paths=("families",)),
     Suite(name="quick", without=(*OWN_SUITES, *SLOWER_UNIT_TESTS, *QUICK_FOLDERS), by_default=False),
-    Suite(name="quick-folders", paths=QUICK_FOLDERS, by_default=False),
+    Suite(name="quick-folders", paths=QUICK_FOLDERS, without=SLOWER_UNIT_TESTS, by_default=False),
 )
 """The longest first. The two quick suites are a part of `unit`."""
 

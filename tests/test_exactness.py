@@ -57,7 +57,7 @@ def test_modes_are_tested_where_it_is_said(row: list[str]) -> None:
     assert on_v2 in ("", "yes")
     assert (on_v1 == "yes") == ("v2_only" not in found)
     # Only the tests of this folder run on both runners.
-    assert (on_v2 == "yes") == (reference.startswith("`tests/engine/") and "v1_only" not in found)
+    assert (on_v2 == "yes") == (reference.startswith("`tests/engines/") and "v1_only" not in found)
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[0])
@@ -68,6 +68,8 @@ def test_refusals_are_tested(row: list[str]) -> None:
 
 
 def test_every_mode_that_is_tested_is_on_the_page() -> None:
-    tests = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / "engine" / "test_modes.py").read_text(), re.MULTILINE))
+    tests = set(
+        re.findall(r"^def (test_\w+)", (ROOT / "tests" / "engines" / "test_modes.py").read_text(), re.MULTILINE)
+    )
     named = {row[-1].strip("`").partition("::")[2] for row in MODES if "test_modes.py" in row[-1]}
     assert tests - named == {"test_nothing_in_the_matrix_is_plain"}

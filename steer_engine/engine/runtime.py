@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from steer_kernels.cpu_plan import StepPlan
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
-from steer_kernels.step_plan import StepPlan
 from steer_kernels.tables import Tables
 
 from steer_engine.engine.bank import Bank, Programs, Store

@@ -1,111 +1,17 @@
-"""Real engines for the tests of this folder: tiny random models on both runners, the real 135M model on V1.
-
-STEER_TEST_RUNNER picks the model runner: "v1" (default), or "v2", where every Triton kernel is interpreted. It must be
-known before vLLM is imported, so a pytest process has one runner.
-"""
+"""Tests of the runtime without an engine."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-if os.environ.get("STEER_TEST_RUNNER", "v1") == "v2":
-    from helpers.interpreted import use_v2_runner
-
-    use_v2_runner()
-
-from helpers.engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, VECTORS, assert_meant, kept, random_vector
-from helpers.oracle import Oracle
-from helpers.traffic import Start
-
-from steer_engine import LLM
+import torch
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`v1_only` tests do not exist on V2, and the other way round: they are left out, not skipped."""
-    here = Path(__file__).parent
-    for item in items:
-        if RUNNER == "v2" and item.get_closest_marker("slow_on_v2") is not None:
-            item.add_marker(pytest.mark.slow)
-    other = {"v1": "v2_only", "v2": "v1_only"}[RUNNER]
-    items[:] = [item for item in items if here not in item.path.parents or item.get_closest_marker(other) is None]
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_llama: str) -> LLM:
-    """Eager float32 engine of a random 3-block Llama; captures and steers at every block; vectors r0..r31 of norm 1."""
-    llm = LLM(
-        tiny_llama,
-        vectors=VECTORS,
-        capture=True,
-        enforce_eager=True,
-        dtype="float32",
-        max_logprobs=TINY_VOCAB,
-        max_num_batched_tokens=256,
-        **SETTINGS,
-    )
-    assert_meant(llm, num_blocks=TINY_BLOCKS)
-    return kept(llm)
-
-
-@pytest.fixture(scope="session")
-def tiny_compiled(tiny_llama: str) -> LLM:
-    """The same, compiled (V1 only: the V2 runner is not compiled under the interpreter)."""
-    llm = LLM(
-        tiny_llama,
-        vectors=VECTORS,
-        dtype="float32",
-        max_logprobs=TINY_VOCAB,
-        max_num_batched_tokens=256,
-        **SETTINGS,
-    )
-    assert_meant(llm, num_blocks=TINY_BLOCKS)
-    return kept(llm)
-
-
-@pytest.fixture(scope="session")
-def start(tiny_llama: str) -> Start:
-    """Starts a tiny eager float32 engine with other settings; vectors as in `tiny`."""
-
-    def engine(**settings: Any) -> LLM:
-        llm = LLM(
-            tiny_llama,
-            vectors=VECTORS,
-            enforce_eager=True,
-            dtype="float32",
-            max_logprobs=TINY_VOCAB,
-            **{**SETTINGS, **settings},
-        )
-        assert_meant(llm, num_blocks=TINY_BLOCKS)
-        kept(llm)
-        return llm
-
-    return engine
-
-
-@pytest.fixture(scope="session")
-def oracle(tiny_llama: str) -> Oracle:
-    """The Hugging Face model behind `tiny`, with the same vectors."""
-    return Oracle(tiny_llama, VECTORS)
-
-
-@pytest.fixture(scope="session")
-def real(smollm2: str) -> LLM:
-    """Eager float32 engine of the real 135M model."""
-    llm = LLM(
-        smollm2,
-        vectors={f"r{seed}": random_vector(seed, num_blocks=30, hidden_size=576, norm=4.0) for seed in range(32)},
-        enforce_eager=True,
-        dtype="float32",
-        **SETTINGS,
-    )
-    assert_meant(llm, num_blocks=30)
-    return kept(llm)
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: handing them to other threads takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

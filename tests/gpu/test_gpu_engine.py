@@ -116,7 +116,7 @@ def on_one(even_model: str) -> list[tuple[list[int], list[float]]]:
 @pytest.mark.parametrize("setting", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_gpus_steer_as_one(even_model: str, on_one: list[tuple[list[int], list[float]]], setting: str) -> None:
     if REHEARSAL and setting == "pipeline_parallel_size":
-        pytest.skip("on a processor vLLM needs a repair for that: tests/engine/test_pipeline_parallel.py")
+        pytest.skip("on a processor vLLM needs a repair for that: tests/engines/test_pipeline_parallel.py")
     on_two = in_own_process(even_model, steered=True, **{setting: 2})
     for (ids, logprobs), (their_ids, their_logprobs) in zip(on_one, on_two, strict=True):
         agreed = next((n for n, (a, b) in enumerate(zip(ids, their_ids, strict=True)) if a != b), len(ids))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.stepping import batch, edited, new_runtime, program, route, stream
+from steer_kernels.cpu_plan import StepPlan
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
-from steer_kernels.step_plan import StepPlan
 
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Program

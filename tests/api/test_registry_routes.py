@@ -7,78 +7,24 @@ import base64
 import json
 import struct
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from helpers.registry_app import ADMIN, KEY, app_of
 
-from steer_engine.api import registry_routes, routes
-from steer_engine.api.gates import DrainGate
-from steer_engine.api.middleware import SteeringMiddleware
-from steer_engine.api.registry_routes import Uploads
 from steer_engine.api.routing import HEADER, AdminKeys
-from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
-from steer_engine.settings import ADMIN_KEYS_ENV, ALL_OPS, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
-from steer_engine.spec import parse_spec
+from steer_engine.settings import ADMIN_KEYS_ENV, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
-from steer_engine.vectors.cache import InlineVectors
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
-
-KEY = "an-admin-key-of-a-test"
-ADMIN = {HEADER: KEY}
-MODEL = ModelShape(hidden_size=8, num_blocks=4, armed_blocks=(0, 1, 2, 3), ops=ALL_OPS, rows=4, dtype="float32")
-
-
-@dataclass
-class Frontend:
-    registry: Registry
-    model: ModelShape = MODEL
-    limits: Limits = field(default_factory=lambda: Limits(max_inline_bytes=3000))
-    armed: bool = True
-    default_preset: str | None = None
-    drain: DrainGate = field(default_factory=DrainGate)
-    inline: InlineVectors = field(default_factory=lambda: InlineVectors(3000))
-
-    def vector(self, name: str) -> ControlVector:
-        return self.inline.find(name) or self.registry.get(name)
-
-    def resolve(self, raw: Any, *, can_capture: bool = False) -> ResolvedSpec | None:
-        spec = parse_spec(raw)
-        return None if spec is None else resolve(self.inline.take(spec), self.vector, self.model, self.limits)
 
 
 def one(value: float, *, width: int = 8, block: int = 1) -> ControlVector:
     metadata = VectorMetadata(residual_norms={block: 10.0}, notes="a test's")
     return ControlVector(directions={block: np.full(width, value, np.float32)}, metadata=metadata)
-
-
-def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
-    app = FastAPI()
-    for router in (routes.router, registry_routes.vector_router, registry_routes.preset_router):
-        app.include_router(router)
-    frontend = Frontend(registry)
-    app.add_middleware(SteeringMiddleware, drain=frontend.drain)
-
-    async def in_flight(digest: str) -> int:
-        return 0
-
-    async def check() -> dict[str, Any]:
-        return {"workers": []}
-
-    app.state.steering_frontend = frontend
-    app.state.steering_admin_keys = keys
-    app.state.steering_api_limits = limits
-    app.state.steering_engine_limits = EngineLimits()
-    app.state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
-    app.state.steering_in_flight = in_flight
-    app.state.steering_readiness = SimpleNamespace(check=check)
-    app.state.openai_serving_models = SimpleNamespace(model_name=lambda: "base")
-    return app
 
 
 @pytest.fixture

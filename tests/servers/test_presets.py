@@ -71,5 +71,16 @@ def test_a_stock_client_steers_by_the_model_s_name(server: Server) -> None:
     assert steered.choices[0].message.content != plain.choices[0].message.content
 
 
-def test_an_endpoint_that_cannot_carry_steering_does_not_take_a_preset_for_a_model(server: Server) -> None:
-    assert server.post("/tokenize", {"prompt": "x", "model": f"{MODEL}:loud"}).status_code in (400, 404)
+def test_an_endpoint_that_cannot_carry_steering_refuses_a_preset_as_model(server: Server) -> None:
+    rendered = server.post("/v1/completions/render", {"prompt": "x", "model": f"{MODEL}:loud"})
+    assert rendered.status_code == 400, rendered.text
+    assert rendered.json()["error"]["param"] == "steering"
+
+
+def test_a_preset_as_model_tokenizes_like_its_base(server: Server) -> None:
+    tokens = [server.post("/tokenize", {"prompt": "a b", "model": name}).json() for name in (MODEL, f"{MODEL}:loud")]
+    assert tokens[0]["tokens"]
+    assert tokens[0] == tokens[1]
+    for path in ("/tokenize", "/detokenize"):
+        unknown = server.post(path, {"prompt": "x", "tokens": [1], "model": f"{MODEL}:nobody"})
+        assert unknown.status_code == 404, path

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
-from serving.test_registry_routes import ADMIN, KEY, MODEL, app_of
+from helpers.registry_app import ADMIN, KEY, MODEL, app_of
 
 from steer_engine.api.routing import AdminKeys
 from steer_engine.settings import ApiLimits
