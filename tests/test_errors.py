@@ -1,4 +1,4 @@
-"""The error tree: what is caught by what, which status it has, and that it survives a process boundary."""
+"""The error tree: its classes, their statuses, and that errors survive a process boundary."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from steer_engine.errors import (
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SteerError)]
 
 
-def drawn_tree() -> dict[str, str | None]:
-    """Class -> the class above it, from the drawing in the module's docstring."""
+def documented_tree() -> dict[str, str | None]:
+    """Class -> its parent, from the tree in the module's docstring."""
     parents: dict[str, str | None] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
@@ -38,13 +38,13 @@ def drawn_tree() -> dict[str, str | None]:
     return parents
 
 
-def test_the_docstring_draws_the_tree() -> None:
+def test_the_docstring_shows_the_tree() -> None:
     parents = {kind: [base.__name__ for base in kind.__bases__ if issubclass(base, SteerError)] for kind in KINDS}
-    assert drawn_tree() == {kind.__name__: above[0] if above else None for kind, above in parents.items()}
+    assert documented_tree() == {kind.__name__: above[0] if above else None for kind, above in parents.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_message_is_all_that_an_error_needs(kind: type[SteerError]) -> None:
+def test_a_message_is_enough_to_make_an_error(kind: type[SteerError]) -> None:
     error = kind("What is wrong.")
     assert error.message == str(error) == "What is wrong."
 
@@ -57,7 +57,7 @@ def test_statuses(kind: type[SteerError], status: int) -> None:
     assert kind("x").status == status  # type: ignore[attr-defined]
 
 
-def test_users_errors_are_value_errors_and_refused_engines_runtime_errors() -> None:
+def test_invalid_input_is_a_value_error_and_a_refused_engine_a_runtime_error() -> None:
     for kind in (SteeringRequestError, VectorFileError, DerivationError):
         assert issubclass(kind, ValueError)
     for kind in (UnsupportedEngineError, ModelError):
@@ -76,7 +76,7 @@ def test_users_errors_are_value_errors_and_refused_engines_runtime_errors() -> N
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_cross_processes_whole(error: SteerError) -> None:
+def test_errors_cross_processes_unchanged(error: SteerError) -> None:
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is type(error)
         assert vars(again) == vars(error)

@@ -1,4 +1,4 @@
-"""The page on exactness names tests that exist and that run on the runners it claims."""
+"""The page on exactness names tests that exist and run on the claimed runners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEST = re.compile(r"^`(tests/[\w/]+\.py)::(\w+)`$")
 
 
 def rows(columns: int) -> list[list[str]]:
-    """Cells of the page's tables of so many columns, without their heads."""
+    """Cells of the page's tables with this number of columns, without header rows."""
     lines = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in lines if len(line) == columns]
     return [row for row in cells if row[-1] != "test" and set(row[-1]) != {"-"}]
@@ -27,15 +27,15 @@ MODES, REFUSED = rows(4), rows(3)
 def marks(reference: str) -> set[str]:
     """The pytest marks of a test, its own and its module's. Fails if there is no such test."""
     found = TEST.match(reference)
-    assert found is not None, f"{reference!r} is no test"
+    assert found is not None, f"{reference!r} is not a test"
     tree = ast.parse((ROOT / found[1]).read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     test = next((node for node in functions if node.name == found[2]), None)
     assert test is not None, f"{found[1]} has no {found[2]}"
-    whole = [
+    of_module = [
         node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
     ]
-    return {mark for node in (*test.decorator_list, *whole) for mark in mark_names(node)}
+    return {mark for node in (*test.decorator_list, *of_module) for mark in mark_names(node)}
 
 
 def mark_names(node: ast.AST) -> Iterator[str]:
@@ -50,7 +50,7 @@ def test_the_page_has_both_tables() -> None:
 
 
 @pytest.mark.parametrize("row", MODES, ids=lambda row: row[0])
-def test_modes_are_tested_where_it_is_said(row: list[str]) -> None:
+def test_modes_are_tested_on_the_claimed_runners(row: list[str]) -> None:
     _, on_v1, on_v2, reference = row
     found = marks(reference)
     assert on_v1 in ("", "yes")
