@@ -227,7 +227,7 @@ class EngineRuntime:
         """Whether the last step's plan fits the coming step: the same rows, with only positions advanced."""
         decoding = None if self._plan is None else self._plan.decoding
         # A capture goes through the reference, which needs positions.
-        return decoding is not None and not self._can_capture and decoding.goes_on(*routed)
+        return decoding is not None and not self._can_capture and decoding.continues(*routed)
 
     def _make_plan(
         self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor

@@ -1,7 +1,7 @@
-"""Two processes of their own for the kernels, so that these tests run in any pytest session, next to any other test.
+"""Two separate processes for the kernels, so that these tests can run in the same pytest session as all others.
 
-`interpreted` runs kernels on the CPU under Triton's interpreter; `compiled` compiles them for GPUs. Neither could be
-done in the test process: Triton decides when it is imported, and other tests import it their own way.
+`interpreted` runs kernels on the CPU under Triton's interpreter; `compiled` compiles them for GPUs. Triton chooses
+between the two when it is imported, so neither can depend on how other tests import it in the test process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Add, edit and norm in one launch: reference, interpreter and compiled code against the float64 oracle."""
+"""`add_rms_norm_edit`: reference, interpreter and compiled code against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(case: Case) -> torch.Tensor:
 
 
 def check(case: Case, kernel: Kernel, *, ulps: float) -> None:
-    """Both outputs of every row within their bounds; that steering shows far above them is checked as well."""
+    """Both outputs of every row are within their error bounds, and the effect of steering is far above the bounds."""
     assert case.hidden is not None
     expected = oracle_of(case)
     x_TD = expected.x_TD + expected.delta_TD
@@ -67,7 +67,7 @@ def check(case: Case, kernel: Kernel, *, ulps: float) -> None:
         effect_T = np.abs(normed_TD - plain_TD)[shown_T].max(1)
         bound_T = store_error(normed_TD, normed_error_TD, hidden.dtype, ulps=ulps)[shown_T].max(1)
         case_ratio = float((effect_T / bound_T).max())
-        assert case_ratio > (FAR_ABOVE if case.adds_only else 1), "no effect shows in the norm"
+        assert case_ratio > (FAR_ABOVE if case.adds_only else 1), "steering has no visible effect on the normed rows"
 
 
 def reference(hidden: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor, case: Case) -> None:
@@ -79,7 +79,7 @@ def reference(hidden: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tens
     )
 
 
-def launched(process: Process) -> Kernel:
+def interpreted_kernel(process: Process) -> Kernel:
     def call(hidden: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor, case: Case) -> None:
         process.call(
             "add_rms_norm_edit.add_rms_norm_edit",
@@ -93,7 +93,7 @@ def launched(process: Process) -> Kernel:
 
 
 def cases(dtype: torch.dtype, hidden_size: int, num_tokens: int) -> list[Case]:
-    """Every operation alone, and adds alone."""
+    """One case with each operation in its own slot, one case with adds only."""
     sizes = {"hidden_size": hidden_size, "dtype": dtype, "num_tokens": num_tokens}
     every = build(single_operations(), **sizes, seed=1, capture=True)  # type: ignore[arg-type]
     only_adds = build([adds(n) for n in range(NUM_ENTRIES + 1)], **sizes, seed=2, adds_only=True)  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_reference(dtype: torch.dtype, hidden_size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpreted(interpreted: Process, dtype: torch.dtype, hidden_size: int) -> None:
     for case in cases(dtype, hidden_size, 36 if hidden_size < 4096 else 12):
-        check(case, launched(interpreted), ulps=INTERPRETED_ULPS[dtype])
+        check(case, interpreted_kernel(interpreted), ulps=INTERPRETED_ULPS[dtype])
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +127,7 @@ def test_random_mixes(
 ) -> None:
     case = build(programs, hidden_size=hidden_size, dtype=dtype, num_tokens=12, seed=seed, batched=batched)
     hidden, residual = (torch.empty_like(case.carried) for _ in range(2))
-    for kernel, ulps in ((reference, 0.5), (launched(interpreted), INTERPRETED_ULPS[dtype])):
+    for kernel, ulps in ((reference, 0.5), (interpreted_kernel(interpreted), INTERPRETED_ULPS[dtype])):
         assert case.hidden is not None
         expected = oracle_of(case)
         hidden.copy_(case.hidden)
@@ -160,7 +160,7 @@ def test_every_launch_compiles(compiled: Process, target: str, dtype: torch.dtyp
 
 
 def run_compiled(process: Process, target: str, case: Case) -> tuple[Kernel, list[dict[int, Traffic]]]:
-    """A kernel that runs the compiled code, and the list that gets each row's traffic."""
+    """A kernel that runs the compiled code, and the list to which it appends the traffic of each row."""
     rows: list[dict[int, Traffic]] = []
 
     def call(hidden: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor, case: Case) -> None:
@@ -192,8 +192,8 @@ def test_compiled(compiled: Process, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("hidden_size", "dtype"), [(576, torch.bfloat16), (4096, torch.bfloat16)])
-def test_steering_costs_one_row_more(compiled: Process, hidden_size: int, dtype: torch.dtype) -> None:
-    """The floor of the norm itself is three reads (hidden, residual, weight) and two writes."""
+def test_an_add_costs_one_more_row(compiled: Process, hidden_size: int, dtype: torch.dtype) -> None:
+    """Without steering, the minimum is three row reads (hidden, residual, weight) and two row writes."""
     case = build([adds(1)], hidden_size=hidden_size, dtype=dtype, num_tokens=4, seed=5, adds_only=True)
     kernel, rows = run_compiled(compiled, "sm_90", case)
     check(case, kernel, ulps=0.5)

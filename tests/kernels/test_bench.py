@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, as it runs on a machine without a GPU."""
+"""The kernel benchmark on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[2] / "triton_kernels" / "bench" / "kernels.py"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="times the kernels where there is a GPU")
-def test_what_compiled_code_asks_of_the_hardware(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the benchmark times the kernels instead")
+def test_without_a_gpu_it_reports_compiled_code(tmp_path: Path) -> None:
     command = [sys.executable, "-P", str(SCRIPT), "--hidden-size", "576", "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "no GPU" in done.stdout

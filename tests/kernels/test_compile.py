@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of the launch table's entries for every target: spills, widths and bytes.
 
-Compiling is all that a machine without a GPU can do for AMD; for NVIDIA, `test_ptx` also runs what was compiled.
+For AMD, tests without a GPU can only compile. For NVIDIA, `test_ptx` also runs the compiled code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from helpers.kernel_process import Process
 from steer_kernels.launch_table import LAUNCH_TABLE, MAX_HIDDEN_SIZE, launch_for
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The slot, the count, the position and the first 16 bytes of the one entry.
+# Slot, count, position, and the first 16 bytes of the single entry.
 SCALAR_BYTES = 4 + 4 + 4 + 16
 
 
@@ -19,7 +19,7 @@ SCALAR_BYTES = 4 + 4 + 4 + 16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_launch(compiled: Process, target: str, dtype: torch.dtype, hidden_size: int) -> None:
-    """No spills; all rows in 16-byte accesses; adds move a read of stream and bank and a write, and nothing else."""
+    """No spills; all rows in 16-byte accesses; an add moves one read of stream and bank and one write, nothing else."""
     adds = compiled.call("compile.compile_edit_residual", target, hidden_size, dtype, adds_only=True)
     general = compiled.call("compile.compile_edit_residual", target, hidden_size, dtype, adds_only=False)
     for artifact in (adds, general):
@@ -35,7 +35,7 @@ def test_every_launch(compiled: Process, target: str, dtype: torch.dtype, hidden
 
 @pytest.mark.parametrize("hidden_size", [576, 3072, 5120, 7168, 12288])
 @pytest.mark.parametrize("target", TARGETS)
-def test_sizes_that_are_no_power_of_two(compiled: Process, target: str, hidden_size: int) -> None:
+def test_sizes_that_are_not_powers_of_two(compiled: Process, target: str, hidden_size: int) -> None:
     artifact = compiled.call("compile.compile_edit_residual", target, hidden_size, torch.bfloat16, adds_only=True)
     floor = 3 * hidden_size * 2
     assert artifact.spilled_bytes == 0
@@ -46,7 +46,7 @@ def test_sizes_that_are_no_power_of_two(compiled: Process, target: str, hidden_s
 @pytest.mark.parametrize("options", [{"capture": True, "num_capture_rows": 64}, {"bank_dtype": torch.float32}])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS)
-def test_reading_and_a_wide_bank(
+def test_capture_and_a_float32_bank(
     compiled: Process, target: str, dtype: torch.dtype, options: dict[str, object]
 ) -> None:
     for hidden_size in (576, 4096):
@@ -59,7 +59,7 @@ def test_reading_and_a_wide_bank(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_odd_size_compiles_without_spills(compiled: Process, target: str) -> None:
-    """D = 63: rows of bfloat16 aren't aligned to 16 bytes, so they can't be read in such pieces."""
+    """D = 63: bfloat16 rows are not aligned to 16 bytes, so 16-byte loads are impossible."""
     artifact = compiled.call("compile.compile_edit_residual", target, 63, torch.bfloat16, adds_only=False)
     assert artifact.spilled_bytes == 0
     assert {access.width for access in artifact.accesses if access.of_a_row} == {2}
@@ -70,11 +70,11 @@ def test_the_table_covers_every_size() -> None:
         launch = launch_for(hidden_size)
         padded = max(512, 1 << (hidden_size - 1).bit_length())
         assert LAUNCH_TABLE[padded] is launch
-        # A whole 16-byte vector of 2-byte items for each of AMD's 64 threads a warp.
+        # One 16-byte vector of 2-byte items for each of the 64 threads of an AMD warp.
         assert launch.tile >= launch.num_warps * 64 * 8
 
 
 @pytest.mark.parametrize("hidden_size", [0, MAX_HIDDEN_SIZE + 1])
-def test_other_sizes_are_refused(hidden_size: int) -> None:
+def test_unsupported_sizes_are_refused(hidden_size: int) -> None:
     with pytest.raises(ValueError, match="hidden size"):
         launch_for(hidden_size)

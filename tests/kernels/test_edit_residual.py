@@ -1,4 +1,4 @@
-"""The Triton kernel, interpreted, against the float64 oracle and the plain-torch reference."""
+"""`edit_residual` under the Triton interpreter, against the float64 oracle and the plain-torch reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference
 
-# The interpreter truncates float32 to bfloat16, where hardware rounds to the nearest.
+# The interpreter truncates float32 to bfloat16; hardware rounds to nearest.
 INTERPRETED_ULPS = {torch.float32: 0.5, torch.float16: 0.5, torch.bfloat16: 1.0}
 
 
@@ -36,14 +36,16 @@ def test_every_operation_alone(interpreted: Process, dtype: torch.dtype, hidden_
     assert len(ratios) == num_tokens * 5 // 6
     slot_T = case.tables.slot_T[:num_tokens][expected.touched_T]
     for slot in range(1, 6):
-        assert ratios[slot_T == slot].max() > FAR_ABOVE, f"operation {slot} shows no effect"
+        assert ratios[slot_T == slot].max() > FAR_ABOVE, f"operation {slot} has no visible effect"
 
 
 @pytest.mark.parametrize("adds_only", [True, False])
 @pytest.mark.parametrize("hidden_size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_to_four_adds_a_slot(interpreted: Process, dtype: torch.dtype, hidden_size: int, adds_only: bool) -> None:
-    """Against the oracle, and bit for bit against the reference where both round alike."""
+def test_zero_to_four_adds_per_slot(
+    interpreted: Process, dtype: torch.dtype, hidden_size: int, adds_only: bool
+) -> None:
+    """Against the oracle, and bit for bit against the reference for dtypes in which both round identically."""
     num_tokens = 64 if hidden_size < 4096 else 12
     programs = [adds(n) for n in range(NUM_ENTRIES + 1)]
     case = build(programs, hidden_size=hidden_size, dtype=dtype, num_tokens=num_tokens, seed=2, adds_only=adds_only)
@@ -91,8 +93,8 @@ def test_random_mixes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_kept_norm_and_a_gate(interpreted: Process, dtype: torch.dtype) -> None:
-    """Rows on both sides of the gate, and rows whose norm the adds would have doubled."""
+def test_a_preserved_norm_and_a_gate(interpreted: Process, dtype: torch.dtype) -> None:
+    """Rows on both sides of the gate, and rows whose norm would double without `keep_norm`."""
     gated = [Step(op="add", scale=8.0, gate=(4, 0.3, float("inf"))), Step(op="ablate", gate=(5, -float("inf"), -0.3))]
     programs = [Program(steps=gated), Program(steps=adds(2).steps, keep_norm=True)]
     case = build(programs, hidden_size=576, dtype=dtype, num_tokens=48, seed=3)
@@ -105,7 +107,7 @@ def test_a_kept_norm_and_a_gate(interpreted: Process, dtype: torch.dtype) -> Non
     assert case.hidden is not None
     before_T = (case.hidden.double() + case.carried.double())[kept_T].norm(dim=1)
     after_T = (case.hidden.double() + edited.double())[kept_T].norm(dim=1)
-    # The stored row rounds once more, by one unit of its dtype at the most.
+    # Storing rounds once more, by at most one unit of the dtype.
     assert ((after_T / before_T - 1).abs() <= 2 * torch.finfo(dtype).eps).all()
 
 
@@ -125,7 +127,7 @@ def test_spans_exclude_their_end(interpreted: Process) -> None:
 
 
 def test_rows_with_a_stride(interpreted: Process) -> None:
-    """A stream that is a slice of a wider buffer: what lies between its rows isn't touched."""
+    """The stream is a slice of a wider buffer. The elements between its rows do not change."""
     case = build(single_operations(), hidden_size=63, dtype=torch.float32, num_tokens=12, seed=5)
     wide = torch.full((12, 80), 3.0)
     case.carried = wide[:, 8:71].copy_(case.carried)

@@ -1,6 +1,6 @@
-"""The compiled kernels, run instruction by instruction: numbers against the oracle, bytes against the floor.
+"""Compiled kernels run by a PTX emulator: values against the oracle, bytes moved against the minimum.
 
-This is the code that a GPU would run, unlike the interpreter's, so it also shows rounding to bfloat16 as hardware does.
+Unlike the interpreter, this runs the code that a GPU would run, so bfloat16 rounds as on hardware.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor) -> Machine:
-    """The kernel that a launch on `case` would run, on its tensors."""
+    """The compiled kernel of a launch on `case`, with its tensors as arguments."""
     tables = case.tables
     captured_LCD = tables.captured_LCD if case.capture else torch.zeros(1, 1, 1, dtype=carried.dtype)
     capture_T = tables.capture_T if case.capture else torch.zeros(1, dtype=torch.int32)
@@ -40,7 +40,7 @@ def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor)
 
 
 def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[dict[int, Traffic]]]:
-    """The edited stream, and the traffic of each row's program by the tensor's address."""
+    """The edited stream, and for each row the traffic by tensor address."""
     carried = case.carried.clone()
     machine = machine_of(process, target, case, carried)
     return carried, [machine.run(row) for row in range(len(carried))]
@@ -49,7 +49,7 @@ def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[d
 @pytest.mark.parametrize("hidden_size", [63, 576])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_adds_are_the_reference_to_the_bit(
+def test_adds_equal_the_reference_bit_for_bit(
     compiled: Process, target: str, dtype: torch.dtype, hidden_size: int
 ) -> None:
     programs = [adds(n) for n in range(NUM_ENTRIES + 1)]
@@ -65,7 +65,7 @@ def test_adds_are_the_reference_to_the_bit(
     ("hidden_size", "dtype"), [*((576, dtype) for dtype in DTYPES), (4096, torch.bfloat16), (16384, torch.bfloat16)]
 )
 def test_every_operation(compiled: Process, hidden_size: int, dtype: torch.dtype) -> None:
-    """Each operation alone, and a mix with a gate, whose norm is kept; rows are read as well."""
+    """Each operation alone, and a mix with a gate and a preserved norm. Rows are captured too."""
     mix = [Step(op="ablate", gate=(5, -2.0, 0.0)), Step(op="add", scale=2.0), Step(op="set", bounds=(1.0, 1.0))]
     case = build(
         [*single_operations(), Program(steps=mix, keep_norm=True)],
@@ -84,10 +84,10 @@ def test_every_operation(compiled: Process, hidden_size: int, dtype: torch.dtype
     ("hidden_size", "dtype"), [(576, torch.bfloat16), (4096, torch.bfloat16), (576, torch.float32)]
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_add_moves_its_floor(
+def test_an_add_moves_the_minimum(
     compiled: Process, target: str, hidden_size: int, dtype: torch.dtype, adds_only: bool
 ) -> None:
-    """Also in the general kernel: what isn't asked for isn't read."""
+    """In the general kernel too: it loads only what the entry needs."""
     case = build([adds(1)], hidden_size=hidden_size, dtype=dtype, num_tokens=4, seed=4, adds_only=adds_only)
     _, rows = run(compiled, target, case)
     floor = 3 * hidden_size * dtype.itemsize
@@ -95,14 +95,14 @@ def test_an_add_moves_its_floor(
     for row, traffic in enumerate(rows):
         moved = sum(tensor.loaded + tensor.stored for tensor in traffic.values())
         if case.tables.slot_T[row] == 0:
-            assert moved == 4, "an unsteered row costs the 4 bytes of its slot"
+            assert moved == 4, "an unsteered row loads only the 4 bytes of its slot"
         else:
             assert floor <= moved <= 1.05 * floor
             assert traffic[bank].loaded == floor // 3
             assert traffic[bank].widths == {16}
 
 
-def test_rows_outside_of_every_span_are_not_written(compiled: Process) -> None:
+def test_rows_outside_all_spans_are_not_written(compiled: Process) -> None:
     case = build([Program(steps=[Step(op="add", span=(50, 60))])], hidden_size=576, dtype=torch.bfloat16,
                  num_tokens=2, seed=5)  # fmt: skip
     edited, rows = run(compiled, "sm_80", case)
@@ -123,10 +123,10 @@ def test_rows_outside_of_every_span_are_not_written(compiled: Process) -> None:
         (Program(steps=[Step(op="add", gate=(4, -2.0, 2.0))]), 6),
         (Program(steps=[Step(op="add")], keep_norm=True), 7),
     ],
-    ids=["add", "two adds", "add_relative", "ablate", "clamp", "set", "gated add", "norm kept"],
+    ids=["add", "two adds", "add_relative", "ablate", "clamp", "set", "gated add", "norm preserved"],
 )
-def test_what_each_operation_moves(compiled: Process, program: Program, num_rows: int) -> None:
-    """The table of docs/cost_model.md: rows of D items that one token reads and writes, repeats from cache included."""
+def test_rows_moved_by_each_operation(compiled: Process, program: Program, num_rows: int) -> None:
+    """The table of docs/cost_model.md: rows of D items loaded and stored per token, including repeats from cache."""
     case = build([program], hidden_size=4096, dtype=torch.bfloat16, num_tokens=2, seed=6)
     edited, rows = run(compiled, "sm_90", case)
     assert not torch.equal(edited[1], case.carried[1])

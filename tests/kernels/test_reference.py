@@ -1,4 +1,4 @@
-"""The plain-torch references against the float64 oracle: the form that a CPU engine runs."""
+"""The plain-torch references, which a CPU engine runs, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_operation_alone(dtype: torch.dtype, hidden_size: int) -> None:
     assert len(ratios) == 30
     slot_T = case.tables.slot_T[:36][expected.touched_T]
     for slot in range(1, 6):
-        assert ratios[slot_T == slot].max() > FAR_ABOVE, f"operation {slot} shows no effect"
+        assert ratios[slot_T == slot].max() > FAR_ABOVE, f"operation {slot} has no visible effect"
 
 
 @pytest.mark.parametrize(("hidden_size", "num_tokens"), [(576, 2048), (4096, 512)])
@@ -77,7 +77,7 @@ def test_random_mixes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pure_adds_are_the_same_bits_on_the_fast_path(dtype: torch.dtype) -> None:
+def test_adds_only_gives_the_same_bits(dtype: torch.dtype) -> None:
     programs = [adds(n) for n in range(NUM_ENTRIES + 1)]
     case = build(programs, hidden_size=63, dtype=dtype, num_tokens=60, seed=3)
     general = edit(case)
@@ -87,7 +87,7 @@ def test_pure_adds_are_the_same_bits_on_the_fast_path(dtype: torch.dtype) -> Non
     assert ratios.max() > FAR_ABOVE
 
 
-def test_known_rows_give_the_same_bits() -> None:
+def test_given_rows_give_the_same_bits() -> None:
     case = build(single_operations(), hidden_size=63, dtype=torch.bfloat16, num_tokens=30, seed=4)
     found, given_rows = case.carried.clone(), case.carried.clone()
     edit_residual_reference(case.hidden, found, case.tables, SITE, adds_only=False)
@@ -97,7 +97,7 @@ def test_known_rows_give_the_same_bits() -> None:
     assert not torch.equal(found, case.carried)
 
 
-def test_opposite_adds_cancel_to_the_bit() -> None:
+def test_opposite_adds_cancel_exactly() -> None:
     steps = [Step(op="add", scale=0.3), Step(op="add", vector=1, scale=-7.0)]
     back = [Step(op="add", vector=1, scale=7.0), Step(op="add", scale=-0.3)]
     case = build(
@@ -114,7 +114,7 @@ def test_opposite_adds_cancel_to_the_bit() -> None:
 
 
 def test_a_stream_of_several_sequences_is_refused() -> None:
-    with pytest.raises(AssertionError, match="one row a token"):
+    with pytest.raises(AssertionError, match="one row per token"):
         rows_view(torch.zeros(2, 3, 4))
 
 

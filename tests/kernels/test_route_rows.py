@@ -1,4 +1,4 @@
-"""Whose program applies to each row: kernel (interpreted) and reference against a loop over the requests."""
+"""`route_rows`: interpreted kernel and reference against a loop over the requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_STATES = 9
 
 @dataclass
 class Request:
-    """A request of the batch: its state (slot - 1; -1 = V1's way to say unsteered), and its rows' positions."""
+    """A request of the batch: its state index (slot - 1; -1 = unsteered in V1) and the positions of its rows."""
 
     state: int
     first: int
@@ -34,7 +34,7 @@ def empty_tables(max_tokens: int) -> Tables:
         max_tokens=max_tokens,
         bank_dtype=torch.float32,
     )
-    tables.slot_T.fill_(5)  # what the step before has left
+    tables.slot_T.fill_(5)  # stale values of the previous step
     tables.pos_T.fill_(5)
     return tables
 
@@ -73,7 +73,7 @@ span_lists = st.lists(
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=request_lists, spans=span_lists, padding=st.integers(0, 200), wide=st.booleans())
-def test_rows_go_to_the_program_of_their_request(
+def test_rows_get_the_slot_of_their_request(
     interpreted: Process, requests: list[Request], spans: list[tuple[int, int]], padding: int, wide: bool
 ) -> None:
     spans = [(0, 0), *spans]
@@ -91,8 +91,8 @@ def test_rows_go_to_the_program_of_their_request(
 
 
 @pytest.mark.parametrize("num_requests", [1, 2, 255, 256, 257])
-def test_more_requests_than_slots_find_their_rows(interpreted: Process, num_requests: int) -> None:
-    """The search is deep enough for any batch, not only for those that the number of slots allows."""
+def test_more_requests_than_slots(interpreted: Process, num_requests: int) -> None:
+    """The binary search has enough steps for any batch size, also above the number of slots."""
     requests = [Request(state=i % NUM_STATES, first=i, length=i % 3) for i in range(num_requests)]
     spans = [(0, 0)] + [(0, MAX_POSITION)] * NUM_STATES
     arguments = batch(requests, torch.int64)
@@ -102,8 +102,8 @@ def test_more_requests_than_slots_find_their_rows(interpreted: Process, num_requ
     assert routed(tables) == expected_rows(requests, spans, 300)
 
 
-def test_buffers_longer_than_the_batch_are_not_read(interpreted: Process) -> None:
-    """vLLM's own buffers keep the numbers of longer batches behind those of this one."""
+def test_elements_after_the_batch_are_ignored(interpreted: Process) -> None:
+    """vLLM's buffers contain stale values of longer batches after those of the current batch."""
     requests = [Request(state=2, first=7, length=3), Request(state=4, first=0, length=2)]
     query_start_loc_B1, idx_mapping_B, positions_T, num_tokens = batch(requests, torch.int64)
     stale = torch.full((5,), 3)

@@ -1,4 +1,4 @@
-"""The format of an entry, byte by byte, and the empty tables."""
+"""The byte format of an entry, and newly allocated tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ int32s = st.integers(-(2**31), 2**31 - 1)
 floats = st.floats(width=32, allow_nan=False)
 
 
-def test_an_entry_has_these_bytes() -> None:
+def test_bytes_of_an_entry() -> None:
     entry = Entry(7, 1, 2, 0.5, -1.0, 2.0, 3.0, -4.0, 5.0, 6, -0.25, 0.75)
     words_W = encode_entry(entry)
     assert words_W.dtype == np.int32
@@ -26,7 +26,7 @@ def test_an_entry_has_these_bytes() -> None:
     ]
 
 
-def test_a_pure_add_is_in_the_first_16_bytes() -> None:
+def test_an_add_uses_only_the_first_16_bytes() -> None:
     plain, scaled = encode_entry(Entry(row=3)), encode_entry(Entry(row=3, start=4, end=9, c0=2.5))
     assert (plain != scaled).nonzero()[0].tolist() == [1, 2, 3]
 
@@ -38,12 +38,12 @@ def test_defaults_are_an_open_span_and_no_gate() -> None:
 
 
 @given(st.builds(Entry, *[int32s] * 3, *[floats] * 6, int32s, floats, floats))
-def test_decode_reads_what_encode_wrote(entry: Entry) -> None:
+def test_decode_inverts_encode(entry: Entry) -> None:
     assert decode_entry(encode_entry(entry)) == entry
 
 
 @given(st.lists(int32s, min_size=12, max_size=12))
-def test_decode_takes_any_words(words: list[int]) -> None:
+def test_decode_accepts_any_words(words: list[int]) -> None:
     decode_entry(np.array(words + [0] * 4, dtype=np.int32))
 
 
@@ -53,7 +53,7 @@ def test_numbers_that_do_not_fit_are_refused(entry: Entry) -> None:
         encode_entry(entry)
 
 
-def test_allocated_tables_steer_and_read_nothing() -> None:
+def test_allocated_tables_steer_and_capture_nothing() -> None:
     tables = Tables.allocate(
         num_slots=3, num_sites=2, num_entries=4, num_rows=5, hidden_size=8, max_tokens=7, bank_dtype=torch.bfloat16
     )

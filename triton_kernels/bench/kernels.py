@@ -1,10 +1,10 @@
-"""The kernels' speed on a GPU, or, without one, what their compiled code asks of the hardware.
+"""Benchmark of the kernels: their speed on a GPU or, without a GPU, the resource use of the compiled code.
 
     python -P triton_kernels/bench/kernels.py [--hidden-size 4096 ...] [--json FILE]
 
-On a GPU: median time, bytes per second of what each case must move, and that rate as a share of a device-to-device copy
-of as many bytes, measured in the same run. Without a GPU: for each target, bytes counted from the artifact's own loads
-and stores against the floor, and the compiler's resource table. `docs/cost_model.md` explains the numbers.
+On a GPU: median time, bandwidth for the bytes that each case must move, and that bandwidth relative to a
+device-to-device copy of as many bytes in the same run. Without a GPU: for each target, bytes counted from the loads
+and stores of the compiled code, compared with the minimum, and registers and spills. See `docs/cost_model.md`.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ PROGRAMS: dict[str, list[Entry]] = {
     "add_relative": [Entry(row=0, c1=1e-6)],
     "gated add": [Entry(row=0, c0=1e-3, gate_row=1, min_cos=-1.0, max_cos=1.0)],
 }
-"""What every row asks for; scales are small, so that a thousand launches stay finite."""
+"""The entries of every row. Scales are small, so that values stay finite over a thousand launches."""
 
 ADDS = ("idle", "add", "4 adds")
-"""Those of them that an engine armed for adds alone can run."""
+"""The programs that an engine armed only for adds can run."""
 
 STREAM_ROWS = {"idle": 0, "add": 3, "4 adds": 6, "ablate": 4, "add_relative": 4, "gated add": 6}
-"""Rows of D items that a steered token must move: see the cost model. Repeated reads of a row come from cache."""
+"""Rows of D items that a steered token must move; see the cost model. Repeated loads of a row come from cache."""
 
 
 def tables_for(hidden_size: int, num_tokens: int, entries: list[Entry]) -> Tables:
-    """Every token belongs to a slot of its own kind, each slot with its own bank rows."""
+    """Tables in which tokens are spread over all slots. Each slot has the given entries and its own bank rows."""
     tables = Tables.allocate(
         num_slots=NUM_SLOTS + 1,
         num_sites=1,
@@ -80,13 +80,13 @@ def tables_for(hidden_size: int, num_tokens: int, entries: list[Entry]) -> Table
 
 
 def seconds(call: Callable[[], object]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
+    """Time of a call in seconds: median, 20th and 80th percentile."""
     median, low, high = triton.testing.do_bench(call, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
     return median / 1e3, low / 1e3, high / 1e3
 
 
 def measured(hidden_sizes: tuple[int, ...]) -> Iterator[Row]:
-    """One row a case, each beside a copy that moves as many bytes."""
+    """One row per case, with the time of a copy that moves as many bytes."""
     shapes = [(hidden_size, num_tokens) for hidden_size in hidden_sizes for num_tokens in NUM_TOKENS]
     for hidden_size, num_tokens in track(shapes, description="timing", console=Console(stderr=True)):
         for kernel, program, num_rows, call in cases(hidden_size, num_tokens):
@@ -101,7 +101,7 @@ def measured(hidden_sizes: tuple[int, ...]) -> Iterator[Row]:
 
 
 def cases(hidden_size: int, num_tokens: int) -> Iterator[tuple[str, str, int, Callable[[], object]]]:
-    """Kernel, program, rows of D items that a token must move, and the launch."""
+    """Yields kernel, program, rows of D items that a token must move, and the launch."""
     hidden, residual = (torch.randn(num_tokens, hidden_size, dtype=DTYPE, device="cuda") for _ in range(2))
     weight_D = torch.ones(hidden_size, dtype=DTYPE, device="cuda")
     for program, entries in PROGRAMS.items():
@@ -118,7 +118,7 @@ def cases(hidden_size: int, num_tokens: int) -> Iterator[tuple[str, str, int, Ca
         if program in ADDS:
             yield "edit_residual, adds", program, num_rows, partial(edit, True)
         if program in ADDS and hidden_size * DTYPE.itemsize <= MAX_NORMED_BYTES:
-            # Two rows and the weight are read and two rows written; the weight stays in cache. Each add reads one.
+            # Loads two rows and the weight (from cache), stores two rows. Each add loads one more row.
             yield "add_rms_norm_edit", program, 4 + len(entries), norm
     num_requests = min(num_tokens, NUM_SLOTS)
     starts = torch.linspace(0, num_tokens, num_requests + 1, device="cuda").to(torch.int32)
@@ -129,14 +129,14 @@ def cases(hidden_size: int, num_tokens: int) -> Iterator[tuple[str, str, int, Ca
 
 
 def copy_seconds(num_bytes: int) -> float:
-    """The time of a device-to-device copy that reads and writes `num_bytes` in all."""
+    """Seconds of a device-to-device copy that moves `num_bytes` in total, reads and writes together."""
     source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return seconds(lambda: target.copy_(source))[0]
 
 
 def compiled(hidden_sizes: tuple[int, ...]) -> Iterator[Row]:
-    """One row an artifact."""
+    """One row per compiled kernel."""
     jobs = [(target, hidden_size) for target in TARGETS for hidden_size in hidden_sizes]
     for target, hidden_size in track(jobs, description="compiling", console=Console(stderr=True)):
         kernels: dict[str, tuple[Any, bool, int | None]] = {
@@ -184,9 +184,9 @@ def cell(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--hidden-size", type=int, nargs="+", default=HIDDEN_SIZES, metavar="D", help="sizes to look at"
+        "--hidden-size", type=int, nargs="+", default=HIDDEN_SIZES, metavar="D", help="hidden sizes to benchmark"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     arguments = parser.parse_args()
     sizes = tuple(arguments.hidden_size)
     on_gpu = torch.cuda.is_available()

@@ -1,7 +1,7 @@
-"""Kernels that edit and read the residual stream, each with a plain-torch reference beside it.
+"""Kernels that edit and capture the residual stream, each with a reference in plain torch.
 
-Importing this package (or `tables` and `reference`) does not import Triton: a machine without it can call the
-references. The modules that hold kernels (`edit_residual`, `route_rows`, `add_rms_norm_edit`) do import it.
+Importing this package (or `tables` and `reference`) does not import Triton: the references also
+run on machines without Triton. The kernel modules (`edit_residual`, `route_rows`, `add_rms_norm_edit`) import it.
 """
 
 from steer_kernels.tables import Entry, Tables, decode_entry, encode_entry

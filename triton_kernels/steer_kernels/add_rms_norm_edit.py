@@ -1,9 +1,10 @@
-"""Residual add, edit and RMSNorm in one launch, for a block whose output goes straight into a fused add and norm.
+"""Residual add, edit and RMSNorm in one launch, for a block whose output goes directly into a fused add and norm.
 
-Legend: see `tables`. A steered row then costs one bank row more than vLLM's own fused add and norm, and no launch.
+Legend: see `tables`. Compared with vLLM's own fused add and norm, a steered row loads one more bank row, without an
+extra launch.
 """
 
-# Triton kernels are untyped Python, and know no starred expressions.
+# Triton kernels are untyped Python and do not support starred expressions.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,assignment"
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from steer_kernels.edit_residual import apply_adds, apply_edits, captured_row, read_row, row_stride
+from steer_kernels.edit_residual import apply_adds, apply_edits, capture_row, capture_target, row_stride
 from steer_kernels.launch_table import BACKEND, launch_for
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import Tables
@@ -54,21 +55,23 @@ def add_rms_norm_edit_kernel(
     TILE: tl.constexpr,
     HOLD: tl.constexpr,
 ):
-    """Semantics: for each row t, x = float32(hidden[t]) + float32(residual[t]), x' = x edited as by `edit_residual`:
+    """Semantics: for each row t, x = float32(hidden[t]) + float32(residual[t]), x' = x edited by `edit_residual`:
 
         residual[t] = round(x')
         hidden[t]   = round(x' / sqrt(mean(x'^2) + epsilon) * weight)
 
-    Shapes: hidden, residual [T, D] with unit column stride; weight [D]; the rest as in `Tables`. The norm is taken of
-    the float32 x', not of what is stored. Aliasing: hidden and residual are written in place and overlap nothing else.
+    Shapes: hidden, residual [T, D] with unit column stride; weight [D]; the rest as in `Tables`. The norm uses
+    the float32 x', not the rounded one. Aliasing: hidden and residual are written in place and overlap no other tensor.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_T + row).to(tl.int64)
     hidden = hidden_TD + row * HIDDEN_STRIDE
     residual = residual_TD + row * RESIDUAL_STRIDE
-    reader = 0
+    capture_place = 0
     if CAPTURE:
-        reader = read_row(capture_T + row, captured_LCD, hidden, residual, site, D, TILE, NUM_CAPTURE_ROWS, True)
+        capture_place = capture_row(
+            capture_T + row, captured_LCD, hidden, residual, site, D, TILE, NUM_CAPTURE_ROWS, True
+        )
     delta = zero_row(D, TILE)
     if slot != 0:
         place = slot * NUM_SITES + site
@@ -90,9 +93,9 @@ def add_rms_norm_edit_kernel(
         tile = x[i] if HOLD else load_stream_tile(hidden, residual, i, D, TILE, True) + delta[i]
         weight = load_tile(weight_D, i, D, TILE).to(tl.float32)
         store_tile(residual, i, tile, D, TILE)
-        if CAPTURE:  # noqa: SIM102  (known when compiled)
-            if reader < 0:
-                target = captured_row(captured_LCD, site, reader, D, NUM_CAPTURE_ROWS)
+        if CAPTURE:  # noqa: SIM102  (a compile-time constant)
+            if capture_place < 0:
+                target = capture_target(captured_LCD, site, capture_place, D, NUM_CAPTURE_ROWS)
                 store_tile(target, i, tile.to(residual_TD.dtype.element_ty), D, TILE)
         store_tile(hidden, i, tile * scale * weight, D, TILE)
 
@@ -108,10 +111,10 @@ def add_rms_norm_edit(
     adds_only: bool,
     capture: bool,
 ) -> None:
-    """Like vLLM's `fused_add_rms_norm(hidden, residual, weight, epsilon)`, with the edit of `site` on the sum.
+    """Like vLLM's `fused_add_rms_norm(hidden, residual, weight, epsilon)`, with the edit of `site` applied to the sum.
 
-    hidden and residual [..., T, D]: the output of block `site` on the way in; the normed rows and the stream on the way
-    out. Safe in a CUDA graph, as `edit_residual` is.
+    hidden, residual [..., T, D]: on input, the output of block `site`; on return, the normed rows and the stream.
+    Safe in a CUDA graph, like `edit_residual`.
     """
     hidden_TD, residual_TD = rows_view(hidden), rows_view(residual)
     num_tokens, hidden_size = residual_TD.shape

@@ -1,4 +1,4 @@
-"""What a compiled kernel will ask of the hardware, read from the compiler's own output."""
+"""Resource use of a compiled kernel (memory accesses, registers, spills), parsed from the compiler's output."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _LINE: Final = re.compile(r"\.loc\s(.*?)(?://|;)\s*(.*)")
 
 
 class Access(NamedTuple):
-    """Loads or stores that one place of the source became."""
+    """The loads or stores compiled from one source location."""
 
     is_store: bool
     of_a_row: bool
-    """A tile of the stream, the bank or the captured rows, not a number of the tables."""
+    """True for a tile of the stream, the bank or the captured rows; False for a number of the tables."""
     place: str
-    """file:line:column and, in the compiler's words, where it was inlined."""
+    """file:line:column and where it was inlined, in the compiler's notation."""
     width: int
-    """Bytes that a thread moves with one instruction."""
+    """Bytes per thread and instruction."""
     instructions: int
-    """Instructions of one execution; copies that the compiler made by unrolling a loop aren't counted twice."""
+    """Instructions per execution. Copies from loop unrolling are counted once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """One kernel compiled for one target."""
+    """A kernel compiled for one target."""
 
     text: str
-    """PTX, or AMD's assembly."""
+    """PTX, or AMD assembly."""
     num_threads: int
     registers: int
-    """Of a thread."""
+    """Per thread."""
     spilled_bytes: int
-    """Stack and local memory of a thread: 0 unless registers ran out."""
+    """Stack and local memory per thread; 0 if the registers suffice."""
     shared_bytes: int
     accesses: tuple[Access, ...]
 
     def row_bytes(self, hidden_size: int, itemsize: int, tile: int) -> int:
-        """Bytes of row data that a program moves if each place runs once, by instructions: lanes beyond D don't count.
+        """Bytes of row data that a program moves if each source location runs once. Lanes beyond D are not counted.
 
-        Raises AssertionError unless every place accesses each of its lanes exactly once.
+        Raises AssertionError unless every source location accesses each of its lanes exactly once.
         """
         lanes = -(-hidden_size // tile) * tile
         total = 0
@@ -64,7 +64,7 @@ class Artifact:
 
 
 def inspect(kernel: CompiledKernel) -> Artifact:
-    """Reads the compiler's output for `kernel`."""
+    """Parse the compiler's output for `kernel`."""
     num_threads = kernel.metadata.num_warps * kernel.metadata.warp_size
     if kernel.metadata.target.backend == "cuda":
         text: str = kernel.asm["ptx"]
@@ -87,7 +87,7 @@ def inspect(kernel: CompiledKernel) -> Artifact:
 
 
 def _resource_usage(cubin: bytes) -> Mapping[str, int]:
-    """REG, STACK, SHARED, LOCAL, ... as `cuobjdump`, which comes with Triton, reports them."""
+    """REG, STACK, SHARED, LOCAL, ... as reported by `cuobjdump`, which Triton includes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -99,7 +99,7 @@ def _resource_usage(cubin: bytes) -> Mapping[str, int]:
 
 def _amd_number(text: str, name: str) -> int:
     match = re.search(rf"\.{name}:\s+(\d+)", text)
-    assert match, f"the assembly does not say {name}"
+    assert match, f"the assembly has no {name}"
     return int(match[1])
 
 
@@ -116,7 +116,7 @@ def _accesses(lines: Iterable[str]) -> Iterable[Access]:
             width = int(match[2] or 1) * int(match[3]) // 8
             found[match[1] == "st", place.startswith("tiles.py"), place, width][block] += 1
         elif match := _AMD.search(line):
-            # An instruction that LLVM has moved to another block has lost its line; only tiles become buffer accesses.
+            # LLVM drops the line of an instruction that it moves to another block. Only tiles become buffer accesses.
             of_a_row = place.startswith("tiles.py") or match[1] == "buffer"
             found[match[2] == "store", of_a_row, place, _AMD_BYTES[match[3]]][block] += 1
     for (is_store, of_a_row, where, width), blocks in found.items():

@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time for a GPU that this machine need not have, exactly as a launch would."""
+"""Compile kernels ahead of time as a launch would. The target GPU need not be present."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _POINTERS: Final = {
 def compile_kernel(
     target: str, kernel: JITFunction[Any], types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> CompiledKernel:
-    """types: the arguments that aren't constants, in Triton's spelling ("*bf16", "i32").
+    """types: Triton types of the arguments that are not constants ("*bf16", "i32").
 
-    Pointers get the divisibility by 16 bytes that the JIT would find at a launch, since torch aligns them to more.
+    Pointers are marked as divisible by 16, as the JIT would find at a launch: torch aligns tensors to more bytes.
     """
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -59,7 +59,7 @@ def compile_edit_residual(
     num_entries: int = 4,
     num_capture_rows: int = 0,
 ) -> Artifact:
-    """`edit_residual` as it is launched on a contiguous stream; captured rows are float32."""
+    """Compile `edit_residual` as launched on a contiguous stream. Captured rows are float32."""
     types = _table_types(dtype, bank_dtype, capture) | {"hidden_TD": _POINTERS[dtype], "carried_TD": _POINTERS[dtype]}
     launch = launch_for(hidden_size)
     constants = {
@@ -89,7 +89,7 @@ def compile_add_rms_norm_edit(
     num_entries: int = 4,
     num_capture_rows: int = 0,
 ) -> Artifact:
-    """`add_rms_norm_edit` as it is launched on contiguous rows; captured rows are float32."""
+    """Compile `add_rms_norm_edit` as launched on contiguous rows. Captured rows are float32."""
     rows = dict.fromkeys(("hidden_TD", "residual_TD", "weight_D"), _POINTERS[dtype])
     launch = launch_for(hidden_size)
     constants = {
@@ -108,7 +108,7 @@ def compile_add_rms_norm_edit(
 
 
 def compile_route_rows(target: str, *, positions_dtype: torch.dtype = torch.int64, num_slots: int = 257) -> Artifact:
-    """`route_rows` as it is launched for `num_slots` slots."""
+    """Compile `route_rows` as launched for `num_slots` slots."""
     tensors = ("query_start_loc_B1", "idx_mapping_B", "span_S2", "slot_T", "pos_T")
     types = dict.fromkeys(tensors, "*i32") | {"positions_T": _POINTERS[positions_dtype]}
     types |= dict.fromkeys(("num_requests", "num_tokens", "num_rows"), "i32")

@@ -1,11 +1,11 @@
-"""What a step edits where, worked out once for all sites and kept while nothing changes: the quick way of a CPU engine.
+"""The edit plan of a CPU engine: the edits of one step at all sites, computed once and reused until the batch changes.
 
-Without a device queue the host may look at the routing buffers. A site then needs a handful of torch calls on the
-steered rows, where the plain reference needs some forty; gates, kept norms and reading go through the reference.
-Both round alike, bit for bit: what a neighbour asks for cannot be seen in a row.
+On a CPU the host can read the routing buffers without a device sync. With a plan, a site needs a few torch calls on
+the steered rows; the reference needs about forty. Steps with gates, kept norms or captures use the reference. Plan and
+reference round identically, bit for bit, so a row never depends on what other requests in the batch use.
 
-Legend: N steered rows (of what they all have in common, there may be one), L sites, E entries a site, T rows of the
-batch, B its requests, D hidden size, W words of an entry.
+Legend: N steered rows (or 1, for values that all of them share), L sites, E entries per site, T rows of the batch,
+B requests of the batch, D hidden size, W words per entry, X span bounds of all entries of a program, C coefficients.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from steer_kernels import tables as tb
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import MAX_POSITION, Tables
 
-KEPT_NUMBERS = 2**18
-"""Rows of the bank that a plan gathers for all sites at once: at most 1 MiB, where calls cost more than memory does.
-Larger ones would have to be found a place anew with every plan."""
+MAX_GATHERED_NUMBERS = 2**18
+"""Most float32 numbers of bank rows that a plan gathers for all sites at once (1 MiB). Below it, the cost of the calls
+dominates; above it, each plan would need a new large allocation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One entry at one site, over the steered rows. Coefficients are float32 [N, 1], 0 where the entry does not apply.
+    """One entry at one site, for all steered rows. Coefficients are float32 [N, 1], 0 where the entry does not apply.
 
-    Terms of g(x) that no row has are None.
+    c1, c2 and c3 are None if they are 0 in every row.
     """
 
     row_N: torch.Tensor
-    kept_ND: torch.Tensor | None
-    """The rows, where they are kept."""
+    gathered_ND: torch.Tensor | None
+    """The bank rows as float32 [N, D]; None = not gathered, look them up at each site."""
     c0: torch.Tensor
     c1: torch.Tensor | None
     c2: torch.Tensor | None
@@ -42,15 +42,15 @@ class Step:
     lo: torch.Tensor
     hi: torch.Tensor
     applies: torch.Tensor | None
-    """bool [N, 1]; None: everywhere."""
+    """bool [N, 1]; None = in all rows."""
 
     @property
     def only_adds(self) -> bool:
         return self.c1 is None and self.c2 is None and self.c3 is None
 
     def delta(self, x_ND: torch.Tensor | None, bank_RD: torch.Tensor) -> torch.Tensor:
-        """g(x) * w, float32 [N, D]; x may be missing where the step only adds."""
-        w_ND = bank_RD.index_select(0, self.row_N).float() if self.kept_ND is None else self.kept_ND
+        """g(x) * w as float32 [N, D]. x may be None if the step only adds."""
+        w_ND = bank_RD.index_select(0, self.row_N).float() if self.gathered_ND is None else self.gathered_ND
         g_N1 = self.c0
         if not self.only_adds:
             assert x_ND is not None
@@ -64,15 +64,15 @@ class Step:
                     g_N1 = g_N1 + self.c3 * (torch.minimum(torch.maximum(dot_N1, self.lo), self.hi) - dot_N1)
             if self.applies is not None:
                 g_N1 = torch.where(self.applies, g_N1, 0.0)
-        if self.kept_ND is None and w_ND.shape[0] == g_N1.shape[0]:
-            return w_ND.mul_(g_N1)  # many rows: a place for the product would have to be found at every site
+        if self.gathered_ND is None and w_ND.shape[0] == g_N1.shape[0]:
+            return w_ND.mul_(g_N1)  # in place: no allocation of [N, D] at every site
         return w_ND * g_N1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """A batch in which every request has one row, and the positions [since, until) of each between which no entry
-    of its program begins or ends. As long as programs stay what they are, such a batch is steered in the same way.
+    """A batch with exactly one row per request, and for each request the positions [since, until) for which its plan
+    is valid: no entry of its program begins or ends between them. A new program in a slot also invalidates the plan.
     """
 
     query_start_loc_B1: np.ndarray
@@ -84,10 +84,11 @@ class Decoding:
     def of_step(
         cls, tables: Tables, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor
     ) -> Decoding | None:
+        """The batch of this step, or None if a request has no row or several."""
         num_requests = idx_mapping_B.shape[0]
         if positions_B.shape[0] != num_requests or bool((query_start_loc_B1.diff() != 1).any()):
             return None
-        # Requests outside of their program's span too: they are not routed, until they enter it.
+        # Include requests outside their program's span: they are not routed now, but will be when they enter it.
         bounds_BX = tables.entries_SLEW[..., tb.START : tb.END + 1][(idx_mapping_B + 1).long()].flatten(1)
         passed_BX = bounds_BX <= positions_B.unsqueeze(1)
         return cls(
@@ -97,9 +98,11 @@ class Decoding:
             until_B=torch.where(passed_BX, MAX_POSITION, bounds_BX).amin(1).numpy(),
         )
 
-    def goes_on(self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor) -> bool:
-        """Whether this step's batch is steered as that one was."""
-        # Asked in every step, with cold caches: numpy's calls take half as long as torch's.
+    def continues(
+        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor
+    ) -> bool:
+        """Whether the plan of this batch is also valid for the given step."""
+        # Runs in every step, with cold caches: numpy calls take half as long as torch calls.
         if idx_mapping_B.shape[0] != len(self.idx_mapping_B) or positions_B.shape[0] != len(self.since_B):
             return False
         at_B = positions_B.numpy()
@@ -113,20 +116,20 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The steps of every site, for the steered rows of one step of the engine."""
+    """The edits at all sites for the steered rows of one engine step."""
 
     decoding: Decoding | None
-    """None: the batch still reads prompts, and the next one will look different."""
+    """None = not every request has exactly one row (prefill), so the plan cannot be reused."""
     rows_N: torch.Tensor
-    """int64: which rows of the batch are steered."""
+    """int64: indices of the steered rows in the batch."""
     all_rows: bool
-    """Whether these are all rows of the batch, in order."""
+    """True if rows_N is every row of the batch, in order."""
     edits_L: list[bool]
-    """At which sites there is something to do."""
+    """By site: True if an entry applies to a row."""
     delta_LND: torch.Tensor | None
-    """What is added, where that is known beforehand: the bank's rows are kept, and no entry asks for x."""
+    """The sum to add at each site. None if an entry needs x or the bank rows are not gathered; then see steps_at_L."""
     steps_at_L: list[list[Step]]
-    """How it is worked out at each site where it is not."""
+    """By site, the entries in order; empty if delta_LND is set."""
 
     @classmethod
     def of_step(
@@ -137,25 +140,28 @@ class StepPlan:
         idx_mapping_B: torch.Tensor,
         positions_T: torch.Tensor,
     ) -> StepPlan:
-        """The plan of a step that `route_rows` has routed from these; rows_N: its steered rows, at least one."""
+        """The plan of a step. `route_rows` has already written the tables from the same arguments.
+
+        rows_N: the steered rows, at least one.
+        """
         slot_N = tables.slot_T[rows_N].long()
         if bool((slot_N == slot_N[0]).all()):
-            slot_N = slot_N[:1]  # the rows of one request have its entries in common
+            slot_N = slot_N[:1]  # the rows of one request share its entries
         most = int(tables.counts_SL[slot_N].max())
         entries = _Entries.of(tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N])
-        kept_LEND = entries.bank_rows(tables.bank_RD)
-        delta_LND = None if kept_LEND is None or not entries.only_add else entries.added(kept_LEND)
+        gathered_LEND = entries.bank_rows(tables.bank_RD)
+        delta_LND = None if gathered_LEND is None or not entries.only_add else entries.added(gathered_LEND)
         return cls(
             decoding=Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T),
             rows_N=rows_N,
             all_rows=rows_N.shape[0] == positions_T.shape[0],
             edits_L=entries.applies_LEN1.flatten(1).any(1).tolist(),
             delta_LND=delta_LND,
-            steps_at_L=entries.steps(kept_LEND) if delta_LND is None else [],
+            steps_at_L=entries.steps(gathered_LEND) if delta_LND is None else [],
         )
 
     def apply(self, hidden: torch.Tensor | None, carried: torch.Tensor, bank_RD: torch.Tensor, site: int) -> None:
-        """Edit `carried` [..., T, D] in place; x = hidden + carried, or carried alone."""
+        """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone."""
         if not self.edits_L[site]:
             return
         carried_TD = rows_view(carried)
@@ -191,7 +197,7 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entries:
-    """All entries of the steered rows, entry by entry in one piece of memory."""
+    """All entries of the steered rows, contiguous entry by entry."""
 
     row_LEN: torch.Tensor
     floats_LECN1: torch.Tensor
@@ -200,7 +206,9 @@ class _Entries:
 
     @classmethod
     def of(cls, words_NLEW: torch.Tensor, pos_N: torch.Tensor) -> _Entries:
-        """words: one row's, or one that stands for all rows; then so do the entries, where no edit begins or ends."""
+        """words_NLEW: one per row, or a single one for all rows. In the second case the result has one row too,
+        unless an entry applies only to some of the rows.
+        """
         pos_N11 = pos_N.view(-1, 1, 1)
         applies_NLE = (words_NLEW[..., tb.START] <= pos_N11) & (pos_N11 < words_NLEW[..., tb.END])
         if words_NLEW.shape[0] == 1 and bool((applies_NLE == applies_NLE[0]).all()):
@@ -221,21 +229,21 @@ class _Entries:
         return not bool(self.floats_LECN1[:, :, 1:4].any())
 
     def bank_rows(self, bank_RD: torch.Tensor) -> torch.Tensor | None:
-        """float32 [L, E, N, D], or None where they are too many to keep."""
-        if self.row_LEN.numel() * bank_RD.shape[1] > KEPT_NUMBERS:
+        """float32 [L, E, N, D], or None if there are more than MAX_GATHERED_NUMBERS numbers."""
+        if self.row_LEN.numel() * bank_RD.shape[1] > MAX_GATHERED_NUMBERS:
             return None
         return bank_RD.index_select(0, self.row_LEN.flatten()).view(*self.row_LEN.shape, -1).float()
 
-    def added(self, kept_LEND: torch.Tensor) -> torch.Tensor:
-        """float32 [L, N, D]: the sum over entries that only add, in their order."""
-        parts_ELND = (kept_LEND * self.floats_LECN1[:, :, 0]).unbind(1)
+    def added(self, gathered_LEND: torch.Tensor) -> torch.Tensor:
+        """float32 [L, N, D]: the sum over the entries in order. All entries must only add."""
+        parts_ELND = (gathered_LEND * self.floats_LECN1[:, :, 0]).unbind(1)
         total_LND = parts_ELND[0]
         for part_LND in parts_ELND[1:]:
             total_LND = total_LND + part_LND
         return total_LND
 
-    def steps(self, kept_LEND: torch.Tensor | None) -> list[list[Step]]:
-        """Site by site, of entries that apply somewhere."""
+    def steps(self, gathered_LEND: torch.Tensor | None) -> list[list[Step]]:
+        """By site, the entries that apply to at least one row."""
         has_LEC = (self.floats_LECN1[:, :, 1:4] != 0).flatten(3).any(3).tolist()
         any_LE = self.applies_LEN1.flatten(2).any(2).tolist()
         all_LE = self.applies_LEN1.flatten(2).all(2).tolist()
@@ -247,7 +255,7 @@ class _Entries:
                     has_c1, has_c2, has_c3 = has_LEC[site][e]
                     yield Step(
                         row_N=self.row_LEN[site, e],
-                        kept_ND=None if kept_LEND is None else kept_LEND[site, e],
+                        gathered_ND=None if gathered_LEND is None else gathered_LEND[site, e],
                         c0=c0,
                         c1=c1 if has_c1 else None,
                         c2=c2 if has_c2 else None,

@@ -1,10 +1,10 @@
-"""Edit (and read) the residual stream after one block: one launch a site, one program a token row.
+"""Edit (and capture) the residual stream after one block: one launch per site, one kernel program per token row.
 
-Legend: see `tables`. An unsteered row costs the 4 bytes of its slot; a row of pure adds costs its floor, which is one
+Legend: see `tables`. An unsteered row costs one load of 4 bytes (its slot). A row with adds only moves the minimum: one
 read of the stream, one read of each bank row and one write of the stream.
 """
 
-# Triton kernels are untyped Python, and know no starred expressions.
+# Triton kernels are untyped Python and do not support starred expressions.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,assignment"
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from steer_kernels.tiles import load_row, load_stream_tile, load_tile, store_til
 
 @triton.jit
 def load_float(words, index):
-    """The word at `index` as the float32 whose bits it holds."""
+    """Load the word at `index` and reinterpret its bits as float32."""
     return tl.load(words + index).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def apply_adds(program, num_entries, pos, bank_RD, D: tl.constexpr, TILE: tl.constexpr):
-    """delta = the sum of c0 * w over the entries in range, and how many there were. Never reduces over D."""
+    """Returns delta, the sum of c0 * w over the entries in range, and their number. Never reduces over D."""
     delta = zero_row(D, TILE)
     applied = 0
     for e in tl.range(num_entries, disable_licm=True):
@@ -44,7 +44,7 @@ def apply_adds(program, num_entries, pos, bank_RD, D: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def now_tile(hidden, carried, delta, i: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """Tile i of the row as edited so far: x + delta."""
+    """Tile i of the row after the edits so far: x + delta."""
     return load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN) + delta[i]
 
 
@@ -62,7 +62,7 @@ def norm_of(hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HID
 def dot_with(
     row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr, HOLD: tl.constexpr
 ):
-    """<row, x + delta>, with the row's tiles in registers if HOLD, at a pointer otherwise."""
+    """<row, x + delta>. `row` is a tuple of tiles in registers if HOLD, else a pointer."""
     total = tl.zeros([TILE], tl.float32)
     for i in tl.static_range(len(delta)):
         w = row[i] if HOLD else load_tile(row, i, D, TILE)
@@ -74,7 +74,7 @@ def dot_with(
 def cosine_with(
     row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr, HOLD: tl.constexpr
 ):
-    """cos(row, x + delta), with the row's tiles in registers if HOLD, at a pointer otherwise; 0 if one of them is 0."""
+    """cos(row, x + delta), or 0 if either is zero. `row` is a tuple of tiles in registers if HOLD, else a pointer."""
     length = tl.zeros([TILE], tl.float32)
     dot = tl.zeros([TILE], tl.float32)
     norm = tl.zeros([TILE], tl.float32)
@@ -102,11 +102,11 @@ def apply_edits(
     HAS_HIDDEN: tl.constexpr,
     HOLD: tl.constexpr,
 ):
-    """The whole algebra: delta such that x' = x + delta, and how many entries applied.
+    """All operations, gates and kept norms. Returns delta with x' = x + delta, and how many entries applied.
 
-    x is read where a coefficient asks for a sum over D, and only there (from cache when it is asked for again): an add
-    in an engine armed for everything still moves the bytes of an add. HOLD keeps w in registers from the sum to the
-    update, so that it is read once.
+    x is loaded only for entries that need a sum over D; repeated loads come from cache. So an add in an engine armed
+    for all operations moves no more bytes than in one armed for adds. HOLD keeps w in registers between the sum and
+    the update, so that w is loaded once.
     """
     delta = zero_row(D, TILE)
     applied = 0
@@ -150,7 +150,7 @@ def apply_edits(
 
 @triton.jit
 def add_scaled(delta, scale, row, D: tl.constexpr, TILE: tl.constexpr, HOLD: tl.constexpr):
-    """delta + scale * row, with the row's tiles in registers if HOLD, at a pointer otherwise."""
+    """delta + scale * row. `row` is a tuple of tiles in registers if HOLD, else a pointer."""
     tiles = ()
     for i in tl.static_range(len(delta)):
         w = row[i] if HOLD else load_tile(row, i, D, TILE)
@@ -160,7 +160,7 @@ def add_scaled(delta, scale, row, D: tl.constexpr, TILE: tl.constexpr, HOLD: tl.
 
 @triton.jit
 def rescaled(hidden, carried, delta, ratio, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """The delta that leads to ratio * (x + delta)."""
+    """The new delta for which x + delta equals ratio * (x + old delta)."""
     tiles = ()
     for i in tl.static_range(len(delta)):
         x = load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN)
@@ -169,8 +169,8 @@ def rescaled(hidden, carried, delta, ratio, D: tl.constexpr, TILE: tl.constexpr,
 
 
 @triton.jit
-def read_row(
-    reader,
+def capture_row(
+    capture_at,
     captured_LCD,
     hidden,
     carried,
@@ -180,21 +180,22 @@ def read_row(
     NUM_CAPTURE_ROWS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
 ):
-    """Stores x to the capture row, counted from 1, that is written at `reader`; 0 = the row isn't read.
+    """Store x in the capture row whose number, counted from 1, is at `capture_at`. 0 = the row is not captured.
 
-    Returns that number, which is negative where x is wanted as the edit leaves it: then this is the x of a row that
-    nothing edits, and an edit stores its own over it.
+    Returns that number. It is negative if the edited x was requested: then an edit overwrites what is stored here, and
+    a row without an edit keeps it.
     """
-    place = tl.load(reader).to(tl.int64)
+    place = tl.load(capture_at).to(tl.int64)
     if place != 0:
-        target = captured_row(captured_LCD, site, place, D, NUM_CAPTURE_ROWS)
+        target = capture_target(captured_LCD, site, place, D, NUM_CAPTURE_ROWS)
         for i in tl.static_range(triton.cdiv(D, TILE)):
             store_tile(target, i, load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN), D, TILE)
     return place
 
 
 @triton.jit
-def captured_row(captured_LCD, site, place, D: tl.constexpr, NUM_CAPTURE_ROWS: tl.constexpr):
+def capture_target(captured_LCD, site, place, D: tl.constexpr, NUM_CAPTURE_ROWS: tl.constexpr):
+    """Pointer to the capture row with the number `place` (its sign is ignored)."""
     return captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + tl.abs(place) - 1) * D
 
 
@@ -226,23 +227,25 @@ def edit_residual_kernel(
     """Semantics: for row t with s = slot_T[t], p = pos_T[t], x = float32(hidden[t]) + float32(carried[t]):
 
         capture_T[t] = k > 0:   captured[site, k - 1] = round(x)
-        capture_T[t] = -k < 0:  captured[site, k - 1] = round(hidden[t] + carried[t] as they are in the end)
-        for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end and the gate holds:
+        capture_T[t] = -k < 0:  captured[site, k - 1] = round(hidden[t] + carried[t]), after the edit
+        for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end and the gate is open:
             x += (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
         if keep_norm[s] and any applied:  x *= |x before| / |x|
         if any applied:  carried[t] = round(float32(carried[t]) + (x - x before))
 
     Shapes: hidden, carried [T, D] with unit column stride; the rest as in `Tables`. D, strides and table sizes are
-    constants of an engine, so that the compiler knows the alignment of every row. Math is float32, offsets int64.
-    Aliasing: carried is written in place and must overlap nothing else. ADDS_ONLY reads hidden only to capture.
+    compile-time constants, so that the compiler knows the alignment of every row. Math is float32, offsets are int64.
+    Aliasing: carried is written in place and must overlap no other tensor. ADDS_ONLY loads hidden only to capture.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_T + row).to(tl.int64)
     hidden = hidden_TD + row * HIDDEN_STRIDE
     carried = carried_TD + row * CARRIED_STRIDE
-    reader = 0
+    capture_place = 0
     if CAPTURE:
-        reader = read_row(capture_T + row, captured_LCD, hidden, carried, site, D, TILE, NUM_CAPTURE_ROWS, HAS_HIDDEN)
+        capture_place = capture_row(
+            capture_T + row, captured_LCD, hidden, carried, site, D, TILE, NUM_CAPTURE_ROWS, HAS_HIDDEN
+        )
     if slot == 0:
         return
     place = slot * NUM_SITES + site
@@ -252,7 +255,7 @@ def edit_residual_kernel(
     pos = tl.load(pos_T + row)
     program = entries_SLEW + place * (NUM_ENTRIES * 16)
     if ADDS_ONLY:
-        # Asked for before the program is walked, so that its latency hides behind that of the entries and bank rows.
+        # Loaded before the loop over the entries, so that its latency overlaps with theirs and the bank rows'.
         before = load_row(carried, D, TILE) if HOLD else ()
         delta, applied = apply_adds(program, num_entries, pos, bank_RD, D, TILE)
     else:
@@ -264,12 +267,12 @@ def edit_residual_kernel(
             tile = before[i] if ADDS_ONLY and HOLD else load_tile(carried, i, D, TILE)
             edited = tile.to(tl.float32) + delta[i]
             store_tile(carried, i, edited, D, TILE)
-            if CAPTURE:  # noqa: SIM102  (known when compiled)
-                if reader < 0:
+            if CAPTURE:  # noqa: SIM102  (a compile-time constant)
+                if capture_place < 0:
                     x = edited.to(tile.dtype).to(tl.float32)
                     if HAS_HIDDEN:
                         x = load_tile(hidden, i, D, TILE).to(tl.float32) + x
-                    target = captured_row(captured_LCD, site, reader, D, NUM_CAPTURE_ROWS)
+                    target = capture_target(captured_LCD, site, capture_place, D, NUM_CAPTURE_ROWS)
                     store_tile(target, i, x, D, TILE)
 
 
@@ -282,10 +285,10 @@ def edit_residual(
     adds_only: bool,
     capture: bool,
 ) -> None:
-    """Edits `carried` [..., T, D] in place at `site`: x = hidden + carried, or carried alone if hidden is None.
+    """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone if hidden is None.
 
-    adds_only: no entry uses more than the first 16 bytes, and no slot keeps its norm.
-    Safe in a CUDA graph: no host sync, and what differs between steps is read from the tables on the device.
+    adds_only: no entry uses more than its first 16 bytes, and no slot preserves the norm.
+    Safe in a CUDA graph: there is no host sync, and values that change between steps are in the device tables.
     """
     carried_TD = rows_view(carried)
     hidden_TD = carried_TD if hidden is None else rows_view(hidden)
@@ -320,7 +323,7 @@ def edit_residual(
 
 
 def row_stride(stream_TD: torch.Tensor) -> int:
-    """Elements between rows; D for a single row, whose stride means nothing and would only compile another kernel."""
+    """Elements between rows. D for a single row: its stride is meaningless and would compile another kernel."""
     num_tokens, hidden_size = stream_TD.shape
     assert hidden_size == 1 or stream_TD.stride(1) == 1, "the hidden dimension must be contiguous"
     return hidden_size if num_tokens == 1 else stream_TD.stride(0)

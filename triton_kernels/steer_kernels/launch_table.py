@@ -1,10 +1,10 @@
-"""Launch parameters by padded hidden size: fixed, because autotuning has no place in a serving process.
+"""Launch parameters by padded hidden size. They are fixed: autotuning would delay requests in a serving process.
 
-One program covers a row in tiles (see `tiles`). A tile is the least that gives every thread whole 16-byte vectors in
-any dtype, on NVIDIA's warps of 32 threads and on AMD's of 64: 64 threads * 8 elements = 512 a warp. Warps double with D
-until 8, where a thread of an NVIDIA warp holds 16 elements of a row, or 32 at D = 8,192: enough loads in flight to
-cover the latency of memory, while delta and a bank row in float32 stay far under 255 registers. At 16,384 only delta
-fits, and what is needed twice is read twice, from cache (`hold`).
+One program covers a row in tiles (see `tiles`). A tile is the smallest size that gives every thread whole 16-byte
+vectors in any dtype, for NVIDIA warps of 32 threads and AMD warps of 64: 64 threads * 8 elements = 512 per warp. The
+number of warps doubles with D up to 8. A thread of an NVIDIA warp then has 16 elements of a row, or 32 at D = 8,192:
+enough loads in flight to hide memory latency, while delta and a bank row in float32 stay far below 255 registers. At
+D = 16,384 only delta fits; values needed twice are loaded twice, the second time from cache (`hold` is False).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Final, NamedTuple
 import torch
 
 BACKEND: Final = "cuda" if torch.version.hip is None else "hip"
-"""What this process launches on (or interprets for)."""
+"""Backend on which this process launches kernels (or which it interprets)."""
 
 MAX_HIDDEN_SIZE: Final = 16384
 
 MAX_NORMED_BYTES: Final = 32768
-"""The longest row that `add_rms_norm_edit` takes without spilling: 16,384 items of 2 bytes or 8,192 of 4."""
+"""Longest row for which `add_rms_norm_edit` does not spill: 16,384 items of 2 bytes or 8,192 of 4."""
 
 
 class Launch(NamedTuple):
@@ -27,26 +27,26 @@ class Launch(NamedTuple):
     """Elements of a tile: a power of two."""
     num_warps: int
     hold: bool
-    """Keep in registers what is needed again: the stream before adds, a bank row between a sum and its update."""
+    """Keep values in registers that are used twice: the stream during adds, a bank row between sum and update."""
 
     def constants(self, hidden_size: int) -> dict[str, int | bool]:
-        """The constants of a kernel that walks a row in tiles."""
+        """Constants of a kernel that loops over the tiles of a row."""
         return {"D": hidden_size, "TILE": self.tile, "HOLD": self.hold}
 
     def options(self, backend: str) -> dict[str, int | bool]:
-        """What to launch with beside the kernel's own arguments; backend: "cuda" or "hip".
+        """Launch options besides the kernel's arguments. backend: "cuda" or "hip".
 
-        Products and sums round one by one, as they do in the reference: c*w - c*w is 0 then, which it isn't with a
-        fused multiply-add, and a kernel that waits for memory gains nothing from one.
+        Fused multiply-add is off, so that products and sums round separately, as in the reference: c*w - c*w is then
+        exactly 0. The kernels are limited by memory and would gain nothing from it.
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": False}
         if backend == "cuda":
-            # Left alone, ptxas spills a register or two so that one more program fits on a multiprocessor.
+            # By default ptxas spills one or two registers to fit one more program on a multiprocessor.
             options["maxnreg"] = 255
         return options
 
 
-# Padded D (a power of two) -> launch. Items of 2 and of 4 bytes take the same: both give whole vectors without spills.
+# Padded D (a power of two) -> launch, for items of 2 and 4 bytes: both give whole vectors without spills.
 LAUNCH_TABLE: Final[dict[int, Launch]] = {
     512: Launch(512, 1, True),
     1024: Launch(1024, 2, True),
@@ -58,7 +58,7 @@ LAUNCH_TABLE: Final[dict[int, Launch]] = {
 
 
 def launch_for(hidden_size: int) -> Launch:
-    """The launch of a row of `hidden_size` elements. Raises ValueError above MAX_HIDDEN_SIZE."""
+    """Launch parameters for rows of `hidden_size` elements. Raises ValueError above MAX_HIDDEN_SIZE."""
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
-        raise ValueError(f"hidden size {hidden_size} is not in 1..{MAX_HIDDEN_SIZE}, which is what the kernels cover")
+        raise ValueError(f"hidden size {hidden_size} is not supported; the kernels support 1..{MAX_HIDDEN_SIZE}")
     return LAUNCH_TABLE[max(512, 1 << (hidden_size - 1).bit_length())]

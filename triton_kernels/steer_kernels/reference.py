@@ -1,4 +1,4 @@
-"""Plain-torch twins of the kernels: what tests compare with, and what a CPU engine runs.
+"""Plain-torch versions of the kernels. Tests compare the kernels with them, and a CPU engine runs them.
 
 Legend: see `tables`. N = rows selected from the T rows of the batch.
 """
@@ -12,8 +12,10 @@ from steer_kernels.tables import Tables
 
 
 def rows_view(stream: torch.Tensor) -> torch.Tensor:
-    """[..., T, D] with leading ones (the Transformers backend has [1, T, D]) as [T, D], sharing memory."""
-    assert stream.numel() == stream.shape[-2] * stream.shape[-1], f"expected one row a token, got {tuple(stream.shape)}"
+    """View [..., T, D] as [T, D]. Leading dimensions must be 1: the Transformers backend uses [1, T, D]."""
+    assert stream.numel() == stream.shape[-2] * stream.shape[-1], (
+        f"expected one row per token, got {tuple(stream.shape)}"
+    )
     while stream.dim() > 2:
         stream = stream[0]
     return stream
@@ -29,15 +31,15 @@ def edit_residual_reference(
     capture: bool = False,
     rows_N: torch.Tensor | None = None,
 ) -> None:
-    """Edits `carried` [..., T, D] in place, as `edit_residual` does. x = hidden + carried, or carried alone.
+    """Edit `carried` [..., T, D] in place, as `edit_residual` does. x = hidden + carried, or carried alone.
 
-    rows_N: the rows with slot_T != 0, if the caller knows them (once a step instead of once a site).
+    rows_N: the rows with slot_T != 0, if the caller has computed them (once per step instead of once per site).
     """
     carried_TD = rows_view(carried)
     hidden_TD = None if hidden is None else rows_view(hidden)
     num_tokens = carried_TD.shape[0]
     if capture:
-        _read(hidden_TD, carried_TD, tables, site, late=False)
+        _capture(hidden_TD, carried_TD, tables, site, late=False)
     if rows_N is None:
         rows_N = tables.slot_T[:num_tokens].nonzero().squeeze(1)
     if rows_N.numel() == 0:
@@ -67,7 +69,7 @@ def edit_residual_reference(
         rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
     carried_TD[rows_N] = (carried_TD[rows_N].float() + delta_ND).to(carried_TD.dtype)
     if capture:
-        _read(hidden_TD, carried_TD, tables, site, late=True)
+        _capture(hidden_TD, carried_TD, tables, site, late=True)
 
 
 def _stream(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
@@ -75,21 +77,24 @@ def _stream(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N: to
     return x_ND if hidden_TD is None else hidden_TD[rows_N].float() + x_ND
 
 
-def _read(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int, *, late: bool) -> None:
-    """Before the edit: every row that is asked for. `late`, after it: once more those that are asked for as it leaves
-    them.
+def _capture(
+    hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int, *, late: bool
+) -> None:
+    """Store the requested rows of x in `captured_LCD`.
+
+    late=False, before the edit: all requested rows. late=True, after the edit: again those requested as edited.
     """
     assert tables.capture_T is not None, "these tables have no capture buffers"
     assert tables.captured_LCD is not None
-    reader_T = tables.capture_T[: carried_TD.shape[0]]
-    rows_N = (reader_T < 0 if late else reader_T).nonzero().squeeze(1)
+    index_T = tables.capture_T[: carried_TD.shape[0]]
+    rows_N = (index_T < 0 if late else index_T).nonzero().squeeze(1)
     if rows_N.numel():
         x_ND = _stream(hidden_TD, carried_TD, rows_N)
-        tables.captured_LCD[site, reader_T[rows_N].abs().long() - 1] = x_ND.to(tables.captured_LCD.dtype)
+        tables.captured_LCD[site, index_T[rows_N].abs().long() - 1] = x_ND.to(tables.captured_LCD.dtype)
 
 
 def _add(words_NEW: torch.Tensor, applies_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
-    """Sum of c0 * w over the entries that apply, in order: float32 [N, D]."""
+    """Sum of c0 * w over the entries that apply, in order. Returns float32 [N, D]."""
     scale_NE = words_NEW[..., tb.C0].view(torch.float32) * applies_NE
     row_NE = words_NEW[..., tb.ROW].long()
     delta_ND = bank_RD[row_NE[:, 0]].float() * scale_NE[:, :1]
@@ -105,7 +110,7 @@ def _edit(
     bank_RD: torch.Tensor,
     keep_norm_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole algebra. Returns x' - x as float32 [N, D], and bool [N]: at least one entry applied."""
+    """All operations, gates and kept norms. Returns x' - x as float32 [N, D], and bool [N]: an entry applied."""
     delta_ND = torch.zeros_like(x_ND)
     touched_N = torch.zeros_like(applies_NE[:, 0])
     for e in range(applies_NE.shape[1]):
@@ -129,7 +134,7 @@ def _edit(
 
 
 def _gate(x_ND: torch.Tensor, words_NW: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
-    """bool [N]: min_cos <= cos(x, gate row) <= max_cos, or there is no gate. The cosine with a zero row is 0."""
+    """bool [N]: min_cos <= cos(x, gate row) <= max_cos, or no gate. If a row is zero, the cosine is 0."""
     row_N = words_NW[:, tb.GATE_ROW]
     open_N = row_N < 0
     if bool(open_N.all()):
@@ -153,15 +158,15 @@ def add_rms_norm_edit_reference(
     capture: bool = False,
     rows_N: torch.Tensor | None = None,
 ) -> None:
-    """Writes the normed rows to `hidden` and the edited stream to `residual`, as `add_rms_norm_edit` does."""
+    """Write the normed rows to `hidden` and the edited stream to `residual`, as `add_rms_norm_edit` does."""
     hidden_TD, residual_TD = rows_view(hidden), rows_view(residual)
     x_TD = hidden_TD.float() + residual_TD.float()
-    # The stream in one tensor, in float32: edited there, it is rounded once, when it is stored.
+    # The float32 sum is edited in one tensor, so it is rounded only once, when it is stored.
     edit_residual_reference(None, x_TD, tables, site, adds_only=adds_only, capture=capture, rows_N=rows_N)
     scale_T1 = 1 / (x_TD.square().sum(1, keepdim=True) / x_TD.shape[1] + epsilon).sqrt()
     residual_TD.copy_(x_TD)
     if capture:
-        _read(None, residual_TD, tables, site, late=True)
+        _capture(None, residual_TD, tables, site, late=True)
     hidden_TD.copy_(x_TD * scale_T1 * weight_D.float())
 
 
@@ -172,7 +177,7 @@ def route_rows_reference(
     tables: Tables,
     num_tokens: int,
 ) -> None:
-    """Writes slot_T and pos_T, as `route_rows` does."""
+    """Write slot_T and pos_T, as `route_rows` does."""
     num_requests = idx_mapping_B.shape[0]
     tables.slot_T.zero_()
     tables.pos_T.zero_()

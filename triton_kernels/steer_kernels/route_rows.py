@@ -1,9 +1,10 @@
-# Triton kernels are untyped Python.
-# mypy: disable-error-code="untyped-decorator,no-untyped-def"
-"""Say, for each token row of the batch, whose program applies and at which position: one small launch a step.
+"""Find the slot and the position of each token row of the batch: one small launch per step.
 
 Legend: see `tables`; B requests of the batch.
 """
+
+# Triton kernels are untyped Python.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ import triton.language as tl
 
 from steer_kernels.tables import Tables
 
-# One warp a program and four rows a thread: 8,192 rows are 64 programs, all resident at once.
+# One warp per program and four rows per thread: 8,192 rows are 64 programs, all resident at once.
 BLOCK: Final = 128
 OPTIONS: Final[dict[str, int | bool]] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 @triton.jit(
     do_not_specialize=["num_requests", "num_tokens", "num_rows"],
-    # Slices of the engine's buffers start anywhere; their alignment must not compile another kernel while serving.
+    # Slices of the engine's buffers have any alignment. It must not trigger a compilation while serving.
     do_not_specialize_on_alignment=["query_start_loc_B1", "idx_mapping_B", "positions_T"],
 )
 def route_rows_kernel(
@@ -44,11 +45,11 @@ def route_rows_kernel(
         slot[t], pos[t] = (s, p) if steered else (0, 0)
 
     and (0, 0) for num_tokens <= t < num_rows. Shapes: query_start_loc int32 [B + 1], idx_mapping int32 [B] (-1 = not
-    steered), positions int32 or int64 [T], span int32 [S, 2]. STEPS: 2**STEPS > B. Nothing is read past B or T.
+    steered), positions int32 or int64 [T], span int32 [S, 2]. STEPS: 2**STEPS > B. No load goes past B or T.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_token = row < num_tokens
-    # The first request that ends after the row. Requests without rows end where they start and are stepped over.
+    # Binary search for the first request that ends after the row. It skips requests without rows.
     low = tl.zeros([BLOCK], tl.int32)
     high = low + num_requests
     for _ in range(STEPS):
@@ -74,16 +75,16 @@ def route_rows(
     tables: Tables,
     num_tokens: int,
 ) -> None:
-    """Writes all of `tables.slot_T` and `tables.pos_T` on the device, without a host sync.
+    """Write all of `tables.slot_T` and `tables.pos_T` on the device, without a host sync.
 
-    idx_mapping_B: batch position -> request-state index (slot - 1), or -1 for a request that isn't steered.
-    num_tokens: rows of the batch that are tokens; the rest, up to the buffers' length, get slot 0.
+    idx_mapping_B: batch position -> request-state index (slot - 1), or -1 for an unsteered request.
+    num_tokens: rows of the batch that are tokens. The other rows of the buffers get slot 0.
     """
     num_requests = idx_mapping_B.shape[0]
     num_rows = tables.slot_T.shape[0]
-    assert query_start_loc_B1.shape[0] > num_requests, "query_start_loc must have a number more than requests"
+    assert query_start_loc_B1.shape[0] > num_requests, "query_start_loc needs one element more than idx_mapping"
     assert num_tokens <= min(positions_T.shape[0], num_rows), "more tokens than positions or routing rows"
-    # From the number of slots, not of requests, so that one compiled kernel serves every batch size.
+    # Computed from the number of slots, so that one compiled kernel works for every batch size.
     steps = max(num_requests, tables.span_S2.shape[0]).bit_length()
     route_rows_kernel[(triton.cdiv(num_rows, BLOCK),)](
         query_start_loc_B1,

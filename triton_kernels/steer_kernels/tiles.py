@@ -1,10 +1,10 @@
-"""A row of D elements in registers: a tuple of tiles of TILE lanes, the last one masked where TILE does not divide D.
+"""A row of D elements in registers: a tuple of tiles of TILE lanes. The last tile is masked if TILE does not divide D.
 
-Why tiles: a tile is one or a few 16-byte vectors a thread, whatever D is, so that D needn't be a power of two, and sums
-over D keep one accumulator a lane of a tile instead of a product a lane of the row.
+Why tiles: a tile is one or a few 16-byte vectors per thread for any D, so D need not be a power of two. A sum over D
+needs one accumulator per lane of a tile, not one product per lane of the row.
 """
 
-# Triton kernels are untyped Python, and know no starred expressions.
+# Triton kernels are untyped Python and do not support starred expressions.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,assignment"
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(row, i: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
-    """Tile i of the row at pointer `row`, in its own dtype; 0 in the lanes beyond D, which load nothing."""
+    """Tile i of the row at pointer `row`, in its own dtype. Lanes beyond D are 0 and load nothing."""
     offs = i * TILE + tl.arange(0, TILE)
     return tl.load(row + offs, mask=offs < D, other=0.0)
 
 
 @triton.jit
 def store_tile(row, i: tl.constexpr, tile, D: tl.constexpr, TILE: tl.constexpr):
-    """Rounds a float32 tile to the dtype of `row` and stores its lanes below D."""
+    """Round a float32 tile to the dtype of `row` and store its lanes below D."""
     offs = i * TILE + tl.arange(0, TILE)
     tl.store(row + offs, tile.to(row.dtype.element_ty), mask=offs < D)
 
