@@ -23,6 +23,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from steer_engine.errors import ModelError
+from steer_engine.settings import CACHE_ENV
 
 MANIFEST = "steer_engine_manifest.json"
 MANIFEST_FORMAT = 1
@@ -66,7 +67,7 @@ PACKAGED = {
 
 def cache_dir() -> Path:
     """The cache folder: STEER_ENGINE_CACHE, or the user's cache folder. Everything in it can be recreated."""
-    chosen = os.environ.get("STEER_ENGINE_CACHE")
+    chosen = os.environ.get(CACHE_ENV)
     return Path(chosen).expanduser() if chosen else user_cache_path("steer-engine")
 
 

@@ -1,4 +1,4 @@
-"""Every setting in one place: environment variables, what is armed, and the limits with their names."""
+"""All settings: the names of the environment variables, what an engine is armed for, and all limits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.spec import MAX_SPEC_CHARS, Op, parse_blocks
 
-PREFIX = "STEER_ENGINE_"
+# Environment variables of a server. `serve` sets most of them from its flags, so that every process inherits them.
 
-# Environment variables. The first group configures a server; `serve` sets it from its flags for every process.
 ARMED_ENV = "STEER_ENGINE"
 """1 arms every engine with all defaults, without flags."""
 VECTORS_ENV = "STEER_ENGINE_VECTORS"
@@ -23,46 +22,26 @@ STRICT_ENV = "STEER_ENGINE_STRICT"
 DEFAULT_PRESET_ENV = "STEER_ENGINE_DEFAULT_PRESET"
 """Preset for requests that do not mention steering."""
 MIRROR_URL_ENV = "STEER_ENGINE_MIRROR"
+"""URL that the folder of vectors is kept in sync with."""
 MIRROR_SECONDS_ENV = "STEER_ENGINE_MIRROR_SECONDS"
+"""Mirror polling interval in seconds."""
 ADMIN_KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
 """Admin keys of a server, separated by commas. Two at once let an operator replace one while the other works."""
 ADMIN_KEY_FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
 """A file with one admin key per line, read again whenever it changes."""
 CACHED_VECTOR_BYTES_ENV = "STEER_ENGINE_LOADED_BYTES"
-"""Host memory of an API process for vectors read from its folder."""
+"""Host memory in bytes that an API process uses for vectors loaded from its folder."""
 
-# For clients and commands.
+# Environment variables of commands.
+
 URL_ENV = "STEER_ENGINE_URL"
 """The server that `vectors`, `presets` and `status` talk to."""
 ADMIN_KEY_ENV = "STEER_ENGINE_ADMIN_KEY"
+"""Key for changes to the registry of that server."""
 API_KEY_ENVS = ("STEER_ENGINE_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
+"""Key for requests to that server; the first one that is set counts."""
 CACHE_ENV = "STEER_ENGINE_CACHE"
 """Folder for converted packaged models."""
-
-
-class NamedLimits(BaseModel):
-    """A group of limits. `STEER_ENGINE_MAX_EDITS=4` in the environment sets the field `max_edits`, and so on.
-
-    `GET /v1/steering` publishes all limits.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @classmethod
-    def variable(cls, name: str) -> str:
-        """The environment variable of a field."""
-        return PREFIX + name.upper()
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        """The defaults, overridden by the environment. Raises UnsupportedEngineError for a bad number."""
-        named = {name: os.environ.get(cls.variable(name)) for name in cls.model_fields}
-        try:
-            return cls.model_validate({name: value for name, value in named.items() if value is not None})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UnsupportedEngineError(f"{cls.variable(str(first['loc'][0]))}: {first['msg']}.") from None
-
 
 CONFIG_KEY = "steer_engine"
 """Key of our settings in vLLM's `additional_config`, which reaches every process and enters the compile-cache key."""
@@ -70,11 +49,11 @@ CONFIG_KEY = "steer_engine"
 ALL_OPS = tuple(Op)
 
 PIN_SECONDS = 60.0
-"""How long an engine keeps a vector after it was shipped or named: the scheduler may not know its request yet."""
+"""An engine keeps a vector this long after it was shipped or named: its request may not be scheduled yet."""
 
 
 class SteeringConfig(BaseModel):
-    """What is armed. Every field changes the compiled graph or device memory; nothing else belongs here.
+    """What an engine is armed for. Only settings that change the compiled graph or device memory belong here.
 
     blocks: `"all"`, `"8-22"` or a list: blocks that can be steered.
     ops: operations that a request may use. `("add",)` compiles to a graph without reductions.
@@ -82,8 +61,8 @@ class SteeringConfig(BaseModel):
     bank_rows: total rows of the bank. Default: enough for all requests at once. With fewer, requests wait in the
         scheduler.
     capture: blocks whose residual stream can be captured (empty: none).
-    fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). One launch
-        less per block, but unsteered output then equals plain vLLM's within rounding, not bit for bit.
+    fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). This
+        saves one launch per block, but unsteered output then equals plain vLLM's within rounding, not bit for bit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -136,6 +115,9 @@ class SteeringConfig(BaseModel):
         """The settings if this engine is armed, otherwise None.
 
         An engine is armed if `additional_config` has our key, or the environment has STEER_ENGINE=1 (all defaults).
+
+        Raises:
+            UnsupportedEngineError: a setting is unknown or has an invalid value.
         """
         raw = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         if raw is None:
@@ -146,32 +128,6 @@ class SteeringConfig(BaseModel):
             first = error.errors()[0]
             where = ".".join(["additional_config", CONFIG_KEY, *(str(part) for part in first["loc"])])
             raise UnsupportedEngineError(f"{where}: {first['msg']}. Valid keys: {sorted(cls.model_fields)}.") from None
-
-
-class Limits(NamedLimits):
-    """Limits on one request."""
-
-    max_edits: int = Field(default=8, ge=1)
-    max_request_vectors: int = Field(default=16, ge=1)
-    """Different vectors that one request may name, including those of gates."""
-    max_abs_scale: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
-    max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
-    """Largest |edit| at a block in mean residual norms, where the vector's file has them. Useful doses are below 2."""
-    max_spec_bytes: int = Field(default=MAX_SPEC_CHARS, ge=1)
-    """Length of a spec as JSON text."""
-    max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
-    """Decoded bytes of all inline vectors of a request; 0 disables inline vectors."""
-    max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
-    """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
-    max_captures: int = Field(default=4, ge=1)
-    """Capturing requests of one API process at once; others wait. Bounds the rows that workers keep."""
-
-
-class EngineLimits(NamedLimits):
-    """Limits of one engine. Its processes read them from the environment, like the API that publishes them."""
-
-    store_bytes: int = Field(default=4 * 2**30, ge=0)
-    """Host memory of each worker for vectors. Vectors that no request names are dropped to make room."""
 
 
 def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[int, ...]:
@@ -189,6 +145,56 @@ def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[
     return blocks
 
 
+class NamedLimits(BaseModel):
+    """A group of limits. `STEER_ENGINE_MAX_EDITS=4` in the environment sets the field `max_edits`, and so on.
+
+    `GET /v1/steering` publishes all limits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """The environment variable of a field."""
+        return f"STEER_ENGINE_{name.upper()}"
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """The defaults, overridden by the environment. Raises UnsupportedEngineError for a bad number."""
+        named = {name: os.environ.get(cls.variable(name)) for name in cls.model_fields}
+        try:
+            return cls.model_validate({name: value for name, value in named.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UnsupportedEngineError(f"{cls.variable(str(first['loc'][0]))}: {first['msg']}.") from None
+
+
+class Limits(NamedLimits):
+    """Limits on one request."""
+
+    max_edits: int = Field(default=8, ge=1)
+    max_request_vectors: int = Field(default=16, ge=1)
+    """Distinct vectors of one request, including those of gates."""
+    max_abs_scale: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
+    max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    """Largest |edit| at a block in mean residual norms, where the vector's file has them. Useful doses are below 2."""
+    max_spec_bytes: int = Field(default=MAX_SPEC_CHARS, ge=1)
+    """Length of a spec as JSON text."""
+    max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
+    """Decoded bytes of all inline vectors of a request; 0 disables inline vectors."""
+    max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
+    """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
+    max_captures: int = Field(default=4, ge=1)
+    """Capturing requests of one API process at once; others wait. Bounds the rows that workers keep."""
+
+
+class EngineLimits(NamedLimits):
+    """Limits of one engine. Its processes and the API processes read them from the environment."""
+
+    store_bytes: int = Field(default=4 * 2**30, ge=0)
+    """Host memory of each worker for vectors. Vectors that no request names are dropped to make room."""
+
+
 class ApiLimits(NamedLimits):
     """Limits of one API process."""
 
@@ -197,7 +203,7 @@ class ApiLimits(NamedLimits):
     max_upload_bytes: int = Field(default=64 * 2**20, ge=1)
     """Body of an uploaded vector. 80 blocks of 8192 numbers are 2.6 MB."""
     max_uploads: int = Field(default=4, ge=1)
-    """Concurrent uploads; further ones get 503."""
+    """Concurrent uploads; further ones get 503 (retry later)."""
     max_bank_queue: int = Field(default=256, ge=1)
     """Steered requests that may wait for bank rows (--steering-bank-rows); further ones get 503."""
 

@@ -168,8 +168,7 @@ def require_admin(request: Request) -> None:
     keys = request.app.state.steering_admin_keys
     if not keys.configured:
         raise Refused(
-            "Changes are disabled: this server has no admin key (STEER_ENGINE_ADMIN_KEYS or "
-            "STEER_ENGINE_ADMIN_KEY_FILE).",
+            f"Changes are disabled: this server has no admin key ({ADMIN_KEYS_ENV} or {ADMIN_KEY_FILE_ENV}).",
             403,
         )
     if not keys.allow(request.headers):

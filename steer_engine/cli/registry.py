@@ -20,13 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from steer_engine.errors import RegistryError, SteeringRequestError, VectorFileError
+from steer_engine.settings import ADMIN_KEY_ENV, API_KEY_ENVS, URL_ENV
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
 
-URL_ENV = "STEER_ENGINE_URL"
-ADMIN_ENV = "STEER_ENGINE_ADMIN_KEY"
-KEY_ENVS = ("STEER_ENGINE_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
 DEFAULT_URL = "http://localhost:8000"
 TIMEOUT_SECONDS = 60
 MAX_ANSWER_BYTES = 1 << 30
@@ -73,8 +71,8 @@ class Remote:
         if not url.startswith(("http://", "https://")):
             raise RegistryError(f"{url} is not the URL of a server; it must begin with http:// or https://.")
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1/steering"
-        admin = os.environ.get(ADMIN_ENV, "")
-        key = next((found for name in KEY_ENVS if (found := os.environ.get(name))), admin)
+        admin = os.environ.get(ADMIN_KEY_ENV, "")
+        key = next((found for name in API_KEY_ENVS if (found := os.environ.get(name))), admin)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         if admin:
             self._headers["X-Steering-Admin-Key"] = admin
@@ -146,7 +144,7 @@ class _NotFound(RegistryError):
 
 def _reason(error: urllib.error.HTTPError) -> str:
     text = error.read(65536).decode(errors="replace")
-    hint = f" (the key is read from {ADMIN_ENV} or {KEY_ENVS[0]})" if error.code in (401, 403) else ""
+    hint = f" (the key is read from {ADMIN_KEY_ENV} or {API_KEY_ENVS[0]})" if error.code in (401, 403) else ""
     try:
         found = json.loads(text)["error"]
         return str(found["message"] if isinstance(found, dict) else found) + hint

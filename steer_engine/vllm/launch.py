@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Ask
 from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags
 from steer_engine.vllm.patching import Symbol
+from steer_engine.vllm.plugin import inference_keys
 
 CLI_ENV_SETUP = Symbol(
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup", moved_to="vllm.entrypoints.common.startup:cli_env_setup"
@@ -102,7 +102,7 @@ async def serving_app(args: Any) -> AsyncIterator[Ask]:
         app = build_app(args, tasks, engine_client.model_config)
         await init_app_state(engine_client, app.state, args, tasks)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        keys = inference_keys(args)
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         async with httpx.AsyncClient(
             transport=transport, base_url="http://batch", timeout=None, headers=headers

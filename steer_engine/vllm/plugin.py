@@ -135,9 +135,14 @@ class SteerEndpointPlugin:
 
 def _admit_admin_keys(args: Namespace, admin_keys: list[str]) -> None:
     """Where vLLM asks for a key below `/v1`, an admin key is valid too; vLLM reads the list after this."""
-    inference_keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
-    if inference_keys and admin_keys:
-        args.api_key = inference_keys + admin_keys
+    keys = inference_keys(args)
+    if keys and admin_keys:
+        args.api_key = keys + admin_keys
+
+
+def inference_keys(args: Namespace) -> list[str]:
+    """The keys that vLLM accepts below `/v1`; none if it asks for no key."""
+    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 def hide_kernel_folder() -> bool:

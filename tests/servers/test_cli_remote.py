@@ -12,16 +12,16 @@ from helpers.server_process import Server
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
-from steer_engine.cli.registry import ADMIN_ENV, KEY_ENVS, URL_ENV
 from steer_engine.errors import RegistryError, SteeringRequestError, VectorFileError
+from steer_engine.settings import ADMIN_KEY_ENV, API_KEY_ENVS, URL_ENV
 from steer_engine.vectors import load, save
 
 
 @pytest.fixture(autouse=True)
 def _operator(living: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in KEY_ENVS:
+    for name in API_KEY_ENVS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(ADMIN_ENV, ADMIN)
+    monkeypatch.setenv(ADMIN_KEY_ENV, ADMIN)
     monkeypatch.setenv(URL_ENV, living.url)
     monkeypatch.chdir(tmp_path)
 
@@ -116,13 +116,13 @@ def test_status(living: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mistakes_are_one_sentence_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     save(along(34), tmp_path / "mine.safetensors")
-    monkeypatch.setenv(ADMIN_ENV, "not the key of this server")
-    monkeypatch.setenv(KEY_ENVS[0], INFERENCE)
+    monkeypatch.setenv(ADMIN_KEY_ENV, "not the key of this server")
+    monkeypatch.setenv(API_KEY_ENVS[0], INFERENCE)
     assert "house" in call("vectors", "list")
-    with pytest.raises(RegistryError, match=f"401: .*{ADMIN_ENV}"):
+    with pytest.raises(RegistryError, match=f"401: .*{ADMIN_KEY_ENV}"):
         call("vectors", "add", "mine.safetensors")
-    monkeypatch.delenv(KEY_ENVS[0])
-    monkeypatch.delenv(ADMIN_ENV)
+    monkeypatch.delenv(API_KEY_ENVS[0])
+    monkeypatch.delenv(ADMIN_KEY_ENV)
     with pytest.raises(RegistryError, match="401"):
         call("vectors", "list")
     with pytest.raises(RegistryError, match=URL_ENV):

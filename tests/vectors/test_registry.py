@@ -15,9 +15,9 @@ from steer_engine.errors import (
     UnknownVectorError,
     VectorFileError,
 )
+from steer_engine.settings import CACHED_VECTOR_BYTES_ENV
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors import uploaded as uploaded_module
-from steer_engine.vectors.cache import BUDGET_VARIABLE
 from steer_engine.vectors.manifest import FOLDER
 
 CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
@@ -121,7 +121,7 @@ def test_damaged_content_is_logged_and_raises_404(tmp_path: Path, caplog: pytest
 def test_the_cache_is_limited_and_removed_vectors_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(BUDGET_VARIABLE, str(3 * 4 * 4))
+    monkeypatch.setenv(CACHED_VECTOR_BYTES_ENV, str(3 * 4 * 4))
     registry = Registry(tmp_path)
     for i in range(10):
         registry.put(f"v{i}", one(i))
