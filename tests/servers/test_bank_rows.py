@@ -57,7 +57,9 @@ async def ask(client: httpx.AsyncClient, number: int, max_tokens: int = 40) -> h
 
 
 def client_of(server: Server) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=400))
+    # uvicorn closes a connection that is idle for 5 s, which is httpx's default too: let the client be first.
+    limits = httpx.Limits(max_connections=400, keepalive_expiry=2)
+    return httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
 
 
 def tokens(answer: httpx.Response) -> list[int]:
