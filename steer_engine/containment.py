@@ -1,4 +1,4 @@
-"""Numeric containment: no accepted spec may produce a number that is not finite.
+"""Numeric containment: a spec whose edits could produce a number that is not finite is refused.
 
 A non-finite value in a KV block outlives its request: attention over the reused block spreads it to others. So three
 checks run while a spec is resolved: each number is representable on the device, each dose is within its limit, and all
