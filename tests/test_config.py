@@ -1,4 +1,4 @@
-"""Settings of an armed engine: what arms it, what is refused, and where it stands in vLLM's configuration."""
+"""Settings: what arms an engine, invalid values, armed blocks, and limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STEER_ENGINE", raising=False)
 
 
-def test_defaults_arm_everything_but_reading() -> None:
+def test_by_default_all_is_armed_except_capture() -> None:
     config = SteeringConfig()
     assert config.armed_blocks(5) == (0, 1, 2, 3, 4)
     assert config.ops == ALL_OPS == tuple(Op)
@@ -36,7 +36,7 @@ def test_not_armed(additional: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "0", "true", "yes", "11"])
-def test_other_words_do_not_arm(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_values_of_the_variable_do_not_arm(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEER_ENGINE", value)
     assert SteeringConfig.from_additional_config({}) is None
 
@@ -47,7 +47,7 @@ def test_the_environment_arms_with_defaults(additional: Any, monkeypatch: pytest
     assert SteeringConfig.from_additional_config(additional) == SteeringConfig()
 
 
-def test_settings_count_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_additional_config_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEER_ENGINE", "1")
     config = SteeringConfig.from_additional_config({CONFIG_KEY: {"rows": 2}})
     assert config == SteeringConfig(rows=2)
@@ -61,7 +61,7 @@ def test_settings_count_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
         SteeringConfig(blocks=(3, 4), capture="all"),
     ],
 )
-def test_the_settings_travel_as_plain_json(config: SteeringConfig) -> None:
+def test_settings_survive_json_and_pickle(config: SteeringConfig) -> None:
     additional = json.loads(json.dumps(config.to_additional_config()))
     assert SteeringConfig.from_additional_config(additional) == config
     assert pickle.loads(pickle.dumps(config)) == config
@@ -84,14 +84,14 @@ def test_the_settings_travel_as_plain_json(config: SteeringConfig) -> None:
         ("all", "steer_engine"),
     ],
 )
-def test_wrong_settings_stop_the_engine(raw: Any, where: str) -> None:
+def test_invalid_settings_are_errors(raw: Any, where: str) -> None:
     with pytest.raises(UnsupportedEngineError, match="Valid keys") as caught:
         SteeringConfig.from_additional_config({CONFIG_KEY: raw})
     assert where in caught.value.message
     assert ".:" not in caught.value.message
 
 
-def test_settings_are_frozen_and_strict() -> None:
+def test_settings_are_frozen_and_unknown_keys_are_errors() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         SteeringConfig().rows = 3  # type: ignore[misc]
     with pytest.raises(ValidationError):
@@ -103,8 +103,8 @@ def test_settings_are_frozen_and_strict() -> None:
 # Operations
 
 
-def test_operations_are_in_one_order_without_repeats() -> None:
-    """They enter the key of the compile cache."""
+def test_operations_are_sorted_without_repeats() -> None:
+    """They are part of the compile-cache key."""
     assert SteeringConfig(ops=(Op.SET, Op.ADD, Op.SET)).ops == (Op.ADD, Op.SET)
     assert SteeringConfig(ops=(Op.ADD, Op.ADD)).adds_only
     assert not SteeringConfig(ops=(Op.ABLATE,)).adds_only
@@ -122,12 +122,12 @@ def test_armed_blocks(blocks: Any, armed: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("blocks", ["8-10", "10", (3, 10), "", "x", "4-2", (), (-1,), "all,3"])
-def test_blocks_that_are_not_the_model_s(blocks: Any) -> None:
+def test_blocks_that_the_model_does_not_have(blocks: Any) -> None:
     with pytest.raises(UnsupportedEngineError, match="--steering-blocks"):
         SteeringConfig(blocks=blocks).armed_blocks(10)
 
 
-def test_reading_needs_armed_blocks() -> None:
+def test_capture_needs_armed_blocks() -> None:
     assert SteeringConfig(blocks="2-4", capture="3-4").capture_blocks(10) == (3, 4)
     assert SteeringConfig(blocks="2-4", capture=(4,)).capture_blocks(10) == (4,)
     with pytest.raises(UnsupportedEngineError, match=r"\[5\]"):
@@ -138,7 +138,7 @@ def test_reading_needs_armed_blocks() -> None:
         SteeringConfig(capture="4-10").capture_blocks(10)
 
 
-def test_published_limits() -> None:
+def test_default_limits() -> None:
     limits = Limits()
     assert (limits.max_edits, limits.max_abs_scale, limits.max_dose) == (8, 1000.0, 10.0)
     assert limits.max_spec_bytes == MAX_SPEC_CHARS

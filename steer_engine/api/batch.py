@@ -1,4 +1,7 @@
-"""The two files of a batch: requests in OpenAI's format, and the answers that are there already."""
+"""Batches: requests from a file in OpenAI's format, sent at once up to a limit, and answers into another file.
+
+Memory does not grow with the files. Answers are written in the order of completion; a run can be continued.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,25 @@ from typing import Any, BinaryIO
 from steer_engine.errors import BatchFileError
 
 MAX_LINE_BYTES = 64 * 2**20
+MAX_FAULT_CHARS = 300
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
-_UNKNOWN = 0
-"""In the table of finished lines: not finished. A checksum of 0 is stored as 1."""
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Waits before a request is sent again that got 503 (retry later)."""
+
+_NOT_FINISHED = 0
+"""Entry of a line without an answer. A checksum of 0 is stored as 1."""
+
+Send = Callable[[str, dict[str, Any]], Awaitable[tuple[int, Any]]]
+"""Sends a request: path and body -> HTTP status and body of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of the input: a request, or what is wrong with it."""
+    """One line of the input: a request, or the reason why it is invalid."""
 
     number: int
-    """From 0."""
+    """Counted from 0, empty lines included."""
     custom_id: str | None
     url: str = ""
     body: dict[str, Any] | None = None
@@ -34,7 +44,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The requests of a file, one at a time; empty lines are left out, bad ones come as faults."""
+    """Yield the lines of a file. Empty lines are left out; invalid ones have a `fault`."""
     with path.open("rb") as file:
         number = 0
         while True:
@@ -51,35 +61,35 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def parse_line(number: int, raw: bytes) -> Line:
-    """One line, or what is wrong with it."""
+    """Parse one line of the input. An invalid one has a `fault`."""
     try:
-        read = json.loads(raw)
+        parsed = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return Line(number=number, custom_id=None, fault=f"The line is not JSON: {error}"[:300])
-    if not isinstance(read, dict):
-        return Line(number=number, custom_id=None, fault=f"The line is no object but {type(read).__name__}.")
-    custom_id = read.get("custom_id")
+        return Line(number=number, custom_id=None, fault=f"The line is not JSON: {error}"[:MAX_FAULT_CHARS])
+    if not isinstance(parsed, dict):
+        return Line(number=number, custom_id=None, fault=f"The line must be an object, not {type(parsed).__name__}.")
+    custom_id = parsed.get("custom_id")
     if not isinstance(custom_id, str):
         return Line(number=number, custom_id=None, fault="custom_id must be a string.")
-    method, url, body = read.get("method", "POST"), read.get("url"), read.get("body")
+    method, url, body = parsed.get("method", "POST"), parsed.get("url"), parsed.get("body")
     fault = None
     if method != "POST":
         fault = f"method must be POST, not {str(method)[:20]}."
     elif url not in URLS:
-        fault = f"url {str(url)[:80]} is none of {', '.join(URLS)}."
+        fault = f"url must be one of {', '.join(URLS)}, not {str(url)[:80]}."
     elif not isinstance(body, dict):
         fault = "body must be an object."
     elif body.get("stream"):
-        fault = "A batch answers whole: leave out 'stream'."
+        fault = "A batch has no streams: leave out 'stream'."
     elif body.get("background"):
-        fault = "A batch waits for its answers: leave out 'background'."
+        fault = "A batch waits for each answer: leave out 'background'."
     if fault is not None:
         return Line(number=number, custom_id=custom_id, fault=fault)
     return Line(number=number, custom_id=custom_id, url=str(url), body=body)
 
 
 class Finished:
-    """Which input lines have an answer: four bytes a line, whatever the answers' size."""
+    """The input lines that have an answer. Uses four bytes per line."""
 
     def __init__(self) -> None:
         self._checksums = array("I")
@@ -87,30 +97,30 @@ class Finished:
 
     def add(self, number: int, custom_id: str | None) -> None:
         if number >= len(self._checksums):
-            self._checksums.extend([_UNKNOWN] * (number + 1 - len(self._checksums)))
-        self.count += self._checksums[number] == _UNKNOWN
+            self._checksums.extend([_NOT_FINISHED] * (number + 1 - len(self._checksums)))
+        self.count += self._checksums[number] == _NOT_FINISHED
         self._checksums[number] = _checksum(custom_id)
 
     def has(self, line: Line) -> bool:
-        """Whether this very line is answered. Raises BatchFileError if the answer is of another line."""
-        if line.number >= len(self._checksums) or self._checksums[line.number] == _UNKNOWN:
+        """Whether the line has an answer. Raises BatchFileError if that answer belongs to another line."""
+        if line.number >= len(self._checksums) or self._checksums[line.number] == _NOT_FINISHED:
             return False
         if self._checksums[line.number] != _checksum(line.custom_id):
             raise BatchFileError(
-                f"The output file has an answer to another line {line.number + 1}: it belongs to another input file. "
-                "Name a new output file."
+                f"The answer to line {line.number + 1} in the output file has another custom_id: it belongs to another "
+                "input file. Name a new output file."
             )
         return True
 
 
 def resume(path: Path, *, retry_errors: bool = False) -> Finished:
-    """What an output file holds already; a last line that was cut off is removed.
+    """Find the lines that an output file already answers. Removes an incomplete last line.
 
     Args:
-        retry_errors: forget the lines that failed, so that they are asked again.
+        retry_errors: also remove the lines that failed, so that they are sent again.
 
     Raises:
-        BatchFileError: the file is no output of a batch.
+        BatchFileError: the file is not the output of a batch. It is not changed.
     """
     finished = Finished()
     if not path.exists():
@@ -119,11 +129,11 @@ def resume(path: Path, *, retry_errors: bool = False) -> Finished:
     with path.open("rb") as old, kept.open("wb") as new:
         for raw in old:
             if not raw.endswith(b"\n"):
-                break  # cut off when the last run was killed
+                break  # incomplete: the last run was killed
             try:
-                read = json.loads(raw)
-                number, custom_id = int(read["id"].removeprefix("line-")) - 1, read["custom_id"]
-                failed = read["error"] is not None or read["response"]["status_code"] >= 400
+                parsed = json.loads(raw)
+                number, custom_id = int(parsed["id"].removeprefix("line-")) - 1, parsed["custom_id"]
+                failed = parsed["error"] is not None or parsed["response"]["status_code"] >= 400
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 kept.unlink()
                 raise BatchFileError(f"{path} is not the output of a batch; name another file.") from None
@@ -137,13 +147,13 @@ def resume(path: Path, *, retry_errors: bool = False) -> Finished:
 
 
 def answer_line(line: Line, status: int, body: Any) -> bytes:
-    """The output line for an answer of the server."""
+    """The output line of a request that the server answered."""
     response = {"status_code": status, "request_id": f"line-{line.number + 1}", "body": body}
     return _output(line, response, None)
 
 
 def fault_line(line: Line) -> bytes:
-    """The output line for an input line that could not be asked."""
+    """The output line of an invalid input line."""
     return _output(line, None, {"code": "invalid_line", "message": line.fault})
 
 
@@ -161,16 +171,9 @@ def _skip_rest_of_line(file: BinaryIO) -> None:
         pass
 
 
-Ask = Callable[[str, dict[str, Any]], Awaitable[tuple[int, Any]]]
-"""Path and body of a request -> HTTP status and body of its answer."""
-
-RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waits after 503: the server has no room right now."""
-
-
 @dataclass
 class Tally:
-    """What became of the lines of this run."""
+    """How many lines of a run were answered, failed, or were skipped because they had an answer."""
 
     answered: int = 0
     failed: int = 0
@@ -184,15 +187,15 @@ class Tally:
 async def run(
     source: Path,
     target: Path,
-    ask: Ask,
+    send: Send,
     *,
     finished: Finished,
     at_once: int,
     progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Ask every line of `source` that has no answer in `target`; memory stays at `at_once` requests.
+    """Send every line of `source` that has no answer in `target`, at most `at_once` at a time.
 
-    An exception of `ask` (the engine died) ends the run; what is answered by then is in the file.
+    An exception of `send` (the engine has died) ends the run. All answers until then are in the file.
     """
     tally = Tally()
     lines = read_lines(source)
@@ -200,7 +203,7 @@ async def run(
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(at_once):
-                    group.create_task(_work(lines, output, ask, finished, tally, progress))
+                    group.create_task(_work(lines, output, send, finished, tally, progress))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
     return tally
@@ -209,12 +212,12 @@ async def run(
 async def _work(
     lines: Iterator[Line],
     output: BinaryIO,
-    ask: Ask,
+    send: Send,
     finished: Finished,
     tally: Tally,
     progress: Callable[[Tally], None],
 ) -> None:
-    for line in lines:  # shared: each worker takes the next one
+    for line in lines:  # shared by all workers: each takes the next one
         if finished.has(line):
             tally.skipped += 1
         elif line.body is None:
@@ -222,10 +225,9 @@ async def _work(
             tally.failed += 1
         else:
             try:
-                status, body = await _patiently(ask, line)
+                status, body = await _send_with_retries(send, line)
             except RecursionError:
-                fault = replace(line, fault="The body is nested too deeply.")
-                output.write(fault_line(fault))
+                output.write(fault_line(replace(line, fault="The body is nested too deeply.")))
                 status = 400
             else:
                 output.write(answer_line(line, status, body))
@@ -235,11 +237,11 @@ async def _work(
         progress(tally)
 
 
-async def _patiently(ask: Ask, line: Line) -> tuple[int, Any]:
+async def _send_with_retries(send: Send, line: Line) -> tuple[int, Any]:
     assert line.body is not None
     for seconds in RETRY_SECONDS:
-        status, body = await ask(line.url, line.body)
+        status, body = await send(line.url, line.body)
         if status != 503:
             return status, body
         await asyncio.sleep(seconds)
-    return await ask(line.url, line.body)
+    return await send(line.url, line.body)

@@ -1,4 +1,4 @@
-"""`steer-engine batch IN OUT --model MODEL [any flag of serve]`."""
+"""`steer-engine batch IN OUT --model MODEL [any flag of serve]`: options, progress and summary."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from steer_engine.api.batch import Finished, Tally, read_lines, resume, run
 from steer_engine.errors import BatchFileError
 
 AT_ONCE = 512
-"""More than most engines run at once, so that the scheduler always has requests to choose from."""
+"""Requests sent at once by default: more than most engines run, so that some are always waiting."""
 
 
 def batch(argv: Sequence[str]) -> int:
-    """Answer a batch file. Run again with the same files, it continues where it stopped. Returns the exit status.
+    """Answer a batch file, or continue an earlier run with the same files. Returns the exit status.
 
     Raises:
-        SteerError: a file or a flag is wrong; nothing was started.
+        SteerError: a file or a flag is invalid. No engine was started.
     """
     own, rest = _parser().parse_known_args(list(argv))
     if not own.source.is_file():
         raise BatchFileError(f"There is no file {own.source}.")
     if own.source.resolve() == own.target.resolve():
-        raise BatchFileError("Input and output are the same file.")
+        raise BatchFileError(f"Input and output are the same file, {own.source}; name another output file.")
     finished = resume(own.target, retry_errors=own.retry_errors)
     if all(finished.has(line) for line in read_lines(own.source)):
-        tally = Tally(skipped=finished.count)  # nothing to start an engine for
+        tally = Tally(skipped=finished.count)  # needs no engine
     else:
         from steer_engine.vllm.launch import parse_serve_flags
 
@@ -47,7 +47,7 @@ def batch(argv: Sequence[str]) -> int:
 def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
+        raise argparse.ArgumentTypeError(f"{number} is too small; give at least 1")
     return number
 
 
@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="OUT", help="answers, one per line, in the order of completion")
     parser.add_argument("--model", required=True, help="as for `steer-engine serve`")
     parser.add_argument(
-        "--at-once", type=_at_least_one, default=AT_ONCE, metavar="N", help=f"requests at once (default {AT_ONCE})"
+        "--at-once", type=_at_least_one, default=AT_ONCE, metavar="N", help=f"requests sent at once (default {AT_ONCE})"
     )
-    parser.add_argument("--retry-errors", action="store_true", help="repeat lines that failed in an earlier run")
+    parser.add_argument("--retry-errors", action="store_true", help="send lines again that failed in an earlier run")
     return parser
 
 
@@ -79,14 +79,14 @@ async def _run(args: Any, own: argparse.Namespace, finished: Finished) -> Tally:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    async with serving_app(args) as ask:
+    async with serving_app(args) as send:
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("requests", total=total)
 
             def progress(tally: Tally) -> None:
                 bar.update(task, completed=tally.total, description=f"requests, {tally.failed} failed")
 
-            return await run(own.source, own.target, ask, finished=finished, at_once=own.at_once, progress=progress)
+            return await run(own.source, own.target, send, finished=finished, at_once=own.at_once, progress=progress)
 
 
 def _count_lines(path: Path) -> int:

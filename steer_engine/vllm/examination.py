@@ -1,17 +1,15 @@
-"""Whether a model can be served steered, found out before it is deployed: its configuration, and a small armed copy.
+"""Examines whether a model can be served steered: its configuration, and a small armed copy with random weights.
 
-Calls `EngineArgs.create_engine_config` and `LLMEngine.from_engine_args`, and reads why vLLM picks a model runner. Known
-for vLLM 0.32 and 0.33. Importing this module imports vLLM: plugins must be named, and the folder of kernels hidden,
-before.
+Wraps nothing. Calls `EngineArgs.create_engine_config` and `LLMEngine.from_engine_args`, and reports why vLLM chooses a
+model runner. Known for vLLM 0.32 and 0.33. Importing this module imports vLLM, so call `name_plugins` and
+`hide_kernel_folder` first.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.engine.arg_utils import EngineArgs
@@ -32,7 +30,6 @@ from steer_engine.vllm.supported import check_supported, model_shape
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-
 USED = (
     Symbol("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("usage_context",)),
     Symbol("vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",)),
@@ -41,7 +38,11 @@ USED = (
     Symbol("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", ("engine_args",)),
 )
 
-PROBE_SETTINGS: dict[str, Any] = {
+T = TypeVar("T")
+
+MAX_REASON_CHARS = 400
+
+COPY_ARGS: dict[str, Any] = {
     "load_format": "dummy",
     "enforce_eager": True,
     "max_model_len": 256,
@@ -51,14 +52,119 @@ PROBE_SETTINGS: dict[str, Any] = {
     "speculative_config": None,
     "disable_log_stats": True,
 }
-"""The copy has random weights and little memory; neither changes how a block carries the stream."""
+"""Engine arguments of the copy: random weights and little memory. Neither changes how a block carries the stream."""
+
+FEW_BLOCKS = 4
+"""Blocks of the copy of a large model, unless it needs more to have one of each kind."""
+
+LARGE = 0.5e9
+"""Approximate number of parameters from which the copy is smaller than the model."""
+
+MAX_EXPERTS = 16
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def engine_args(args: argparse.Namespace) -> EngineArgs:
-    """vLLM's engine settings from the flags of `serve`, for one rank of one replica: all ranks are equal."""
-    found = EngineArgs.from_cli_args(args)
-    return dataclasses.replace(
-        found,
+@dataclass(kw_only=True)
+class Diagnosis:
+    """The result of an examination, as far as it got.
+
+    forms: stream form -> blocks of the copy that have it. memory: bytes per rank.
+    """
+
+    model: str
+    against: list[str] = field(default_factory=list)
+    """Reasons why the model cannot be served steered."""
+    vllm: str = ""
+    num_symbols: int = 0
+    """vLLM symbols that Steer Engine wraps or uses."""
+    num_different: int = 0
+    """How many of them are missing or have another signature than expected."""
+    architecture: str = ""
+    hidden_size: int = 0
+    num_blocks: int = 0
+    dtype: str = ""
+    armed_blocks: list[int] = field(default_factory=list)
+    ops: list[str] = field(default_factory=list)
+    rows: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    runner: str = ""
+    runner_reason: str = ""
+    probed_blocks: int = 0
+    """Blocks of the copy; 0 if none was started."""
+    forms: dict[str, list[int]] = field(default_factory=dict)
+    kernel: str = ""
+    fused_blocks: int = 0
+    """Blocks of the copy that are edited inside the norm that follows them."""
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def serves(self) -> bool:
+        return not self.against
+
+    def to_json(self) -> dict[str, Any]:
+        return {"serves": self.serves, **asdict(self)}
+
+
+class _Stopped(Exception):
+    """The examination cannot continue; the diagnosis has the reason."""
+
+
+def examine(argv: Sequence[str], *, probe: bool = True) -> Diagnosis:
+    """Examine what `steer-engine serve` with `argv` would start.
+
+    probe: also start a small copy with random weights. Without it, only configurations are loaded.
+    """
+    # The copy runs in this process, so that its errors arrive unchanged.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    diagnosis = Diagnosis(model=argv[0] if argv else "")
+    try:
+        _check_symbols(diagnosis)
+        args = _attempt(diagnosis, lambda: _engine_args(argv))
+        diagnosis.model = args.model
+        vllm_config = _attempt(diagnosis, lambda: _examine_configuration(diagnosis, args))
+        if probe:
+            _attempt(diagnosis, lambda: _examine_copy(diagnosis, args, vllm_config))
+    except _Stopped:
+        pass
+    return diagnosis
+
+
+def all_symbols() -> tuple[Symbol, ...]:
+    """Every vLLM symbol that Steer Engine wraps or uses, including those of the commands `serve`, `batch`, `doctor`."""
+    return (*symbols.engine_symbols(), *symbols.api_symbols(), *launch.USED, *USED)
+
+
+def _check_symbols(diagnosis: Diagnosis) -> None:
+    hide_kernel_folder()
+    checked = all_symbols()
+    diagnosis.vllm, diagnosis.num_symbols = symbols.vllm_version(), len(checked)
+    problems = [problem for symbol in checked if (problem := symbol.problem()) is not None]
+    diagnosis.num_different = len(problems)
+    diagnosis.against += [f"vLLM {diagnosis.vllm} differs: {problem}" for problem in problems]
+    if diagnosis.against:
+        raise _Stopped
+
+
+def _attempt(diagnosis: Diagnosis, step: Callable[[], T]) -> T:
+    """The result of `step`. An error becomes a reason against the model, and stops the examination."""
+    try:
+        return step()
+    except SteerError as error:
+        diagnosis.against.append(error.message)
+    except Exception as error:  # vLLM refuses models and settings with errors of every kind
+        message = " ".join(str(error).split())[:MAX_REASON_CHARS]
+        diagnosis.against.append(f"vLLM: {type(error).__name__}: {message}")
+    raise _Stopped
+
+
+def _engine_args(argv: Sequence[str]) -> EngineArgs:
+    """vLLM's engine arguments from the flags of `serve`, for one rank of one replica: all ranks are equal."""
+    flags = launch.parse_serve_flags(argv)
+    register()
+    return replace(
+        EngineArgs.from_cli_args(flags),
         skip_tokenizer_init=True,
         tensor_parallel_size=1,
         data_parallel_size=1,
@@ -66,13 +172,34 @@ def engine_args(args: argparse.Namespace) -> EngineArgs:
     )
 
 
-def configuration(args: EngineArgs) -> VllmConfig:
-    """The whole configuration with vLLM's defaults on this machine. Nothing is loaded."""
-    return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+def _examine_configuration(diagnosis: Diagnosis, args: EngineArgs) -> VllmConfig:
+    """Record what the configuration says, with vLLM's defaults on this machine. Loads no weights."""
+    vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+    assert config is not None, "the flags of serve arm"
+    check_supported(vllm_config)
+    shape = model_shape(vllm_config, config)
+    diagnosis.architecture = ", ".join(vllm_config.model_config.hf_config.architectures or [])
+    diagnosis.hidden_size, diagnosis.num_blocks, diagnosis.dtype = shape.hidden_size, shape.num_blocks, shape.dtype
+    diagnosis.armed_blocks, diagnosis.ops = list(shape.armed_blocks), [op.value for op in shape.ops]
+    diagnosis.rows = shape.rows
+    diagnosis.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    diagnosis.max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    diagnosis.runner, diagnosis.runner_reason = model_runner(vllm_config)
+    device = footprint(vllm_config, config)
+    diagnosis.memory = {
+        "bank": device.bank,
+        "programs": device.programs,
+        "routing": device.routing,
+        "device": device.total,
+        "host_vector": 4 * shape.hidden_size * shape.num_blocks,
+        "host_store": EngineLimits.from_environment().store_bytes,
+    }
+    return vllm_config
 
 
 def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
-    """Bytes of the buffers of one rank, computed by the call that allocates them."""
+    """Bytes of the buffers of one rank. The call that allocates them in an engine runs here on the device `meta`."""
     shape = model_shape(vllm_config, config)
     tables = allocate_tables(
         config,
@@ -101,40 +228,41 @@ def model_runner(vllm_config: VllmConfig) -> tuple[str, str]:
     return name, f"V2 does not support {', '.join(unsupported)}" if unsupported else "vLLM's choice"
 
 
-def start_small(args: EngineArgs, shrink: Callable[[Any], Any]) -> dict[str, Any]:
-    """Start an armed copy in this process, with random weights and `shrink` applied to its configuration.
+def _examine_copy(diagnosis: Diagnosis, args: EngineArgs, vllm_config: VllmConfig) -> None:
+    """Start a small armed copy and record the stream forms of its blocks, and its kernel."""
+    worker = _start_copy(args)
+    diagnosis.probed_blocks = len(worker["armed_blocks"])
+    for block, form in worker["forms"].items():
+        diagnosis.forms.setdefault(form, []).append(int(block))
+    diagnosis.fused_blocks = len(worker["fused_blocks"])
+    diagnosis.kernel = "PyTorch" if worker["kernel"] == "torch" else "Triton"
+    requested = (args.additional_config or {})[CONFIG_KEY].get("fuse_norm", False)
+    if requested and not worker["fused_blocks"]:
+        reason = reason_not_to_fuse(vllm_config) or "Triton is not usable here, or no norm takes the stream unchanged"
+        diagnosis.kernel += f", not fused: {reason}"
+    elif worker["fused_blocks"]:
+        diagnosis.kernel += ", fused with the norms"
 
-    Returns the status of its worker. Raises UnsupportedEngineError if it cannot be armed, or vLLM's own errors.
+
+def _start_copy(args: EngineArgs) -> dict[str, Any]:
+    """Start the copy in this process. Returns the status of its worker.
+
+    Raises:
+        UnsupportedEngineError: it cannot be armed. vLLM's own errors pass through.
     """
     settings = dict(args.additional_config or {})
-    # A copy has fewer blocks than the flags may name; every kind of block is probed, whatever is armed.
+    # The copy has fewer blocks than the flags may name, so all are armed: every kind of block is probed.
     settings[CONFIG_KEY] = {**settings.get(CONFIG_KEY, {}), "blocks": "all", "capture": ()}
-    overrides = args.hf_overrides or shrink
-    copy = dataclasses.replace(args, **PROBE_SETTINGS, hf_overrides=overrides, additional_config=settings)
+    copy = replace(args, **COPY_ARGS, hf_overrides=args.hf_overrides or shrunken, additional_config=settings)
     engine = LLMEngine.from_engine_args(copy, usage_context=UsageContext.LLM_CLASS)
     status = engine_client.check_status([engine_client.call(engine, "status")])
     worker: dict[str, Any] = status["workers"][0]
     return worker
 
 
-FEW_BLOCKS = 4
-"""Blocks of a copy of a large model, unless it needs more to have one of each kind."""
-
-LARGE = 0.5e9
-"""Parameters, roughly; a smaller model is probed whole."""
-
-MOST_EXPERTS = 16
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def shrunken(config: Any) -> Any:
-    """The Hugging Face configuration `config`, changed in place: fewer blocks and experts where it is large."""
-    text = text_config(config)
+    """The Hugging Face configuration `config`, changed in place: fewer blocks and experts if the model is large."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "hidden_size") or rough_size(text) < LARGE:
         return config
     num_blocks = text.num_hidden_layers
@@ -145,12 +273,12 @@ def shrunken(config: Any) -> Any:
     text.num_hidden_layers = few
     for name in _EXPERTS:
         if isinstance(found := getattr(text, name, None), int):
-            setattr(text, name, min(found, MOST_EXPERTS))
+            setattr(text, name, min(found, MAX_EXPERTS))
     return config
 
 
 def blocks_to_probe(text: Any) -> int:
-    """The number of first blocks that contain one of each kind."""
+    """How many blocks, counted from the first, contain one of each kind."""
     num_blocks: int = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or [None]
     first_of_each = max(kinds.index(kind) for kind in set(kinds)) + 1
@@ -166,148 +294,3 @@ def rough_size(text: Any) -> float:
     if experts > 1:
         wide = experts * (getattr(text, "moe_intermediate_size", None) or wide)
     return float(text.num_hidden_layers * hidden * (3 * wide + 4 * hidden) + 2 * text.vocab_size * hidden)
-
-
-@dataclass(kw_only=True)
-class Diagnosis:
-    """The result of an examination, as far as it got. The model can be served if nothing is `against` it.
-
-    forms: stream form -> the blocks of the probed copy that have it. memory: bytes, on each rank.
-    """
-
-    model: str
-    against: list[str] = field(default_factory=list)
-    """Reasons why the model cannot be served steered."""
-    vllm: str = ""
-    num_symbols: int = 0
-    """vLLM symbols that Steer Engine wraps or uses."""
-    num_different: int = 0
-    """How many of them differ from what it knows."""
-    architecture: str = ""
-    hidden_size: int = 0
-    num_blocks: int = 0
-    dtype: str = ""
-    armed_blocks: list[int] = field(default_factory=list)
-    ops: list[str] = field(default_factory=list)
-    rows: int = 0
-    max_num_seqs: int = 0
-    max_num_batched_tokens: int = 0
-    runner: str = ""
-    runner_reason: str = ""
-    probed_blocks: int = 0
-    """0: nothing was loaded."""
-    forms: dict[str, list[int]] = field(default_factory=dict)
-    kernel: str = ""
-    fused_blocks: int = 0
-    """Probed blocks that are edited inside the norm that follows them."""
-    memory: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def serves(self) -> bool:
-        return not self.against
-
-    def to_json(self) -> dict[str, Any]:
-        return {"serves": self.serves, **asdict(self)}
-
-
-T = TypeVar("T")
-
-
-class _Stopped(Exception):
-    """The examination cannot continue; the diagnosis has the reason."""
-
-
-def examine(argv: Sequence[str], *, probe: bool = True) -> Diagnosis:
-    """Examine what `steer-engine serve` with `argv` would start.
-
-    probe: also start a small copy with random weights; otherwise only configurations are read.
-    """
-    # The copy runs in this process, so that its errors arrive unchanged.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    diagnosis = Diagnosis(model=argv[0] if argv else "")
-    try:
-        _check_symbols(diagnosis)
-        requested = _attempt(diagnosis, lambda: _settings(argv))
-        diagnosis.model = requested.model
-        vllm_config = _attempt(diagnosis, lambda: _configure(diagnosis, requested))
-        if probe and diagnosis.serves:
-            _attempt(diagnosis, lambda: _probe(diagnosis, requested, vllm_config))
-    except _Stopped:
-        pass
-    return diagnosis
-
-
-def all_symbols() -> tuple[Symbol, ...]:
-    """Every vLLM symbol that Steer Engine wraps or uses, including those of the commands `serve`, `batch`, `doctor`."""
-    return (*symbols.engine_symbols(), *symbols.api_symbols(), *launch.USED, *USED)
-
-
-def _check_symbols(diagnosis: Diagnosis) -> None:
-    hide_kernel_folder()
-    checked = all_symbols()
-    diagnosis.vllm, diagnosis.num_symbols = symbols.vllm_version(), len(checked)
-    problems = [problem for symbol in checked if (problem := symbol.problem()) is not None]
-    diagnosis.num_different = len(problems)
-    diagnosis.against += [f"vLLM {diagnosis.vllm} differs: {problem}" for problem in problems]
-    if diagnosis.against:
-        raise _Stopped
-
-
-def _attempt(diagnosis: Diagnosis, step: Callable[[], T]) -> T:
-    try:
-        return step()
-    except SteerError as error:
-        diagnosis.against.append(error.message)
-    except Exception as error:  # vLLM refuses models and settings by errors of every kind
-        diagnosis.against.append(f"vLLM: {type(error).__name__}: {_first_lines(str(error))}")
-    raise _Stopped
-
-
-def _first_lines(text: str) -> str:
-    return " ".join(text.split())[:400]
-
-
-def _settings(argv: Sequence[str]) -> EngineArgs:
-    args = launch.parse_serve_flags(argv)
-    register()
-    return engine_args(args)
-
-
-def _configure(diagnosis: Diagnosis, requested: EngineArgs) -> Any:
-    vllm_config = configuration(requested)
-    config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-    assert config is not None, "the flags of serve arm"
-    check_supported(vllm_config)
-    shape = model_shape(vllm_config, config)
-    diagnosis.architecture = ", ".join(vllm_config.model_config.hf_config.architectures or [])
-    diagnosis.hidden_size, diagnosis.num_blocks, diagnosis.dtype = shape.hidden_size, shape.num_blocks, shape.dtype
-    diagnosis.armed_blocks, diagnosis.ops = list(shape.armed_blocks), [op.value for op in shape.ops]
-    diagnosis.rows = shape.rows
-    diagnosis.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    diagnosis.max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    diagnosis.runner, diagnosis.runner_reason = model_runner(vllm_config)
-    device = footprint(vllm_config, config)
-    diagnosis.memory = {
-        "bank": device.bank,
-        "programs": device.programs,
-        "routing": device.routing,
-        "device": device.total,
-        "host_vector": 4 * shape.hidden_size * shape.num_blocks,
-        "host_store": EngineLimits.from_environment().store_bytes,
-    }
-    return vllm_config
-
-
-def _probe(diagnosis: Diagnosis, requested: EngineArgs, vllm_config: Any) -> None:
-    worker = start_small(requested, shrunken)
-    diagnosis.probed_blocks = len(worker["armed_blocks"])
-    for block, form in worker["forms"].items():
-        diagnosis.forms.setdefault(form, []).append(int(block))
-    diagnosis.fused_blocks = len(worker["fused_blocks"])
-    diagnosis.kernel = "PyTorch" if worker["kernel"] == "torch" else "Triton"
-    wanted = (requested.additional_config or {})[CONFIG_KEY].get("fuse_norm", False)
-    if wanted and not worker["fused_blocks"]:
-        reason = reason_not_to_fuse(vllm_config) or "there is no Triton here, or no norm takes the stream as it is"
-        diagnosis.kernel += f", not fused: {reason}"
-    elif worker["fused_blocks"]:
-        diagnosis.kernel += ", fused with the norms"

@@ -1,6 +1,6 @@
 """Starts vLLM's own server, armed: with a port (`serve`), or without one in this process (`serving_app`, for batches).
 
-Wraps nothing: calls what `vllm serve` calls. Known for vLLM 0.32 and 0.33.
+Wraps nothing. Calls what `vllm serve` calls. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from steer_engine.api.answers import envelope
-from steer_engine.api.batch import Ask
+from steer_engine.api.batch import Send
 from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import inference_keys
@@ -38,14 +38,14 @@ USED = (
 MAX_ECHO_CHARS = 200
 
 SHUTDOWN_TIMEOUT_SECONDS = 30
-"""vLLM's own default of 0 leaves running requests without an answer on SIGTERM."""
+"""Default of --shutdown-timeout. With vLLM's default of 0, SIGTERM drops running requests without an answer."""
 
 
 def serve(argv: Sequence[str]) -> int:
     """Run the server until it is stopped. argv: everything after `steer-engine serve`. Returns the exit status.
 
     Raises:
-        SteerError: the flags describe something that cannot be served steered; nothing was started.
+        SteerError: the server cannot serve steered requests with these flags. Nothing was started.
     """
     args = parse_serve_flags(argv)
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -55,7 +55,7 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of `vllm serve` and ours, ready for an armed start. Sets the environment that belongs to them.
+    """Parse the flags of `vllm serve` and ours, and prepare an armed start: sets environment variables.
 
     Raises:
         SteerError: as `serve`.
@@ -75,23 +75,24 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser(command: Any) -> argparse.ArgumentParser:
-    """vLLM's own parser of `serve`, with our flags as one more group, so that --config and --help know them too."""
+    """vLLM's parser of `serve` with our flags as one more group, so that --config and --help include them."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser: argparse.ArgumentParser = FlexibleArgumentParser(prog="steer-engine")
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
     serve_parser.usage = "steer-engine serve [model_tag] [options]"
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS)
-    add_flags(serve_parser.add_argument_group("SteerEngine", description="What is armed, and the vectors it serves."))
+    description = "What is armed for steering, and which vectors are served."
+    add_flags(serve_parser.add_argument_group("SteerEngine", description=description))
     return parser
 
 
 @asynccontextmanager
-async def serving_app(args: Any) -> AsyncIterator[Ask]:
+async def serving_app(args: Any) -> AsyncIterator[Send]:
     """Start an engine with the parsed flags `args`, and yield a function that sends it requests without a socket.
 
-    The answers are those of the server, errors included. The engine ends with the context. A request to a dead engine
-    raises RuntimeError.
+    Answers, errors included, are those of the server. The engine stops when the context ends. If the engine has died,
+    the function raises RuntimeError.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -108,19 +109,19 @@ async def serving_app(args: Any) -> AsyncIterator[Ask]:
             transport=transport, base_url="http://batch", timeout=None, headers=headers
         ) as client:
 
-            async def ask(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-                # httpx's own JSON refuses half a surrogate or a NaN, which would end the whole batch.
+            async def send(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+                # httpx's own encoder raises for a lone surrogate or a NaN, which would end the whole batch.
                 content = json.dumps(body).encode()
                 answer = await client.post(path, content=content, headers={"Content-Type": "application/json"})
                 if answer.status_code >= 500 and engine_client.errored:
                     raise RuntimeError("The engine has died; run the same command again to continue.")
                 return answer.status_code, _body_of(answer)
 
-            yield ask
+            yield send
 
 
 def _body_of(answer: httpx.Response) -> Any:
-    """The JSON of an answer. A failing server may answer with other text, which becomes an error in the usual form."""
+    """The JSON of an answer. Any other text, as from a failing server, becomes an error object."""
     try:
         return answer.json()
     except ValueError:

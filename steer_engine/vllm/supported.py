@@ -1,4 +1,7 @@
-"""Which engine configurations can be armed. What is not known to be exact is refused at start-up, with the reason."""
+"""Which engine configurations can be armed, and the shape of their model. Wraps nothing.
+
+A setting that is not known to be exact is refused at startup, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
-    """Raise UnsupportedEngineError for a setting under which token rows are not the scheduler's, or state is lost."""
+    """Raise UnsupportedEngineError if a setting adds token rows that the scheduler does not plan, or loses state."""
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
     refused = {
@@ -26,7 +29,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
         "elastic expert parallelism": bool(getattr(parallel, "enable_elastic_ep", False)),
         "kv_sharing_fast_prefill": bool(vllm_config.cache_config.kv_sharing_fast_prefill),
         "sleep mode (--enable-sleep-mode)": bool(getattr(model, "enable_sleep_mode", False)),
-        "a KV connector (--kv-transfer-config): its keys do not know of steering": (
+        "a KV connector (--kv-transfer-config): its keys do not name the steering": (
             vllm_config.kv_transfer_config is not None
         ),
         f"runner type {model.runner_type!r}": model.runner_type != "generate",
@@ -44,7 +47,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
 
 
 def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
-    """What requests are checked against, from the configuration alone."""
+    """The model's shape and what is armed, from the configuration alone. Requests are checked against it."""
     model = vllm_config.model_config
     num_blocks = model.get_total_num_hidden_layers()
     return ModelShape(

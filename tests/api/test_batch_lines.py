@@ -1,4 +1,4 @@
-"""Reading a batch, and going on with one: bad lines are faults, torn ones are asked again."""
+"""Parsing a batch, and continuing one: invalid lines have faults, incomplete answers are sent again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steer_engine.api import batch as lines_module
+from steer_engine.api import batch
 from steer_engine.api.batch import Line, answer_line, fault_line, parse_line, read_lines, resume
 from steer_engine.errors import BatchFileError
 
@@ -37,8 +37,8 @@ def test_good_lines_of_each_kind(tmp_path: Path) -> None:
         (b"{", "not JSON"),
         (b"\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[]", "no object"),
-        (b"3", "no object"),
+        (b"[]", "must be an object"),
+        (b"3", "must be an object"),
         (request(None), "custom_id"),
         (request(3), "custom_id"),
         (request(method="GET"), "method"),
@@ -59,10 +59,10 @@ def test_bad_lines_say_what_is_wrong(raw: bytes, says: str) -> None:
     assert says in written["error"]["message"]
 
 
-def test_a_line_that_is_too_long_is_one_fault_and_is_never_held(
+def test_a_line_that_is_too_long_is_one_fault_and_never_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(batch, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "in.jsonl"
     path.write_bytes(request("a") + b"\n" + b"x" * 3_000_000 + b"\n" + request("b") + b"\n")
     tracemalloc.start()
@@ -81,20 +81,20 @@ def test_finished_lines_take_four_bytes_each(tmp_path: Path) -> None:
             file.write(answer_line(Line(number=number, custom_id=f"id {number}"), 200, {}))
     tracemalloc.start()
     finished = resume(path)
-    held = tracemalloc.get_traced_memory()[0]
+    used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert finished.count == 100_000
-    assert held < 1_500_000
+    assert used < 1_500_000
 
 
-def test_resume_knows_what_is_there_and_drops_a_torn_line(tmp_path: Path) -> None:
+def test_resume_finds_the_answers_and_removes_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     assert resume(path).count == 0
     good = answer_line(Line(number=2, custom_id="c"), 200, {"text": "ü\n"})
     bad = answer_line(Line(number=0, custom_id="a"), 404, {"error": {}})
     fault = fault_line(Line(number=1, custom_id=None, fault="no JSON"))
-    torn = answer_line(Line(number=3, custom_id="d"), 200, {})[:-5]
-    path.write_bytes(good + bad + fault + torn)
+    incomplete = answer_line(Line(number=3, custom_id="d"), 200, {})[:-5]
+    path.write_bytes(good + bad + fault + incomplete)
     finished = resume(path)
     assert finished.count == 3
     assert path.read_bytes() == good + bad + fault
@@ -107,7 +107,7 @@ def test_resume_knows_what_is_there_and_drops_a_torn_line(tmp_path: Path) -> Non
     assert path.read_bytes() == good
 
 
-def test_an_output_of_another_input_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_the_output_of_another_input_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(answer_line(Line(number=0, custom_id="a"), 200, {}))
     with pytest.raises(BatchFileError, match="line 1"):
@@ -115,7 +115,7 @@ def test_an_output_of_another_input_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["hello\n", "{}\n", '{"id": "x", "custom_id": "a"}\n', "[]\n", "3\n"])
-def test_a_file_that_is_no_output_is_not_touched(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_an_output_is_not_changed(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(text)
     with pytest.raises(BatchFileError, match=r"notes\.txt"):

@@ -1,4 +1,4 @@
-"""Bounded concurrency, flat memory, one answer a line; an engine that dies loses nothing that was answered."""
+"""Running a batch: bounded concurrency and memory, one answer per line; answers survive the death of the engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_every_line_is_answered_once(tmp_path: Path) -> None:
     running: list[int] = []
     most = [0]
 
-    async def ask(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    async def send(url: str, body: dict[str, Any]) -> tuple[int, Any]:
         running.append(1)
         most[0] = max(most[0], len(running))
         await asyncio.sleep(0.001)
@@ -48,7 +48,7 @@ async def test_every_line_is_answered_once(tmp_path: Path) -> None:
 
     seen: list[int] = []
     tally = await run(
-        source, target, ask, finished=resume(target), at_once=16, progress=lambda tally: seen.append(tally.total)
+        source, target, send, finished=resume(target), at_once=16, progress=lambda tally: seen.append(tally.total)
     )
     assert tally == Tally(answered=499, failed=2)
     assert most[0] == 16
@@ -60,14 +60,14 @@ async def test_every_line_is_answered_once(tmp_path: Path) -> None:
     assert "not JSON" in found[None]["error"]["message"]
 
 
-async def test_going_on_asks_only_what_is_missing(tmp_path: Path) -> None:
+async def test_a_continued_run_sends_only_lines_without_answers(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     write(source, 100)
-    asked: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
 
     async def dies(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-        asked[body["prompt"]] += 1
-        if asked.total() == 40:
+        sent[body["prompt"]] += 1
+        if sent.total() == 40:
             raise RuntimeError("dead")
         return await echo(url, body)
 
@@ -76,13 +76,13 @@ async def test_going_on_asks_only_what_is_missing(tmp_path: Path) -> None:
     done = len(answers(target))
     assert 30 < done < 40
     with target.open("ab") as file:
-        file.write(b'{"id":"line-')  # as a kill in the middle of a write leaves it
+        file.write(b'{"id":"line-')  # as left by a kill during a write
     tally = await run(source, target, echo, finished=resume(target), at_once=4)
     assert (tally.skipped, tally.answered) == (done, 100 - done)
     assert sorted(answers(target)) == sorted(f"id {i}" for i in range(100))
 
 
-async def test_503_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_got_503_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "RETRY_SECONDS", (0.001, 0.001))
     source, target = tmp_path / "in", tmp_path / "out"
     write(source, 2)
@@ -97,11 +97,11 @@ async def test_503_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tries == {"0": 3, "1": 3}
 
 
-async def test_a_body_that_is_nested_too_deeply_to_be_sent_is_one_error_line(tmp_path: Path) -> None:
+async def test_a_body_nested_too_deeply_to_be_sent_is_one_error_line(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     write(source, 3)
 
-    async def ask(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    async def send(url: str, body: dict[str, Any]) -> tuple[int, Any]:
         if body["prompt"] == "1":
             nested: list[Any] = []
             for _ in range(100_000):
@@ -109,7 +109,7 @@ async def test_a_body_that_is_nested_too_deeply_to_be_sent_is_one_error_line(tmp
             json.dumps(nested)
         return await echo(url, body)
 
-    assert await run(source, target, ask, finished=resume(target), at_once=2) == Tally(answered=2, failed=1)
+    assert await run(source, target, send, finished=resume(target), at_once=2) == Tally(answered=2, failed=1)
     assert "nested" in answers(target)["id 1"]["error"]["message"]
 
 

@@ -1,4 +1,4 @@
-"""The doctor on models that can be served steered, on configurations of large ones, and on what is refused."""
+"""`steer-engine doctor`: a model that can be served steered, configurations of large models, and refused ones."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ LARGE = {
 }  # fmt: skip
 """Shapes of Llama 2; no weights, no tokenizer."""
 
-OF_LARGE = ["--memory-only", "--json", "--max-num-seqs", "256", "--max-num-batched-tokens", "2048"]
+LARGE_FLAGS = ["--memory-only", "--json", "--max-num-seqs", "256", "--max-num-batched-tokens", "2048"]
 
 
 @pytest.fixture(scope="module")
 def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Name of a run -> exit status, and what it printed."""
+    """Name of a run -> exit status and standard output."""
     folder = tmp_path_factory.mktemp("doctor")
     for name, shape in LARGE.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(LLAMA | shape))
-    nobody = {"architectures": ["NobodyForCausalLM"], "model_type": "llama"}
+    unknown = {"architectures": ["UnknownForCausalLM"], "model_type": "llama"}
     (folder / "unknown").mkdir()
-    (folder / "unknown" / "config.json").write_text(json.dumps(LLAMA | LARGE["7b"] | nobody))
+    (folder / "unknown" / "config.json").write_text(json.dumps(LLAMA | LARGE["7b"] | unknown))
     runs = {
-        "7b": [str(folder / "7b"), *OF_LARGE],
-        "70b": [str(folder / "70b"), *OF_LARGE, "--tensor-parallel-size", "8"],
-        "70b lean": [str(folder / "70b"), *OF_LARGE, "--steering-rows", "1", "--steering-blocks", "20-39"],
-        "fast prefill": [str(folder / "7b"), *OF_LARGE, "--kv-sharing-fast-prefill"],
+        "7b": [str(folder / "7b"), *LARGE_FLAGS],
+        "70b": [str(folder / "70b"), *LARGE_FLAGS, "--tensor-parallel-size", "8"],
+        "70b lean": [str(folder / "70b"), *LARGE_FLAGS, "--steering-rows", "1", "--steering-blocks", "20-39"],
+        "fast prefill": [str(folder / "7b"), *LARGE_FLAGS, "--kv-sharing-fast-prefill"],
         "flag": [tiny_llama, "--memory-only", "--steering-row", "3"],
         "blocks": [tiny_llama, "--memory-only", "--steering-blocks", "1-3"],
         "unknown": [str(folder / "unknown"), "--memory-only"],
         "tiny": [tiny_llama, "--json", "--max-num-seqs", "8", "--dtype", "float32", "--steering-fuse-norm"],
-        "tiny for people": [tiny_llama, "--memory-only", "--max-num-seqs", "8", "--dtype", "float32"],
+        "tiny table": [tiny_llama, "--memory-only", "--max-num-seqs", "8", "--dtype", "float32"],
     }
     script = Path(__file__).parents[1] / "helpers" / "examinations.py"
     command = [sys.executable, "-P", str(script), str(folder / "out.json"), json.dumps(list(runs.values()))]
@@ -74,35 +74,37 @@ def diagnosis(found: dict[str, tuple[int, str]], name: str) -> dict[str, Any]:
         ("70b lean", 256 * 20 * 1 * 8192 * 2),
     ],
 )
-def test_bytes_of_large_models_without_weights(found: dict[str, tuple[int, str]], name: str, bank: int) -> None:
+def test_memory_of_large_models_by_configuration(
+    found: dict[str, tuple[int, str]], name: str, bank: int
+) -> None:
     status, _ = found[name]
-    told = diagnosis(found, name)
-    assert (status, told["serves"], told["against"]) == (0, True, [])
-    assert told["probed_blocks"] == 0
-    memory = told["memory"]
+    shown = diagnosis(found, name)
+    assert (status, shown["serves"], shown["against"]) == (0, True, [])
+    assert shown["probed_blocks"] == 0
+    memory = shown["memory"]
     assert memory["bank"] == bank
-    sites = len(told["armed_blocks"])
-    # Entries of 16 words and their number, for each request, slot 0 too; whether it keeps norms; its span.
-    assert memory["programs"] == 4 * 257 * (sites * (16 * told["rows"] + 1) + 1 + 2)
+    sites = len(shown["armed_blocks"])
+    # Per slot, slot 0 included: 16 words per entry and their number for each site, one flag, and two span bounds.
+    assert memory["programs"] == 4 * 257 * (sites * (16 * shown["rows"] + 1) + 1 + 2)
     assert 2 * 4 * 2048 <= memory["routing"] <= 2 * 4 * 2064
     assert memory["device"] == bank + memory["programs"] + memory["routing"]
-    assert memory["host_vector"] == 4 * told["hidden_size"] * told["num_blocks"]
+    assert memory["host_vector"] == 4 * shown["hidden_size"] * shown["num_blocks"]
 
 
 def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
     status, _ = found["tiny"]
-    told = diagnosis(found, "tiny")
-    assert (status, told["serves"]) == (0, True), told["against"]
-    assert told["num_symbols"] > 60
-    assert told["num_different"] == 0
-    assert told["forms"] == {"split": [0, 1, 2]}
-    assert (told["probed_blocks"], told["num_blocks"]) == (3, 3)
-    assert told["runner"] in ("V1", "V2")
-    assert told["runner_reason"]
-    assert told["ops"] == ["add", "add_relative", "ablate", "clamp", "set"]
-    if told["kernel"].startswith("PyTorch"):
-        assert told["kernel"].startswith("PyTorch, not fused: ")
-    assert told["memory"]["bank"] == 8 * 3 * 4 * 64 * 4
+    shown = diagnosis(found, "tiny")
+    assert (status, shown["serves"]) == (0, True), shown["against"]
+    assert shown["num_symbols"] > 60
+    assert shown["num_different"] == 0
+    assert shown["forms"] == {"split": [0, 1, 2]}
+    assert (shown["probed_blocks"], shown["num_blocks"]) == (3, 3)
+    assert shown["runner"] in ("V1", "V2")
+    assert shown["runner_reason"]
+    assert shown["ops"] == ["add", "add_relative", "ablate", "clamp", "set"]
+    if shown["kernel"].startswith("PyTorch"):
+        assert shown["kernel"].startswith("PyTorch, not fused: ")
+    assert shown["memory"]["bank"] == 8 * 3 * 4 * 64 * 4
 
 
 @pytest.mark.parametrize(
@@ -111,22 +113,22 @@ def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
         ("fast prefill", "kv_sharing_fast_prefill"),
         ("flag", "--steering-row"),
         ("blocks", "3 blocks"),
-        ("unknown", "NobodyForCausalLM"),
+        ("unknown", "UnknownForCausalLM"),
     ],
 )
-def test_what_the_server_would_refuse(found: dict[str, tuple[int, str]], name: str, words: str) -> None:
-    status, said = found[name]
+def test_a_configuration_that_the_server_would_refuse(found: dict[str, tuple[int, str]], name: str, words: str) -> None:
+    status, printed = found[name]
     assert status == 1
-    assert words in said
+    assert words in printed
     if name == "fast prefill":
         assert not diagnosis(found, name)["serves"]
     else:
-        assert "no: " in said
-        assert "yes: " not in said
+        assert "no: " in printed
+        assert "yes: " not in printed
 
 
-def test_the_table_for_people(found: dict[str, tuple[int, str]], tiny_llama: str) -> None:
-    status, said = found["tiny for people"]
+def test_the_printed_table(found: dict[str, tuple[int, str]], tiny_llama: str) -> None:
+    status, printed = found["tiny table"]
     assert status == 0
     for words in (tiny_llama, "3 of 3 blocks: 0-2", "24.0 KiB", "8 requests of 4 rows", "nothing was loaded"):
-        assert words in said
+        assert words in printed

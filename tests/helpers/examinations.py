@@ -19,9 +19,9 @@ def main() -> None:
 
     found = []
     for argv in json.loads(sys.argv[2]):
-        with redirect_stdout(io.StringIO()) as said:
+        with redirect_stdout(io.StringIO()) as printed:
             status = doctor(argv)
-        found.append([status, said.getvalue()])
+        found.append([status, printed.getvalue()])
     Path(sys.argv[1]).write_text(json.dumps(found))
 
 

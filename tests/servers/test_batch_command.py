@@ -1,4 +1,4 @@
-"""`steer-engine batch` on a real engine: every kind of line in one file, and going on with a finished one."""
+"""`steer-engine batch` on a real engine: every kind of line in one file, and a second run on a finished one."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def test_a_mixed_file(command: list[str], tmp_path: Path) -> None:
         assert found[custom_id]["error"]["message"]
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
-    assert (again.returncode, again.stderr.strip()) == (0, "0 answered, 0 failed, 12 were there")
+    assert (again.returncode, again.stderr.strip()) == (0, "0 answered, 0 failed, 12 already answered")
 
 
-def test_mistakes_are_one_line(command: list[str], tmp_path: Path) -> None:
+def test_usage_errors_are_one_line(command: list[str], tmp_path: Path) -> None:
     missing = [*command[:2], str(tmp_path / "no.jsonl"), *command[3:]]
     same = [*command[:3], command[2], *command[4:]]
-    nobody = [*command, "--at-once", "0"]
-    for wrong, says in ((missing, "There is no file"), (same, "the same file"), (nobody, "at least 1")):
+    no_concurrency = [*command, "--at-once", "0"]
+    for wrong, words in ((missing, "There is no file"), (same, "the same file"), (no_concurrency, "at least 1")):
         done = subprocess.run(wrong, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode in (1, 2)
-        assert says in done.stderr
+        assert words in done.stderr
         assert "Traceback" not in done.stderr

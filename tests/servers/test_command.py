@@ -1,4 +1,4 @@
-"""`steer-engine serve`: every vLLM flag and ours, turned into an armed start; mistakes are one sentence."""
+"""`steer-engine serve`: vLLM's flags and ours become an armed start; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from steer_engine.vllm import flags, launch
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", MIRROR_URL_ENV, MIRROR_SECONDS_ENV)
     for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *own):
-        # Set first, so that what the command itself sets is undone too.
+        # Set first, so that monkeypatch also undoes what the command sets.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
@@ -41,7 +41,7 @@ def armed(*argv: str) -> Any:
     return args
 
 
-def test_the_page_on_serving_has_every_flag_and_no_other() -> None:
+def test_the_serving_page_lists_exactly_our_flags() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     table = re.findall(r"^\| `(--steering-[a-z-]+)", page, re.MULTILINE)
     ours = [flag for flag in parsed("org/model").__dict__ if flag.startswith("steering_")]
@@ -54,13 +54,13 @@ def test_a_packaged_model_is_served_under_its_name() -> None:
     assert args.served_model_name == ["smollm2-135m"]
 
 
-def test_other_models_and_names_stay_as_they_are() -> None:
+def test_other_models_and_served_names_are_unchanged() -> None:
     args = armed("org/model")
     assert (args.model_tag, args.served_model_name) == ("org/model", None)
     assert armed("smollm2-135m", "--served-model-name", "mine").served_model_name == ["mine"]
 
 
-def test_defaults_arm_everything(tmp_path: Path) -> None:
+def test_by_default_all_blocks_and_operations_are_armed(tmp_path: Path) -> None:
     args = armed("org/model")
     assert SteeringConfig.from_additional_config(args.additional_config) == SteeringConfig()
     assert args.shutdown_timeout == launch.SHUTDOWN_TIMEOUT_SECONDS
@@ -81,7 +81,7 @@ def test_our_flags_reach_the_engine(tmp_path: Path) -> None:
     assert (args.tensor_parallel_size, args.shutdown_timeout) == (2, 7)
 
 
-def test_the_user_s_additional_config_is_kept() -> None:
+def test_additional_config_of_the_user_is_kept() -> None:
     args = armed("org/model", "--additional-config", '{"a": 1, "steer_engine": {"rows": 3}}', "--steering-ops", "add")
     assert args.additional_config["a"] == 1
     assert args.additional_config[CONFIG_KEY]["rows"] == 3
@@ -105,7 +105,7 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "words"),
     [
         (["--steering-blocks", "22-8"], "backwards"),
         (["--steering-ops", "add,multiply"], "ops"),
@@ -117,29 +117,29 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
         (["--additional-config", '{"steer_engine": {"lines": 3}}'], "lines"),
     ],
 )
-def test_mistakes_are_one_sentence(argv: list[str], says: str) -> None:
+def test_errors_are_one_sentence(argv: list[str], words: str) -> None:
     args = parsed("org/model", *argv)
     with pytest.raises(SteerError) as refused:
         flags.arm(args)
-    assert says in refused.value.message
+    assert words in refused.value.message
     assert "\n" not in refused.value.message
 
 
-def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rust_frontend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     args = parsed("org/model")
     with pytest.raises(UnsupportedEngineError, match="VLLM_USE_RUST_FRONTEND"):
         flags.arm(args)
 
 
-def test_strict_names_the_broken_file_before_anything_starts(tmp_path: Path) -> None:
+def test_strict_names_the_broken_file_before_the_engine_starts(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no header")
     with pytest.raises(VectorFileError, match=r"broken\.safetensors"):
         armed("org/model", "--steering-vectors", str(tmp_path), "--steering-strict")
     armed("org/model", "--steering-vectors", str(tmp_path))
 
 
-def test_all_plugins_that_would_load_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_plugins_names_all_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     flags.name_plugins()
     assert "steer_engine" in os.environ["VLLM_PLUGINS"].split(",")
     monkeypatch.setenv("VLLM_PLUGINS", "other,steer_engine")
@@ -150,7 +150,7 @@ def test_all_plugins_that_would_load_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["VLLM_PLUGINS"] == "steer_engine"
 
 
-def test_the_kv_cache_of_a_cpu_is_a_share_unless_something_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_the_kv_cache_gets_a_share_of_memory_unless_specified(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -163,7 +163,7 @@ def test_the_kv_cache_of_a_cpu_is_a_share_unless_something_is_said(monkeypatch: 
     assert armed("org/model").kv_cache_memory_bytes is None
 
 
-def test_help_shows_our_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_our_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--help=SteerEngine")
     shown = capsys.readouterr().out
@@ -171,18 +171,18 @@ def test_help_shows_our_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_mirror_is_copied_before_the_folder_is_read(tmp_path: Path) -> None:
-    there, here = tmp_path / "there", tmp_path / "here"
-    there.mkdir()
-    here.mkdir()
-    save(ControlVector(directions={1: np.ones(4, np.float32)}), there / "north.safetensors")
-    given = ("org/model", "--steering-vectors", str(here), "--steering-mirror", f"file://{there}")
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    remote.mkdir()
+    local.mkdir()
+    save(ControlVector(directions={1: np.ones(4, np.float32)}), remote / "north.safetensors")
+    given = ("org/model", "--steering-vectors", str(local), "--steering-mirror", f"file://{remote}")
     armed(*given, "--steering-strict", "--steering-mirror-seconds", "2")
-    assert (here / "north.safetensors").exists()
-    assert os.environ[MIRROR_URL_ENV] == f"file://{there}"
+    assert (local / "north.safetensors").exists()
+    assert os.environ[MIRROR_URL_ENV] == f"file://{remote}"
     assert float(os.environ[MIRROR_SECONDS_ENV]) == 2
-    there.rename(tmp_path / "away")
-    armed(*given)  # it was copied before
-    (here / STATE).unlink()
+    remote.rename(tmp_path / "unreachable")
+    armed(*given)  # an earlier copy exists
+    (local / STATE).unlink()
     with pytest.raises(SteerError, match="cannot be read"):
         armed(*given)
     with pytest.raises(SteerError, match="at least 1"):
