@@ -1,1 +1,1 @@
-"""`make demo`: one real model, answering plainly and steered through an OpenAI-compatible server, and scored."""
+"""`make demo`: a real model behind an OpenAI-compatible server, with and without steering, and scored answers."""

@@ -1,4 +1,7 @@
-"""Derive a vector, serve the model, ask, score, stop: `make demo`. Exit status 1 if the effect is not there."""
+"""`make demo`: derives a vector, serves the model, sends requests and scores the answers.
+
+The exit status is 1 if steering has no significant effect, or damages the text.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from steer_engine.demo.scoring import Shift, Side, find_faults, shift
 from steer_engine.demo.server import (
     MAX_TOKENS,
     REPETITION_PENALTY,
-    Asker,
+    Client,
     Reply,
     Server,
     describe_machine,
@@ -44,17 +47,16 @@ SCALE = 0.3
 
 SERVER_FLAGS = ["--max-model-len", "1024", "--max-num-seqs", "32"]
 CPU_FLAGS = ["--enforce-eager"]
-"""Compiling takes longer on two cores than the whole demo does without."""
+"""On two CPU cores, compilation takes longer than the whole eager demo."""
 
 CPU_DTYPE = "float32"
-"""A processor with AVX2 only multiplies bfloat16 matrices 13 times slower (32 rows of 576, one core)."""
-
+"""A CPU with no more than AVX2 multiplies bfloat16 matrices 13 times slower (32 rows of 576, one core)."""
 
 HEARTBEAT_SECONDS = 10
-"""Without a terminal, a line is printed this often while a step waits."""
+"""Interval of progress lines while a step waits, when the output is not a terminal."""
 
 WIDTH = 120
-"""Columns without a terminal, for example in a log."""
+"""Columns when the output is not a terminal, for example in a log."""
 
 console = Console(highlight=False)
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -70,42 +72,42 @@ def main() -> int:
     with _step("model: find or convert the checkpoint"):
         model_path = str(get_model(PACKAGED[MODEL], lambda line: out.print(f"   {line}", style="dim")))
     dtype = "auto" if gpu_name() else CPU_DTYPE
-    with _step(f"vector: {METHOD} of {pairs_path().name}, blocks {BLOCKS}, read in {dtype}"):
+    with _step(f"vector: {METHOD} of {pairs_path().name}, blocks {BLOCKS}, captured in {dtype}"):
         vectors = derive_once(MODEL, model_path, dtype)
 
     flags = [*SERVER_FLAGS, "--dtype", dtype, *([] if gpu_name() else CPU_FLAGS)]
     command = [MODEL, "--steering-vectors", str(vectors), *flags]
     with Server(command, cache_dir() / "demo" / "server.log") as server:
-        with _step("server: vLLM, armed") as tick:
+        with _step("server: vLLM with steering") as tick:
             server.wait_until_ready(tick)
-        faults = ask_and_score(Asker(server.url, MODEL, NAME))
+        faults = send_and_score(Client(server.url, MODEL, NAME))
     if server.status != 0:
-        faults.append(f"the server ended with status {server.status}; see {server.log}")
+        faults.append(f"the server exited with status {server.status}; see {server.log}")
 
-    out.print("\n[bold]Go on with[/bold] the same server, and ask it:")
+    out.print("\n[bold]Start[/bold] the same server, and send a request:")
     out.print(f"  .venv/bin/steer-engine serve {shlex.join([*command, '--port', '8000'])}", soft_wrap=True)
     out.print(f"  {curl_line(8000)}\n", soft_wrap=True)
     for fault in faults:
-        out.print(f"[bold red]not shown:[/bold red] {fault}")
+        out.print(f"[bold red]fault:[/bold red] {fault}")
     verdict = "[bold red]failed[/bold red]" if faults else "[bold green]passed[/bold green]"
     out.print(f"demo {verdict} in {time.monotonic() - began:.0f} s; server log: {server.log}", soft_wrap=True)
     return 1 if faults else 0
 
 
-def ask_and_score(asker: Asker) -> list[str]:
-    """Everything that is asked while the server runs; what was not shown, as sentences."""
+def send_and_score(client: Client) -> list[str]:
+    """Send all requests and print the results. Returns the ways in which steering failed, as sentences."""
     scales = (-SCALE, 0.0, SCALE)
     with _step(f"{len(scoring.SHOWN)} prompts at three scales"):
-        shown = asker.ask_sides(scoring.SHOWN, scales)
+        shown = client.collect_sides(scoring.SHOWN, scales)
     _show_answers(scoring.SHOWN, shown)
 
     mixed = [(prompt, scale) for prompt in scoring.SHOWN for scale in (None, -SCALE, SCALE / 2, SCALE)]
     with _step(f"{len(mixed)} requests in flight at once"):
-        replies, num_running = asker.ask_watched(mixed)
+        replies, num_running = client.send_watched(mixed)
     _show_batch(replies, num_running)
 
-    with _step(f"{len(scoring.HELD_OUT)} held-out prompts a side"):
-        low, plain, high = asker.ask_sides(scoring.HELD_OUT, scales)
+    with _step(f"{len(scoring.HELD_OUT)} held-out prompts at three scales"):
+        low, plain, high = client.collect_sides(scoring.HELD_OUT, scales)
     shifts = [
         shift("gloomy to plain", low, plain),
         shift("plain to cheerful", plain, high),
@@ -115,7 +117,7 @@ def ask_and_score(asker: Asker) -> list[str]:
 
     faults = find_faults(plain, (low, high), shifts)
     if any((reply.scale is None) != (reply.digest is None) for reply in replies):
-        faults.append("an answer does not say what it was asked to be steered by")
+        faults.append("an answer does not report the steering that it was requested with")
     if num_running < 2:
         faults.append("the mixed requests were not in one batch")
     return faults
@@ -135,7 +137,7 @@ def curl_line(port: int) -> str:
 
 @contextmanager
 def _step(what: str) -> Iterator[Callable[[float], None]]:
-    """One step with a live clock; yields a `tick(seconds)` for steps that wait."""
+    """Show one step with its elapsed time. Yields `tick(seconds)`, which a waiting step calls repeatedly."""
     began = time.monotonic()
     reported = began
 
@@ -154,7 +156,7 @@ def _step(what: str) -> Iterator[Callable[[float], None]]:
 
 
 def _show_answers(prompts: Sequence[str], sides: Sequence[Side]) -> None:
-    """The same prompts, one column per scale."""
+    """Print the answers to the same prompts, one column per scale."""
     table = Table(title="The same prompts, greedy, at three scales", show_lines=True)
     table.add_column("prompt", ratio=1, style="bold")
     for side in sides:
@@ -166,53 +168,55 @@ def _show_answers(prompts: Sequence[str], sides: Sequence[Side]) -> None:
 
 
 def _show_batch(replies: Sequence[Reply], num_running: int) -> None:
-    """Concurrent requests, and what the server reports for each."""
+    """Print concurrent requests, with the digest of the applied steering that the server reports for each."""
     table = Table(title=f"One mixed batch: {len(replies)} requests sent at once, {num_running} in one engine step")
     fixed = (("prompt", 20), ("scale", 5), ("applied", 14))
     for name, width in fixed:
         table.add_column(name, width=width, overflow="ellipsis", no_wrap=True)
-    # Cut here: in a narrow terminal rich would take the room from the other columns.
+    # A fixed width: in a narrow terminal, rich would shrink the other columns instead of this one.
     room = max(10, console.width - sum(width + 3 for _, width in fixed) - 4)
     table.add_column("answer", width=room, no_wrap=True)
     for reply in replies:
-        scale = "plain" if reply.scale is None else f"{reply.scale:+g}"
-        table.add_row(
-            reply.prompt, scale, (reply.digest or "-").removeprefix("sha256:")[:14], " ".join(reply.text.split())
-        )
+        digest = (reply.digest or "-").removeprefix("sha256:")[:14]
+        table.add_row(reply.prompt, _scale_text(reply.scale), digest, " ".join(reply.text.split()))
     console.print(table)
 
 
+def _scale_text(scale: float | None) -> str:
+    return f"{scale:+g}" if scale else "plain"
+
+
 def _show_scores(sides: Sequence[Side], shifts: Sequence[Shift], num_prompts: int) -> None:
-    """Sentiment and repetition per scale; shifts with their p-values."""
-    table = Table(title=f"{num_prompts} held-out prompts per scale, scored by vaderSentiment (-1 to 1)")
+    """Print sentiment and repetition per scale, and the shifts with their p-values."""
+    table = Table(title=f"Sentiment of {num_prompts} held-out prompts per scale (VADER, -1 to 1)")
     for name in ("scale", "mean sentiment", "distinct words", "words per answer"):
         table.add_column(name, justify="right")
     for side in sides:
         sentiment = sum(side.sentiments) / num_prompts
-        table.add_row(f"{side.scale:+g}", f"{sentiment:+.3f}", f"{side.distinct:.2f}", f"{side.length:.0f}")
+        table.add_row(_scale_text(side.scale), f"{sentiment:+.3f}", f"{side.distinct:.2f}", f"{side.length:.0f}")
     console.print(table)
     for each in shifts:
         console.print(f"  {each.name:20} shift {each.mean:+.3f}, paired p = {each.p:.1e} (Wilcoxon, one-sided)")
 
 
 def pairs_path() -> Path:
-    """The contrast pairs that ship with the package."""
+    """The packaged contrast pairs."""
     return Path(str(files("steer_engine.derive").joinpath("data", "sentiment.jsonl")))
 
 
 def vector_folder(model_path: str, dtype: str) -> Path:
-    """Folder of the vector for these inputs; another model, pairs, settings or version is another folder."""
+    """Folder of the vector for these inputs. Each combination of model, pairs, settings and version has its own."""
     weights = Path(model_path, MANIFEST)
     inputs = [sha256_of(weights), sha256_of(pairs_path()), METHOD, BLOCKS, POSITION, dtype, __version__]
     return cache_dir() / "demo" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
 def derive_once(model: str, model_path: str, dtype: str) -> Path:
-    """The folder that holds the vector's file, derived if it is not there yet. `model` is what the vector calls it."""
+    """Derive the vector unless its file exists. Returns its folder. `model` is the name noted in the metadata."""
     folder = vector_folder(model_path, dtype)
     file = folder / f"{NAME}.safetensors"
     if not file.exists():
-        # Imported here: only a first run needs Ray.
+        # Imported here, because only the first run needs Ray.
         from steer_engine.derive import derive
 
         vector = derive(model, pairs_path(), method=METHOD, blocks=BLOCKS, position=POSITION, dtype=dtype)

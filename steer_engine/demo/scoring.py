@@ -1,6 +1,6 @@
-"""What the demo asks.
+"""The demo's prompts, and the scores of its answers: sentiment, repetition and length.
 
-Scales and blocks were chosen by looking at answers to DEV; SHOWN and HELD_OUT were only ever run with the choice.
+Scale and blocks were chosen on answers to DEV. SHOWN and HELD_OUT were run only with that choice.
 """
 
 from __future__ import annotations
@@ -52,23 +52,22 @@ HELD_OUT = (
     "What do you see in your future?",
 )
 
-
 MAX_P = 0.01
-"""A shift counts if chance gives one as large less often than this."""
+"""Shifts with a p-value below this are significant."""
 
 MIN_DISTINCT = 0.6
-"""Share of distinct words below which a short answer goes in circles; fluent answers of this model have 0.75 to 0.9."""
+"""Smallest share of distinct words in a short answer that does not repeat itself. Fluent answers have 0.75 to 0.9."""
 
 MAX_DISTINCT_LOSS = 0.1
-"""How much of plain answers' distinct-word share steering may cost."""
+"""Largest accepted loss of the share of distinct words, compared with unsteered answers."""
 
 MIN_LENGTH_SHARE = 0.5
-"""Steered answers shorter than this share of the plain ones have broken off."""
+"""Smallest accepted length of steered answers, as a share of the length of unsteered ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Answers to one list of prompts at one scale."""
+    """Answers to one list of prompts at one scale; scale 0 is unsteered."""
 
     scale: float
     answers: tuple[str, ...]
@@ -83,18 +82,18 @@ class Side:
 
     @property
     def distinct(self) -> float:
-        """Mean share of distinct words in an answer."""
+        """Share of distinct words in an answer, averaged over answers."""
         return fmean(len(set(words)) / len(words) if words else 0.0 for words in map(words_of, self.answers))
 
     @property
     def length(self) -> float:
-        """Mean number of words."""
+        """Mean number of words per answer."""
         return fmean(len(words_of(answer)) for answer in self.answers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
-    """Change of sentiment from one side to another, prompt by prompt. p is one-sided, Wilcoxon signed-rank."""
+    """Mean change of sentiment from one side to another, paired by prompt. p: one-sided Wilcoxon signed-rank test."""
 
     name: str
     mean: float
@@ -106,7 +105,7 @@ class Shift:
 
 
 def shift(name: str, low: Side, high: Side) -> Shift:
-    """How much more positive `high` is than `low`; both answer the same prompts in the same order."""
+    """Compare the sentiment of two sides, which answer the same prompts in the same order."""
     from scipy.stats import wilcoxon
 
     differences = [after - before for before, after in zip(low.sentiments, high.sentiments, strict=True)]
@@ -115,7 +114,7 @@ def shift(name: str, low: Side, high: Side) -> Shift:
 
 
 def find_faults(plain: Side, steered: Sequence[Side], shifts: Sequence[Shift]) -> list[str]:
-    """Every way in which the demo did not show what it says; empty if it did."""
+    """Reasons why the answers do not demonstrate steering; empty if they do."""
     faults = [
         f"the shift {shift.name} is {shift.mean:+.2f} with p = {shift.p:.2g}, not a rise with p < {MAX_P}"
         for shift in shifts
@@ -125,7 +124,7 @@ def find_faults(plain: Side, steered: Sequence[Side], shifts: Sequence[Shift]) -
         if side.distinct < max(MIN_DISTINCT, plain.distinct - MAX_DISTINCT_LOSS):
             faults.append(f"answers at scale {side.scale:+g} repeat themselves: {side.distinct:.2f} distinct words")
         if side.length < MIN_LENGTH_SHARE * plain.length:
-            faults.append(f"answers at scale {side.scale:+g} break off: {side.length:.0f} words")
+            faults.append(f"answers at scale {side.scale:+g} are too short: {side.length:.0f} words")
     return faults
 
 

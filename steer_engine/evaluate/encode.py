@@ -1,4 +1,4 @@
-"""From items to token ids: where a choice is made, and between which tokens."""
+"""Turns items into questions in token ids: the prompt, and the tokens that distinguish the answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from steer_engine.evaluate.items import Item
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What the engine is asked, in tokens. The model reads `prompt_ids`, then one of three things counts:
+    """One question in token ids. What is measured after `prompt_ids` depends on the kind of question:
 
-    * a choice: which of `answer_ids` its next token would rather be, the first tokens at which the answers differ;
-    * an exact match: whether what it generates begins with `target`;
-    * neither: only how steering shifts the next token's distribution.
+    * a choice: which of `answer_ids` is the most probable next token. They are the tokens at which the answers
+      first differ;
+    * an exact match: whether the generated text begins with `target`;
+    * neither: only how steering changes the distribution of the next token.
     """
 
     id: str
@@ -31,9 +32,10 @@ class Question:
 
 
 class Encoder:
-    """Turns texts into tokens as the model expects them.
+    """Tokenises prompts and answers for one model.
 
-    chat: the prompt is the user's message, rendered with the model's chat template; answers begin the model's turn.
+    max_tokens: length limit of the model.
+    chat: the prompt becomes a user message in the model's chat template; the answer begins the model's turn.
     """
 
     def __init__(self, tokenizer: Any, *, max_tokens: int, chat: bool = False) -> None:
@@ -44,24 +46,24 @@ class Encoder:
         self._chat = chat
 
     def ids(self, prompt: str, answer: str = "") -> list[int]:
-        """Tokens of a prompt with the beginning of an answer."""
+        """Token ids of a prompt, followed by the beginning of an answer."""
         if self._chat:
             turn = [{"role": "user", "content": prompt}]
             text = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            # The template ends where the answer begins: a leading space would be a second one.
+            # The template ends where the answer begins, so the answer needs no leading space.
             text += answer.lstrip()
         else:
             text = prompt + answer
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=not self._chat)]
 
     def question(self, item: Item, *, generate: int = 1) -> Question:
-        """An item in tokens. `generate`: tokens that must fit behind the prompt.
+        """Tokenise an item. `generate`: number of tokens to generate after the prompt of an exact match.
 
-        The whole texts are tokenised, since tokens may span the border of prompt and answer; what all answers share
-        belongs to the prompt.
+        Prompt and answer are tokenised together, because a token may span both. Tokens that all answers share at
+        their beginning become part of the prompt.
 
         Raises:
-            EvaluationError: the prompt is longer than the model takes, or answers cannot be told apart by one token.
+            EvaluationError: the prompt is too long for the model, or no single token distinguishes the answers.
         """
         if len(item.answers) == 1:
             return Question(
@@ -72,21 +74,21 @@ class Encoder:
         answer_ids = [ids[shared] for ids in texts if len(ids) > shared]
         if len(set(answer_ids)) < len(item.answers):
             raise EvaluationError(
-                f"{item.where or item.id}: after what they share, two of the answers {list(item.answers)} begin with "
-                "the same token, or one continues the other, so that no single token decides. Change the answers."
+                f"{item.where or item.id}: no single token decides between the answers {list(item.answers)}: two of "
+                "them share their next token, or one is the beginning of another. Change the answers."
             )
         prompt_ids = self._fitting(item, texts[0][:shared], 1)
         return Question(id=item.id, prompt_ids=prompt_ids, answer_ids=tuple(answer_ids), correct=item.correct)
 
     def neutral(self, texts: Sequence[str]) -> list[Question]:
-        """Texts without answers, cut to what the model takes."""
+        """Questions without answers, truncated to the length limit of the model."""
         return [
             Question(id=f"neutral-{number}", prompt_ids=tuple(self.ids(text)[: self._max_tokens - 1]))
             for number, text in enumerate(texts)
         ]
 
     def questions(self, items: Sequence[Item], *, generate: int = 1) -> list[Question]:
-        """All items, checked before the first one runs."""
+        """Tokenise all items, so that errors appear before the first one runs."""
         return [self.question(item, generate=generate) for item in items]
 
     def _fitting(self, item: Item, ids: Sequence[int], generate: int) -> tuple[int, ...]:
@@ -95,14 +97,14 @@ class Encoder:
             raise EvaluationError(f"{where}: the prompt has no tokens.")
         if len(ids) + generate > self._max_tokens:
             raise EvaluationError(
-                f"{where}: the prompt has {len(ids)} tokens and {generate} must fit behind it; the model takes "
+                f"{where}: the prompt has {len(ids)} tokens and {generate} must fit after it; the model's limit is "
                 f"{self._max_tokens} (--max-model-len)."
             )
         return tuple(ids)
 
 
 def _shared(texts: Sequence[Sequence[int]]) -> int:
-    """Length of the common beginning."""
+    """Number of leading tokens that all texts share."""
     for place, tokens in enumerate(zip(*texts, strict=False)):
         if len(set(tokens)) > 1:
             return place

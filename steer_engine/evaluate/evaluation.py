@@ -1,13 +1,15 @@
-"""Runs an evaluation: derives or loads vectors, scores conditions, and compares them with controls."""
+"""Runs an evaluation: derives or loads vectors, scores conditions, and compares them with controls.
+
+`Evaluation` runs one plan on one task. `run_paper` runs two: the protocol of Højer et al. (ICLR 2025), and ours.
+"""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +30,13 @@ from steer_engine.evaluate.conditions import (
 from steer_engine.evaluate.encode import Encoder, Question
 from steer_engine.evaluate.items import Item, Task
 from steer_engine.evaluate.journal import Journal
-from steer_engine.evaluate.outcome import Example, Flip, Outcome, Point, Trial, Verdict, machine
-from steer_engine.evaluate.plan import Plan, Recipe
+from steer_engine.evaluate.outcome import Example, Flip, Outcome, PaperRun, Point, Trial, Verdict, machine
+from steer_engine.evaluate.plan import Plan, Recipe, paper_plans
+from steer_engine.evaluate.report import write_results
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import Paired, compare, holm, slope
 from steer_engine.evaluate.sweep import Table, choose, sweep
+from steer_engine.evaluate.tasks import neutral_texts
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import load, save
 from steer_engine.vectors.metadata import VectorMetadata
@@ -41,33 +45,31 @@ if TYPE_CHECKING:
     from steer_engine.llm import LLM
 
 
-def neutral_texts() -> list[str]:
-    """The packaged everyday texts, one per line, each cut off before a word. They show side effects of steering."""
-    data = resources.files("steer_engine.evaluate").joinpath("data/neutral.txt").read_text(encoding="utf-8")
-    return [line for line in data.splitlines() if line.strip()]
+Side = list[Sample]
+"""The captured residual stream of the positives, or of the negatives."""
 
-
-_SAFE = frozenset(string.ascii_letters + string.digits + "._-")
+PAIRS_PER_BATCH = 64
+"""Contrast pairs captured per call of the engine."""
 
 MAX_FLIPS = 40
-PAIRS_PER_BATCH = 64
-
-Side = list[Sample]
-"""The captured stream of the positives, or of the negatives."""
+"""Changed items listed in a report."""
 
 NUM_EXAMPLES = 6
 EXAMPLE_TOKENS = 24
+"""Continuations shown in a report, and their length."""
 
-ABOUT = {
+_FILE_NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
+
+_ABOUT = {
     "flipped": "the same vector with the opposite sign",
-    "random": "a random direction, as long as the vector at each block",
-    "shuffled": "a vector made the same way from pairs of which half have their labels swapped, as long at each block",
+    "random": "a random direction with the norm of the vector at each block",
+    "shuffled": "the same method with the labels of half of the pairs swapped, scaled to the same norm at each block",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Tried:
-    """A vector with its grid and what validation made of it."""
+    """A vector, its grid, the condition that validation chose, and the conditions to run on the test split by name."""
 
     vector: ControlVector
     grid: list[Condition]
@@ -78,11 +80,13 @@ class _Tried:
 class Evaluation:
     """One task and one plan on one engine.
 
-    folder: journal and derived vectors go there; a second run with the same settings goes on from them.
-    model: as the user named it. generate: tokens of an exact match.
+    folder: for the journal and the derived vectors. A second run with the same settings resumes from them.
+    model: name or path given by the user. generate: number of tokens generated for an exact match.
+    command: command line shown in the report.
 
     Raises:
-        EvaluationError: an item, a vector or a block range does not fit; before anything is measured.
+        EvaluationError: an item or a block range does not fit the model. Raised before anything is measured.
+        ModelMismatchError: a vector belongs to another model.
     """
 
     def __init__(
@@ -127,13 +131,13 @@ class Evaluation:
         }
 
     def run(self) -> Outcome:
-        """Measure what is not measured yet, and say what it means."""
+        """Measure everything that the journal lacks, and return the result."""
         with Progress(enabled=self._progress) as shown, Journal(self._folder / "scores.jsonl", self._facts) as journal:
             vectors = self._vectors(shown)
             grids = {name: self._plan.grid(name, vector, self._llm.num_blocks) for name, vector in vectors.items()}
             everything = [BASELINE, *(condition for grid in grids.values() for condition in grid)]
             validation = self._sweep(journal, shown, "validation", everything)
-            # The price of every strength, where it may rule one out.
+            # With a bound on KL, neutral texts run for every condition before the choice.
             neutral = self._sweep(journal, shown, "neutral", everything) if self._plan.max_kl is not None else None
             tried = {}
             for name, vector in vectors.items():
@@ -141,13 +145,13 @@ class Evaluation:
                 if chosen is None:
                     raise EvaluationError(
                         f"Every strength of {name} has a mean KL above {self._plan.max_kl:g} on neutral texts; "
-                        "try smaller ones (--alphas), or a larger --max-kl."
+                        "try smaller strengths (--alphas), or a larger --max-kl."
                     )
                 trials = self._trials(shown, name, vector, chosen)
                 tried[name] = _Tried(vector=vector, grid=grids[name], chosen=chosen, trials=trials)
             finals = [BASELINE, *(condition for each in tried.values() for condition in each.trials.values())]
             test = self._sweep(journal, shown, "test", finals)
-            # Of what was not chosen, only along the strengths at the blocks that were.
+            # For the curves of the report: all strengths at the chosen blocks.
             along = [c for each in tried.values() for c in each.grid if c.blocks == each.chosen.blocks]
             neutral = self._sweep(journal, shown, "neutral", [*finals, *along])
             verdicts = self._verdicts(tried, validation, test, neutral)
@@ -177,32 +181,34 @@ class Evaluation:
             return sweep(self._scorer, journal, split, questions, conditions, advance)
 
     def _vectors(self, shown: Progress) -> dict[str, ControlVector]:
-        derived = {recipe.name: self._kept(recipe.name, shown, recipe, shuffled=False) for recipe in self._plan.recipes}
+        derived = {
+            recipe.name: self._derived(recipe.name, shown, recipe, shuffled=False) for recipe in self._plan.recipes
+        }
         vectors = {**derived, **self._plan.vectors}
         for name, vector in vectors.items():
-            self._llm.vectors.add(_usable(name), vector)
+            self._llm.vectors.add(_safe_name(name), vector)
         return vectors
 
-    def _kept(self, name: str, shown: Progress, recipe: Recipe, *, shuffled: bool) -> ControlVector:
-        """A derived vector, from the folder of an earlier run where it is there: equal settings, equal numbers."""
-        path = self._folder / "vectors" / f"{_usable(name)}.safetensors"
+    def _derived(self, name: str, shown: Progress, recipe: Recipe, *, shuffled: bool) -> ControlVector:
+        """The vector of a recipe. An interrupted run loads the file that it wrote before."""
+        path = self._folder / "vectors" / f"{_safe_name(name)}.safetensors"
         if path.exists():
             return load(path)
         pairs = contrasts(self._task.derive, recipe.against, seed=self._plan.seed)
         if shuffled:
             pairs = with_shuffled_labels(pairs, seed=self._plan.seed)
-        reading = f"{recipe.against}{' shuffled' if shuffled else ''}"
-        if reading not in self._sides:
-            with shown.counting(f"reading {reading}:", total=len(pairs), unit="pairs") as advance:
-                self._sides[reading] = _capture_sides(self._llm, self._encoder, pairs, advance)
-        notes = f"{len(pairs)} pairs of task {self._task.name}, right answers against {reading}."
-        vector = _vector_of(self._llm, self._sides[reading], recipe.method, model=self._model, notes=notes)
+        contrast = f"{recipe.against}{' shuffled' if shuffled else ''}"
+        if contrast not in self._sides:
+            with shown.counting(f"capturing {contrast}:", total=len(pairs), unit="pairs") as advance:
+                self._sides[contrast] = _capture_sides(self._llm, self._encoder, pairs, advance)
+        notes = f"{len(pairs)} pairs of task {self._task.name}, right answers against {contrast}."
+        vector = _vector_of(self._llm, self._sides[contrast], recipe.method, model=self._model, notes=notes)
         path.parent.mkdir(parents=True, exist_ok=True)
         save(vector, path)
         return vector
 
     def _trials(self, shown: Progress, name: str, vector: ControlVector, chosen: Condition) -> dict[str, Condition]:
-        """What runs on the test split besides the baseline: the chosen condition and its controls, by name."""
+        """Conditions that run on the test split besides the baseline: the chosen one and its controls, by name."""
         plan = self._plan
         trials = {
             "chosen": chosen,
@@ -214,15 +220,15 @@ class Evaluation:
             )
             for number in range(plan.random_controls)
         }
-        # A finished vector does not bring its pairs: the task's own stand in.
+        # A vector file does not contain its pairs; the control uses pairs of the task instead.
         recipe = next(
             (recipe for recipe in plan.recipes if recipe.name == name),
             Recipe(method="diffmean", against="wrong" if self._task.kind == "choice" else "random"),
         )
-        shuffled = self._kept(f"{recipe.name}-shuffled", shown, recipe, shuffled=True)
+        shuffled = self._derived(f"{recipe.name}-shuffled", shown, recipe, shuffled=True)
         others["shuffled"] = as_long_as(vector, dict(shuffled.directions), method="control: shuffled labels")
         for kind, other in others.items():
-            self._llm.vectors.add(_usable(f"{name}-{kind}"), other)
+            self._llm.vectors.add(_safe_name(f"{name}-{kind}"), other)
             trials[kind] = plan.condition(f"{name}, {kind}", other, chosen.blocks, chosen.alpha)
         return trials
 
@@ -252,7 +258,7 @@ class Evaluation:
                     paired=paired[name, kind],
                     p_holm=corrected[f"{name}|{kind}"],
                     neutral_kl=float(neutral[condition.key]["kl"].mean()),
-                    about=ABOUT.get(kind.split()[0], ""),
+                    about=_ABOUT.get(kind.split()[0], ""),
                 )
                 for kind, condition in each.trials.items()
             ]
@@ -280,6 +286,22 @@ class Evaluation:
         plain = self._scorer.continuations(questions, BASELINE, EXAMPLE_TOKENS)
         steered = self._scorer.continuations(questions, chosen, EXAMPLE_TOKENS)
         return [Example(prompt=p, plain=a, steered=b) for p, a, b in zip(prompts, plain, steered, strict=True)]
+
+
+def run_paper(
+    llm: LLM, task: Task, folder: Path, *, alphas: Sequence[float], seed: int, model: str, **settings: Any
+) -> PaperRun:
+    """Run the paper's protocol and ours on one task. Each writes its report to its own folder and can be resumed.
+
+    Raises:
+        EvaluationError, DerivationError: the task does not fit the model, or its texts give no direction.
+    """
+    outcomes = {}
+    for name, plan in paper_plans(llm.num_blocks, alphas, seed).items():
+        outcome = Evaluation(llm, task, plan, folder / name, model=model, **settings).run()
+        write_results(outcome, folder / name)
+        outcomes[name] = outcome
+    return PaperRun(task=task.name, paper=outcomes["paper"], ours=outcomes["ours"])
 
 
 def _steerability(tried: _Tried, validation: Mapping[str, Table]) -> float | None:
@@ -311,9 +333,9 @@ def _margins(before: Table, after: Table) -> list[tuple[float, float]]:
     return [(round(float(a), 4), round(float(b), 4)) for a, b in zip(before["margin"], after["margin"], strict=True)]
 
 
-def _usable(name: str) -> str:
-    """A name as the registry and file systems take it."""
-    return "".join(letter if letter in _SAFE else "-" for letter in name)[:120]
+def _safe_name(name: str) -> str:
+    """The name with every letter replaced that a registry or file name does not allow."""
+    return "".join(letter if letter in _FILE_NAME_LETTERS else "-" for letter in name)[:120]
 
 
 def _capture_sides(

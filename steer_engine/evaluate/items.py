@@ -1,4 +1,4 @@
-"""One question of a task, and the three disjoint sets of them."""
+"""Items and tasks: a task has three disjoint splits of items."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ Kind = Literal["choice", "exact"]
 SPLITS = ("derive", "validation", "test")
 
 SEPARATOR = "\n\n"
-"""Between the examples of a few-shot prompt."""
+"""Text between the examples of a few-shot prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """A prompt and what may follow it.
+    """A prompt and its possible answers.
 
-    answers: texts that continue the prompt, each with its leading space. One alone asks for an exact match of what the
-        model generates; more are alternatives of a choice. correct: which of them is right.
-    where: file and line, or name and number, for messages.
+    answers: texts that continue the prompt, each with its leading space. With one answer, the generated text must
+        match it exactly; with several, the model chooses between them.
+    correct: index of the right answer.
+    where: file and line, or task name and number, for error messages.
     """
 
     id: str
@@ -40,11 +41,10 @@ class Item:
         if not self.answers or any(not answer.strip() for answer in self.answers):
             raise EvaluationError(f"{self.where or self.id}: an answer is missing or empty.")
         if len(set(self.answers)) < len(self.answers):
-            raise EvaluationError(f"{self.where or self.id}: an answer is there twice: {list(self.answers)}.")
+            raise EvaluationError(f"{self.where or self.id}: an answer appears twice: {list(self.answers)}.")
         if not 0 <= self.correct < len(self.answers):
             raise EvaluationError(
-                f"{self.where or self.id}: 'correct' is {self.correct}; with {len(self.answers)} answers valid are 0 "
-                f"to {len(self.answers) - 1}."
+                f"{self.where or self.id}: 'correct' is {self.correct}; it must be 0 to {len(self.answers) - 1}."
             )
 
     @property
@@ -58,7 +58,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Items of each split."""
+    """Number of items of each split."""
 
     derive: int = 200
     validation: int = 200
@@ -76,7 +76,14 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Items to derive a vector from, to choose block and strength on, and to report on. No item is in two of them."""
+    """Three disjoint splits of items.
+
+    derive: a vector is derived from these. validation: blocks and strength are chosen on these. test: the result is
+    reported on these.
+
+    Raises:
+        EvaluationError: an item appears twice, the items are of two kinds, or all have the same right answer.
+    """
 
     name: str
     derive: tuple[Item, ...]
@@ -93,12 +100,12 @@ class Task:
             if (other := seen.setdefault((item.prompt, item.answers), item)) is not item:
                 raise EvaluationError(
                     f"Task {self.name}: {item.where or item.id} repeats {other.where or other.id}; "
-                    "an item that is there twice would count twice, or leak between splits."
+                    "a repeated item would count twice, or leak between splits."
                 )
         if self.kind == "choice" and len({item.target for item in self.items}) == 1:
             raise EvaluationError(
-                f"Task {self.name}: the right answer is {self.items[0].target!r} in every item; a constant would score "
-                "100 %. Give items with different right answers."
+                f"Task {self.name}: the right answer is {self.items[0].target!r} in every item; a constant answer "
+                "would score 100 %. Give items with different right answers."
             )
 
     @property
@@ -111,7 +118,7 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """`"sha256:..."` over all items in their order."""
+        """`"sha256:..."` of all items in order."""
         sha = hashlib.sha256(b"steer-engine task v1\n")
         for name in SPLITS:
             for item in getattr(self, name):
@@ -120,15 +127,17 @@ class Task:
         return f"sha256:{sha.hexdigest()}"
 
     def with_shots(self, count: int) -> Task:
-        """The same task, each prompt after `count` solved examples of the derive split, which then are left out there.
+        """The same task with `count` solved examples before each prompt.
+
+        The examples are taken from the derive split and removed from it.
 
         Raises:
-            EvaluationError: the derive split is too small.
+            EvaluationError: fewer than 2 items would remain in the derive split.
         """
         if count == 0:
             return self
         if count > len(self.derive) - 2:
-            raise EvaluationError(f"{count} examples per prompt leave too little of {len(self.derive)} derive items.")
+            raise EvaluationError(f"{count} examples per prompt leave too few of the {len(self.derive)} derive items.")
         examples = "".join(item.prompt + item.target + SEPARATOR for item in self.derive[:count])
         return Task(
             name=f"{self.name}, {count} shots",

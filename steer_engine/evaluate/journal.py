@@ -1,4 +1,4 @@
-"""The measured numbers of a run, on disk as they come, so that a run that was stopped goes on where it was."""
+"""Writes the measurements of a run to disk as they arrive, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import IO, Any
 from steer_engine.errors import EvaluationError
 
 Key = tuple[str, str, str]
-"""Split (or "neutral"), the condition's key, the question's id."""
+"""Split (or `"neutral"`), key of the condition, id of the question."""
 
 
 class Journal:
-    """One JSON line per measured (question, condition), after a first line that says what is measured.
+    """A file with one JSON line per measured (question, condition). The first line describes the run.
 
-    facts: everything that the numbers depend on: model, task, vectors by digest, versions. A file with other facts is
-        refused, not overwritten.
+    facts: everything that the numbers depend on: model, task, settings, versions. A file with other facts is rejected,
+        never overwritten.
 
     Raises:
-        EvaluationError: the file is another run's, or no journal.
+        EvaluationError: the file belongs to another run, or is not a journal.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = self._read(head) if path.exists() and path.stat().st_size else 0
         self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(keep)  # half a line of a run that was killed
+        self._file.truncate(keep)  # removes an incomplete line of a run that was killed
         self._file.seek(keep)
         if keep == 0:
             self._file.write(head.encode() + b"\n")
@@ -56,17 +56,17 @@ class Journal:
         return self._scores[key]
 
     def add(self, key: Key, score: Mapping[str, float]) -> None:
-        """Keep one measurement."""
+        """Append one measurement."""
         self._scores[key] = dict(score)
         self._file.write(json.dumps([*key, score]).encode() + b"\n")
 
     def commit(self) -> None:
-        """What was added is on disk when this returns."""
+        """Flush all added measurements to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def _read(self, head: str) -> int:
-        """Load what an earlier run measured; returns the length of its whole lines in bytes."""
+        """Load the measurements of an earlier run. Returns the length of the complete lines in bytes."""
         keep = 0
         for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
@@ -74,14 +74,14 @@ class Journal:
             if number == 1:
                 if line.decode(errors="replace").strip() != head:
                     raise EvaluationError(
-                        f"{self._path}: holds the numbers of another run (model, task, vectors, settings or versions "
+                        f"{self._path}: contains the numbers of another run (model, task, settings or versions "
                         "differ). Choose another --out, or remove the folder."
                     )
             else:
                 try:
                     split, condition, question, score = json.loads(line)
                 except ValueError:
-                    raise EvaluationError(f"{self._path}:{number}: not a line of a journal; remove the file.") from None
+                    raise EvaluationError(f"{self._path}:{number}: not a journal line; remove the file.") from None
                 self._scores[split, condition, question] = score
             keep += len(line)
         return keep

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data: JSON with everything, CSV with one line per condition."""
+"""The result of an evaluation as plain data. JSON contains everything; CSV has one line per condition."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import numpy as np
 
 from steer_engine.evaluate.conditions import Condition
 from steer_engine.evaluate.statistics import Interval, Paired, bootstrap
@@ -19,12 +16,12 @@ from steer_engine.evaluate.sweep import Table
 from steer_engine.vectors.control_vector import ControlVector
 
 CURVE_RESAMPLES = 2000
-"""For the band of one point of a plot."""
+"""Bootstrap resamples for the confidence band of one point in a plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One condition on one split: mean and interval of every metric."""
+    """One condition on one split: mean and 95 % interval of every metric."""
 
     split: str
     vector: str
@@ -47,9 +44,9 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A condition against no steering on the test split. p_holm: corrected for all trials of the run.
+    """One condition compared with no steering on the test split.
 
-    neutral_kl: mean KL on neutral texts, nats.
+    p_holm: p-value corrected for all trials of the run. neutral_kl: mean KL on neutral texts, in nats.
     """
 
     name: str
@@ -64,7 +61,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """A test item whose answer changed."""
+    """A test item whose correctness changed. before, after: its margin, or its accuracy for an exact match."""
 
     prompt: str
     answer: str
@@ -75,7 +72,7 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """What the model writes after a prompt, unsteered and steered."""
+    """A prompt with the model's continuation, unsteered and steered."""
 
     prompt: str
     plain: str
@@ -84,10 +81,12 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One vector: what validation chose, and what the test split says of it.
+    """The result of one vector: the condition that validation chose, and its trials on the test split.
 
-    steerability: slope of the mean margin of the right answer against strength, at the chosen blocks (validation).
-    validation: score of the chosen condition, and of no steering, there.
+    validation, validation_baseline: mean validation score of the chosen condition, and of no steering.
+    steerability: slope of the mean margin against strength at the chosen blocks, on validation. None for exact
+        matches.
+    margins: margin of each test item, unsteered and steered.
     """
 
     vector: str
@@ -113,7 +112,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A whole evaluation. facts: model, task, sizes, seeds, versions, machine, command."""
+    """A complete evaluation. facts: model, task, sizes, seed, settings, versions, machine, command."""
 
     facts: dict[str, Any]
     points: list[Point]
@@ -137,21 +136,28 @@ class Outcome:
         return out.getvalue()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaperRun:
+    """The paper's protocol and ours on one task."""
+
+    task: str
+    paper: Outcome
+    ours: Outcome
+
+
 def machine() -> dict[str, Any]:
-    """Where numbers were measured, without its name."""
+    """The hardware and system that the numbers were measured on, without the host name."""
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine()
     return {"device": device, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
 
 
-def means(numbers: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in numbers.items()}
-
-
 def calibrated(vector: ControlVector, outcome: Outcome) -> ControlVector:
-    """The vector with what was found in its metadata: `suggested_blocks`, `suggested_scale`, `suggested_unit`,
-    `suggested_scope`, and `suggested_because` with the test split's numbers, significant or not.
+    """The vector with the result in its metadata.
+
+    Sets `suggested_blocks`, `suggested_scale`, `suggested_unit`, `suggested_scope`, and `suggested_because` with the
+    numbers of the test split, whether they are significant or not.
     """
     (verdict,) = (each for each in outcome.verdicts if each.digest == vector.digest)
     trial, facts = verdict.main, outcome.facts

@@ -1,4 +1,4 @@
-"""What an evaluation does, checked before an engine starts."""
+"""Plans: the settings of an evaluation, checked before an engine starts, and the plans of the paper's protocol."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ Score = Literal["accuracy", "share_correct"]
 DEFAULT_ALPHAS = tuple(n / 2 for n in range(-4, 5))
 MAX_ALPHAS = 1000
 
+PAPER_METHODS = {"mean": "Reading", "diffmean": "Contrastive", "pca_centred": "PCA contrastive"}
+"""Our name of a method -> its name in the paper, Højer et al. (ICLR 2025)."""
+
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A vector made from the task itself: a method, and what right answers are set against."""
+    """How to derive a vector from the task: the method, and the negatives that right answers are contrasted with."""
 
     method: str
     against: Against = "wrong"
@@ -36,14 +39,17 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Vectors, and the grid of blocks and strengths from which the validation split chooses.
+    """Vectors, and the grid of blocks and strengths that the validation split chooses from.
 
-    recipes: vectors to derive from the task's derive split. vectors: finished ones, by name.
-    blocks: block ranges to try; none = single blocks at a third, half and two thirds of the depth.
-    alphas: strengths to try, in units of `unit`; 0 always runs as well.
-    score: what is maximised on the validation split; ties go to the larger share of the right answers.
-    max_kl: conditions with a larger mean KL on neutral texts can't be chosen.
-    random_controls: random directions that are tried in the vector's place.
+    recipes: vectors to derive from the derive split. vectors: existing vectors by name.
+    blocks: block ranges to try; empty: single blocks at a third, half and two thirds of the depth.
+    alphas: strengths to try, in units of `unit`. Strength 0 always runs too.
+    score: metric to maximise on the validation split. Ties go to the larger share of right answers.
+    max_kl: conditions with a larger mean KL on neutral texts, in nats, are not chosen.
+    random_controls: number of random directions to compare with.
+
+    Raises:
+        EvaluationError: a setting is invalid, there is no vector, or two vectors have the same name.
     """
 
     recipes: tuple[Recipe, ...] = ()
@@ -61,11 +67,11 @@ class Plan:
     def __post_init__(self) -> None:
         names = [*(recipe.name for recipe in self.recipes), *self.vectors]
         if not names:
-            raise EvaluationError("There is nothing to evaluate: give a vector, or a method to derive one by.")
+            raise EvaluationError("There is nothing to evaluate; give a vector, or a method to derive one.")
         if len(set(names)) < len(names):
             raise EvaluationError(f"Two vectors have the same name: {', '.join(names)}.")
         if not self.steps:
-            raise EvaluationError("All strengths are 0; give others, such as --alphas=-2:2:0.5.")
+            raise EvaluationError("All strengths are 0; give other strengths, such as --alphas=-2:2:0.5.")
         for blocks in self.blocks:
             try:
                 parse_blocks(blocks)
@@ -74,21 +80,21 @@ class Plan:
 
     @property
     def steps(self) -> tuple[float, ...]:
-        """The strengths that steer."""
+        """The strengths other than 0."""
         return tuple(alpha for alpha in self.alphas if alpha != 0.0)
 
     def blocks_for(self, num_blocks: int) -> tuple[str, ...]:
         """Block ranges to try on a model.
 
         Raises:
-            EvaluationError: a range that the model has not.
+            EvaluationError: a range has blocks that the model does not have.
         """
         for blocks in self.blocks:
             last = (parse_blocks(blocks) or (0,))[-1]
             if last >= num_blocks:
                 raise EvaluationError(f"--blocks {blocks}: the model's blocks are 0 to {num_blocks - 1}.")
-        # Single blocks: the difference of a pair is carried on by the stream, so that a vector added at each of ten
-        # blocks counts about ten times over (SmolLM2-135M, IOI, strength 0.5: KL 0.03 at block 15, 5.0 at 10-19).
+        # Single blocks: the residual stream carries an edit to all later blocks, so a vector that is added at ten
+        # blocks counts about ten times (SmolLM2-135M, IOI, strength 0.5: KL 0.03 at block 15, 5.0 at 10-19).
         places = (num_blocks // 3, num_blocks // 2, 2 * num_blocks // 3)
         return self.blocks or tuple(dict.fromkeys(map(str, places)))
 
@@ -104,10 +110,10 @@ class Plan:
         )
 
     def grid(self, name: str, vector: ControlVector, num_blocks: int) -> list[Condition]:
-        """All steered conditions of a vector; blocks that it has no direction for are left out of "all" alone.
+        """All steered conditions of a vector. The range `"all"` means all blocks that it has a direction for.
 
         Raises:
-            EvaluationError: the vector has no direction in a range.
+            EvaluationError: the vector has no direction for a block of another range.
         """
         ranges = self.blocks_for(num_blocks)
         for blocks in ranges:
@@ -115,28 +121,47 @@ class Plan:
             if missing:
                 raise EvaluationError(
                     f"Vector {name} has no direction for block(s) {sorted(missing)}; it has {list(vector.blocks)}. "
-                    "Choose --blocks among them."
+                    "Choose --blocks from these."
                 )
         return [self.condition(name, vector, blocks, alpha) for blocks, alpha in product(ranges, self.steps)]
+
+
+def paper_plans(num_blocks: int, alphas: Sequence[float], seed: int) -> dict[str, Plan]:
+    """Plans of the paper's protocol (`"paper"`) and of a stricter one (`"ours"`).
+
+    The paper uses three vectors from prompts with right answers against random text, at the middle block. It reports
+    the accuracy of the best strength on the items that chose the strength. Both plans here also report accuracy on
+    items that chose nothing, with controls. Ours derives a vector from right against wrong answers, and chooses the
+    blocks as well.
+    """
+    paper = Plan(
+        recipes=tuple(Recipe(method=method, against="random") for method in PAPER_METHODS),
+        blocks=(str(num_blocks // 2),),
+        alphas=tuple(alphas),
+        seed=seed,
+    )
+    return {"paper": paper, "ours": Plan(recipes=(Recipe(method="diffmean", against="wrong"),), seed=seed)}
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
     """Strengths from `"first:last:step"` (both ends included) or `"a,b,c"`, ascending.
 
     Raises:
-        EvaluationError: with the valid forms.
+        EvaluationError: the text has another form, or the strengths are too many or not finite.
     """
     forms = "valid are '-2:2:0.5' (first, last, step) and '-1,0.5,2'"
     if re.fullmatch(rf"{_NUMBER}:{_NUMBER}:{_NUMBER}", text):
         first, last, step = map(float, text.split(":"))
         if step <= 0 or last < first or (last - first) / step > MAX_ALPHAS or not math.isfinite(last - first):
-            raise EvaluationError(f"Strengths {text!r}: step must lead from first to last in at most {MAX_ALPHAS}.")
-        count = math.floor((last - first) / step + 1e-9)  # 0.1 is no binary fraction
+            raise EvaluationError(
+                f"Strengths {text!r}: valid are a positive step, first <= last, and at most {MAX_ALPHAS} steps."
+            )
+        count = math.floor((last - first) / step + 1e-9)  # 0.1 is not exact in binary
         alphas: Sequence[float] = [first + i * step for i in range(count + 1)]
     elif re.fullmatch(rf"{_NUMBER}(?:,{_NUMBER})*", text):
         alphas = [float(part) for part in text.split(",")]
     else:
-        raise EvaluationError(f"Strengths {text[:64]!r} are not readable; {forms}.")
+        raise EvaluationError(f"Strengths {text[:64]!r} are not valid; {forms}.")
     if len(alphas) > MAX_ALPHAS or not all(map(math.isfinite, alphas)):
-        raise EvaluationError(f"Strengths must be finite and at most {MAX_ALPHAS}.")
+        raise EvaluationError(f"Strengths must be finite, and at most {MAX_ALPHAS} of them.")
     return tuple(sorted({round(alpha, 9) + 0.0 for alpha in alphas}))

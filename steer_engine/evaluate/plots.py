@@ -1,4 +1,4 @@
-"""The pictures of a report, by matplotlib (extra `report`), as SVG text."""
+"""Draws the figures of a report as SVG text, with matplotlib (extra `report`)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ GREY = "#777777"
 
 
 def require_matplotlib() -> None:
-    """Raises EvaluationError where the pictures could not be drawn: before a run, not after it."""
+    """Check that figures can be drawn. Called before a run, so that a long run does not fail at its end.
+
+    Raises:
+        EvaluationError: matplotlib is not installed.
+    """
     try:
         import_module("matplotlib.figure")
     except ImportError:
-        raise EvaluationError("A report needs matplotlib: pip install 'steer-engine[report]'.") from None
+        raise EvaluationError("A report needs matplotlib; run: pip install 'steer-engine[report]'.") from None
 
 
 def curves(outcome: Outcome, verdict: Verdict) -> str:
-    """Accuracy, KL, entropy and mass against strength at the chosen blocks, on validation, with 95 % bands."""
+    """Accuracy, KL, entropy and probability mass against strength at the chosen blocks, on validation.
+
+    Bands are 95 % intervals.
+    """
     line = _line(outcome, "validation", verdict)
     neutral = _line(outcome, "neutral", verdict)
     has_answers = "mass_correct" in line[0].metrics
@@ -55,7 +62,7 @@ def curves(outcome: Outcome, verdict: Verdict) -> str:
 
 
 def heat_map(outcome: Outcome, verdict: Verdict) -> str:
-    """Change of accuracy on validation by blocks and strength; the chosen cell has a frame."""
+    """Change of accuracy on validation by blocks and strength. A frame marks the chosen cell."""
     own = [point for point in outcome.points if point.split == "validation" and point.vector == verdict.vector]
     baseline = _baseline(outcome, "validation").metrics["accuracy"].mean
     ranges = list(dict.fromkeys(point.blocks for point in own))
@@ -78,14 +85,15 @@ def heat_map(outcome: Outcome, verdict: Verdict) -> str:
             axis.text(column, row, f"{100 * value:+.0f}", ha="center", va="center", fontsize=7, color=colour)
     place = alphas.index(verdict.alpha) - 0.5, ranges.index(verdict.blocks) - 0.5
     axis.add_patch(import_module("matplotlib.patches").Rectangle(place, 1, 1, fill=False, lw=2))
-    axis.set_title("accuracy against no steering, percentage points")
+    axis.set_title("change of accuracy, percentage points")
     figure.colorbar(picture, ax=axis, shrink=0.9)
     return _svg(figure)
 
 
 def trials(outcome: Outcome, verdict: Verdict) -> str:
-    """Accuracy on the test split: no steering, the chosen condition, and each control, with 95 % intervals of the
-    difference.
+    """Accuracy on the test split of no steering, the chosen condition and each control.
+
+    Bars are 95 % intervals of the difference from no steering.
     """
     figure, axes = _figure(1, 1, height=0.9 + 0.36 * (len(verdict.trials) + 1), width=7.0)
     axis = axes[0][0]
@@ -105,13 +113,13 @@ def trials(outcome: Outcome, verdict: Verdict) -> str:
 
 
 def flips(verdict: Verdict) -> str:
-    """Margin of the right answer in each test item, before against after; above 0 is right."""
+    """Margin of the right answer of each test item, steered against unsteered; above 0 is right."""
     before, after = np.array(verdict.margins).T
     figure, axes = _figure(1, 1, height=4.2, width=4.6)
     axis = axes[0][0]
     gained, lost = (before <= 0) & (after > 0), (before > 0) & (after <= 0)
     same = ~(gained | lost)
-    axis.plot(before[same], after[same], ".", color="#bbbbbb", ms=3, label=f"as before ({same.sum()})")
+    axis.plot(before[same], after[same], ".", color="#bbbbbb", ms=3, label=f"unchanged ({same.sum()})")
     axis.plot(before[gained], after[gained], ".", color=COLOURS[2], ms=4, label=f"now above 0 ({gained.sum()})")
     axis.plot(before[lost], after[lost], ".", color=COLOURS[1], ms=4, label=f"now below 0 ({lost.sum()})")
     ends = [float(min(before.min(), after.min())), float(max(before.max(), after.max()))]
@@ -120,7 +128,7 @@ def flips(verdict: Verdict) -> str:
     axis.axvline(0, color=GREY, lw=0.6)
     axis.set_xlabel("margin unsteered, nats")
     axis.set_ylabel("margin steered, nats")
-    axis.set_title("each test item")
+    axis.set_title("test items")
     axis.legend(fontsize=8, frameon=False)
     return _svg(figure)
 
@@ -164,7 +172,7 @@ def _figure(rows: int, columns: int, *, height: float, width: float = 0.0) -> tu
 def _svg(figure: Any) -> str:
     matplotlib = import_module("matplotlib")
     out = io.StringIO()
-    # No date and fixed ids: equal numbers give equal files.
+    # No date and fixed ids, so that equal numbers give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "steer-engine", "svg.fonttype": "path"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()

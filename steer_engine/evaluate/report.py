@@ -1,4 +1,4 @@
-"""The folder of an evaluation: results as JSON and CSV, and the page."""
+"""Writes results: the folder of an evaluation (JSON, CSV, HTML), and the table of runs of the paper's protocol."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from html import escape
 from pathlib import Path
 
 from steer_engine.evaluate import plots
-from steer_engine.evaluate.outcome import Outcome, Trial, Verdict
+from steer_engine.evaluate.outcome import Outcome, PaperRun, Trial, Verdict
+from steer_engine.evaluate.plan import PAPER_METHODS
 from steer_engine.vectors.storage import write_atomically
 
-
-def write_results(outcome: Outcome, folder: Path) -> Path:
-    """Write `results.json`, `results.csv` and `report.html`; returns the page's path."""
-    write_atomically(folder / "results.json", outcome.to_json().encode())
-    write_atomically(folder / "results.csv", outcome.to_csv().encode())
-    page = folder / "report.html"
-    write_atomically(page, html_report(outcome).encode())
-    return page
-
-
 LEVEL = 0.05
+"""Holm-corrected p-values below this are called significant."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -33,8 +25,17 @@ svg { max-width: 100%; height: auto } dt { float: left; width: 9rem; color: #666
 """
 
 
+def write_results(outcome: Outcome, folder: Path) -> Path:
+    """Write `results.json`, `results.csv` and `report.html`. Returns the path of the HTML page."""
+    write_atomically(folder / "results.json", outcome.to_json().encode())
+    write_atomically(folder / "results.csv", outcome.to_csv().encode())
+    page = folder / "report.html"
+    write_atomically(page, html_report(outcome).encode())
+    return page
+
+
 def html_report(outcome: Outcome) -> str:
-    """The page. Everything that comes from a task, a model or a user is escaped."""
+    """The HTML page of an evaluation. All text from tasks, models and users is escaped."""
     facts = outcome.facts
     title = f"{facts['task']} on {facts['model']}"
     sections = "".join(_section(outcome, verdict) for verdict in outcome.verdicts)
@@ -45,7 +46,7 @@ def html_report(outcome: Outcome) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """What the test split says, in one sentence."""
+    """The result on the test split in one sentence."""
     trial = verdict.main
     paired = trial.paired
     interval = f"95 % interval {100 * paired.difference.low:+.1f} to {100 * paired.difference.high:+.1f}"
@@ -60,15 +61,17 @@ def sentence(verdict: Verdict) -> str:
 
 
 def warnings(verdict: Verdict) -> list[str]:
-    """What should keep a reader from believing a gain."""
+    """Reasons to doubt a gain, one sentence each."""
     found = [
-        f"The control “{trial.name}” improved the score as well ({100 * trial.paired.difference.mean:+.1f} points, p = "
-        f"{trial.p_holm:.2g} after Holm): a part of any gain has nothing to do with what the vector was made of."
+        f"The control “{trial.name}” also raised accuracy ({100 * trial.paired.difference.mean:+.1f} points, p = "
+        f"{trial.p_holm:.2g} after Holm). Part of any gain is unrelated to the contrast in the vector's pairs."
         for trial in verdict.controls
         if trial.p_holm < LEVEL and trial.paired.difference.mean > 0
     ]
     if verdict.validation <= verdict.validation_baseline:
-        found.append("No strength was better than no steering on the validation split; the best of them was tested.")
+        found.append(
+            "No strength was better than no steering on the validation split. The best strength was tested anyway."
+        )
     return found
 
 
@@ -136,7 +139,7 @@ def _flips(verdict: Verdict) -> str:
 
 def _examples(verdict: Verdict) -> str:
     rows = [[example.prompt, example.plain, example.steered] for example in verdict.examples]
-    return f"<h3>What the model goes on to write</h3>{_grid(['prompt', 'unsteered', 'steered'], rows, text=3)}"
+    return f"<h3>How the model continues prompts</h3>{_grid(['prompt', 'unsteered', 'steered'], rows, text=3)}"
 
 
 def _facts(outcome: Outcome) -> str:
@@ -157,16 +160,16 @@ def _facts(outcome: Outcome) -> str:
 
 def _method(outcome: Outcome) -> str:
     return (
-        "<h2>How to read this</h2><p>Blocks and strength were chosen on the validation split by the mean "
-        f"{escape(str(outcome.facts['score']))}; the test split was used once, for the chosen point and its controls. "
-        "Intervals are paired percentile bootstraps over items; p is McNemar's exact test, two-sided, Holm-corrected "
-        "over all rows of all vectors. KL, entropy and mass are of the whole vocabulary at the first answer token; "
-        "bands are 95 % bootstrap intervals of the mean.</p>"
+        "<h2>How to read this</h2><p>The validation split chose blocks and strength, by the mean "
+        f"{escape(str(outcome.facts['score']))}. The test split was used once, for the chosen condition and its "
+        "controls. Intervals are paired percentile bootstraps over items. p is McNemar's exact test, two-sided; "
+        "“p, Holm” is corrected over all rows of all vectors. KL, entropy and probability mass are computed over the "
+        "whole vocabulary at the first answer token. Bands are 95 % bootstrap intervals of the mean.</p>"
     )
 
 
 def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 0) -> str:
-    """A table whose first `text` columns are running text."""
+    """An HTML table. Its first `text` columns are set as left-aligned text."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>"
@@ -175,3 +178,70 @@ def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 0)
         for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+PAPER_HEADS = (
+    "task", "vector", "blocks", "α", "picked on n", "accuracy there: α = 0", "best α", "test n", "test: α = 0",
+    "test: chosen α", "change, 95 % interval", "p", "p, Holm", "best control", "neutral KL",
+)  # fmt: skip
+
+
+def paper_markdown(runs: Sequence[PaperRun]) -> str:
+    """A Markdown page with the settings and one table of all tasks."""
+    facts = runs[0].paper.facts
+    machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
+    lines = [
+        f"# The paper's protocol on {facts['model']}",
+        "",
+        f"{facts['dtype']}, seed {facts['seed']}; {machine}; {versions}.",
+        "",
+        f"`{facts['command']}`",
+        "",
+        "| " + " | ".join(PAPER_HEADS) + " |",
+        "|" + "---|" * len(PAPER_HEADS),
+        *("| " + " | ".join(row) + " |" for run in runs for row in _paper_rows(run)),
+        "",
+        "“Accuracy there, best α” is the paper's number: the best accuracy over all strengths, on the items that chose "
+        "the strength. It is too high by construction. The test columns use items that chose nothing.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def paper_index(runs: Sequence[PaperRun]) -> str:
+    """An HTML page with links to the report of every run."""
+    links = "".join(
+        f'<li>{escape(run.task)}: <a href="{escape(folder_of(run.task))}/paper/report.html">paper</a>, '
+        f'<a href="{escape(folder_of(run.task))}/ours/report.html">ours</a></li>'
+        for run in runs
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Paper protocol</title><ul>{links}</ul></html>\n'
+    )
+
+
+def folder_of(task: str) -> str:
+    """Folder name of a task in the paper's results."""
+    return "".join(letter if letter.isalnum() else "-" for letter in task)
+
+
+def _paper_rows(run: PaperRun) -> list[list[str]]:
+    """One row per vector, with the columns of `PAPER_HEADS`."""
+    made = []
+    for outcome in (run.paper, run.ours):
+        sizes = outcome.facts["sizes"]
+        for verdict in outcome.verdicts:
+            method = verdict.vector.rsplit("-", 1)[0]
+            name = PAPER_METHODS[method] if outcome is run.paper else f"ours: {verdict.vector}"
+            trial, paired = verdict.main, verdict.main.paired
+            best = max(verdict.controls, key=lambda control: control.paired.after)
+            made.append([
+                run.task, name, verdict.blocks, f"{verdict.alpha:g}",
+                str(sizes["validation"]), f"{verdict.validation_baseline:.3f}", f"{verdict.validation:.3f}",
+                str(sizes["test"]), f"{paired.before:.3f}", f"{paired.after:.3f}",
+                f"{paired.difference.mean:+.3f} ({paired.difference.low:+.3f} to {paired.difference.high:+.3f})",
+                f"{paired.p:.2g}", f"{trial.p_holm:.2g}", f"{best.paired.after:.3f} ({best.name})",
+                f"{trial.neutral_kl:.3f}",
+            ])  # fmt: skip
+    return made

@@ -1,6 +1,6 @@
-"""The engine's side of an evaluation: questions and conditions in, numbers out.
+"""Runs questions under conditions on one engine, and returns their metrics.
 
-Distributions are reduced where the logits are (`LLM.score`); only numbers come back.
+The worker reduces each distribution to a few numbers (`LLM.score`); logits never leave it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 BATCH = 512
-"""Requests that are given to the engine in one go; a question's conditions go together, as the cache likes it."""
+"""Requests per call of the engine. All conditions of a question are in one batch, to share the prefix cache."""
 
 Job = tuple[Question, Condition]
 Score = dict[str, float]
 
 
 def open_engine(model: str, *, dtype: str = "auto", max_model_len: int | None = None, **settings: Any) -> LLM:
-    """The one engine of an evaluation: armed to steer and to read, in this process.
+    """Start the engine of an evaluation in this process, with steering and capture enabled.
 
-    Eager by default: a run of minutes does not earn back the compilation. On processors KV blocks hold 32 tokens, the
-    fewest that attention takes there, so that short prompts share them.
+    It runs eagerly, because a run of a few minutes is too short to repay compilation. On a CPU, KV-cache blocks have
+    32 tokens, the smallest size that CPU attention supports, so that short prompts share blocks.
     """
-    # Read when vLLM is imported. What is read for a vector need not cross a process border then.
+    # vLLM reads this when it is imported. In one process, captured rows need no copy between processes.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import torch
 
@@ -49,9 +49,9 @@ def open_engine(model: str, *, dtype: str = "auto", max_model_len: int | None = 
 
 
 class Scorer:
-    """Scores (question, condition) pairs on one engine, many in a batch.
+    """Scores (question, condition) pairs on one engine, in large batches.
 
-    generate: tokens that an exact match may take. batch: requests that are given to the engine in one go.
+    generate: tokens to generate for an exact match. batch: requests per call of the engine.
     """
 
     def __init__(self, llm: LLM, *, generate: int = 32, batch: int = BATCH) -> None:
@@ -60,13 +60,16 @@ class Scorer:
         self._batch = batch
 
     def scores(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Score]]:
-        """The numbers of every job, the unsteered one of each question first.
+        """The metrics of every job. The unsteered job of each question comes first.
 
-        Jobs of one question stand together. Where the unsteered one is not among them it runs as well: KL needs it.
+        Jobs of one question must be adjacent. If the unsteered one is missing, it runs too, because KL needs it.
+
+        Raises:
+            EvaluationError: a steered distribution is not finite.
         """
-        for is_exact, alike in groupby(jobs, key=lambda job: job[0].is_exact):
+        for is_exact, of_one_kind in groupby(jobs, key=lambda job: job[0].is_exact):
             score = self._exact if is_exact else self._shifts
-            for batch in _batches(alike, self._batch):
+            for batch in _batches(of_one_kind, self._batch):
                 yield from zip(batch, score(batch), strict=True)
 
     def _exact(self, jobs: Sequence[Job]) -> list[Score]:
@@ -78,30 +81,29 @@ class Scorer:
         return scores
 
     def _shifts(self, jobs: Sequence[Job]) -> list[Score]:
-        asked: list[Job] = []
-        baselines: list[int] = []
-        place: dict[str, int] = {}
-        """Where each question's unsteered job stands."""
+        submitted: list[Job] = []
+        baselines: list[int] = []  # for each submitted job, the index of its question's unsteered job
+        baseline_of: dict[str, int] = {}
         for question, condition in jobs:
-            if question.id not in place:
-                place[question.id] = len(asked)
+            if question.id not in baseline_of:
+                baseline_of[question.id] = len(submitted)
                 if not condition.is_baseline:
-                    asked.append((question, BASELINE))
-                    baselines.append(place[question.id])
-            asked.append((question, condition))
-            baselines.append(place[question.id])
-        found = self._llm.score(
-            [list(question.prompt_ids) for question, _ in asked],
-            steering=[condition.steering for _, condition in asked],
+                    submitted.append((question, BASELINE))
+                    baselines.append(baseline_of[question.id])
+            submitted.append((question, condition))
+            baselines.append(baseline_of[question.id])
+        scored = self._llm.score(
+            [list(question.prompt_ids) for question, _ in submitted],
+            steering=[condition.steering for _, condition in submitted],
             baselines=baselines,
-            answers=[question.answer_ids for question, _ in asked],
+            answers=[question.answer_ids for question, _ in submitted],
         )
-        wanted = iter(zip(asked, found, strict=True))
-        # Both in the same order; what was not asked for is passed over.
-        return [next(_metrics(job, numbers) for job, numbers in wanted if job == one) for one in jobs]
+        results = iter(zip(submitted, scored, strict=True))
+        # Both lists have the same order; this skips the unsteered jobs that were added above.
+        return [next(_metrics(job, numbers) for job, numbers in results if job == requested) for requested in jobs]
 
     def continuations(self, questions: Sequence[Question], condition: Condition, num_tokens: int) -> list[str]:
-        """What the model goes on to write, greedily."""
+        """Greedy continuations of the questions, `num_tokens` long."""
         outputs = self._generate_all([(question, condition) for question in questions], num_tokens)
         return [str(output.outputs[0].text) for output in outputs]
 
@@ -125,7 +127,7 @@ class Scorer:
 def _metrics(job: Job, numbers: Numbers) -> Score:
     if not np.isfinite([numbers.kl, numbers.entropy]).all():
         raise EvaluationError(
-            "The model's next-token distribution is not finite under this steering; try smaller strengths."
+            "The model's next-token distribution is not finite with this steering; try smaller strengths."
         )
     question, _ = job
     score = shift_metrics(numbers.kl, numbers.entropy, numbers.top_changed)
@@ -133,7 +135,7 @@ def _metrics(job: Job, numbers: Numbers) -> Score:
 
 
 def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
-    """All jobs of a question in one batch, its unsteered one first; as many questions as fit, at least one."""
+    """Batches of whole questions, each at most `size` jobs unless one question has more. Unsteered jobs come first."""
     batch: list[Job] = []
     for _, group in groupby(jobs, key=lambda job: job[0].id):
         own = sorted(group, key=lambda job: not job[1].is_baseline)

@@ -1,6 +1,6 @@
-"""Metrics of an answer, from what the engine says of its next-token distribution. Pure NumPy, no engine.
+"""Metrics of single answers, and statistics over items: intervals, tests and slopes. NumPy and SciPy, no engine.
 
-Shape suffix: A answers.
+Shape suffixes: A answers, N items.
 """
 
 from __future__ import annotations
@@ -17,22 +17,27 @@ CHOICE_METRICS = (
     "accuracy", "margin", "logp_correct", "logp_incorrect", "mass_correct", "mass_incorrect",
     "share_correct", "share_incorrect",
 )  # fmt: skip
-"""Numbers that need answers."""
+"""Metrics of a question with answers."""
 
 SHIFT_METRICS = ("kl", "entropy", "top_changed")
-"""Numbers of any distribution."""
+"""Metrics of any next-token distribution."""
 
 EXACT_METRICS = ("accuracy", "distinct", "length")
-"""Numbers of generated text."""
+"""Metrics of generated text."""
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+CHUNK = 1 << 22
+"""Random numbers drawn at once."""
 
 
 def choice_metrics(answer_A: npt.ArrayLike, correct: int) -> dict[str, float]:
-    """What a distribution says about answers, from the log-probability (nats) of the token that decides for each.
+    """Metrics of a choice, from the log-probability (nats, whole vocabulary) of the deciding token of each answer.
 
-    accuracy: 1 if the right answer is strictly more probable than each other one, else 0.
-    logp_correct, logp_incorrect: log-probability (nats, whole vocabulary) of the right answer, and of all others
-        together. mass_*: the same as probabilities.
-    margin: log-probability of the right answer minus that of the best other one, a difference of logits.
+    accuracy: 1 if the right answer is strictly more probable than every other answer, else 0.
+    margin: log-probability of the right answer minus that of the best other answer, in nats; a difference of logits.
+    logp_correct, logp_incorrect: log-probability of the right answer, and of all other answers together.
+    mass_correct, mass_incorrect: the same as probabilities.
     share_correct, share_incorrect: the same with the softmax restricted to the answers; they sum to 1.
     """
     answer_A = np.asarray(answer_A, dtype=np.float64)
@@ -53,17 +58,20 @@ def choice_metrics(answer_A: npt.ArrayLike, correct: int) -> dict[str, float]:
 
 
 def shift_metrics(kl: float, entropy: float, top_changed: bool) -> dict[str, float]:
-    """How a distribution differs from the unsteered one.
+    """Metrics of a distribution compared with the unsteered one.
 
-    kl: KL(P_0 || P_alpha) in nats over the whole vocabulary. entropy: of P_alpha, in nats; becomes bits.
-    top_changed: 1 if the most probable token is another one, else 0.
+    kl: KL(P_0 || P_alpha) in nats over the whole vocabulary. entropy: of P_alpha, given in nats, returned in bits.
+    top_changed: whether the most probable token changed; returned as 1 or 0.
     """
     return {"kl": kl, "entropy": entropy / float(np.log(2.0)), "top_changed": float(top_changed)}
 
 
 def exact_metrics(text: str, target: str, num_tokens: int) -> dict[str, float]:
-    """accuracy: the generated text begins with the target, spaces at both ends aside, and goes on with no letter or
-    digit. distinct: share of distinct words. length: tokens generated.
+    """Metrics of an exact match.
+
+    accuracy: 1 if the generated text begins with the target and the next character is no letter or digit, else 0;
+        leading and trailing spaces are ignored.
+    distinct: share of distinct words. length: number of generated tokens.
     """
     said, wanted = text.strip(), target.strip()
     rest = said[len(wanted) :]
@@ -82,12 +90,6 @@ def _log_sum_exp(values: Array) -> float:
     return float(highest + np.log(np.exp(values - highest).sum()))
 
 
-RESAMPLES = 10_000
-LEVEL = 0.95
-CHUNK = 1 << 22
-"""Random numbers at once."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
     """A mean and its bootstrap percentile interval."""
@@ -98,8 +100,9 @@ class Interval:
 
 
 def bootstrap(value_N: Array, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
-    """Mean of per-item numbers, with the percentile interval over resampled items. For a paired difference give the
-    differences.
+    """Mean of per-item numbers, with its percentile interval over resampled items.
+
+    For a paired comparison, pass the differences.
     """
     count = len(value_N)
     random = np.random.default_rng(seed)
@@ -115,9 +118,9 @@ def bootstrap(value_N: Array, *, seed: int = 0, resamples: int = RESAMPLES, leve
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paired:
-    """Steered against unsteered on the same items.
+    """Accuracy before and after steering on the same items.
 
-    gained, lost: items that became right, and that became wrong. p: McNemar's exact test, two-sided.
+    gained, lost: number of items that became right, and that became wrong. p: McNemar's exact test, two-sided.
     """
 
     before: float
@@ -129,7 +132,7 @@ class Paired:
 
 
 def compare(before_N: Array, after_N: Array, *, seed: int = 0) -> Paired:
-    """Accuracy before and after, from 0/1 per item, in the same order."""
+    """Compare accuracy before and after. Both arrays have 0 or 1 per item, in the same order."""
     gained = int(((after_N == 1.0) & (before_N == 0.0)).sum())
     lost = int(((after_N == 0.0) & (before_N == 1.0)).sum())
     return Paired(
@@ -143,14 +146,14 @@ def compare(before_N: Array, after_N: Array, *, seed: int = 0) -> Paired:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Probability of a split of the changed items at least as uneven, if each change were a coin's toss (exact)."""
+    """Two-sided p-value of McNemar's exact test: the sign test of the items that changed."""
     from scipy.stats import binomtest
 
     return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost, 0.5).pvalue)
 
 
 def holm(p_by_name: Mapping[str, float]) -> dict[str, float]:
-    """p-values corrected for their number by Holm's step-down method; the order of the names is kept."""
+    """p-values corrected by Holm's step-down method, in the order of the input."""
     adjusted: dict[str, float] = {}
     highest = 0.0
     for rank, (name, p) in enumerate(sorted(p_by_name.items(), key=lambda entry: entry[1])):
@@ -160,6 +163,6 @@ def holm(p_by_name: Mapping[str, float]) -> dict[str, float]:
 
 
 def slope(alphas: Array, values: Array) -> float:
-    """Least-squares slope of a mean against strength: for `margin` the vector's steerability, in nats per unit."""
+    """Least-squares slope of a mean metric against strength. The slope of `margin` is the vector's steerability."""
     centred = alphas - alphas.mean()
     return float(centred @ (values - values.mean()) / (centred @ centred))

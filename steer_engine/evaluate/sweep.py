@@ -1,4 +1,4 @@
-"""Choosing a condition on the validation split."""
+"""Measures all conditions on one split, and chooses the best condition."""
 
 from __future__ import annotations
 
@@ -12,36 +12,11 @@ from steer_engine.evaluate.journal import Journal
 from steer_engine.evaluate.scorer import Job, Scorer
 from steer_engine.evaluate.statistics import Array
 
-
-def choose(
-    conditions: Sequence[Condition],
-    tables: Mapping[str, Table],
-    score: str,
-    *,
-    neutral: Mapping[str, Table] | None = None,
-    max_kl: float | None = None,
-) -> Condition | None:
-    """The condition with the best mean score; ties go to the larger share of right answers, then to the weaker one.
-
-    max_kl: conditions whose mean KL on neutral texts (`neutral`) is larger don't count. None where it leaves none.
-    """
-
-    def rank(condition: Condition) -> tuple[float, float, float]:
-        numbers = tables[condition.key]
-        share = numbers["share_correct"].mean() if "share_correct" in numbers else 0.0
-        return (float(numbers[score].mean()), float(share), -abs(condition.alpha))
-
-    if max_kl is not None:
-        assert neutral is not None
-        conditions = [condition for condition in conditions if neutral[condition.key]["kl"].mean() <= max_kl]
-    return max(conditions, key=rank, default=None)
-
-
 COMMIT_EVERY = 64
-"""Measurements between two writes to disk: what a kill can cost."""
+"""Measurements between two writes to disk. A killed run loses at most this many."""
 
 Table = dict[str, Array]
-"""Metric -> one number per question, in the order of the questions."""
+"""Metric -> array of shape `[questions]`, in the order of the questions."""
 
 
 def sweep(
@@ -52,10 +27,12 @@ def sweep(
     conditions: Sequence[Condition],
     advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Table]:
-    """Condition's key -> its numbers. What the journal has is not measured again.
+    """Measure conditions on questions, except those that the journal has.
 
-    All conditions of a question stand side by side in a batch, so that they share its prompt in the prefix cache as
-    far as their scopes allow.
+    Returns: key of each condition -> its table.
+
+    All conditions of a question are adjacent in a batch. They share its prompt in the prefix cache as far as their
+    scopes allow.
     """
     distinct = list({condition.key: condition for condition in conditions}.values())
     jobs: list[Job] = [
@@ -71,10 +48,35 @@ def sweep(
         if count % COMMIT_EVERY == 0:
             journal.commit()
     journal.commit()
-    return {condition.key: table(journal, split, questions, condition) for condition in distinct}
+    return {condition.key: _table(journal, split, questions, condition) for condition in distinct}
 
 
-def table(journal: Journal, split: str, questions: Sequence[Question], condition: Condition) -> Table:
-    """The numbers of one condition."""
+def choose(
+    conditions: Sequence[Condition],
+    tables: Mapping[str, Table],
+    score: str,
+    *,
+    neutral: Mapping[str, Table] | None = None,
+    max_kl: float | None = None,
+) -> Condition | None:
+    """The condition with the best mean score; None if `max_kl` excludes all.
+
+    Ties go to the larger share of right answers, then to the smaller strength.
+    max_kl: excludes conditions with a larger mean KL on neutral texts (`neutral`), in nats.
+    """
+
+    def rank(condition: Condition) -> tuple[float, float, float]:
+        numbers = tables[condition.key]
+        share = numbers["share_correct"].mean() if "share_correct" in numbers else 0.0
+        return (float(numbers[score].mean()), float(share), -abs(condition.alpha))
+
+    if max_kl is not None:
+        assert neutral is not None
+        conditions = [condition for condition in conditions if neutral[condition.key]["kl"].mean() <= max_kl]
+    return max(conditions, key=rank, default=None)
+
+
+def _table(journal: Journal, split: str, questions: Sequence[Question], condition: Condition) -> Table:
+    """The table of one condition, from the journal."""
     rows = [journal[split, condition.key, question.id] for question in questions]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

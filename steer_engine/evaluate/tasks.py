@@ -1,9 +1,10 @@
-"""Evaluation tasks: generated ones (IOI, bAbI 15 and 16) by name, and a user's own from a JSONL file."""
+"""Where tasks come from: generators (IOI, bAbI 15 and 16), a user's JSONL file, and packaged neutral texts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable
+from importlib import resources
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,22 +15,22 @@ from steer_engine.evaluate.items import SPLITS, Item, Sizes, Task
 __all__ = ["TASKS", "Item", "Sizes", "Task", "load_task"]
 
 Make = Callable[[Random, str], tuple[Hashable, str, list[str], str]]
-"""From a source of chance and a split's name: what identifies the item, prompt, answers, the right one."""
+"""Makes an item from a random generator and the name of its split: identity, prompt, answers, right answer."""
 
 MAX_TRIES = 100
-"""Per item, before a space of items counts as used up."""
+"""Draws per item, until the generator counts as exhausted."""
 
 
 def draw(name: str, make: Make, sizes: Sizes, seed: int, about: str) -> Task:
-    """A task of distinct items; the same seed and sizes give the same task on every machine.
+    """Draw a task of distinct items. The same seed and sizes give the same task on every machine.
 
     Raises:
-        EvaluationError: there are not that many distinct items.
+        EvaluationError: the generator has fewer distinct items than `sizes` requests.
     """
     seen: set[Hashable] = set()
     splits: dict[str, tuple[Item, ...]] = {}
     for split in SPLITS:
-        random = Random(f"{name} {split} {seed}")  # each split has a stream of its own
+        random = Random(f"{name} {split} {seed}")  # one random stream per split
         items: list[Item] = []
         for number in range(getattr(sizes, split)):
             for _ in range(MAX_TRIES):
@@ -37,7 +38,9 @@ def draw(name: str, make: Make, sizes: Sizes, seed: int, about: str) -> Task:
                 if identity not in seen:
                     break
             else:
-                raise EvaluationError(f"Task {name} has no {getattr(sizes, split)} distinct {split} items; ask fewer.")
+                raise EvaluationError(
+                    f"Task {name} has fewer than {getattr(sizes, split)} distinct {split} items; request fewer."
+                )
             seen.add(identity)
             where = f"{name} {split} {number}"
             ordered = sorted(answers)
@@ -60,8 +63,7 @@ _NAMES = (
 )
 
 NAMES = {split: tuple(_NAMES.split()[start::3]) for start, split in enumerate(("derive", "validation", "test"))}
-"""Split -> names. Every third name, so that letters and kinds are spread evenly."""
-
+"""Split -> names. Each split takes every third name, so that all splits have similar names."""
 
 OPENINGS = ("Then", "Later", "Earlier")
 SHORT = "{opening}, {first} and {second} went to the {place}. {giver} gave a {object} to"
@@ -73,8 +75,9 @@ OBJECTS = ("kiss", "necklace", "ring", "drink", "bone", "computer", "snack", "ba
 
 
 def ioi(sizes: Sizes, seed: int) -> Task:
-    """Two people, one of them gives: the answer is the other. Both orders of mention, two lengths; splits share no
-    name.
+    """Indirect object identification: one of two people gives something; the answer is the other person.
+
+    Prompts mention the two in either order and have two lengths. No name appears in two splits.
     """
     about = "indirect object identification: the answer is the person who has not been named twice"
     return draw("ioi", _ioi, sizes, seed, about)
@@ -99,7 +102,7 @@ BABI15_ACTORS = ("Gertrude", "Winona", "Jessica", "Emily")
 
 
 def babi15(sizes: Sizes, seed: int) -> Task:
-    """Four rules and four memberships in any order; no puzzle is in two splits, in whatever order its sentences are."""
+    """Four rules and four memberships in random order. No puzzle appears in two splits, not even reordered."""
     return draw("babi15", _babi15, sizes, seed, "bAbI 15: from 'mice are afraid of wolves' and 'Gertrude is a mouse'")
 
 
@@ -122,7 +125,7 @@ BABI16_ACTORS = ("Lily", "Bernhard", "Greg", "Julius", "Brian")
 
 
 def babi16(sizes: Sizes, seed: int) -> Task:
-    """Five memberships, four colours; the fifth actor has the species, and so the colour, of another one."""
+    """Five memberships, four colours. The fifth actor has the same species, and so the same colour, as another."""
     return draw("babi16", _babi16, sizes, seed, "bAbI 16: from 'Greg is a swan', 'Greg is gray' and 'Lily is a swan'")
 
 
@@ -144,10 +147,10 @@ TASKS: dict[str, Callable[[Sizes, int], Task]] = {"ioi": ioi, "babi15": babi15, 
 
 
 def load_task(name_or_path: str, sizes: Sizes, *, seed: int = 0, shots: int = 0) -> Task:
-    """A generated task by name, or one from a JSONL file; `shots` solved examples stand before each prompt.
+    """Load a generated task by name, or a task from a JSONL file, with `shots` solved examples before each prompt.
 
     Raises:
-        EvaluationError: no such task or file, or a bad item, by name or line.
+        EvaluationError: the task or file does not exist, or an item is invalid; the message names the line.
     """
     if name_or_path in TASKS:
         task = TASKS[name_or_path](sizes, seed)
@@ -158,22 +161,28 @@ def load_task(name_or_path: str, sizes: Sizes, *, seed: int = 0, shots: int = 0)
     return task.with_shots(shots)
 
 
+def neutral_texts() -> list[str]:
+    """Packaged everyday texts that end in the middle of a sentence. They show side effects of steering."""
+    data = resources.files("steer_engine.evaluate").joinpath("data/neutral.txt").read_text(encoding="utf-8")
+    return [line for line in data.splitlines() if line.strip()]
+
+
 MAX_ANSWERS = 1024
-"""Of one item."""
+"""Largest number of answers of one item."""
 
 _KEYS = {"prompt", "answers", "correct", "answer", "split", "id"}
 _FORMS = '{"prompt": ..., "answers": [" a", " b"], "correct": 0} or {"prompt": ..., "answer": " text"}'
 
 
 def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
-    """Read a task from a file: `prompt` with `answers` and `correct` (its number, from 0), or with one `answer` that
-    the model's own text must begin with.
+    """Load a task from a file of JSON lines.
 
-    A file whose lines name their `split` ("derive", "validation", "test") is split so, and must name it everywhere;
-    any other file is shuffled by `seed` and cut in the proportions of `sizes`.
+    A line has a `prompt`, and either `answers` with `correct` (index of the right one), or one `answer` that the
+    generated text must begin with. If the lines name their `split` ("derive", "validation", "test"), all of them must.
+    Otherwise items are shuffled with `seed` and divided in the proportions of `sizes`.
 
     Raises:
-        EvaluationError: names file and line.
+        EvaluationError: the file or an item is invalid; the message names file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -185,7 +194,7 @@ def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
     named = [split for _, split in parsed if split]
     if named and len(named) < len(parsed):
         where = next(item.where for item, split in parsed if not split)
-        raise EvaluationError(f"{where}: no 'split', but other lines name theirs; name it in all lines or in none.")
+        raise EvaluationError(f"{where}: no 'split', but other lines have one; give it in all lines or in none.")
     items = [item for item, _ in parsed]
     splits = (
         {name: tuple(item for item, split in parsed if split == name) for name in SPLITS}
@@ -199,7 +208,7 @@ def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
 
 
 def _cut(items: list[Item], sizes: Sizes, seed: int) -> dict[str, tuple[Item, ...]]:
-    """Shuffled, and cut by `sizes` or, where there are too few items, in their proportions."""
+    """Shuffle items and divide them by `sizes`, or in the same proportions if there are too few items."""
     shuffled = list(items)
     Random(f"jsonl {seed}").shuffle(shuffled)
     share = min(1.0, len(shuffled) / sizes.total)
@@ -219,7 +228,7 @@ def _item(line: str, where: str) -> tuple[Item, str]:
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{where}: not JSON ({error}).") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise EvaluationError(f"{where}: not an object with a text 'prompt'; valid is {_FORMS}.")
+        raise EvaluationError(f"{where}: not an object with a string 'prompt'; valid is {_FORMS}.")
     if unknown := entry.keys() - _KEYS:
         raise EvaluationError(
             f"{where}: unknown key {sorted(unknown)[0][:64]!r}; known are {', '.join(sorted(_KEYS))}."
@@ -229,7 +238,7 @@ def _item(line: str, where: str) -> tuple[Item, str]:
     answers = [entry["answer"]] if "answer" in entry else entry["answers"]
     correct = entry.get("correct", 0)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise EvaluationError(f"{where}: answers must be texts.")
+        raise EvaluationError(f"{where}: answers must be strings.")
     if "answers" in entry and not 2 <= len(answers) <= MAX_ANSWERS:
         raise EvaluationError(f"{where}: {len(answers)} answers; valid are 2 to {MAX_ANSWERS}.")
     if isinstance(correct, bool) or not isinstance(correct, int):

@@ -26,7 +26,7 @@ def test_every_request_gets_its_own_vector_whatever_the_batch(hooks: Hooks) -> N
     load = Load(**{**PLAIN.to_json(), "steering": Steering.ADD, "num_vectors": 3, "every": 2})
     runs = {}
     for size in (1, 2, 5):
-        hooks.ask("batch_size", value=size)
+        hooks.command("batch_size", value=size)
         runs[size] = hooks.run(load, check=True)
     plain = hooks.run(PLAIN, check=True)
     for size in (2, 5):
@@ -42,7 +42,7 @@ def test_every_request_gets_its_own_vector_whatever_the_batch(hooks: Hooks) -> N
 def test_unsteered_answers_are_those_of_the_bare_model(hooks: Hooks) -> None:
     import torch
 
-    hooks.ask("batch_size", value=3)
+    hooks.command("batch_size", value=3)
     timing = hooks.run(PLAIN, check=True)
     for request, prompt in enumerate(PLAIN.prompts(hooks.model.config.vocab_size)):
         tokens = list(prompt)
@@ -57,7 +57,7 @@ def test_unsteered_answers_are_those_of_the_bare_model(hooks: Hooks) -> None:
 
 
 def test_exactly_max_tokens_are_generated_and_timed(hooks: Hooks) -> None:
-    hooks.ask("batch_size", value=2)
+    hooks.command("batch_size", value=2)
     timing = hooks.run(PLAIN)
     assert timing.output_tokens == PLAIN.num_requests * PLAIN.max_tokens
     assert timing.prompt_tokens == sum(map(len, PLAIN.prompts(hooks.model.config.vocab_size)))
@@ -68,8 +68,8 @@ def test_exactly_max_tokens_are_generated_and_timed(hooks: Hooks) -> None:
 def test_what_the_hooks_cannot_do_is_refused(hooks: Hooks) -> None:
     with pytest.raises(ValueError, match="directional in all"):
         hooks.run(Load(**{**PLAIN.to_json(), "steering": Steering.DIRECTIONAL}))
-    with pytest.raises(ValueError, match="does not know 'sing'"):
-        hooks.ask("sing")
+    with pytest.raises(ValueError, match="has no command 'sing'"):
+        hooks.command("sing")
 
 
 def test_scores_do_not_depend_on_the_batch_and_generation_steers_the_last_token_alone(hooks: Hooks) -> None:
@@ -77,7 +77,7 @@ def test_scores_do_not_depend_on_the_batch_and_generation_steers_the_last_token_
     questions = [{"prompt_ids": [9, 8, 7, 6, 5][:length], "answer_ids": [3, 4]} for length in (3, 5, 1)]
     scores = {
         (scope, size): np.array(
-            hooks.ask("score", questions=questions, alphas=[0.0, 8.0], scope=scope, batch_size=size)["scores"]
+            hooks.command("score", questions=questions, alphas=[0.0, 8.0], scope=scope, batch_size=size)["scores"]
         )
         for scope in ("all", "generation")
         for size in (1, 4)

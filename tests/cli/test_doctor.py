@@ -74,9 +74,7 @@ def diagnosis(found: dict[str, tuple[int, str]], name: str) -> dict[str, Any]:
         ("70b lean", 256 * 20 * 1 * 8192 * 2),
     ],
 )
-def test_memory_of_large_models_by_configuration(
-    found: dict[str, tuple[int, str]], name: str, bank: int
-) -> None:
+def test_memory_of_large_models_by_configuration(found: dict[str, tuple[int, str]], name: str, bank: int) -> None:
     status, _ = found[name]
     shown = diagnosis(found, name)
     assert (status, shown["serves"], shown["against"]) == (0, True, [])

@@ -1,4 +1,4 @@
-"""The demo derives its vector once per set of inputs."""
+"""The demo derives its vector once per set of inputs, and its tables fit in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from steer_engine.demo import __main__ as module
+from steer_engine.demo.scoring import SHOWN, Side
+from steer_engine.demo.server import Reply
 from steer_engine.vectors import ControlVector, load
 
 
@@ -51,3 +54,26 @@ def test_other_inputs_are_other_vectors(
     monkeypatch.setattr(module, "pairs_path", lambda: tmp_path / "pairs.jsonl")
     folders.add(module.derive_once("m", model, "float32"))
     assert len(folders) == len(derivations) == 4
+
+
+def test_every_column_is_visible_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80, record=True)
+    monkeypatch.setattr(module, "console", console)
+    replies = [
+        Reply(prompt=SHOWN[1], scale=scale, text="a good day " * 9, digest=digest, tokens=27)
+        for scale, digest in ((None, None), (0.15, f"sha256:{'0123456789abcdef' * 4}"))
+    ]
+    module._show_batch(replies, 2)
+    module._show_scores([Side(scale=scale, answers=("a good day",)) for scale in (-0.3, 0.0, 0.3)], [], 1)
+    text = console.export_text()
+    for cell in (
+        "What is it like",
+        "plain",
+        "+0.15",
+        "0123456789abcd",
+        "a good day a good",
+        "-0.3",
+        "words per answer",
+    ):
+        assert cell in text
+    assert max(map(len, text.splitlines())) <= 80

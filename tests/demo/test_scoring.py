@@ -1,10 +1,10 @@
-"""The demo says "shown" only when it is: a real shift, in text that holds together."""
+"""The demo passes only with a significant shift in sound text, on prompts that nothing was tuned on."""
 
 from __future__ import annotations
 
 import pytest
 
-from steer_engine.demo.scoring import Shift, Side, find_faults, shift, words_of
+from steer_engine.demo.scoring import DEV, HELD_OUT, SHOWN, Shift, Side, find_faults, shift, words_of
 
 GLOOMY = tuple(f"It was a terrible and hopeless day number {number}, and I hated it." for number in range(20))
 CHEERFUL = tuple(f"It was a wonderful and lovely day number {number}, and I adored it." for number in range(20))
@@ -12,6 +12,11 @@ CHEERFUL = tuple(f"It was a wonderful and lovely day number {number}, and I ador
 
 def side(scale: float, answers: tuple[str, ...]) -> Side:
     return Side(scale=scale, answers=answers)
+
+
+def test_held_out_prompts_are_disjoint_from_the_others() -> None:
+    assert len(HELD_OUT) == 20
+    assert len({*DEV, *SHOWN, *HELD_OUT}) == len(DEV) + len(SHOWN) + len(HELD_OUT)
 
 
 def test_a_clear_shift_is_significant() -> None:
@@ -45,7 +50,7 @@ def test_repetition_is_the_share_of_distinct_words() -> None:
     ("answers", "fault"),
     [
         (("happy " * 12,) * 20, "repeat themselves"),
-        (("Great.",) * 20, "break off"),
+        (("Great.",) * 20, "are too short"),
         (("",) * 20, "repeat themselves"),
     ],
 )

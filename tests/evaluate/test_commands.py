@@ -37,7 +37,7 @@ def test_help_shows_an_example(command: str) -> None:
     ("arguments", "message"),
     [
         (("--task", "ioj"), "There is no task or file 'ioj'"),
-        (("--task", "ioi", "--alphas", "1:2"), "Strengths '1:2' are not readable"),
+        (("--task", "ioi", "--alphas", "1:2"), "Strengths '1:2' are not valid"),
         (("--task", "ioi", "--unit", "norms"), "--unit 'norms' is none of vector, residual"),
         (("--task", "ioi", "--method", "magic"), "There is no method 'magic'"),
         (("--task", "ioi", "--against", "right"), "--against 'right' is none of wrong, random"),

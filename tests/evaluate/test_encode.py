@@ -57,7 +57,7 @@ def test_a_prompt_that_does_not_fit_is_named() -> None:
     assert len(encoder.question(item("123456", "x", "y")).prompt_ids) == 7
     with pytest.raises(EvaluationError, match=r"f:1: the prompt has 8 tokens"):
         encoder.question(item("1234567", "x", "y"))
-    with pytest.raises(EvaluationError, match="5 must fit behind it"):
+    with pytest.raises(EvaluationError, match="5 must fit after it"):
         encoder.question(item("123", "x"), generate=5)
 
 

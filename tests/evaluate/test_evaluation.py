@@ -15,11 +15,10 @@ import pytest
 from steer_engine import LLM, ControlVector
 from steer_engine.errors import EvaluationError, ModelMismatchError
 from steer_engine.evaluate.conditions import contrasts, random_like, with_shuffled_labels
-from steer_engine.evaluate.evaluation import Evaluation
+from steer_engine.evaluate.evaluation import Evaluation, run_paper
 from steer_engine.evaluate.outcome import Outcome, calibrated
-from steer_engine.evaluate.paper import HEADS, markdown, run_paper
 from steer_engine.evaluate.plan import Plan, Recipe
-from steer_engine.evaluate.report import write_results
+from steer_engine.evaluate.report import PAPER_HEADS, paper_markdown, write_results
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.tasks import Item, Sizes, Task, load_task
 
@@ -186,12 +185,12 @@ def test_the_papers_negatives_are_scrambled_prompts(task: Task) -> None:
 def test_the_papers_protocol_beside_ours(tiny_engine: LLM, task: Task, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run = run_paper(tiny_engine, task, tmp_path, alphas=(-0.5, 0.5), seed=0, model="tiny", progress=False)
-    text = markdown([run])
+    text = paper_markdown([run])
     table = [line for line in text.splitlines() if line.startswith("| ioi")]
     assert [line.split(" | ")[1] for line in table] == [
         "Reading", "Contrastive", "PCA contrastive", "ours: diffmean-wrong"
     ]  # fmt: skip
-    assert all(line.count(" | ") == len(HEADS) - 1 for line in table)
+    assert all(line.count(" | ") == len(PAPER_HEADS) - 1 for line in table)
     assert {verdict.blocks for verdict in run.paper.verdicts} == {"1"}
     assert (tmp_path / "paper" / "report.html").is_file()
     assert (tmp_path / "ours" / "report.html").is_file()

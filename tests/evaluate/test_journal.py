@@ -54,5 +54,5 @@ def test_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_strange_file_is_refused(tmp_path: Path) -> None:
     whole = filled(tmp_path / "j.jsonl")
     (tmp_path / "j.jsonl").write_bytes(whole + b"[]\n")
-    with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a line"):
+    with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a journal line"):
         Journal(tmp_path / "j.jsonl", FACTS)

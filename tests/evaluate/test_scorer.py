@@ -16,12 +16,11 @@ from steer_engine import LLM, ControlVector
 from steer_engine.errors import EvaluationError, SteeringRequestError
 from steer_engine.evaluate.conditions import BASELINE, Condition
 from steer_engine.evaluate.encode import Encoder, Question
-from steer_engine.evaluate.evaluation import neutral_texts
 from steer_engine.evaluate.journal import Journal
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import mcnemar
 from steer_engine.evaluate.sweep import sweep
-from steer_engine.evaluate.tasks import Sizes, load_task
+from steer_engine.evaluate.tasks import Sizes, load_task, neutral_texts
 from steer_engine.llm import Numbers
 
 RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
@@ -198,7 +197,7 @@ def test_a_distribution_that_is_not_finite_is_an_error() -> None:
 
 
 def test_a_baseline_that_does_not_come_before_is_refused(tiny_engine: LLM) -> None:
-    with pytest.raises(ValueError, match="Prompt 0 has the baseline 1, which does not come before it"):
+    with pytest.raises(ValueError, match="Prompt 0 has baseline 1; it must be the prompt itself or an earlier one"):
         tiny_engine.score([[1, 2], [1, 2]], steering=[None, None], baselines=[1, 1], answers=[(), ()])
 
 

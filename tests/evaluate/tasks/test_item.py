@@ -24,8 +24,8 @@ def task(**fields: Any) -> Task:
         ({"answers": ()}, "missing"),
         ({"answers": (" a", " ")}, "missing or empty"),
         ({"answers": (" a", " a")}, "twice"),
-        ({"correct": 2}, "valid are 0 to 1"),
-        ({"correct": -1}, "valid are 0 to 1"),
+        ({"correct": 2}, "must be 0 to 1"),
+        ({"correct": -1}, "must be 0 to 1"),
     ],
 )
 def test_items_that_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -68,7 +68,7 @@ def test_shots_come_from_the_derive_split_and_leave_it() -> None:
     assert shown.test[0].prompt == "q10 a\n\nq11 b\n\nq4"
     assert [each.id for each in shown.derive] == ["12", "13"]
     assert shown.derive[0].prompt.endswith("\n\nq12")
-    with pytest.raises(EvaluationError, match="leave too little"):
+    with pytest.raises(EvaluationError, match="leave too few"):
         task().with_shots(1)
 
 
