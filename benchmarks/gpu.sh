@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, unattended: tests with real CUDA graphs and the real V2 runner, kernel speed, serving ratios.
-#   benchmarks/gpu.sh [MODEL]        default: smollm2-135m; any Hugging Face id that fits twice into the memory of one GPU
-# Results and logs: benchmarks/results/<GPU>-<date>/. A step that fails is reported at the end, the others still run.
+# Runs everything that needs a GPU: tests with real CUDA graphs and the real V2 runner, kernel speed, serving ratios.
+#   benchmarks/gpu.sh [MODEL]        default: smollm2-135m; any Hugging Face id; the model must fit twice into the memory of one GPU
+# Results and logs: benchmarks/results/<GPU>-<date>/. Failed steps are reported at the end; the other steps still run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-smollm2-135m}
@@ -25,7 +25,7 @@ step setup make EXTRA=cuda setup
 nvidia-smi >"$out/nvidia-smi.txt"
 step tests-gpu .venv/bin/pytest -q tests/gpu
 step kernels .venv/bin/python -P triton_kernels/bench/kernels.py --json "$out/kernels.json"
-# Two engines share the GPU: stock and ours, loaded side by side.
+# Two engines share the GPU: plain vLLM and Steer Engine.
 step bench .venv/bin/python benchmarks/run.py serve distinct prefix admission startup http \
     --model "$model" --dtype bfloat16 --memory 0.35 --out "$out"
 

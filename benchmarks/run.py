@@ -1,4 +1,4 @@
-"""Measure what steering costs. `make bench` runs this; `benchmarks/README.md` says how to read the numbers."""
+"""Measure the cost of steering. `make bench` runs this; `benchmarks/README.md` explains the method."""
 
 from __future__ import annotations
 
@@ -27,18 +27,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def bench(
     questions: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join((*QUESTIONS, *PEERS))}. Default: all but the last four.")
+        list[str] | None,
+        typer.Argument(help=f"Any of {', '.join((*QUESTIONS, *PEERS))}. Default: all but the last four."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One eager engine, steered against idle: minutes.")] = False,
-    peers: Annotated[bool, typer.Option("--peers", help="The comparisons with other projects too.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One eager engine, steered compared with idle: minutes.")
+    ] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Also compare with other projects.")] = False,
     model: Annotated[str, typer.Option(help="Packaged model, path or Hugging Face id.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="Of weights and stream, for every arm.")] = "float32",
-    memory: Annotated[float, typer.Option(help="vLLM's --gpu-memory-utilization of each engine.")] = 0.2,
-    out: Annotated[Path, typer.Option(help="Folder of the results: one JSON file a question, and a table.")] = RESULTS
+    dtype: Annotated[str, typer.Option(help="Dtype of weights and activations, for every arm.")] = "float32",
+    memory: Annotated[float, typer.Option(help="--gpu-memory-utilization of each engine.")] = 0.2,
+    out: Annotated[Path, typer.Option(help="Results folder: one JSON file per question, and a table.")] = RESULTS
     / "latest",
-    again: Annotated[bool, typer.Option("--again", help="Measure again what the folder already answers.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure questions again that have an answer in the folder.")
+    ] = False,
 ) -> None:
-    """Answer questions about speed, each by runs that take turns in one go. What the folder answers already is shown.
+    """Run benchmarks with interleaved runs. A question with an answer in the folder is shown, not measured again.
 
     Example: python benchmarks/run.py serve --quick
     """
@@ -48,38 +53,39 @@ def bench(
     chosen = questions or [*(QUICK if quick else QUESTIONS), *(PEERS if peers else ())]
     unknown = set(chosen) - {*QUESTIONS, *PEERS}
     if unknown:
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: valid are {', '.join((*QUESTIONS, *PEERS))}.")
+        raise typer.BadParameter(f"Unknown: {', '.join(sorted(unknown))}. Valid: {', '.join((*QUESTIONS, *PEERS))}.")
     if quick and out == RESULTS / "latest":
         out = RESULTS / "quick"
     settings = Settings(model=resolve_model(model), dtype=dtype, memory=memory)
     about = {"machine": machine(), "settings": {**settings.to_json(), "model": model}, "quick": quick}
     console.print(f"{about['machine']['cpu']}, {about['machine']['cores']} cores, {model} in {dtype}", highlight=False)
     failed = [
-        name for name in chosen if not _answered(name, settings, about, out, quick=quick, again=again, console=console)
+        name for name in chosen if not _measure(name, settings, about, out, quick=quick, again=again, console=console)
     ]
     _write_table(out)
     console.print(f"Results in {out}")
     raise typer.Exit(1 if failed else 0)
 
 
-def _answered(
+def _measure(
     name: str, settings: Settings, about: dict[str, object], out: Path, *, quick: bool, again: bool, console: Console
 ) -> bool:
+    """Measure one question, or show its saved answer. Returns False if an arm failed."""
     path = out / f"{name}.json"
     if path.exists() and not again:
         answer, _ = Answer.load(path)
-        console.print(f"{name}: answered before, in {path}; measure it again with --again")
+        console.print(f"{name}: saved answer in {path}; use --again to measure again")
         show(answer, console)
         return True
     start = time.monotonic()
     with _progress(console) as progress:
         try:
-            answer = import_module(f"steer_bench.questions.{name}").ask(settings, progress, quick=quick)
+            answer = import_module(f"steer_bench.questions.{name}").measure(settings, progress, quick=quick)
         except ArmFailed as error:
             console.print(f"{name}: {error}", markup=False, highlight=False, style="red")
             return False
         except AssertionError:
-            # What would be timed is not what it is taken for. Other questions can still be answered.
+            # The setup is not as expected, so its timing would be wrong. The other questions can still run.
             console.print_exception()
             return False
     answer.save(path, {**about, "took_s": round(time.monotonic() - start)})
@@ -99,7 +105,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _write_table(out: Path) -> None:
-    """All claims of the folder in Markdown."""
+    """Write all claims of the folder as a Markdown table."""
     if claims := claims_of(out):
         (out / TABLE).write_text(document(claims))
 

@@ -1,1 +1,1 @@
-"""What steering costs, measured side by side with plain vLLM and with peers: see `benchmarks/README.md`."""
+"""Benchmarks of steering, compared with plain vLLM and with peers. See `benchmarks/README.md`."""

@@ -1,4 +1,4 @@
-"""The answer to a question: rows of a table, claims with their targets, and what it stands on."""
+"""The answer to a question: table rows, claims with their targets, and facts about the setup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steer_bench.ratio import Ratio, Target
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One line of the table of targets. mode: operations, runner, eager or compiled, load."""
+    """One row of the targets table. mode: compiled or eager, runner, load and operations, as text."""
 
     what: str
     mode: str
@@ -35,7 +35,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """claims: ratios and other figures with targets. rows: everything that was measured, in order."""
+    """claims: ratios and other figures, with targets. rows: all measurements, in order. facts: setup of the arms."""
 
     question: str
     claims: list[Claim]
@@ -43,7 +43,7 @@ class Answer:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Write JSON in one piece; `about` says machine and settings."""
+        """Write the answer atomically as JSON. `about` describes machine and settings."""
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".tmp")
         staged.write_text(json.dumps({"about": dict(about), **asdict(self)}, indent=1) + "\n")
@@ -51,12 +51,12 @@ class Answer:
 
     @classmethod
     def load(cls, path: Path) -> tuple[Answer, dict[str, Any]]:
-        """The answer of a file, and what it is about."""
+        """Returns the saved answer and its `about`."""
         raw = json.loads(path.read_text())
         about = raw.pop("about")
         return cls(**{**raw, "claims": [Claim(**claim) for claim in raw["claims"]]}), about
 
 
 def claims_of(folder: Path) -> list[Claim]:
-    """Of all answers in a folder, by the names of their questions."""
+    """Claims of all answers in a folder, sorted by file name."""
     return [claim for path in sorted(folder.glob("*.json")) for claim in Answer.load(path)[0].claims]

@@ -1,4 +1,4 @@
-"""What each batch size gives a peer, so that it is compared at its best."""
+"""Find the best batch size of a peer, so that the comparison is fair."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ROUNDS = 2
 def sweep(
     rate: Callable[[int], float], sizes: Sequence[int], name: str, progress: Progress, title: str
 ) -> tuple[int, list[dict[str, Any]]]:
-    """The batch size with the best single run, and a row for each. rate: runs one batch size, gives items per second.
+    """Returns the batch size with the fastest single run, and a table row per size.
 
-    Forth and back, so that a machine that slows down does not choose.
+    rate: runs one batch size and returns items per second. Runs are interleaved, so that a machine that becomes slower
+    does not affect the choice.
     """
     cases = {str(size): partial(_once, rate, size) for size in sizes}
     rates = interleave(cases, ROUNDS, progress, f"{title}: batch sizes")
@@ -27,11 +28,11 @@ def sweep(
 
 
 def row(part: str, case: str, rates: Sequence[float]) -> dict[str, Any]:
-    """One line of a table; rates per second."""
+    """A table row with median, smallest and largest rate per second."""
     figures = {"per s": middle(list(rates)), "min": min(rates), "max": max(rates)}
     return {"part": part, "case": case, **{name: round(value, 2) for name, value in figures.items()}}
 
 
 def _once(rate: Callable[[int], float], size: int, number: int) -> float:
-    """The number of the round changes nothing."""
+    """Ignores the round number."""
     return rate(size)

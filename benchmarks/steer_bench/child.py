@@ -1,8 +1,8 @@
-"""The process of an arm: loads it, then answers the commands of its parent, one JSON line each.
+"""Process of an arm: loads the arm, then runs the commands of the parent process. Each is one line of JSON.
 
     python -P -m steer_bench.child ARM SETTINGS
 
-Standard output belongs to the protocol; what the arm prints goes to standard error, which the parent keeps as a log.
+Standard output is reserved for replies. Output of the arm goes to standard error, which the parent saves as a log.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ def main(arm_name: str, settings: str) -> None:
     try:
         arm = module.load(Settings(**json.loads(settings)))
         seconds = time.perf_counter() - start
-        _say(protocol, {"ok": True, "value": {"start_up_s": seconds, **arm.describe()}})
+        _send(protocol, {"ok": True, "value": {"start_up_s": seconds, **arm.describe()}})
     except Exception:
-        _say(protocol, {"ok": False, "reason": traceback.format_exc(limit=-3)})
+        _send(protocol, {"ok": False, "reason": traceback.format_exc(limit=-3)})
         return
     for line in sys.stdin:
         try:
-            _say(protocol, {"ok": True, "value": _answer(arm, json.loads(line))})
+            _send(protocol, {"ok": True, "value": _run_command(arm, json.loads(line))})
         except Exception:
-            _say(protocol, {"ok": False, "reason": traceback.format_exc(limit=-3)})
+            _send(protocol, {"ok": False, "reason": traceback.format_exc(limit=-3)})
 
 
-def _answer(arm: Any, command: dict[str, Any]) -> Any:
+def _run_command(arm: Any, command: dict[str, Any]) -> Any:
     if command["do"] == "run":
         return arm.run(Load.from_json(command["load"]), check=command["check"]).to_json()
     if command["do"] == "profile":
         from steer_bench.arms.profiled import profiled
 
         return profiled(arm, Load.from_json(command["load"]))
-    return arm.ask(command["do"], **command["arguments"])
+    return arm.command(command["do"], **command["arguments"])
 
 
-def _say(protocol: TextIO, reply: dict[str, Any]) -> None:
+def _send(protocol: TextIO, reply: dict[str, Any]) -> None:
     protocol.write(json.dumps(reply) + "\n")
     protocol.flush()
 
@@ -56,5 +56,5 @@ def _say(protocol: TextIO, reply: dict[str, Any]) -> None:
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
     sys.stderr.flush()
-    # An engine in this process may keep threads that never end.
+    # Threads of the engine may never end.
     os._exit(0)

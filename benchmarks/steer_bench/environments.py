@@ -1,8 +1,8 @@
-"""Environments of peers: made from PyPI under `.bench/`, beside the interpreter that runs this.
+"""Python environments of the peers, created from PyPI under `.bench/`.
 
-Each sees the packages of this interpreter too, after its own, so that all that are compared run on the same vLLM and
-torch. What this interpreter has installed in place (Steer Engine) is not seen: it is found through a `.pth` file, and
-those are read in an environment's own folder only.
+Each environment can also import the packages of this interpreter, so that all sides use the same vLLM and torch. It
+cannot import the editable install of Steer Engine: that uses a `.pth` file, and Python reads `.pth` files only in the
+environment's own folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MADE = "made.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """requirements: all that is installed; nothing they depend on comes along."""
+    """requirements: the packages to install, without their dependencies."""
 
     name: str
     requirements: tuple[str, ...]
@@ -38,7 +38,7 @@ class Environment:
 
     @property
     def is_made(self) -> bool:
-        """Made for this very list and interpreter."""
+        """True if the environment exists for these requirements and this interpreter."""
         mark = self.folder / MADE
         return mark.exists() and json.loads(mark.read_text()) == self._mark
 
@@ -53,14 +53,14 @@ REPENG = Environment(name="repeng", requirements=("repeng==0.4.0", "gguf>=0.17",
 
 
 def python_of(environment: Environment) -> str:
-    """The interpreter of an environment, which is made where it is missing or was made for something else.
+    """Path of the environment's interpreter. Creates the environment if it is missing or outdated.
 
     Raises:
-        ArmFailed: pip could not install it; says what pip said.
+        ArmFailed: pip failed; the message has the end of its output.
     """
     if not environment.is_made:
         venv.create(environment.folder, clear=True, with_pip=True)
-        # The peers may ask for another Python or vLLM than there is: then whether they run is what we measure.
+        # A peer may require another Python or vLLM version. We try to run it anyway.
         done = subprocess.run(
             [environment.python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python",
              *environment.requirements],

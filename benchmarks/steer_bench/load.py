@@ -1,4 +1,4 @@
-"""A load: requests that every arm gets alike, made from a seed, with what each of them asks to be steered by."""
+"""A load: the requests of a run and their steering. They are generated from a seed, so every arm gets the same ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Steering(StrEnum):
-    """What the requests of a load ask for. Every vector covers all blocks."""
+    """Steering of the requests of a load. Every vector covers all blocks."""
 
     NONE = "none"
     ADD = "add"
@@ -19,17 +19,17 @@ class Steering(StrEnum):
 
 
 DIRECTIONAL = ("ablate", "clamp", "add_relative")
-"""Operations of a directional load, request by request in turn."""
+"""Operations of a directional load; requests use them in rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """`num_requests` random prompts, `concurrency` of them in flight, each answered by exactly `max_tokens` tokens.
+    """`num_requests` random prompts, `concurrency` of them in flight, each with exactly `max_tokens` output tokens.
 
-    num_vectors: distinct vectors among the steered requests, handed out in turn.
-    every: each `every`-th request is steered (1 = all, 2 = half).
-    scope: of every edit, as in the request field.
-    shared_prefix: tokens that all prompts begin with; the same ones in every load of this seed.
+    num_vectors: distinct vectors among the steered requests, used in rotation.
+    every: every n-th request is steered (1 = all, 2 = half).
+    scope: scope of every edit, as in the request field.
+    shared_prefix: number of tokens that all prompts start with; equal in all loads with the same seed.
     """
 
     num_requests: int
@@ -45,7 +45,7 @@ class Load:
     scope: str = "all"
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Token ids. Special tokens, which tokenizers keep at the ends of the vocabulary, are left out."""
+        """Token ids of the prompts, without special tokens (both ends of the vocabulary)."""
         low, high = min(1000, vocab_size // 4), vocab_size - min(1000, vocab_size // 4)
         prefix = np.random.default_rng([self.seed, 1]).integers(low, high, self.shared_prefix).tolist()
         rng = np.random.default_rng([self.seed, 2, self.num_requests])
@@ -53,7 +53,7 @@ class Load:
         return [prefix + rng.integers(low, high, int(length)).tolist() for length in lengths]
 
     def vector_of(self, request: int) -> int | None:
-        """Number of the vector of this request; None: not steered."""
+        """Number of the request's vector; None = not steered."""
         if self.steering is Steering.NONE or request % self.every:
             return None
         return (request // self.every) % self.num_vectors
@@ -64,7 +64,7 @@ class Load:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Operations of the steered requests, in turn."""
+        """Operations of the steered requests, used in rotation."""
         return {Steering.NONE: (), Steering.ADD: ("add",), Steering.DIRECTIONAL: DIRECTIONAL}[self.steering]
 
     def op_of(self, request: int) -> str:
@@ -79,7 +79,7 @@ class Load:
 
 
 def vector(number: int, num_blocks: int, hidden_size: int) -> np.ndarray:
-    """float32 [blocks, D]: a random direction of length 1 at every block."""
+    """float32 [L, D]: a random unit vector for each of the L blocks."""
     rows_LD = np.random.default_rng([7, number]).standard_normal((num_blocks, hidden_size))
     unit_LD: np.ndarray = (rows_LD / np.linalg.norm(rows_LD, axis=1, keepdims=True)).astype(np.float32)
     return unit_LD

@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""Description of the machine on which the benchmarks run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _cpu() -> str:
 
 
 def _instructions() -> list[str]:
-    """Of the vector instruction sets that decide how quick a CPU engine is, those that are here."""
+    """Available vector instruction sets, of those that matter for the speed of a CPU engine."""
     flags = next((set(line.split(":", 1)[1].split()) for line in _cpuinfo() if line.startswith("flags")), set[str]())
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 

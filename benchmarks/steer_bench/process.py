@@ -1,4 +1,4 @@
-"""An arm in a process of its own, driven from here. Idle, it sleeps in a read and takes nothing from the others."""
+"""Runs an arm in its own process. While idle, the process blocks on its standard input and uses no CPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # A step's buffers are kept for the next: else the C library gives large ones back and gets them page by page. It
-    # does for all arms what vLLM asks of a preloaded tcmalloc, which is in no package of PyPI.
+    # Reuse the buffers of a step for the next. By default glibc returns large buffers to the system, and each new one
+    # causes page faults. vLLM recommends tcmalloc for this, but no package on PyPI has it.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
@@ -33,9 +33,9 @@ ENVIRONMENT = {
 
 
 def environment() -> dict[str, str]:
-    """What every arm and server begins with: what vLLM gives engines in a process of their own, and advises.
+    """Environment variables of every arm and server: those that vLLM sets for engine processes or recommends.
 
-    torch's own OpenMP is loaded first, so that vLLM's kernels and torch's operators share one pool of threads.
+    torch's OpenMP is loaded first, so that vLLM's kernels and torch's operators share one thread pool.
     """
     torch = find_spec("torch")
     assert torch is not None
@@ -47,13 +47,13 @@ def environment() -> dict[str, str]:
 
 
 class ArmFailed(RuntimeError):
-    """An arm could not load, or not run a load; says what it said."""
+    """An arm failed to load or to run a command. The message has its error or the end of its log."""
 
 
 class ArmProcess:
     """`with ArmProcess("ours", settings) as arm: arm.run(load)`.
 
-    python: the interpreter, where the arm needs an environment of its own.
+    python: path of the interpreter, for an arm with its own environment.
     """
 
     def __init__(self, arm: str, settings: Settings, *, python: str = sys.executable) -> None:
@@ -72,7 +72,7 @@ class ArmProcess:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the arm says of itself; waits until it is loaded."""
+        """The arm's description of itself. Waits until the arm is loaded."""
         if self._facts is None:
             self._facts = self._read()
         return self._facts
@@ -81,11 +81,12 @@ class ArmProcess:
         return Timing.from_json(self._call({"do": "run", "load": load.to_json(), "check": check}))
 
     def profile(self, load: Load) -> dict[str, float]:
-        """Seconds by kind of operator, see `arms.profiled`."""
+        """Seconds by kind of operator; see `arms.profiled`."""
         seconds: dict[str, float] = self._call({"do": "profile", "load": load.to_json()})
         return seconds
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
+        """Run a command that only this arm has; see its `command`."""
         return self._call({"do": what, "arguments": arguments})
 
     def __enter__(self) -> ArmProcess:
@@ -102,7 +103,7 @@ class ArmProcess:
         self._log.close()
 
     def _call(self, command: dict[str, Any]) -> Any:
-        self.facts  # noqa: B018  (loaded first)
+        self.facts  # noqa: B018  (waits until the arm is loaded)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
@@ -112,7 +113,7 @@ class ArmProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ArmFailed(f"Arm {self.name} has ended. The end of its log:\n{self._tail()}")
+            raise ArmFailed(f"The process of arm {self.name} has ended. Last lines of its log:\n{self._tail()}")
         reply = json.loads(line)
         if not reply["ok"]:
             raise ArmFailed(f"Arm {self.name}: {reply['reason']}")

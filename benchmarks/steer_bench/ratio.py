@@ -1,4 +1,4 @@
-"""Ratios of interleaved runs: what one round gives, the median of rounds, and how sure that is."""
+"""Ratios of interleaved runs: one per round, their median, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a ratio should be: at least, or at most, this number."""
+    """Target of a ratio: a lower or an upper limit."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -28,7 +28,7 @@ class Target:
         return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
 
     def verdict(self, low: float, high: float) -> Verdict:
-        """Of an interval: one that straddles the target settles nothing."""
+        """Verdict for a confidence interval. If the target is inside it, the result is not resolved."""
         if self.at_least is not None:
             met, missed = low >= self.at_least, high < self.at_least
         else:
@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Median over the rounds of (ours / theirs of that round), its 95 % bootstrap interval, smallest and largest."""
+    """Median over the rounds of ours / theirs, its 95 % bootstrap interval, the smallest and the largest ratio."""
 
     median: float
     low: float

@@ -1,4 +1,4 @@
-"""Tables of answers, for the terminal and as Markdown."""
+"""Answers as tables, in the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.table import Table
 from steer_bench.answer import Answer, Claim
 
 TABLE = "table.md"
-"""Beside the answers that it is made of."""
+"""File name of the Markdown table, in the folder of the answers."""
 
 
 def show(answer: Answer, console: Console) -> None:
-    """What was measured, then what it says."""
+    """Print the measurements, then the claims."""
     for columns, rows in _tables(answer.rows):
         table = Table(title=answer.question, title_justify="left")
         for number, column in enumerate(columns):
@@ -28,7 +28,7 @@ def show(answer: Answer, console: Console) -> None:
 
 
 def _tables(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[dict[str, Any]]]]:
-    """Rows of equal columns together."""
+    """Group rows with the same columns into (columns, rows)."""
     tables: list[tuple[list[str], list[dict[str, Any]]]] = []
     for row in rows:
         columns = [column for column in row if column != "ratio"] + (["ratio"] if "ratio" in row else [])
@@ -62,17 +62,17 @@ def interval(claim: Claim) -> str:
 
 
 def document(claims: Sequence[Claim]) -> str:
-    """All claims in Markdown, those with a target first and once more among the rest."""
+    """All claims in Markdown. A first table has only those with a target."""
     return f"{targets(claims)}\nAll that was compared:\n\n{markdown(claims)}"
 
 
 def targets(claims: Sequence[Claim]) -> str:
-    """The table of what was to be reached, as the README has it."""
+    """The Markdown table of the claims with a target, as in the README."""
     return markdown([claim for claim in claims if claim.target])
 
 
 def markdown(claims: Sequence[Claim]) -> str:
-    """A table, a line a claim."""
+    """A Markdown table with one line per claim."""
     lines = ["| | measured | 95 % interval | target | | measured in |", "|---|---|---|---|---|---|"]
     for claim in claims:
         note = f"; the peer {claim.note}" if claim.note else ""

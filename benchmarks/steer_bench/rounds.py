@@ -1,4 +1,4 @@
-"""Runs cases in rounds, A B C C B A, and keeps what each took."""
+"""Run cases in interleaved rounds (A B C, then C B A) and collect their results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from steer_bench.timing import Timing
 
 Measured = TypeVar("Measured")
 Case = Callable[[int], Measured]
-"""Runs once; takes the number of the round, from which loads take their seed."""
+"""Runs a case once. The argument is the round number, which determines the seed of the load."""
 
 
 def interleave(
     cases: Mapping[str, Case[Measured]], rounds: int, progress: Progress, title: str
 ) -> dict[str, list[Measured]]:
-    """Each case once a round, every other round backwards: what drifts on the machine meets all cases alike."""
+    """Run each case once per round, every second round in reverse, so that drift of the machine affects all equally."""
     times: dict[str, list[Measured]] = {name: [] for name in cases}
     task = progress.add_task(title, total=rounds * len(cases))
     for number in range(rounds):
@@ -30,7 +30,7 @@ def interleave(
 
 
 def throughputs(times: list[Timing]) -> list[float]:
-    """Tokens per second, round by round."""
+    """Tokens per second of each round."""
     return [timing.tokens_per_second for timing in times]
 
 

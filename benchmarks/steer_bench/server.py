@@ -1,4 +1,4 @@
-"""A server under test, stock or ours, on a free port of loopback."""
+"""A server under test, plain vLLM or Steer Engine, on a free loopback port."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Server:
         )
 
     def wait(self) -> None:
-        """Until it answers; raises ArmFailed with the end of its log."""
+        """Wait until the server is ready. Raises ArmFailed with the end of its log."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._process.poll() is None:
             try:
@@ -66,21 +66,21 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         tail = "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-15:])
-        raise ArmFailed(f"The {self._kind} server did not come up. The end of its log:\n{tail}")
+        raise ArmFailed(f"The {self._kind} server did not start. Last lines of its log:\n{tail}")
 
     def complete(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one completion request."""
+        """The response to one completion request."""
         body = json.dumps({"model": "bench", "prompt": "My day was", "max_tokens": 8, "temperature": 0, **fields})
         headers = {"content-type": "application/json"}
-        asked = urllib.request.Request(f"{self.url}/v1/completions", body.encode(), headers)
-        with urllib.request.urlopen(asked, timeout=120) as answer:
-            parsed: dict[str, Any] = json.load(answer)
+        request = urllib.request.Request(f"{self.url}/v1/completions", body.encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            parsed: dict[str, Any] = json.load(response)
             return parsed
 
     def get(self, path: str) -> dict[str, Any]:
-        """What the server says under this path."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
-            parsed: dict[str, Any] = json.load(answer)
+        """The JSON response of a GET request."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as response:
+            parsed: dict[str, Any] = json.load(response)
             return parsed
 
     def __enter__(self) -> Server:

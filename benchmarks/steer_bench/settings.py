@@ -1,4 +1,4 @@
-"""How an arm is set up: the same model, dtype and limits for all that are compared."""
+"""Settings of the arms. All compared arms use the same model, dtype and limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """num_vectors: distinct vectors that loads may name."""
+    """num_vectors: number of distinct vectors available to loads."""
 
     model: str
     dtype: str = "float32"

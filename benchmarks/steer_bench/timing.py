@@ -1,4 +1,4 @@
-"""What one run of a load took, as its arm saw it."""
+"""Timing of one run of a load, measured in the arm."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """seconds: from the first request in to the last token out.
+    """seconds: from the first request to the last token.
 
-    ttft, itl: milliseconds, median over the requests: to the first token, and between tokens after it.
-    cached_tokens: prompt tokens that came from the prefix cache.
-    prompt_logprobs: of a checked run: the mean log-probability of each request's prompt tokens (nats), so that a
-        question can see that steering moved it.
-    applied: of a checked run: what the engine held for its requests.
+    ttft_ms, itl_ms: time to first token and inter-token latency, medians over the requests.
+    cached_tokens: prompt tokens from the prefix cache.
+    prompt_logprobs: with check=True, the mean log-probability of each prompt's tokens (nats), to show that steering
+        changed it.
+    applied: with check=True, the steering that the engine applied.
     """
 
     seconds: float
@@ -43,7 +43,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Collects the times of a run's tokens."""
+    """Records the token times of a run."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -55,7 +55,7 @@ class Stopwatch:
         self._entered[request] = time.perf_counter()
 
     def tokens(self, request: int, num_tokens: int) -> None:
-        """The request has `num_tokens` tokens by now."""
+        """Record that the request has `num_tokens` output tokens now."""
         now = time.perf_counter()
         if num_tokens and request not in self._first:
             self._first[request] = now

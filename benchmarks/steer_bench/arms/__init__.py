@@ -1,1 +1,1 @@
-"""The arms: each loads a model in its own way and runs loads on it. One process each; see `child`."""
+"""The arms. Each loads a model with one engine and runs loads on it, in its own process; see `child`."""

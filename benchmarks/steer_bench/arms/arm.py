@@ -1,4 +1,4 @@
-"""What an arm offers."""
+"""The interface of an arm."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Arm(Protocol):
     """A loaded model."""
 
     def describe(self) -> dict[str, Any]:
-        """Versions, runner, threads and what is armed: recorded, and asserted by the questions."""
+        """Versions, runner, threads, armed blocks and operations. Questions record and check them."""
 
     def run(self, load: Load, *, check: bool = False) -> Timing:
-        """Answer the load. check: also look up what the engine applies (not to be timed)."""
+        """Run the load. check: also collect log-probabilities and the applied steering (too slow for timing)."""
 
-    def ask(self, what: str, **arguments: Any) -> Any:
-        """A question that only some arms know."""
+    def command(self, what: str, **arguments: Any) -> Any:
+        """Run a command that only some arms have. Raises ValueError for an unknown one."""

@@ -1,4 +1,4 @@
-"""vLLM's own serving benchmark as a client, kept in one process so that its imports are paid once."""
+"""vLLM's own serving benchmark as a client. One process runs all benchmarks, to import vLLM only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load(settings: Settings) -> Client:
 
 
 class Client:
-    """Sends a load's number of random prompts, at its concurrency, to a server."""
+    """Sends random prompts to a server, with the number of requests and the concurrency of a load."""
 
     def __init__(self, settings: Settings) -> None:
         from vllm.benchmarks import serve
@@ -31,15 +31,15 @@ class Client:
         return {"client": "vllm.benchmarks.serve"}
 
     def run(self, load: Load, *, check: bool = False) -> Timing:
-        raise NotImplementedError("A client needs a server: ask('bench', url=...).")
+        raise NotImplementedError("A client needs a server: use command('bench', url=...).")
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "bench":
             return self._bench(Load.from_json(arguments["load"]), arguments["url"], arguments["extra_body"])
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
     def _bench(self, load: Load, url: str, extra_body: dict[str, Any]) -> dict[str, Any]:
-        """One run's `Timing` as JSON; every request must have been answered."""
+        """Timing of one run as JSON. Asserts that every request completed."""
         import asyncio
 
         length = (load.min_prompt + load.max_prompt) // 2

@@ -1,4 +1,4 @@
-"""Drives a vLLM engine of this process through a load, step by step, so that each token's time is seen."""
+"""Run a load on a vLLM engine in this process, step by step, to record the time of each token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from steer_bench.timing import Stopwatch, Timing
 
 
 def drive(
-    engine: Any, load: Load, prompts: Sequence[list[int]], params: Sequence[Any], look: Callable[[], Any] | None = None
+    engine: Any,
+    load: Load,
+    prompts: Sequence[list[int]],
+    params: Sequence[Any],
+    inspect: Callable[[], Any] | None = None,
 ) -> Timing:
-    """Keep `load.concurrency` requests in flight until all are answered.
+    """Keep `load.concurrency` requests in flight until all are finished.
 
-    look: called once, after the first step by which all that are in flight have begun to be answered.
+    inspect: called once, after the first step in which all requests in flight have produced output. Its result is
+        `Timing.applied`.
     """
     waiting = list(range(len(prompts)))[::-1]
     in_flight: set[int] = set()
@@ -37,8 +42,8 @@ def drive(
             if output.finished:
                 finished[request] = output
                 in_flight.discard(request)
-        if look is not None and in_flight and in_flight <= begun:
-            applied, look = look(), None
+        if inspect is not None and in_flight and in_flight <= begun:
+            applied, inspect = inspect(), None
     return watch.stop(
         output_tokens=sum(len(output.outputs[0].token_ids) for output in finished.values()),
         prompt_tokens=sum(map(len, prompts)),
@@ -51,6 +56,6 @@ def drive(
 
 
 def mean_logprob(output: Any) -> float:
-    """Of the prompt's tokens after the first, in nats."""
+    """Mean log-probability of the prompt's tokens after the first, in nats."""
     pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return float(np.mean([step[token].logprob for token, step in pairs]))

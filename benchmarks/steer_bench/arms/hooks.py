@@ -1,6 +1,6 @@
-"""Hugging Face with forward hooks, as repeng and steering-vectors steer: one hook a block adds each row's vector.
+"""Hugging Face with forward hooks, as in repeng and steering-vectors: one hook per block adds each row's vector.
 
-Requests go in padded batches, sorted by length; a batch ends when its last row has all its tokens.
+Requests run in padded batches, sorted by length. A batch ends when its last row has all its tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def load(settings: Settings) -> Hooks:
 
 
 class Hooks:
-    """A Llama-like model of this process, with a hook on every block. Shapes: B rows, T positions, L blocks, D size."""
+    """A Llama-like model in this process with a hook on every block.
+
+    Shapes: B rows, T positions, L blocks, D hidden size, V vectors or vocabulary, N output tokens.
+    """
 
     def __init__(self, model: Any, num_vectors: int) -> None:
         import torch
@@ -74,9 +77,9 @@ class Hooks:
             "eager": True,
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "reset_prefix_cache":
-            return True  # each batch has a cache of its own
+            return True  # each batch has its own cache
         if what == "batch_size":
             self.batch_size = int(arguments["value"])
             return self.batch_size
@@ -89,19 +92,21 @@ class Hooks:
             from steer_bench.arms.hooks_score import score
 
             return score(self, **arguments)
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
     def run(self, load: Load, *, check: bool = False) -> Timing:
-        """Answer the load in batches of `batch_size`, whatever its concurrency.
+        """Run the load in batches of `batch_size`; its concurrency is ignored.
 
-        check: also the log-probabilities of the prompts, and the answers' tokens in `applied`.
+        check: also compute log-probabilities of the prompts, and save the output tokens in `applied`.
 
-        A request waits from the start of the load for its batch: that is part of its time to first token.
+        Time to first token counts from the start of the load, so it includes the wait for the batch.
         """
         import torch
 
         if load.steering is Steering.DIRECTIONAL or load.scope != "all":
-            raise ValueError(f"These hooks add, in scope all; the load asks for {load.steering} in {load.scope}.")
+            raise ValueError(
+                f"These hooks support only add in scope all; the load uses {load.steering} in {load.scope}."
+            )
         prompts = load.prompts(self.model.config.vocab_size)
         order = sorted(range(len(prompts)), key=lambda request: len(prompts[request]))
         answers: dict[int, list[int]] = {}
@@ -125,7 +130,7 @@ class Hooks:
         )
 
     def _steer(self, load: Load, batch: Sequence[int]) -> None:
-        """Each row's own vector at every block; zero for rows that are not steered."""
+        """Set each row's vector at every block; zero for unsteered rows."""
         import torch
 
         numbers = [load.vector_of(request) for request in batch]
@@ -139,7 +144,7 @@ class Hooks:
     def _generate(
         self, batch: Sequence[int], prompts: Sequence[list[int]], max_tokens: int, watch: Stopwatch
     ) -> dict[int, list[int]]:
-        """Greedy, with a KV cache, exactly `max_tokens` tokens a row."""
+        """Greedy decoding with a KV cache, exactly `max_tokens` tokens per row."""
         import torch
         from transformers import DynamicCache
 
@@ -162,11 +167,13 @@ class Hooks:
         return dict(zip(batch, torch.stack(tokens_BN, dim=1).tolist(), strict=True))
 
     def _prompt_logprobs(self, prompts: Sequence[list[int]]) -> list[float]:
-        """Mean over each prompt's tokens after the first, in nats."""
+        """Mean log-probability of each prompt's tokens after the first, in nats."""
         inputs = self.padded(prompts)
         logprobs_BTV = self.model(**inputs).logits.float().log_softmax(-1)
-        said_BT = logprobs_BTV[:, :-1].gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-        return [float(said_T[1 - len(prompt) :].mean()) for said_T, prompt in zip(said_BT, prompts, strict=True)]
+        logprobs_BT = logprobs_BTV[:, :-1].gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+        return [
+            float(logprobs_T[1 - len(prompt) :].mean()) for logprobs_T, prompt in zip(logprobs_BT, prompts, strict=True)
+        ]
 
     def padded(self, prompts: Sequence[list[int]]) -> dict[str, Any]:
         """The model's inputs for a batch, padded on the left."""

@@ -1,6 +1,6 @@
-"""Scores (item, strength) pairs on a Hugging Face model with hooks, in batches, and what a sweep wants to know of each.
+"""Scores (item, strength) pairs on a Hugging Face model with hooks, in batches.
 
-Shape suffixes: B rows, L blocks, D size, V vocabulary.
+Shape suffixes: B rows, A answers, L blocks, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any
 def score(
     arm: Any, *, questions: Sequence[dict[str, Any]], alphas: Sequence[float], scope: str, batch_size: int
 ) -> dict[str, Any]:
-    """seconds, and by question and strength: log-probability of right and wrong answer, KL to strength 0, entropy.
+    """Returns `seconds`, and `scores` by question and strength: log-probabilities of the right and the wrong answer, KL
+    divergence from strength 0, entropy (nats).
 
-    questions: `prompt_ids` and `answer_ids` (right, wrong). alphas: times vector 0 at every block; 0 comes first.
-    scope: "all" positions, or "generation", where the last token of the prompt alone is steered.
+    questions: `prompt_ids` and `answer_ids` (right, wrong).
+    alphas: strengths of vector 0 at every block. The first must be 0.
+    scope: "all" = all positions; "generation" = only the last token of the prompt.
 
-    The rows of one question stand together, and questions are sorted by length: padding is as little as can be. Only
-    the last position goes through the head.
+    Rows of a question are adjacent and questions are sorted by length, to minimize padding. Only the last position
+    goes through the head.
     """
     import torch
 
     if alphas[0] != 0.0:
-        raise ValueError(f"Strength 0 comes first, as KL needs it; the first is {alphas[0]}.")
+        raise ValueError(f"The first strength must be 0 (the baseline of KL), got {alphas[0]}.")
     order = sorted(range(len(questions)), key=lambda number: len(questions[number]["prompt_ids"]))
     jobs = [(number, place) for number in order for place in range(len(alphas))]
     found: list[list[Any]] = [[None] * len(alphas) for _ in questions]

@@ -1,6 +1,6 @@
-"""How long the Python of ours takes in each step and for each request of an engine on the V1 runner.
+"""Host time of Steer Engine's Python code per step and per request, for an engine on the V1 runner.
 
-Wraps the methods that the adapter and the front end are called by, on the instances, for one run.
+Wraps methods of the adapter and the frontend instances with timers for one run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Spans = dict[str, list[float]]
 
 
 def host_time(arm: Any, load: Load) -> dict[str, Any]:
-    """Microseconds: of each step (medians of the steps that only decode, and of the others), and of each request."""
+    """Median microseconds per step (decode-only steps and other steps) and per request."""
     runner = arm.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     adapter, runtime = runner._steer_adapter, runner._steer_adapter.runtime
     frontend = arm.engine.input_processor.steering
@@ -30,7 +30,7 @@ def host_time(arm: Any, load: Load) -> dict[str, Any]:
         start = time.perf_counter()
         route(num_scheduled_tokens)
         took = time.perf_counter() - start
-        # What `follow` took in this very step comes on top.
+        # Add the time of `follow` in the same step.
         took += spans["follow"].pop() if spans.get("follow") else 0.0
         steps.append((int(num_scheduled_tokens.max()) == 1, took))
 
@@ -46,12 +46,12 @@ def host_time(arm: Any, load: Load) -> dict[str, Any]:
             stack.enter_context(_replaced(owner, method, _timed(getattr(owner, method), spans.setdefault(name, []))))
         arm.run(load)
     decoding = [took for decodes, took in steps if decodes]
-    reading = [took for decodes, took in steps if not decodes]
+    prefill = [took for decodes, took in steps if not decodes]
     return {
         "requests": load.num_requests,
         "steps": len(steps),
         "decode_step_us": _us(decoding),
-        "prefill_step_us": _us(reading),
+        "prefill_step_us": _us(prefill),
         "edit_per_site_us": _us(spans["edit"]),
         "resolve_per_request_us": _us(spans["resolve"]),
         "compile_per_request_us": _us(spans["compile"]),

@@ -1,8 +1,8 @@
-"""interp-engine 1.14.2, its hooked path driven by hand: its forward hooks on a plain engine of this process.
+"""interp-engine 1.14.2 with its forward hooks, on a plain vLLM engine in this process.
 
-Its own `VLLMModel` is asynchronous and talks to the worker through `collective_rpc`; here the functions that it would
-send (`worker_register_steering`, `worker_unregister_steering`) are called on the worker directly, which spares it
-that way: what is timed is its cheapest.
+Its own `VLLMModel` is asynchronous and calls the worker through `collective_rpc`. This arm calls the same functions
+(`worker_register_steering`, `worker_unregister_steering`) directly on the worker. That is faster, so the comparison
+favors interp-engine.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def load(settings: Settings) -> Interp:
     from vllm import LLM
 
     if not settings.eager:
-        raise ValueError("interp-engine refuses to write through hooks on an engine that is not eager.")
+        raise ValueError("interp-engine supports steering by hooks only on an eager engine; set eager=True.")
     return Interp(LLM(settings.model, **settings.engine_args()), settings.num_vectors)
 
 
 class Interp:
-    """A `vllm.LLM` with the hooks of interp-engine at the output of every block of a steered request."""
+    """A `vllm.LLM` with interp-engine's hooks at the output of every block."""
 
     def __init__(self, llm: Any, num_vectors: int) -> None:
         self.requests = import_module("interp_engine.vllm_capture.requests")
@@ -53,27 +53,29 @@ class Interp:
 
         return {
             "interp_engine": version("interp-engine"),
-            "outside_supported": "asks for vllm 0.28.0; driven without its own VLLMModel",
+            "outside_supported": "requires vllm 0.28.0; driven without its own VLLMModel",
             "num_blocks": self.num_blocks,
             "threads": torch.get_num_threads(),
             **engine_facts(self.engine),
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "reset_prefix_cache":
             return self.engine.reset_prefix_cache()
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
     def run(self, load: Load, *, check: bool = False) -> Timing:
-        """check: log-probabilities of the prompts, and what the hooks hold in the first step."""
+        """check: also log-probabilities of the prompts, and the state of the hooks in the first step."""
         from vllm import SamplingParams
 
         if load.steering is Steering.DIRECTIONAL or load.scope != "all":
-            raise ValueError(f"Driven with `additive` in scope all; the load asks for {load.steering} in {load.scope}.")
+            raise ValueError(
+                f"This arm supports only `additive` in scope all; the load uses {load.steering} in {load.scope}."
+            )
         prompts = load.prompts(self.model_config.get_vocab_size())
         params = [SamplingParams(**sampling(load, check)) for _ in prompts]
         steering = _Steering(self, load)
-        return drive(steering, load, prompts, params, look=self._applied if check else None)
+        return drive(steering, load, prompts, params, inspect=self._applied if check else None)
 
     def _applied(self) -> dict[str, Any]:
         demux = self.worker._np_demux if hasattr(self.worker, "_np_demux") else None
@@ -84,9 +86,9 @@ class Interp:
 
 
 class _Steering:
-    """The engine as `drive` uses it, with each request registered before it enters and taken off when it is done.
+    """Engine interface for `drive` that registers each request's steering before it is added and removes it at the end.
 
-    Requests are known to it by prefixes of their ids, so that "1" would steer "10" too: all ids have six digits.
+    interp-engine matches requests by id prefix, so "1" would also steer "10". Therefore all ids have six digits.
     """
 
     def __init__(self, arm: Interp, load: Load) -> None:
@@ -101,7 +103,7 @@ class _Steering:
             self._arm.requests.worker_register_steering(
                 self._arm.worker, name, self._arm.specs[number], prompt_len=len(ids)
             )
-            # As its `VLLMModel` does: what is steered shares no prefix with anything else.
+            # As in its `VLLMModel`: a steered request shares no cached prefix with other requests.
             prompt = {**prompt, "cache_salt": name}
         self._arm.engine.add_request(name, prompt, params)
 

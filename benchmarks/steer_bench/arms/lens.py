@@ -1,8 +1,7 @@
-"""vllm-lens 1.3.0: forward hooks on plain vLLM, a `SteeringVector` of all blocks in every steered request.
+"""vllm-lens 1.3.0: forward hooks on plain vLLM, with a `SteeringVector` for all blocks in every steered request.
 
-What it takes offline goes through its own patched `LLM.generate`, which sends the vectors of all requests to the worker
-before the first of them runs; so a load is one call, `concurrency` is the engine's `max_num_seqs`, and tokens are not
-seen one by one.
+Offline steering needs its patched `LLM.generate`, which sends the vectors of all requests to the worker before the
+first request runs. So a load is one call, `concurrency` limits the scheduler, and token times are not available.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def load(settings: Settings) -> Lens:
 
 
 class Lens:
-    """A `vllm.LLM` with the plugin of vllm-lens."""
+    """A `vllm.LLM` with the vllm-lens plugin."""
 
     def __init__(self, llm: Any, num_vectors: int) -> None:
         import torch
@@ -53,26 +52,28 @@ class Lens:
 
         return {
             "vllm_lens": version("vllm-lens"),
-            "outside_supported": "asks for Python >= 3.12 and vllm 0.30.0",
+            "outside_supported": "requires Python >= 3.12 and vllm 0.30.0",
             "num_blocks": len(self.vectors[0].layer_indices),
             "threads": torch.get_num_threads(),
             **engine_facts(self.engine),
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "reset_prefix_cache":
             return self.engine.reset_prefix_cache()
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
     def run(self, load: Load, *, check: bool = False) -> Timing:
-        """check: log-probabilities of the prompts, and the answers' tokens.
+        """check: also log-probabilities of the prompts, and the output tokens.
 
-        TTFT and token gap are not to be had: NaN.
+        TTFT and ITL are not available: NaN.
         """
         from vllm import SamplingParams
 
         if load.steering is Steering.DIRECTIONAL or load.scope != "all":
-            raise ValueError(f"vllm-lens adds, in scope all; the load asks for {load.steering} in {load.scope}.")
+            raise ValueError(
+                f"vllm-lens supports only add in scope all; the load uses {load.steering} in {load.scope}."
+            )
         self._limit(load.concurrency)
         prompts = load.prompts(self.model_config.get_vocab_size())
         params = []
@@ -95,9 +96,9 @@ class Lens:
         )
 
     def _limit(self, concurrency: int) -> None:
-        """At most so many requests in flight, as a load says: the scheduler reads this limit in every step."""
+        """Limit the requests in flight. The scheduler reads this limit in every step."""
         scheduler = self.engine.engine_core.engine_core.scheduler
         most = self.engine.vllm_config.scheduler_config.max_num_seqs
         if concurrency > most:
-            raise ValueError(f"The load wants {concurrency} requests at once; the engine takes {most}.")
+            raise ValueError(f"The load has {concurrency} concurrent requests; the engine's max_num_seqs is {most}.")
         scheduler.max_num_active_reqs = concurrency

@@ -1,4 +1,4 @@
-"""Steer Engine: `steer_engine.LLM`, all blocks and all operations armed."""
+"""Steer Engine: `steer_engine.LLM` with all blocks and all operations armed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(settings: Settings) -> Ours:
 
 
 class Ours:
-    """An armed engine of this process; vector `v3` is number 3."""
+    """An armed engine in this process. Vector number 3 has the name `v3`."""
 
     def __init__(self, llm: Any, num_vectors: int) -> None:
         from steer_engine import ControlVector
@@ -55,7 +55,7 @@ class Ours:
         }
 
     def params(self, load: Load, check: bool) -> list[Any]:
-        """One per request."""
+        """Sampling parameters of each request."""
         from vllm import SamplingParams
 
         made = []
@@ -66,7 +66,7 @@ class Ours:
         return made
 
     def spec(self, load: Load, request: int) -> dict[str, Any] | None:
-        """The `steering` field of a request."""
+        """The `steering` field of a request; None = not steered."""
         number = load.vector_of(request)
         if number is None:
             return None
@@ -83,10 +83,10 @@ class Ours:
     def run(self, load: Load, *, check: bool = False) -> Timing:
         prompts = load.prompts(self.engine.vllm_config.model_config.get_vocab_size())
         params = self.params(load, check)
-        return drive(self.engine, load, prompts, params, look=self._applied if check else None)
+        return drive(self.engine, load, prompts, params, inspect=self._applied if check else None)
 
     def _applied(self) -> dict[str, Any]:
-        """What the engine core and the worker hold for the requests that run right now."""
+        """Steering state in the engine core and the worker for the running requests."""
         core = self.engine.engine_core.engine_core
         named = [
             (request.sampling_params.extra_args or {}).get("_steer_program", {}).get("vectors", [])
@@ -101,7 +101,7 @@ class Ours:
             "bank_rows_pinned": worker["bank_rows_pinned"],
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "reset_prefix_cache":
             return self.engine.reset_prefix_cache()
         if what == "digests":
@@ -114,10 +114,10 @@ class Ours:
             return self._register(arguments["number"])
         if what == "submitting":
             return self._submitting(arguments["num_requests"])
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
     def _register(self, number: int) -> float:
-        """Seconds until a vector that the engine has not seen is registered and shipped to the worker."""
+        """Seconds to register a new vector and ship it to the worker."""
         from steer_engine import ControlVector
         from steer_engine.vllm.engine_client import ship_sync
 
@@ -130,7 +130,7 @@ class Ours:
         return time.perf_counter() - start
 
     def _submitting(self, num_requests: int) -> dict[str, float]:
-        """Median microseconds of `add_request`: unsteered, by a name, and with the vector in the request itself."""
+        """Median microseconds of `add_request`: unsteered, with a named vector, and with an inline vector."""
         from vllm import SamplingParams
 
         vectors = {number: self._inline(number) for number in range(2)}
@@ -148,7 +148,7 @@ class Ours:
         return {kind: 1e6 * float(np.median(times)) for kind, times in taken.items()}
 
     def _inline(self, number: int) -> str:
-        """A vector of all blocks as a client would send it."""
+        """An inline vector for all blocks, base64-encoded as in a client's request."""
         import base64
 
         from steer_engine import ControlVector

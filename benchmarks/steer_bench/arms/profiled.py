@@ -1,4 +1,4 @@
-"""What an arm's process does while it answers a load, as torch's profiler sees it."""
+"""Profile an arm during a load with torch's profiler."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from steer_bench.load import Load
 MATRICES = ("mm", "linear")
 ATTENTION = ("attention",)
 EDITS = "steer_engine::"
-"""Our operators. What they call in turn counts as theirs."""
+"""Prefix of our operators. Time in operators that they call counts as theirs."""
 
 
 def profiled(arm: Any, load: Load) -> dict[str, float]:
-    """Seconds of the load, and of the operators in it: matrix products, attention, our edits, and all others.
+    """Seconds of the load, and of its operators: matrix products, attention, our edits, and all others.
 
-    What is left of the load is Python and the profiler.
+    The rest of the load's time is Python and the profiler.
     """
     from torch.profiler import ProfilerActivity, profile
 
     arm.run(load)
-    assert arm.ask("reset_prefix_cache")
+    assert arm.command("reset_prefix_cache")
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         timing = arm.run(load)
     seconds = dict.fromkeys(("matrix products", "attention", "edits", "other operators"), 0.0)
@@ -28,7 +28,7 @@ def profiled(arm: Any, load: Load) -> dict[str, float]:
         kind = _kind(event.key)
         took = event.cpu_time_total if kind == "edits" else event.self_cpu_time_total
         seconds[kind] += took / 1e6
-    # The parts of an edit were counted among the others as well.
+    # Operators called by an edit were also counted under their own kind.
     inside = sum(
         event.self_cpu_time_total for event in seen.events() if _kind(event.name) != "edits" and _in_an_edit(event)
     )

@@ -1,4 +1,4 @@
-"""Steer Engine reading texts for a vector: the very calls that `steer-engine derive` makes, without Ray."""
+"""Steer Engine capturing texts to derive a vector: the same calls as in `steer-engine derive`, without Ray."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from steer_engine.derive.capture_config import CAPTURE_ENV
 ENVIRONMENT = CAPTURE_ENV
 
 
-def load(settings: Settings) -> TextReader:
+def load(settings: Settings) -> TextCapture:
     from steer_engine.derive.capture_config import CaptureConfig, Position, engine_defaults
     from steer_engine.derive.capture_engine import CaptureEngine
 
     args = {**engine_defaults(), "dtype": settings.dtype, "gpu_memory_utilization": settings.memory}
     config = CaptureConfig(model=settings.model, position=Position("last"), engine_args=tuple(args.items()))
-    return TextReader(CaptureEngine(config))
+    return TextCapture(CaptureEngine(config))
 
 
-class TextReader:
-    """A `CaptureEngine` of this process: last token, all blocks, in the chunks of `derive`."""
+class TextCapture:
+    """A `CaptureEngine` in this process: last token, all blocks, in chunks as in `derive`."""
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.engine_facts = reader.facts()
+    def __init__(self, capture_engine: Any) -> None:
+        self.capture_engine = capture_engine
+        self.engine_facts = capture_engine.facts()
 
     def describe(self) -> dict[str, Any]:
         import torch
@@ -40,18 +40,18 @@ class TextReader:
             "num_blocks": self.engine_facts.num_blocks,
             "read_blocks": len(self.engine_facts.blocks),
             "threads": torch.get_num_threads(),
-            **engine_facts(self.reader._llm.llm_engine),
+            **engine_facts(self.capture_engine._llm.llm_engine),
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
-        if what == "read":
-            return self._read(arguments["texts"], arguments.get("save"))
-        raise ValueError(f"This arm does not know {what!r}.")
+    def command(self, what: str, **arguments: Any) -> Any:
+        if what == "capture":
+            return self._capture(arguments["texts"], arguments.get("save"))
+        raise ValueError(f"This arm has no command {what!r}.")
 
-    def _read(self, texts: list[str], save: str | None) -> float:
-        """Seconds that it took. save: file for the rows, float32 [N, L, D] in the order of the texts.
+    def _capture(self, texts: list[str], save: str | None) -> float:
+        """Returns seconds. save: file for the rows, float32 [N, L, D] in the order of the texts.
 
-        Positives and negatives stand in turn, as in a file of pairs. Nothing is sorted, since `derive` sorts nothing.
+        Texts are alternately positive and negative, as in a file of pairs. They are not sorted, as in `derive`.
         """
         from steer_engine.derive.actors import PAIRS_PER_CHUNK
         from steer_engine.derive.texts import Pair
@@ -59,7 +59,7 @@ class TextReader:
         pairs = [Pair(positive=a, negative=b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
         chunks = [pairs[at : at + PAIRS_PER_CHUNK] for at in range(0, len(pairs), PAIRS_PER_CHUNK)]
         start = time.perf_counter()
-        captured = [self.reader.capture_pairs(chunk, True) for chunk in chunks]
+        captured = [self.capture_engine.capture_pairs(chunk, True) for chunk in chunks]
         seconds = time.perf_counter() - start
         if save is not None:
             sides = [np.stack([chunk.positive_NLD, chunk.negative_NLD], axis=1) for chunk in captured]

@@ -1,4 +1,4 @@
-"""repeng 0.4.0 reading texts for a vector: its own `batched_get_hiddens` on a Hugging Face model."""
+"""repeng 0.4.0 capturing texts to derive a vector: its `batched_get_hiddens` on a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(settings: Settings) -> Repeng:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # repeng names it in a type annotation, and NumPy 2 has it no more.
+    # repeng uses np.float_ in a type annotation; NumPy 2 removed it.
     vars(np).setdefault("float_", np.float64)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -28,7 +28,7 @@ def load(settings: Settings) -> Repeng:
 
 
 class Repeng:
-    """A model of this process, read by repeng."""
+    """A Hugging Face model in this process, captured with repeng."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class Repeng:
 
         return {
             "repeng": version("repeng"),
-            "outside_supported": f"asks for numpy < 2; this is numpy {np.__version__}",
+            "outside_supported": f"requires numpy < 2; this is numpy {np.__version__}",
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -49,20 +49,20 @@ class Repeng:
             "num_blocks": self.model.config.num_hidden_layers,
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "threads":
             import torch
 
             torch.set_num_threads(int(arguments["value"]))
             return torch.get_num_threads()
-        if what == "read":
-            return self._read(**arguments)
-        raise ValueError(f"This arm does not know {what!r}.")
+        if what == "capture":
+            return self._capture(**arguments)
+        raise ValueError(f"This arm has no command {what!r}.")
 
-    def _read(self, texts: list[str], batch_size: int, save: str | None = None) -> float:
-        """Seconds that it took. save: file for the rows, float32 [N, L, D] in the order of the texts.
+    def _capture(self, texts: list[str], batch_size: int, save: str | None = None) -> float:
+        """Returns seconds. save: file for the rows, float32 [N, L, D] in the order of the texts.
 
-        Sorted by length before the clock starts, so that batches have little padding; the longest come first.
+        Texts are sorted by length before timing, longest first, so that batches have little padding.
         """
         import torch
         from repeng.extract import batched_get_hiddens  # type: ignore[import-not-found]

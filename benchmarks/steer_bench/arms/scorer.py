@@ -1,4 +1,4 @@
-"""Steer Engine scoring (item, strength) pairs: the engine and the `Scorer` of `steer-engine eval`."""
+"""Steer Engine scoring (item, strength) pairs with the engine and `Scorer` of `steer-engine eval`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(settings: Settings) -> Scoring:
 
 
 class Scoring:
-    """An evaluating engine of this process; its vector is number 0 at every block."""
+    """An evaluation engine in this process. Its only vector is number 0, at every block."""
 
     def __init__(self, llm: Any) -> None:
         from steer_engine import ControlVector
@@ -54,17 +54,17 @@ class Scoring:
             **engine_facts(self.llm.llm_engine),
         }
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "score":
             return self._score(**arguments)
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
     def _score(self, questions: Sequence[dict[str, Any]], alphas: Sequence[float], scope: str) -> dict[str, Any]:
-        """As `hooks_score.score`. The prefix cache begins empty."""
+        """Same result as `hooks_score.score`. The prefix cache is empty at the start."""
         from steer_engine.evaluate.conditions import Condition
         from steer_engine.evaluate.encode import Question
 
-        asked = [
+        encoded = [
             Question(id=str(number), prompt_ids=tuple(each["prompt_ids"]), answer_ids=tuple(each["answer_ids"]))
             for number, each in enumerate(questions)
         ]
@@ -73,7 +73,7 @@ class Scoring:
         found: list[list[Any]] = [[None] * len(alphas) for _ in questions]
         assert self.llm.llm_engine.reset_prefix_cache()
         start = time.perf_counter()
-        jobs = [(question, condition) for question in asked for condition in conditions]
+        jobs = [(question, condition) for question in encoded for condition in conditions]
         for (question, condition), score in self.scorer.scores(jobs):
             numbers = [score["logp_correct"], score["logp_incorrect"], score["kl"], score["entropy"] * np.log(2.0)]
             found[int(question.id)][place[condition.key]] = [float(number) for number in numbers]

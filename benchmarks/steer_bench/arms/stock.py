@@ -1,4 +1,4 @@
-"""Plain vLLM: no plugin is loaded, nothing of this project is imported."""
+"""Plain vLLM. No plugin is loaded, and no module of this project is imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(settings: Settings) -> Stock:
 
 
 class Stock:
-    """A `vllm.LLM` of this process, and how to send it loads."""
+    """A `vllm.LLM` in this process."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -35,7 +35,7 @@ class Stock:
         return {"steer_engine": False, "threads": torch.get_num_threads(), **engine_facts(self.engine)}
 
     def params(self, load: Load, check: bool) -> list[Any]:
-        """One per request."""
+        """Sampling parameters of each request."""
         from vllm import SamplingParams
 
         return [SamplingParams(**sampling(load, check)) for _ in range(load.num_requests)]
@@ -44,20 +44,20 @@ class Stock:
         prompts = load.prompts(self.model_config.get_vocab_size())
         return drive(self.engine, load, prompts, self.params(load, check))
 
-    def ask(self, what: str, **arguments: Any) -> Any:
+    def command(self, what: str, **arguments: Any) -> Any:
         if what == "reset_prefix_cache":
             return self.engine.reset_prefix_cache()
-        raise ValueError(f"This arm does not know {what!r}.")
+        raise ValueError(f"This arm has no command {what!r}.")
 
 
 def sampling(load: Load, check: bool = False) -> dict[str, Any]:
-    """Greedy, of exactly `max_tokens` tokens, without text; checked runs show log-probabilities."""
+    """Greedy, exactly `max_tokens` tokens, without detokenization. check: also prompt log-probabilities."""
     settings = {"temperature": 0.0, "max_tokens": load.max_tokens, "ignore_eos": True, "detokenize": False}
     return settings | ({"prompt_logprobs": 0} if check else {})
 
 
 def engine_facts(engine: Any) -> dict[str, Any]:
-    """Runner class, compilation and versions, as the running engine says."""
+    """vLLM version, runner class, eager or compiled, and dtype of the running engine."""
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     return {
         "vllm": vllm_version(),

@@ -1,1 +1,1 @@
-"""One module a question: its docstring's first line asks it, `ask(settings, progress, quick=...)` answers it."""
+"""One module per question, stated in its docstring. `measure(settings, progress, quick=...)` answers it."""

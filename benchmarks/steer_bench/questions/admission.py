@@ -1,4 +1,4 @@
-"""How much does the host do for a steered request, and in each step?"""
+"""How much host time does steering add per request and per step?"""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import middle
 from steer_bench.settings import Settings
 
-MOST_US = Target(at_most=150.0)
-AT = 128
+TARGET_US = Target(at_most=150.0)
+CONCURRENCY = 128
 
 
 KINDS = {"idle": Steering.NONE, "distinct vectors": Steering.ADD, "directional": Steering.DIRECTIONAL}
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     rounds = 2 if quick else 7
-    steered = Load(num_requests=AT, concurrency=AT, max_tokens=8, num_vectors=AT)
+    steered = Load(num_requests=CONCURRENCY, concurrency=CONCURRENCY, max_tokens=8, num_vectors=CONCURRENCY)
     with ArmProcess("ours", settings if quick else settings.compiled()) as ours:
         assert_armed(ours)
         rows: list[dict[str, Any]] = []
         claims = []
-        sizes = (AT,) if quick else (1, 32, AT)
+        sizes = (CONCURRENCY,) if quick else (1, 32, CONCURRENCY)
         task = progress.add_task("admission", total=len(sizes) * len(KINDS))
         for size in sizes:
             for kind, steering in KINDS.items():
                 load = replace(steered, num_requests=size, concurrency=size, num_vectors=size, steering=steering)
                 ours.run(load)
-                measured = [ours.ask("host_time", load=replace(load, seed=1 + r).to_json()) for r in range(rounds)]
+                measured = [ours.command("host_time", load=replace(load, seed=1 + r).to_json()) for r in range(rounds)]
                 rows.append({"case": kind, **_middle(measured)})
                 progress.advance(task)
-                if size == AT:
+                if size == CONCURRENCY:
                     steps = [one["decode_step_us"] for one in measured]
                     claims.append(_claim(kind, steps, mode_of(ours.facts, load)))
-        registering = [ours.ask("register", number=100_000 + number) for number in range(5 if quick else 20)]
+        registering = [ours.command("register", number=100_000 + number) for number in range(5 if quick else 20)]
         rows.append({"case": "registering a vector of all blocks", "us": round(1e6 * middle(registering), 1)})
-        submitting = ours.ask("submitting", num_requests=32 if quick else 256)
+        submitting = ours.command("submitting", num_requests=32 if quick else 256)
         rows += [{"case": f"submitting a request, {kind}", "us": round(us, 1)} for kind, us in submitting.items()]
         return Answer(question="admission", claims=claims, rows=rows, facts={"ours": ours.facts})
 
 
 def _claim(kind: str, steps_us: list[float], mode: str) -> Claim:
-    took = Ratio.of(steps_us, [1.0] * len(steps_us))
+    interval = Ratio.of(steps_us, [1.0] * len(steps_us))
     return Claim(
-        what=f"host time added to a decoding step, {kind}", mode=mode, unit="µs", value=took.median,
-        low=took.low, high=took.high, target=str(MOST_US), verdict=MOST_US.verdict(took.low, took.high),
+        what=f"host time added to a decoding step, {kind}", mode=mode, unit="µs", value=interval.median,
+        low=interval.low, high=interval.high, target=str(TARGET_US),
+        verdict=TARGET_US.verdict(interval.low, interval.high),
     )  # fmt: skip
 
 
 def _middle(measured: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the rounds, of what was measured in all of them."""
+    """Medians over the rounds, of the values that every round has."""
     keys = [key for key in measured[0] if all(one[key] is not None for one in measured)]
     return {key: round(middle([one[key] for one in measured]), 1) for key in keys}

@@ -1,6 +1,6 @@
-"""How many texts a second are read for a vector, against repeng at its best batch size?
+"""How many texts per second are captured to derive a vector, compared with repeng at its best batch size?
 
-Last token, all blocks, on ragged sentences. repeng gets the texts sorted by length, ours as they come.
+Last token, all blocks, texts of different lengths. repeng gets the texts sorted by length, Steer Engine unsorted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from steer_bench.settings import Settings
 BATCH_SIZES = (4, 8, 16, 32, 64)
 NUM_TEXTS = 400
 FEWEST_WORDS, MOST_WORDS = 4, 100
-SAME = 0.9999
-"""Least cosine between two readings of the same row."""
+MIN_COSINE = 0.9999
+"""Smallest allowed cosine between the rows that both capture for the same text and block."""
 
 
 def ragged_texts(num_texts: int, seed: int = 0) -> list[str]:
-    """Positives and negatives in turn: packaged sentences, shuffled, joined and cut to a length that is as likely
-    between 4 and 20 words as between 20 and 100.
+    """Alternating positive and negative texts: packaged sentences, shuffled, joined and cut.
+
+    Lengths are log-uniform: between 4 and 20 words is as likely as between 20 and 100.
     """
     from steer_engine.derive import load_pairs
 
@@ -47,23 +48,23 @@ def ragged_texts(num_texts: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     texts = ragged_texts(64 if quick else NUM_TEXTS)
     with ArmProcess("reader", settings) as ours, ArmProcess("repeng", settings, python=python_of(REPENG)) as repeng:
-        repeng.ask("threads", value=ours.facts["threads"])
+        repeng.command("threads", value=ours.facts["threads"])
         for fact in ("num_blocks", "dtype"):
             assert ours.facts[fact] == repeng.facts[fact], f"{fact}: {ours.facts[fact]} against {repeng.facts[fact]}"
         assert ours.facts["read_blocks"] == ours.facts["num_blocks"]
         least = _least_cosine(ours, repeng, texts)
-        assert least >= SAME, f"The two readings of a row have cosine {least:.6f}."
+        assert least >= MIN_COSINE, f"The captured rows differ: smallest cosine {least:.6f}, allowed {MIN_COSINE}."
 
         def theirs_at(batch_size: int) -> float:
-            return len(texts) / float(repeng.ask("read", texts=texts, batch_size=batch_size))
+            return len(texts) / float(repeng.command("capture", texts=texts, batch_size=batch_size))
 
         best, rows = sweep(theirs_at, BATCH_SIZES, "repeng", progress, "derive")
         cases = {
             f"repeng, batches of {best}": lambda _: theirs_at(best),
-            "Steer Engine": lambda _: len(texts) / float(ours.ask("read", texts=texts)),
+            "Steer Engine": lambda _: len(texts) / float(ours.command("capture", texts=texts)),
         }
         rates = interleave(cases, 3 if quick else 5, progress, "derive")
         rows += [row("rounds", name, rates[name]) for name in rates]
@@ -78,19 +79,19 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
 
 
 def _least_cosine(ours: ArmProcess, repeng: ArmProcess, texts: list[str]) -> float:
-    """Between the rows of both, over all texts and blocks; warms both up.
+    """Smallest cosine between the rows of both, over texts and blocks. Also the warm-up run of both.
 
-    Not at the last block: there repeng reads Hugging Face's last hidden state, which is behind the final norm.
+    Excludes the last block: there repeng uses Hugging Face's last hidden state, which is after the final norm.
     """
     with tempfile.TemporaryDirectory() as folder:
         mine, theirs = Path(folder) / "ours.npy", Path(folder) / "repeng.npy"
-        ours.ask("read", texts=texts, save=str(mine))
-        repeng.ask("read", texts=texts, batch_size=16, save=str(theirs))
+        ours.command("capture", texts=texts, save=str(mine))
+        repeng.command("capture", texts=texts, batch_size=16, save=str(theirs))
         return float(cosines(np.load(mine)[:, :-1], np.load(theirs)[:, :-1]).min())
 
 
 def cosines(a_NLD: np.ndarray, b_NLD: np.ndarray) -> np.ndarray:
-    """Of equal places, [N, L], in float64."""
+    """Cosines of corresponding rows, float64 [N, L]. Raises ValueError if the shapes differ."""
     if a_NLD.shape != b_NLD.shape:
         raise ValueError(f"Rows of shapes {a_NLD.shape} and {b_NLD.shape} cannot be compared.")
     a_NLD, b_NLD = a_NLD.astype(np.float64), b_NLD.astype(np.float64)

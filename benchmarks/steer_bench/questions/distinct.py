@@ -20,7 +20,7 @@ COUNTS = (1, 8, 32, 64, 128, 256)
 REQUESTS = 256
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     with ArmProcess("ours", settings if quick else settings.compiled()) as ours:
         assert_armed(ours)
         plain = Load(num_requests=REQUESTS, concurrency=REQUESTS, max_tokens=8 if quick else 12, max_prompt=24)

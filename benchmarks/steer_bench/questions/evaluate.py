@@ -1,4 +1,4 @@
-"""How many (item, strength) pairs a second does a sweep score, against Hugging Face with hooks at its best batch size?
+"""How many (item, strength) pairs per second are scored, compared with Hugging Face and hooks at the best batch size?
 
 Indirect object identification, a vector at every block, in scope `all` and in scope `generation`.
 """
@@ -20,20 +20,20 @@ from steer_bench.rounds import interleave
 from steer_bench.settings import Settings
 
 BATCH_SIZES = (9, 18, 36, 72)
-"""Whole items: each row of one reads as many tokens."""
+"""Multiples of the number of strengths, so that a batch has whole items; the rows of an item have equal lengths."""
 
 ALPHAS = (0.0, -8.0, -6.0, -4.0, -2.0, 2.0, 4.0, 6.0, 8.0)
 NUM_ITEMS = {0: 48, 4: 12}
-"""By the number of solved examples in front: few tokens a prompt, and about five times as many."""
+"""Items by number of few-shot examples: short prompts, and prompts about five times as long."""
 TARGETS = {"all": Target(at_least=1.5), "generation": Target(at_least=3.0)}
-SAME = 2e-4
-"""Nats between two float32 programs: logits of size 25, two roundings a block of 30, each of 2**-23."""
-MOVED = 100 * SAME
-"""Nats by which the strongest steering moves the median answer at least."""
+MAX_DIFFERENCE = 2e-4
+"""Nats. Largest difference of two float32 programs: logits up to 25, 30 blocks with two roundings of 2**-23 each."""
+MIN_EFFECT = 100 * MAX_DIFFERENCE
+"""Nats. Smallest change of the median answer by the strongest steering."""
 
 
 def ioi_questions(model: str, num_items: int, shots: int = 0) -> list[dict[str, Any]]:
-    """Prompt and answers (right, wrong) in tokens."""
+    """By item, token ids of the prompt and of the answers (right, wrong)."""
     from transformers import AutoTokenizer
 
     from steer_engine.evaluate.encode import Encoder
@@ -48,10 +48,10 @@ def ioi_questions(model: str, num_items: int, shots: int = 0) -> list[dict[str, 
     return made
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     claims, rows, apart = [], [], {}
     with ArmProcess("scorer", settings) as ours, ArmProcess("hooks", settings) as hooks:
-        hooks.ask("threads", value=ours.facts["threads"])
+        hooks.command("threads", value=ours.facts["threads"])
         for fact in ("num_blocks", "dtype"):
             assert ours.facts[fact] == hooks.facts[fact], f"{fact}: {ours.facts[fact]} against {hooks.facts[fact]}"
         assert ours.facts["armed_blocks"] == list(range(ours.facts["num_blocks"]))
@@ -61,14 +61,14 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
             best = None
             for scope, target in TARGETS.items():
                 about = f"scope {scope}, prompts of {tokens} tokens"
-                asked = {"questions": questions, "alphas": ALPHAS, "scope": scope}
-                apart[about] = _same_numbers(ours, hooks, asked)
-                if best is None:  # the hooks do the same work in both scopes
-                    best, swept = sweep(partial(_hooks_rate, hooks, asked), BATCH_SIZES, "hooks", progress, "evaluate")
+                job = {"questions": questions, "alphas": ALPHAS, "scope": scope}
+                apart[about] = _same_numbers(ours, hooks, job)
+                if best is None:  # hooks take the same time in both scopes
+                    best, swept = sweep(partial(_hooks_rate, hooks, job), BATCH_SIZES, "hooks", progress, "evaluate")
                     rows += [{"load": about, **line} for line in swept]
                 cases = {
-                    f"hooks, batches of {best}": partial(_rate, hooks, {**asked, "batch_size": best}),
-                    "Steer Engine": partial(_rate, ours, asked),
+                    f"hooks, batches of {best}": partial(_rate, hooks, {**job, "batch_size": best}),
+                    "Steer Engine": partial(_rate, ours, job),
                 }
                 rates = interleave(cases, 3 if quick else 5, progress, f"evaluate: {about}")
                 theirs, mine = rates.values()
@@ -82,23 +82,28 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
         return Answer(question="evaluate", claims=claims, rows=rows, facts=facts)
 
 
-def _hooks_rate(hooks: ArmProcess, asked: dict[str, Any], batch_size: int) -> float:
-    return _rate(hooks, {**asked, "batch_size": batch_size})
+def _hooks_rate(hooks: ArmProcess, job: dict[str, Any], batch_size: int) -> float:
+    return _rate(hooks, {**job, "batch_size": batch_size})
 
 
-def _rate(arm: ArmProcess, asked: dict[str, Any], number: int = 0) -> float:
-    """Pairs per second; the round's number changes nothing, since prefix caches begin empty."""
-    return len(asked["questions"]) * len(ALPHAS) / float(arm.ask("score", **asked)["seconds"])
+def _rate(arm: ArmProcess, job: dict[str, Any], number: int = 0) -> float:
+    """Pairs per second. The round number is ignored: the prefix cache is empty at the start."""
+    return len(job["questions"]) * len(ALPHAS) / float(arm.command("score", **job)["seconds"])
 
 
-def _same_numbers(ours: ArmProcess, hooks: ArmProcess, asked: dict[str, Any]) -> dict[str, float]:
-    """Both give the same numbers, and steering moved them. Returns the largest differences, in nats; warms both up."""
-    mine_QAN = np.array(ours.ask("score", **asked)["scores"])
-    theirs_QAN = np.array(hooks.ask("score", **asked, batch_size=BATCH_SIZES[0])["scores"])
+def _same_numbers(ours: ArmProcess, hooks: ArmProcess, job: dict[str, Any]) -> dict[str, float]:
+    """Assert that both compute the same scores and that steering changes them. Also the warm-up run of both.
+
+    Returns the largest differences in nats.
+    """
+    mine_QAN = np.array(ours.command("score", **job)["scores"])
+    theirs_QAN = np.array(hooks.command("score", **job, batch_size=BATCH_SIZES[0])["scores"])
     apart_N = np.abs(mine_QAN - theirs_QAN).max(axis=(0, 1))
     names = ("right answer", "wrong answer", "KL", "entropy")
     apart = dict(zip(names, map(float, apart_N), strict=True))
-    assert max(apart.values()) < SAME, f"Ours and the hooks differ by more than {SAME} nats: {apart}."
+    assert max(apart.values()) < MAX_DIFFERENCE, (
+        f"Steer Engine and the hooks differ by more than {MAX_DIFFERENCE} nats: {apart}."
+    )
     moved = float(np.median(np.abs(mine_QAN[:, -1, 0] - mine_QAN[:, 0, 0])))
-    assert moved > MOVED, f"Strength {ALPHAS[-1]} moves the median right answer by {moved:.1e} nats alone."
+    assert moved > MIN_EFFECT, f"Strength {ALPHAS[-1]} moves the median right answer by only {moved:.1e} nats."
     return {**apart, "moved": moved}

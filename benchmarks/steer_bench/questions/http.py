@@ -1,4 +1,4 @@
-"""What does steering cost through the server, as vLLM's own serving benchmark sees it?"""
+"""What does steering cost over HTTP, measured by vLLM's own serving benchmark?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROUNDS = {1: 9, 32: 7}
 STEERING = {"steering": {"edits": [{"vector": "v0", "scale": ADD_SCALE}]}}
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     settings = replace(settings if quick else settings.compiled(), max_num_seqs=64)
     with tempfile.TemporaryDirectory() as folder, Server("stock", settings) as stock:
         digest = _register(Path(folder), settings)
@@ -54,14 +54,14 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
                     if name != "stock":
                         ratio = Ratio.of(throughputs(timings), throughputs(times["stock"]))
                         rows[-1]["ratio"] = str(ratio)
-                        asked = load if name == "armed, idle" else replace(load, steering=Steering.ADD)
-                        mode = f"HTTP, {mode_of(facts, asked)}"
+                        case_load = load if name == "armed, idle" else replace(load, steering=Steering.ADD)
+                        mode = f"HTTP, {mode_of(facts, case_load)}"
                         claims.append(Claim.of_ratio(f"{name} / stock", ratio, mode=mode))
             return Answer(question="http", claims=claims, rows=rows, facts={"client": client.facts, "ours": facts})
 
 
 def _register(folder: Path, settings: Settings) -> str:
-    """Put `v0` into a registry's folder; its digest."""
+    """Save vector `v0` in the vectors folder. Returns its digest."""
     from transformers import AutoConfig
 
     from steer_engine import ControlVector
@@ -75,7 +75,10 @@ def _register(folder: Path, settings: Settings) -> str:
 
 
 def _check(stock: Server, ours: Server, digest: str) -> dict[str, Any]:
-    """Ours says that it applied the very vector, and says nothing where none was asked. What its worker is."""
+    """Assert that our server reports the vector's digest only for a steered request, and that all blocks are armed.
+
+    Returns the facts of its worker.
+    """
     plain, steered = ours.complete({}), ours.complete(STEERING)
     assert digest in str(steered["steering"]), steered
     assert not plain.get("steering")
@@ -88,5 +91,5 @@ def _check(stock: Server, ours: Server, digest: str) -> dict[str, Any]:
 
 
 def _bench(client: ArmProcess, server: Server, load: Load, extra_body: dict[str, Any], number: int) -> Timing:
-    asked = replace(load, seed=1 + number).to_json()
-    return Timing.from_json(client.ask("bench", load=asked, url=server.url, extra_body=extra_body))
+    round_load = replace(load, seed=1 + number).to_json()
+    return Timing.from_json(client.command("bench", load=round_load, url=server.url, extra_body=extra_body))

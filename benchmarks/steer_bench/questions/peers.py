@@ -1,7 +1,7 @@
-"""How quick are other ways of steering each request by its own vector, on the same vLLM, model and load?
+"""How fast are other projects that steer each request with its own vector, on the same vLLM, model and load?
 
-Every peer runs at the best of four batch sizes, chosen before the rounds; ours runs compiled, its default. Plain vLLM
-answers the same load unsteered beside them: what it gains on a peer is the most that any way of steering it can gain.
+Every peer runs at the best of four batch sizes, chosen before the rounds. Steer Engine runs compiled, its default.
+Plain vLLM runs the same load unsteered: its ratio to a peer is the upper bound for any way of steering on vLLM.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steer_bench.environments import INTERP, LENS, Environment, python_of
 from steer_bench.load import Load, Steering
 from steer_bench.mode import mode_of
 from steer_bench.process import ArmFailed, ArmProcess
-from steer_bench.questions.serve import MOVED, assert_alike, check, figures, run
+from steer_bench.questions.serve import MOVED, assert_comparable, check, figures, run
 from steer_bench.ratio import Ratio, Target
 from steer_bench.rounds import interleave, throughputs
 from steer_bench.settings import Settings
@@ -28,14 +28,14 @@ from steer_bench.timing import Timing
 OURS = "Steer Engine"
 PLAIN = "plain vLLM, unsteered"
 SHARES = (1, 2, 4, 8)
-"""Batch sizes that are tried: the load's concurrency divided by these."""
+"""The batch sizes of the sweep are the load's concurrency divided by these."""
 REQUESTS = {32: 32, 128: 128}
 ROUNDS = {32: 5, 128: 3}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Peer:
-    """An arm, its environment (None: this one), and what is asked of the ratio by concurrency."""
+    """A peer: its arm, environment (None = this one), and target ratios by concurrency."""
 
     title: str
     arm: str
@@ -47,12 +47,12 @@ class Peer:
         return ArmProcess(self.arm, settings, **python)
 
     def at(self, arm: ArmProcess, load: Load, batch: int) -> Callable[[int], Timing]:
-        """Runs the load in batches of this size."""
+        """A case that runs the load in batches of this size."""
         if self.arm != "hooks":
             return partial(run, arm, replace(load, concurrency=batch))
 
         def sized(number: int) -> Timing:
-            arm.ask("batch_size", value=batch)
+            arm.command("batch_size", value=batch)
             return run(arm, load, number)
 
         return sized
@@ -68,12 +68,12 @@ PEERS = (
 )  # fmt: skip
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     with ExitStack() as stack:
         own = settings if quick else settings.compiled()
         ours, stock = (stack.enter_context(ArmProcess(name, own)) for name in ("ours", "stock"))
-        assert_alike(stock, ours)
-        running, rows = _started(stack, settings, ours.facts["threads"])
+        assert_comparable(stock, ours)
+        running, rows = _start_peers(stack, settings, ours.facts["threads"])
         claims: list[Claim] = []
         for concurrency in (32,) if quick else REQUESTS:
             load = Load(
@@ -102,15 +102,17 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
         return Answer(question="peers", claims=claims, rows=rows, facts=facts)
 
 
-def _started(stack: ExitStack, settings: Settings, threads: int) -> tuple[dict[Peer, ArmProcess], list[dict[str, Any]]]:
-    """The peers that run, and a row with the reason for each that doesn't."""
+def _start_peers(
+    stack: ExitStack, settings: Settings, threads: int
+) -> tuple[dict[Peer, ArmProcess], list[dict[str, Any]]]:
+    """Returns the running peers, and a table row with the reason for each that cannot run."""
     running, rows = {}, []
     for peer in PEERS:
         try:
             arm = stack.enter_context(peer.start(settings))
             assert arm.facts["dtype"] == settings.dtype
             if peer.arm == "hooks":
-                arm.ask("threads", value=threads)
+                arm.command("threads", value=threads)
             else:
                 assert arm.facts["threads"] == threads
             running[peer] = arm
@@ -120,7 +122,7 @@ def _started(stack: ExitStack, settings: Settings, threads: int) -> tuple[dict[P
 
 
 def _check_all(ours: ArmProcess, running: dict[Peer, ArmProcess], load: Load) -> None:
-    """All steer, and by the same: the mean log-probability of every prompt agrees, and is not the unsteered one."""
+    """Assert that steering changes every prompt's log-probability. Record how much each peer differs from ours."""
     plain = ours.run(replace(load, steering=Steering.NONE), check=True)
     check(ours, load, plain=plain)
     mine = ours.run(load, check=True).prompt_logprobs
@@ -129,12 +131,12 @@ def _check_all(ours: ArmProcess, running: dict[Peer, ArmProcess], load: Load) ->
         apart = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
         moved = min(abs(a - b) for a, b in zip(mine, plain.prompt_logprobs, strict=True))
         assert moved > MOVED
-        # A peer that does something else is not compared by speed without a word.
+        # Recorded, so that readers see if a peer computes something else.
         arm.facts["largest difference of a prompt's mean log-probability"] = apart
 
 
 def _best(peer: Peer, arm: ArmProcess, load: Load, progress: Progress, rows: list[dict[str, Any]]) -> int:
-    """The batch size that gives most, by one run each after a warm-up."""
+    """The batch size with the highest throughput in one run each. Appends a table row per size."""
     sizes = [load.concurrency // share for share in SHARES]
     rates = {}
     task = progress.add_task(f"peers: {peer.title}, batch size for {load.concurrency}", total=len(sizes))

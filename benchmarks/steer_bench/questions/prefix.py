@@ -1,4 +1,4 @@
-"""What does a request that shares a 1,000-token prefix wait for its first token, and how much of it is cached?"""
+"""With a shared prefix of 1,000 tokens, what is the time to first token, and how much of the prompt is cached?"""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ GENERATION = replace(EQUAL, scope="generation")
 DISTINCT = replace(EQUAL, num_vectors=REQUESTS)
 
 SHARING: dict[str, tuple[Load, Load]] = {
-    # What came before, and what is timed.
+    # The load that fills the cache, and the load that is timed.
     "unsteered": (PLAIN, PLAIN),
     "equal steering": (EQUAL, EQUAL),
     "`generation` scope, after unsteered traffic": (PLAIN, GENERATION),
 }
 NOT_SHARING = {"distinct steering": (PLAIN, DISTINCT)}
 ROUNDS = 24
-"""Of what shares: a round of it is short, and the difference small. What does not share is only shown beside it."""
+"""Rounds of the sharing cases: a round is short and the differences are small. The other case needs fewer."""
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     with ArmProcess("ours", settings if quick else settings.compiled()) as ours:
         assert_armed(ours)
         sharing, alone = (
@@ -76,7 +76,7 @@ def _cached(timing: Timing) -> float:
 
 
 def _after(ours: ArmProcess, before: Load, load: Load, number: int) -> Timing:
-    """Time `load` on a cache that holds what one request of `before` left."""
-    assert ours.ask("reset_prefix_cache")
+    """Time `load` after one request of `before` on an empty cache."""
+    assert ours.command("reset_prefix_cache")
     ours.run(replace(before, seed=number, num_requests=1))
     return ours.run(replace(load, seed=number))

@@ -1,6 +1,6 @@
-"""What does steering cost in throughput, first token and token gap, against plain vLLM?
+"""What does steering cost in throughput, time to first token and inter-token latency, compared with plain vLLM?
 
-Stock vLLM and an engine armed for all operations at all blocks take turns on the same random prompts.
+Plain vLLM and an engine armed for all operations at all blocks alternate on the same random prompts.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ TARGETS = {
     (DISTINCT, 32): Target(at_least=0.97),
     (DIRECTIONAL, 32): Target(at_least=0.90),
 }
-"""Of compiled engines."""
+"""Targets of compiled engines, by case and concurrency."""
 
 MOVED = 1e-4
-"""Nats. Between two float32 engines the mean log-probability of a prompt differs by some 1e-6."""
+"""Nats. Without steering, the mean log-probability of a prompt differs by about 1e-6 between two float32 engines."""
 
 
 def loads(plain: Load) -> dict[str, Load]:
-    """What the armed engine is asked, case by case."""
+    """The loads of the armed engine, by case."""
     steered = replace(plain, steering=Steering.ADD)
     distinct = replace(steered, num_vectors=plain.num_requests)
     return {
@@ -76,7 +76,7 @@ def loads(plain: Load) -> dict[str, Load]:
     }
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     if quick:
         return _against_idle(settings, progress)
     answers = [_modes(settings.compiled(), COMPILED, progress), _modes(settings, EAGER, progress)]
@@ -91,13 +91,13 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
 def _modes(settings: Settings, modes: tuple[Mode, ...], progress: Progress) -> Answer:
     claims, rows = [], []
     with ArmProcess("stock", settings) as stock, ArmProcess("ours", settings) as ours:
-        assert_alike(stock, ours)
+        assert_comparable(stock, ours)
         for mode in modes:
             assert mode.eager == settings.eager
             cases = {"stock": partial(run, stock, mode.plain)}
             plain = stock.run(mode.plain, check=True)
-            asked = loads(mode.plain)
-            for name, load in asked.items():
+            loads_by_case = loads(mode.plain)
+            for name, load in loads_by_case.items():
                 check(ours, load, plain=plain)
                 cases[name] = partial(run, ours, load)
             times = interleave(cases, mode.rounds, progress, f"serve: {mode}")
@@ -108,21 +108,21 @@ def _modes(settings: Settings, modes: tuple[Mode, ...], progress: Progress) -> A
                     row["ratio"] = str(ratio)
                     target = None if mode.eager else TARGETS.get((name, mode.concurrency))
                     claims.append(
-                        Claim.of_ratio(f"{name} / stock", ratio, target, mode=mode_of(ours.facts, asked[name]))
+                        Claim.of_ratio(f"{name} / stock", ratio, target, mode=mode_of(ours.facts, loads_by_case[name]))
                     )
                 rows.append(row)
         return Answer(question="serve", claims=claims, rows=rows, facts={"stock": stock.facts, "ours": ours.facts})
 
 
 def _against_idle(settings: Settings, progress: Progress) -> Answer:
-    """The quick one: steered against idle on one eager engine."""
+    """The quick variant: steered compared with idle on one eager engine."""
     mode = QUICK
     with ArmProcess("ours", settings) as ours:
-        asked = loads(mode.plain)
+        loads_by_case = loads(mode.plain)
         plain = ours.run(mode.plain, check=True)
-        for load in asked.values():
+        for load in loads_by_case.values():
             check(ours, load, plain=plain)
-        cases = {name: partial(run, ours, load) for name, load in asked.items()}
+        cases = {name: partial(run, ours, load) for name, load in loads_by_case.items()}
         times = interleave(cases, mode.rounds, progress, f"serve: {mode}")
         claims, rows = [], []
         for name, timings in times.items():
@@ -130,13 +130,13 @@ def _against_idle(settings: Settings, progress: Progress) -> Answer:
             if name != IDLE:
                 ratio = Ratio.of(throughputs(timings), throughputs(times[IDLE]))
                 rows[-1]["ratio"] = str(ratio)
-                claims.append(Claim.of_ratio(f"{name} / idle", ratio, mode=mode_of(ours.facts, asked[name])))
+                claims.append(Claim.of_ratio(f"{name} / idle", ratio, mode=mode_of(ours.facts, loads_by_case[name])))
         return Answer(question="serve", claims=claims, rows=rows, facts={"ours": ours.facts})
 
 
 def run(arm: ArmProcess, load: Load, number: int) -> Timing:
-    """One round. Its prompts are those of the other cases of this round: what the arm kept of them is thrown away."""
-    assert arm.ask("reset_prefix_cache")
+    """Run one round with an empty prefix cache. All cases of a round use the same prompts."""
+    assert arm.command("reset_prefix_cache")
     timing = arm.run(replace(load, seed=1 + number))
     assert timing.cached_tokens == 0
     return timing
@@ -154,8 +154,8 @@ def figures(timings: list[Timing]) -> dict[str, float]:
     }
 
 
-def assert_alike(stock: ArmProcess, ours: ArmProcess) -> None:
-    """Both engines are what they are taken for, and set up alike."""
+def assert_comparable(stock: ArmProcess, ours: ArmProcess) -> None:
+    """Assert that the first engine is plain vLLM, the second is armed, and both have the same settings."""
     assert not stock.facts["steer_engine"]
     for fact in ("vllm", "runner", "eager", "dtype", "threads"):
         assert stock.facts[fact] == ours.facts[fact], f"{fact}: {stock.facts[fact]} against {ours.facts[fact]}"
@@ -168,12 +168,12 @@ def assert_armed(ours: ArmProcess) -> None:
 
 
 def check(ours: ArmProcess, load: Load, *, plain: Timing) -> None:
-    """Run once, off the clock: the engine holds the very digests that are asked for, and steering moved the answers.
+    """Run once without timing. Assert that the engine applies the requested digests and that steering has an effect.
 
-    plain: the same prompts unsteered, checked.
+    plain: the checked run of the same prompts without steering.
     """
     timing = ours.run(load, check=True)
-    expected = ours.ask("digests", num_vectors=min(load.num_vectors, load.num_steered))
+    expected = ours.command("digests", num_vectors=min(load.num_vectors, load.num_steered))
     if load.num_requests <= load.concurrency:
         assert timing.applied["steered"] == timing.applied["steered_slots"] == load.num_steered, timing.applied
         assert timing.applied["digests"] == sorted(expected)

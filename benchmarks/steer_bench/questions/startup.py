@@ -1,4 +1,4 @@
-"""How much longer does an armed engine take to start?"""
+"""How much longer is the startup of an armed engine?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer_bench.rounds import middle
 from steer_bench.settings import Settings
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     rounds = 2 if quick else 11
     seconds: dict[str, list[float]] = {"stock": [], "ours": []}
     facts = {}

@@ -1,6 +1,7 @@
-"""Where does the time of a load go, in plain vLLM, in ours, and in the peers that steer by hooks?
+"""Which operators take the time of a load, in plain vLLM, in Steer Engine, and in the peers with hooks?
 
-Eager, since a compiled graph is one operator to the profiler, and under the profiler, so that only shares are meant.
+Engines are eager, because the profiler sees a compiled graph as one operator. The profiler slows runs down, so compare
+only shares, not absolute times.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CASES = {
 ENVIRONMENTS = {"lens": LENS, "interp": INTERP}
 
 
-def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
+def measure(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
     rows: list[dict[str, Any]] = []
     facts = {}
     task = progress.add_task("where", total=len(CONCURRENCIES) * sum(map(len, CASES.values())))
@@ -51,7 +52,7 @@ def ask(settings: Settings, progress: Progress, *, quick: bool) -> Answer:
 
 
 def _load(concurrency: int, steering: Steering) -> Load:
-    """That of the question `peers`, in one batch."""
+    """The load of the question `peers`, in one batch."""
     return Load(
         num_requests=concurrency, concurrency=concurrency, max_tokens=16, min_prompt=8, max_prompt=96,
         steering=steering, num_vectors=concurrency,
