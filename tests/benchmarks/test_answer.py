@@ -18,7 +18,7 @@ ANSWER = Answer(
 )
 
 
-def test_an_answer_survives_its_file(tmp_path: Path) -> None:
+def test_an_answer_is_saved_and_loaded(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "serve.json"
     ANSWER.save(path, {"machine": {"cores": 2}})
     answer, about = Answer.load(path)
@@ -27,13 +27,13 @@ def test_an_answer_survives_its_file(tmp_path: Path) -> None:
     assert not list(path.parent.glob("*.tmp"))
 
 
-def test_the_table_says_measured_interval_target_and_verdict() -> None:
+def test_the_table_has_measured_interval_target_and_verdict() -> None:
     lines = markdown(ANSWER.claims).splitlines()
     assert lines[2] == "| steered / stock | 0.980 | 0.960 to 0.990 | ≥ 0.97 | not resolved | compiled, 32 at once |"
     assert lines[3] == "| host time | 64 µs | 60 to 70 |  |  | eager |"
 
 
-def test_rows_of_other_columns_get_a_table_of_their_own() -> None:
+def test_rows_with_other_columns_get_a_separate_table() -> None:
     console = Console(width=150, record=True, quiet=True)
     with console.capture() as capture:
         console.quiet = False

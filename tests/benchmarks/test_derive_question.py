@@ -5,7 +5,7 @@ import pytest
 from steer_bench.questions.derive import FEWEST_WORDS, MOST_WORDS, NUM_TEXTS, cosines, ragged_texts
 
 
-def test_texts_are_many_ragged_and_the_same_for_a_seed() -> None:
+def test_texts_have_varied_lengths_and_depend_on_the_seed() -> None:
     texts = ragged_texts(NUM_TEXTS)
     assert len(texts) == NUM_TEXTS >= 400
     lengths = sorted(len(text.split()) for text in texts)
@@ -16,7 +16,7 @@ def test_texts_are_many_ragged_and_the_same_for_a_seed() -> None:
     assert texts != ragged_texts(NUM_TEXTS, seed=1)
 
 
-def test_cosines_are_by_text_and_block() -> None:
+def test_cosines_are_per_text_and_block() -> None:
     rows_NLD = np.random.default_rng(0).standard_normal((3, 2, 8)).astype(np.float32)
     turned_NLD = rows_NLD.copy()
     turned_NLD[1, 0] *= -2

@@ -14,7 +14,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "FOLDER", tmp_path)
 
 
-def test_an_environment_counts_as_made_for_its_own_list_only() -> None:
+def test_an_environment_is_reused_only_for_the_same_requirements() -> None:
     one = Environment(name="one", requirements=("a==1",))
     assert not one.is_made
     one.folder.mkdir()
@@ -24,7 +24,7 @@ def test_an_environment_counts_as_made_for_its_own_list_only() -> None:
     assert not Environment(name="one", requirements=("a==2",)).is_made
 
 
-def test_what_pip_cannot_install_is_a_failed_arm_with_what_pip_said(tmp_path: Path) -> None:
+def test_a_failed_installation_is_a_failed_arm_with_the_output_of_pip(tmp_path: Path) -> None:
     missing = Environment(name="missing", requirements=(str(tmp_path / "no.whl"),))
     with pytest.raises(ArmFailed, match=r"missing cannot be installed: .*no\.whl"):
         python_of(missing)

@@ -8,7 +8,7 @@ from steer_bench.load import Load, Steering
 PLAIN = Load(num_requests=5, concurrency=5, max_tokens=4, max_prompt=40)
 
 
-def test_prompts_are_padded_on_the_left_and_the_mask_says_where() -> None:
+def test_prompts_are_padded_on_the_left_with_a_mask() -> None:
     ids_BT, mask_BT = left_padded([[5, 6, 7], [8]])
     assert ids_BT.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert mask_BT.tolist() == [[1, 1, 1], [0, 0, 1]]
@@ -22,7 +22,7 @@ def hooks(tiny_llama: str) -> Hooks:
     return Hooks(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval(), num_vectors=5)
 
 
-def test_every_request_gets_its_own_vector_whatever_the_batch(hooks: Hooks) -> None:
+def test_every_request_gets_its_own_vector_in_any_batch_size(hooks: Hooks) -> None:
     load = Load(**{**PLAIN.to_json(), "steering": Steering.ADD, "num_vectors": 3, "every": 2})
     runs = {}
     for size in (1, 2, 5):
@@ -39,7 +39,7 @@ def test_every_request_gets_its_own_vector_whatever_the_batch(hooks: Hooks) -> N
     assert (moved[np.invert(steered)] < 1e-4).all()
 
 
-def test_unsteered_answers_are_those_of_the_bare_model(hooks: Hooks) -> None:
+def test_unsteered_answers_equal_those_of_the_model_without_hooks(hooks: Hooks) -> None:
     import torch
 
     hooks.command("batch_size", value=3)
@@ -65,14 +65,14 @@ def test_exactly_max_tokens_are_generated_and_timed(hooks: Hooks) -> None:
     assert 0 < timing.itl_ms < timing.ttft_ms + 1e3 * timing.seconds
 
 
-def test_what_the_hooks_cannot_do_is_refused(hooks: Hooks) -> None:
+def test_unsupported_loads_and_commands_are_errors(hooks: Hooks) -> None:
     with pytest.raises(ValueError, match="directional in all"):
         hooks.run(Load(**{**PLAIN.to_json(), "steering": Steering.DIRECTIONAL}))
     with pytest.raises(ValueError, match="has no command 'sing'"):
         hooks.command("sing")
 
 
-def test_scores_do_not_depend_on_the_batch_and_generation_steers_the_last_token_alone(hooks: Hooks) -> None:
+def test_scores_do_not_depend_on_the_batch_and_generation_steers_only_the_last_token(hooks: Hooks) -> None:
     # The answers' tokens come after the same prompts, but in another order than their lengths.
     questions = [{"prompt_ids": [9, 8, 7, 6, 5][:length], "answer_ids": [3, 4]} for length in (3, 5, 1)]
     scores = {

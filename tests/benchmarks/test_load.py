@@ -8,7 +8,7 @@ from steer_bench.load import Load, Steering, vector
 LOAD = Load(num_requests=12, concurrency=4, max_tokens=8, steering=Steering.ADD, num_vectors=3)
 
 
-def test_every_arm_gets_the_same_prompts_and_no_two_rounds_do() -> None:
+def test_prompts_depend_on_the_round_and_not_on_the_arm() -> None:
     assert LOAD.prompts(1000) == replace(LOAD, steering=Steering.NONE).prompts(1000)
     assert LOAD.prompts(1000) != replace(LOAD, seed=1).prompts(1000)
     lengths = [len(prompt) for prompt in LOAD.prompts(1000)]
@@ -17,7 +17,7 @@ def test_every_arm_gets_the_same_prompts_and_no_two_rounds_do() -> None:
     assert len(set(lengths)) > 1
 
 
-def test_a_shared_prefix_is_that_of_the_seed_whatever_follows() -> None:
+def test_a_shared_prefix_depends_only_on_the_seed() -> None:
     shared = replace(LOAD, shared_prefix=50)
     prefix = shared.prompts(1000)[0][:50]
     for other in (shared, replace(shared, num_requests=1)):
@@ -26,7 +26,7 @@ def test_a_shared_prefix_is_that_of_the_seed_whatever_follows() -> None:
     assert replace(shared, seed=5).prompts(1000)[0][:50] != prefix
 
 
-def test_vectors_are_handed_out_in_turn() -> None:
+def test_vectors_are_assigned_in_turn() -> None:
     assert [LOAD.vector_of(request) for request in range(5)] == [0, 1, 2, 0, 1]
     half = replace(LOAD, every=2)
     assert [half.vector_of(request) for request in range(5)] == [0, None, 1, None, 2]
@@ -34,11 +34,11 @@ def test_vectors_are_handed_out_in_turn() -> None:
     assert replace(LOAD, steering=Steering.NONE).num_steered == 0
 
 
-def test_a_load_survives_its_way_to_an_arm() -> None:
+def test_a_load_survives_json() -> None:
     assert Load.from_json(LOAD.to_json()) == LOAD
 
 
-def test_vectors_have_length_1_and_are_told_apart() -> None:
+def test_vectors_have_length_1_and_are_distinct() -> None:
     rows_LD = vector(3, 4, 64)
     assert np.allclose(np.linalg.norm(rows_LD, axis=1), 1.0, atol=64 * 2.0**-24)
     assert not np.array_equal(rows_LD, vector(4, 4, 64))

@@ -5,15 +5,15 @@ import pytest
 from steer_bench.ratio import Ratio, Target, Verdict
 
 
-def test_a_ratio_is_of_rounds_not_of_medians() -> None:
-    """A machine that slows down in the middle of a run slows both sides of a round."""
+def test_ratios_are_taken_within_each_round() -> None:
+    """If the machine slows down during a run, both sides of a round slow down."""
     theirs = [100.0, 100.0, 50.0, 50.0, 50.0]
     ratio = Ratio.of([99.0, 99.0, 49.5, 49.5, 49.5], theirs)
     assert ratio.median == ratio.low == ratio.high == pytest.approx(0.99)
     assert ratio.rounds == 5
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_ratio_in_95_percent_of_cases() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
@@ -23,7 +23,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / 200) <= covered / 200
 
 
-def test_a_round_without_a_time_is_an_error() -> None:
+def test_a_round_of_zero_seconds_is_an_error() -> None:
     with pytest.raises(ValueError, match="no finite ratio"):
         Ratio.of([1.0, 2.0], [1.0, 0.0])
 

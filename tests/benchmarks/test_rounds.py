@@ -7,7 +7,7 @@ from steer_bench.rounds import interleave, throughputs
 from steer_bench.timing import Timing
 
 
-def test_cases_take_turns_and_every_other_round_goes_backwards() -> None:
+def test_cases_alternate_and_every_other_round_is_reversed() -> None:
     ran: list[tuple[str, int]] = []
 
     def run(name: str, number: int) -> Timing:
