@@ -1,4 +1,4 @@
-"""Write generated questions for lm-eval's tasks in this folder, one JSON object a line.
+"""Writes generated questions for the lm-eval tasks in this folder, one JSON object per line.
 
 python examples/lm_eval/items.py 200 > examples/lm_eval/babi15.jsonl
 """

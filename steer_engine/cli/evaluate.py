@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -34,109 +34,7 @@ TEST_ITEMS = typer.Option(min=2, help="Number of items to report the result on."
 SHOTS = typer.Option(min=0, help="Solved examples before each prompt.")
 SEED = typer.Option(help="Seed of items, contrasts and controls.")
 
-
-def _checked(option: str, value: str, valid: Sequence[str]) -> Any:
-    """Return `value`. Raises EvaluationError if it is not valid."""
-    if value not in valid:
-        raise EvaluationError(f"{option} {value[:64]!r} is none of {', '.join(valid)}.")
-    return value
-
-
-def _recipes_of(methods: Sequence[str], against: str) -> tuple[Recipe, ...]:
-    """Vectors to derive from the task. Raises DerivationError or EvaluationError for an unknown name."""
-    contrast = cast(Against, _checked("--against", against, ("wrong", "random")))
-    return tuple(Recipe(method=require_method(method), against=contrast) for method in methods)
-
-
-def _vectors_of(files: Sequence[Path]) -> dict[str, ControlVector]:
-    """Load vectors, named by the stem of their file. Raises EvaluationError if two files have the same stem."""
-    vectors = {file.stem: load(file) for file in files}
-    if len(vectors) < len(files):
-        raise EvaluationError("Two vector files have the same name; rename one, since results use the name.")
-    return vectors
-
-
-def _plan_of(*, alphas: str, unit: str, scope: str, score: str, **settings: Any) -> Plan:
-    """A plan from the text of the options. Raises EvaluationError for an invalid value."""
-    return Plan(
-        alphas=parse_alphas(alphas),
-        unit=_checked("--unit", unit, ("vector", "residual")),
-        scope=_checked("--scope", scope, ("all", "prompt", "generation")),
-        score=_checked("--score", score, ("accuracy", "share_correct")),
-        **settings,
-    )
-
-
-def _command_line() -> str:
-    """The command line of this process, for the report."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def _print_verdicts(outcome: Outcome, page: Path) -> None:
-    """Print the verdicts and the path of the report."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    for verdict in outcome.verdicts:
-        console.print(f"{verdict.vector}: {sentence(verdict)}")
-        for warning in warnings(verdict):
-            console.print(f"  {warning}")
-    console.print(f"report: {page}")
-
-
-def calibrate_command(
-    model: Model,
-    vector: Annotated[Path, typer.Argument(help="Vector file to calibrate.", metavar="VECTOR")],
-    task: Annotated[str, TASK],
-    out: Annotated[Path, OUT],
-    save_as: Annotated[Path | None, typer.Option(help="Vector file to write (default: in the --out folder).")] = None,
-    max_kl: Annotated[float, typer.Option(min=0, help="Largest mean KL on neutral texts, nats.")] = 0.1,
-    blocks: Annotated[list[str] | None, BLOCKS] = None,
-    alphas: Annotated[str, ALPHAS] = "-2:2:0.25",
-    unit: Annotated[str, UNIT] = "vector",
-    scope: Annotated[str, SCOPE] = "all",
-    score: Annotated[str, SCORE] = "accuracy",
-    derive_items: Annotated[int, DERIVE_ITEMS] = 200,
-    validation_items: Annotated[int, VALIDATION_ITEMS] = 200,
-    test_items: Annotated[int, TEST_ITEMS] = 500,
-    shots: Annotated[int, SHOTS] = 0,
-    chat: Chat = False,
-    seed: Annotated[int, SEED] = 0,
-    dtype: DType = "auto",
-    max_model_len: MaxModelLen = None,
-    tensor_parallel_size: TensorParallelSize = 1,
-) -> None:
-    """Find the best blocks and strength of a vector whose mean KL on neutral texts stays within a bound.
-
-    They are tested on separate items and written to the vector's metadata. Its content and digest do not change.
-
-    Example: steer-engine calibrate smollm2-135m cheerful.safetensors --task mood.jsonl --out results/mood
-    """
-    from steer_engine.evaluate.evaluation import Evaluation
-    from steer_engine.evaluate.outcome import calibrated
-    from steer_engine.evaluate.plots import require_matplotlib
-    from steer_engine.evaluate.report import write_results
-    from steer_engine.evaluate.scorer import open_engine
-    from steer_engine.evaluate.tasks import Sizes, load_task
-    from steer_engine.vectors.files import save
-
-    require_matplotlib()
-    target = save_as or out / vector.with_suffix(".safetensors").name
-    if target.suffix != ".safetensors":
-        raise EvaluationError(
-            f"{target}: a calibrated vector needs the suffix .safetensors; GGUF cannot store the suggested strength."
-        )
-    sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
-    loaded = load_task(task, sizes, seed=seed, shots=shots)
-    vectors = _vectors_of([vector])
-    plan = _plan_of(
-        vectors=vectors, blocks=tuple(blocks or ()), alphas=alphas, unit=unit, scope=scope, score=score, max_kl=max_kl,
-        seed=seed,
-    )  # fmt: skip
-    engine = engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len)
-    llm = open_engine(model, **engine)
-    outcome = Evaluation(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
-    save(calibrated(vectors[vector.stem], outcome), target)
-    _print_verdicts(outcome, write_results(outcome, out))
-    typer.echo(f"calibrated vector: {target}")
+Name = TypeVar("Name", bound=str)
 
 
 def eval_command(
@@ -204,6 +102,63 @@ def eval_command(
     _print_verdicts(outcome, write_results(outcome, out))
 
 
+def calibrate_command(
+    model: Model,
+    vector: Annotated[Path, typer.Argument(help="Vector file to calibrate.", metavar="VECTOR")],
+    task: Annotated[str, TASK],
+    out: Annotated[Path, OUT],
+    save_as: Annotated[Path | None, typer.Option(help="Vector file to write (default: in the --out folder).")] = None,
+    max_kl: Annotated[float, typer.Option(min=0, help="Largest mean KL on neutral texts, nats.")] = 0.1,
+    blocks: Annotated[list[str] | None, BLOCKS] = None,
+    alphas: Annotated[str, ALPHAS] = "-2:2:0.25",
+    unit: Annotated[str, UNIT] = "vector",
+    scope: Annotated[str, SCOPE] = "all",
+    score: Annotated[str, SCORE] = "accuracy",
+    derive_items: Annotated[int, DERIVE_ITEMS] = 200,
+    validation_items: Annotated[int, VALIDATION_ITEMS] = 200,
+    test_items: Annotated[int, TEST_ITEMS] = 500,
+    shots: Annotated[int, SHOTS] = 0,
+    chat: Chat = False,
+    seed: Annotated[int, SEED] = 0,
+    dtype: DType = "auto",
+    max_model_len: MaxModelLen = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+) -> None:
+    """Find the best blocks and strength of a vector whose mean KL on neutral texts stays within a bound.
+
+    They are tested on separate items and written to the vector's metadata. Its content and digest do not change.
+
+    Example: steer-engine calibrate smollm2-135m cheerful.safetensors --task mood.jsonl --out results/mood
+    """
+    from steer_engine.evaluate.evaluation import Evaluation
+    from steer_engine.evaluate.outcome import calibrated
+    from steer_engine.evaluate.plots import require_matplotlib
+    from steer_engine.evaluate.report import write_results
+    from steer_engine.evaluate.scorer import open_engine
+    from steer_engine.evaluate.tasks import Sizes, load_task
+    from steer_engine.vectors.files import save
+
+    require_matplotlib()
+    target = save_as or out / vector.with_suffix(".safetensors").name
+    if target.suffix != ".safetensors":
+        raise EvaluationError(
+            f"{target}: a calibrated vector needs the suffix .safetensors; GGUF cannot store the suggested strength."
+        )
+    sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
+    loaded = load_task(task, sizes, seed=seed, shots=shots)
+    vectors = _vectors_of([vector])
+    plan = _plan_of(
+        vectors=vectors, blocks=tuple(blocks or ()), alphas=alphas, unit=unit, scope=scope, score=score, max_kl=max_kl,
+        seed=seed,
+    )  # fmt: skip
+    engine = engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len)
+    llm = open_engine(model, **engine)
+    outcome = Evaluation(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
+    save(calibrated(vectors[vector.stem], outcome), target)
+    _print_verdicts(outcome, write_results(outcome, out))
+    typer.echo(f"calibrated vector: {target}")
+
+
 def paper_command(
     model: Model,
     out: Annotated[Path, OUT],
@@ -249,3 +204,51 @@ def paper_command(
         write_atomically(out / "paper.md", paper_markdown(runs).encode())
         write_atomically(out / "index.html", paper_index(runs).encode())
     typer.echo(paper_markdown(runs))
+
+
+def _plan_of(*, alphas: str, unit: str, scope: str, score: str, **settings: Any) -> Plan:
+    """A plan from the text of the options. Raises EvaluationError for an invalid value."""
+    return Plan(
+        alphas=parse_alphas(alphas),
+        unit=_checked("--unit", unit, ("vector", "residual")),
+        scope=_checked("--scope", scope, ("all", "prompt", "generation")),
+        score=_checked("--score", score, ("accuracy", "share_correct")),
+        **settings,
+    )
+
+
+def _recipes_of(methods: Sequence[str], against: str) -> tuple[Recipe, ...]:
+    """Vectors to derive from the task. Raises DerivationError or EvaluationError for an unknown name."""
+    contrast: Against = _checked("--against", against, ("wrong", "random"))
+    return tuple(Recipe(method=require_method(method), against=contrast) for method in methods)
+
+
+def _vectors_of(files: Sequence[Path]) -> dict[str, ControlVector]:
+    """Load vectors, named by the stem of their file. Raises EvaluationError if two files have the same stem."""
+    vectors = {file.stem: load(file) for file in files}
+    if len(vectors) < len(files):
+        raise EvaluationError("Two vector files have the same name; rename one, since results use the name.")
+    return vectors
+
+
+def _checked(option: str, value: str, valid: Sequence[Name]) -> Name:
+    """The valid name that equals `value`. Raises EvaluationError if there is none."""
+    for name in valid:
+        if name == value:
+            return name
+    raise EvaluationError(f"{option} {value[:64]!r} is none of {', '.join(valid)}.")
+
+
+def _command_line() -> str:
+    """The command line of this process, for the report."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _print_verdicts(outcome: Outcome, page: Path) -> None:
+    """Print the verdicts and the path of the report."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for verdict in outcome.verdicts:
+        console.print(f"{verdict.vector}: {sentence(verdict)}")
+        for warning in warnings(verdict):
+            console.print(f"  {warning}")
+    console.print(f"report: {page}")

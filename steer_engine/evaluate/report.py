@@ -11,7 +11,7 @@ from steer_engine.evaluate.outcome import Outcome, PaperRun, Trial, Verdict
 from steer_engine.evaluate.plan import PAPER_METHODS
 from steer_engine.vectors.storage import write_atomically
 
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
 """Holm-corrected p-values below this are called significant."""
 
 _STYLE = """
@@ -41,7 +41,7 @@ def html_report(outcome: Outcome) -> str:
     sections = "".join(_section(outcome, verdict) for verdict in outcome.verdicts)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style>\n<h1>{escape(title)}</h1>\n{_facts(outcome)}{sections}{_method(outcome)}</html>\n"
+        f"<style>{_STYLE}</style>\n<h1>{escape(title)}</h1>\n{_facts_list(outcome)}{sections}{_method(outcome)}</html>\n"
     )
 
 
@@ -53,7 +53,7 @@ def sentence(verdict: Verdict) -> str:
     moved = f"{100 * paired.before:.1f} % to {100 * paired.after:.1f} %"
     change = f"{100 * paired.difference.mean:+.1f} percentage points ({interval}; McNemar p = {paired.p:.2g}, "
     change += f"{trial.p_holm:.2g} after Holm)"
-    if trial.p_holm >= LEVEL:
+    if trial.p_holm >= SIGNIFICANCE:
         word = "No significant change of accuracy"
     else:
         word = "Accuracy rose" if paired.difference.mean > 0 else "Accuracy fell"
@@ -66,7 +66,7 @@ def warnings(verdict: Verdict) -> list[str]:
         f"The control “{trial.name}” also raised accuracy ({100 * trial.paired.difference.mean:+.1f} points, p = "
         f"{trial.p_holm:.2g} after Holm). Part of any gain is unrelated to the contrast in the vector's pairs."
         for trial in verdict.controls
-        if trial.p_holm < LEVEL and trial.paired.difference.mean > 0
+        if trial.p_holm < SIGNIFICANCE and trial.paired.difference.mean > 0
     ]
     if verdict.validation <= verdict.validation_baseline:
         found.append(
@@ -78,14 +78,14 @@ def warnings(verdict: Verdict) -> list[str]:
 def _section(outcome: Outcome, verdict: Verdict) -> str:
     parts = [f'<h2>{escape(verdict.vector)}</h2><p class="verdict">{escape(sentence(verdict))}</p>']
     parts += [f'<p class="verdict warning">{escape(text)}</p>' for text in warnings(verdict)]
-    parts.append(_trials(verdict))
+    parts.append(_trials_table(verdict))
     parts += [f"<figure>{picture}</figure>" for picture in _pictures(outcome, verdict)]
     if verdict.steerability is not None:
         parts.append(
             f"<p>Steerability (slope of the mean margin against α, validation): {verdict.steerability:+.3f} nats per "
             "unit of strength.</p>"
         )
-    parts += [_flips(verdict), _examples(verdict)]
+    parts += [_flips_table(verdict), _examples_table(verdict)]
     return "".join(parts)
 
 
@@ -94,7 +94,7 @@ def _pictures(outcome: Outcome, verdict: Verdict) -> list[str]:
     return [*drawn, plots.flips(verdict)] if verdict.margins else drawn
 
 
-def _trials(verdict: Verdict) -> str:
+def _trials_table(verdict: Verdict) -> str:
     heads = [
         "test split",
         "α",
@@ -107,10 +107,10 @@ def _trials(verdict: Verdict) -> str:
         "neutral KL",
         "",
     ]
-    return _grid(heads, [_trial(trial) for trial in verdict.trials])
+    return _table(heads, [_trial_row(trial) for trial in verdict.trials])
 
 
-def _trial(trial: Trial) -> list[str]:
+def _trial_row(trial: Trial) -> list[str]:
     paired = trial.paired
     return [
         f"control: {trial.name}" if trial.is_control else trial.name,
@@ -126,23 +126,23 @@ def _trial(trial: Trial) -> list[str]:
     ]
 
 
-def _flips(verdict: Verdict) -> str:
+def _flips_table(verdict: Verdict) -> str:
     if not verdict.flips:
         return "<p>No test item changed.</p>"
     rows = [
         [flip.prompt, flip.answer, "gained" if flip.gained else "lost", f"{flip.before:+.2f}", f"{flip.after:+.2f}"]
         for flip in verdict.flips
     ]
-    table = _grid(["prompt", "right answer", "", "before", "after"], rows, text=2)
+    table = _table(["prompt", "right answer", "", "before", "after"], rows, text=2)
     return f"<details><summary>Items that changed (the first {len(rows)})</summary>{table}</details>"
 
 
-def _examples(verdict: Verdict) -> str:
+def _examples_table(verdict: Verdict) -> str:
     rows = [[example.prompt, example.plain, example.steered] for example in verdict.examples]
-    return f"<h3>How the model continues prompts</h3>{_grid(['prompt', 'unsteered', 'steered'], rows, text=3)}"
+    return f"<h3>How the model continues prompts</h3>{_table(['prompt', 'unsteered', 'steered'], rows, text=3)}"
 
 
-def _facts(outcome: Outcome) -> str:
+def _facts_list(outcome: Outcome) -> str:
     facts = outcome.facts
     listed = {
         "task": f"{facts['about']} ({facts['task_digest'][:19]})",
@@ -168,7 +168,7 @@ def _method(outcome: Outcome) -> str:
     )
 
 
-def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 0) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 0) -> str:
     """An HTML table. Its first `text` columns are set as left-aligned text."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(

@@ -26,7 +26,7 @@ EXACT_METRICS = ("accuracy", "distinct", "length")
 """Metrics of generated text."""
 
 RESAMPLES = 10_000
-LEVEL = 0.95
+CONFIDENCE = 0.95
 CHUNK = 1 << 22
 """Random numbers drawn at once."""
 
@@ -99,7 +99,7 @@ class Interval:
     high: float
 
 
-def bootstrap(value_N: Array, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+def bootstrap(value_N: Array, *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Interval:
     """Mean of per-item numbers, with its percentile interval over resampled items.
 
     For a paired comparison, pass the differences.
@@ -112,7 +112,7 @@ def bootstrap(value_N: Array, *, seed: int = 0, resamples: int = RESAMPLES, leve
         rows = min(left, max(1, CHUNK // count))
         means.append(value_N[random.integers(0, count, (rows, count))].mean(axis=1))
         left -= rows
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean=float(value_N.mean()), low=float(low), high=float(high))
 
 

@@ -1,4 +1,4 @@
-"""Where tasks come from: generators (IOI, bAbI 15 and 16), a user's JSONL file, and packaged neutral texts."""
+"""Loads tasks: generated ones (IOI, bAbI 15 and 16), or from a JSONL file. Also loads packaged neutral texts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,33 @@ Make = Callable[[Random, str], tuple[Hashable, str, list[str], str]]
 
 MAX_TRIES = 100
 """Draws per item, until the generator counts as exhausted."""
+
+MAX_ANSWERS = 1024
+"""Largest number of answers of one item."""
+
+_KEYS = {"prompt", "answers", "correct", "answer", "split", "id"}
+_FORMS = '{"prompt": ..., "answers": [" a", " b"], "correct": 0} or {"prompt": ..., "answer": " text"}'
+
+
+def load_task(name_or_path: str, sizes: Sizes, *, seed: int = 0, shots: int = 0) -> Task:
+    """Load a generated task by name, or a task from a JSONL file, with `shots` solved examples before each prompt.
+
+    Raises:
+        EvaluationError: the task or file does not exist, or an item is invalid; the message names the line.
+    """
+    if name_or_path in TASKS:
+        task = TASKS[name_or_path](sizes, seed)
+    elif Path(name_or_path).is_file():
+        task = _load_jsonl(Path(name_or_path), sizes, seed)
+    else:
+        raise EvaluationError(f"There is no task or file {name_or_path[:256]!r}; tasks are {', '.join(TASKS)}.")
+    return task.with_shots(shots)
+
+
+def neutral_texts() -> list[str]:
+    """Packaged everyday texts that end in the middle of a sentence. They show side effects of steering."""
+    data = resources.files("steer_engine.evaluate").joinpath("data/neutral.txt").read_text(encoding="utf-8")
+    return [line for line in data.splitlines() if line.strip()]
 
 
 def draw(name: str, make: Make, sizes: Sizes, seed: int, about: str) -> Task:
@@ -110,13 +137,13 @@ def _babi15(random: Random, split: str) -> tuple[Hashable, str, list[str], str]:
     del split
     fears = {species: random.choice([other for other in PLURALS if other != species]) for species in PLURALS}
     members = {actor: random.choice(list(PLURALS)) for actor in BABI15_ACTORS}
-    asked = random.choice(BABI15_ACTORS)
+    subject = random.choice(BABI15_ACTORS)
     sentences = [f"{PLURALS[who].capitalize()} are afraid of {PLURALS[whom]}." for who, whom in fears.items()]
     sentences += [f"{actor} is a {species}." for actor, species in members.items()]
     random.shuffle(sentences)
-    prompt = f"Passage: {' '.join(sentences)}\nQuestion: What is {asked.lower()} afraid of?\nAnswer:"
-    identity = (*fears.values(), *members.values(), asked)
-    return identity, prompt, [f" {species}" for species in PLURALS], f" {fears[members[asked]]}"
+    prompt = f"Passage: {' '.join(sentences)}\nQuestion: What is {subject.lower()} afraid of?\nAnswer:"
+    identity = (*fears.values(), *members.values(), subject)
+    return identity, prompt, [f" {species}" for species in PLURALS], f" {fears[members[subject]]}"
 
 
 SPECIES = ("swan", "lion", "frog", "rhino")
@@ -132,49 +159,22 @@ def babi16(sizes: Sizes, seed: int) -> Task:
 def _babi16(random: Random, split: str) -> tuple[Hashable, str, list[str], str]:
     del split
     colour_of = {species: random.choice(COLOURS) for species in SPECIES}
-    asked, kin, *others = random.sample(BABI16_ACTORS, len(BABI16_ACTORS))
+    subject, kin, *others = random.sample(BABI16_ACTORS, len(BABI16_ACTORS))
     members = {kin: random.choice(SPECIES)}
-    members |= {asked: members[kin]} | {actor: random.choice(SPECIES) for actor in others}
+    members |= {subject: members[kin]} | {actor: random.choice(SPECIES) for actor in others}
     sentences = [f"{actor} is a {species}." for actor, species in members.items()]
-    sentences += [f"{actor} is {colour_of[species]}." for actor, species in members.items() if actor != asked]
+    sentences += [f"{actor} is {colour_of[species]}." for actor, species in members.items() if actor != subject]
     random.shuffle(sentences)
-    prompt = f"Passage: {' '.join(sentences)}\nQuestion: What color is {asked.lower()}?\nAnswer:"
-    identity = (asked, *((actor, members[actor], colour_of[members[actor]]) for actor in BABI16_ACTORS))
-    return identity, prompt, [f" {colour}" for colour in COLOURS], f" {colour_of[members[asked]]}"
+    prompt = f"Passage: {' '.join(sentences)}\nQuestion: What color is {subject.lower()}?\nAnswer:"
+    identity = (subject, *((actor, members[actor], colour_of[members[actor]]) for actor in BABI16_ACTORS))
+    return identity, prompt, [f" {colour}" for colour in COLOURS], f" {colour_of[members[subject]]}"
 
 
 TASKS: dict[str, Callable[[Sizes, int], Task]] = {"ioi": ioi, "babi15": babi15, "babi16": babi16}
+"""Name -> generator."""
 
 
-def load_task(name_or_path: str, sizes: Sizes, *, seed: int = 0, shots: int = 0) -> Task:
-    """Load a generated task by name, or a task from a JSONL file, with `shots` solved examples before each prompt.
-
-    Raises:
-        EvaluationError: the task or file does not exist, or an item is invalid; the message names the line.
-    """
-    if name_or_path in TASKS:
-        task = TASKS[name_or_path](sizes, seed)
-    elif Path(name_or_path).is_file():
-        task = load_jsonl(Path(name_or_path), sizes, seed)
-    else:
-        raise EvaluationError(f"There is no task or file {name_or_path[:256]!r}; tasks are {', '.join(TASKS)}.")
-    return task.with_shots(shots)
-
-
-def neutral_texts() -> list[str]:
-    """Packaged everyday texts that end in the middle of a sentence. They show side effects of steering."""
-    data = resources.files("steer_engine.evaluate").joinpath("data/neutral.txt").read_text(encoding="utf-8")
-    return [line for line in data.splitlines() if line.strip()]
-
-
-MAX_ANSWERS = 1024
-"""Largest number of answers of one item."""
-
-_KEYS = {"prompt", "answers", "correct", "answer", "split", "id"}
-_FORMS = '{"prompt": ..., "answers": [" a", " b"], "correct": 0} or {"prompt": ..., "answer": " text"}'
-
-
-def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
+def _load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
     """Load a task from a file of JSON lines.
 
     A line has a `prompt`, and either `answers` with `correct` (index of the right one), or one `answer` that the
@@ -188,7 +188,7 @@ def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: cannot be read ({error}).") from None
-    parsed = [_item(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    parsed = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if len(parsed) < 3 * 2:
         raise EvaluationError(f"{path}: {len(parsed)} item(s); at least 2 for each of {', '.join(SPLITS)} are needed.")
     named = [split for _, split in parsed if split]
@@ -199,7 +199,7 @@ def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
     splits = (
         {name: tuple(item for item, split in parsed if split == name) for name in SPLITS}
         if named
-        else _cut(items, sizes, seed)
+        else _divide(items, sizes, seed)
     )
     for name in SPLITS:
         if len(splits[name]) < 2:
@@ -207,7 +207,7 @@ def load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:
     return Task(name=path.stem, about=str(path.name), **splits)
 
 
-def _cut(items: list[Item], sizes: Sizes, seed: int) -> dict[str, tuple[Item, ...]]:
+def _divide(items: list[Item], sizes: Sizes, seed: int) -> dict[str, tuple[Item, ...]]:
     """Shuffle items and divide them by `sizes`, or in the same proportions if there are too few items."""
     shuffled = list(items)
     Random(f"jsonl {seed}").shuffle(shuffled)
@@ -222,7 +222,7 @@ def _cut(items: list[Item], sizes: Sizes, seed: int) -> dict[str, tuple[Item, ..
     }
 
 
-def _item(line: str, where: str) -> tuple[Item, str]:
+def _parse_line(line: str, where: str) -> tuple[Item, str]:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The demo passes only with a significant shift in sound text, on prompts that nothing was tuned on."""
+"""The demo passes only if sentiment shifts significantly and text is intact, on prompts not used for tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server child of the demo: ready only when it says so, its end is reported, and it is gone after the block."""
+"""The server process of the demo: readiness, reported exits, and its end after the `with` block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three commands: what they refuse before an engine starts, and one run through the real command line."""
+"""The commands `eval`, `paper` and `calibrate`: errors before an engine starts, and one run as a process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCRIPT = Path(sys.executable).with_name("steer-engine")
 
 
 def invoke(command: str, *arguments: str) -> Result:
-    """A command in this process, as the command line hands its arguments over."""
+    """Run a command in this process, with arguments as the command line passes them."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(COMMANDS[command])
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -45,7 +45,7 @@ def test_help_shows_an_example(command: str) -> None:
         (("--task", "ioi", "--vector", "missing.safetensors"), "missing.safetensors"),
     ],
 )
-def test_mistakes_are_one_line_and_need_no_engine(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_invalid_options_need_no_engine(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = invoke("eval", "no-such-model", "--out", str(tmp_path / "out"), *arguments)
     assert isinstance(done.exception, SteerError)  # which `steer-engine` prints as one line
@@ -62,7 +62,7 @@ def test_a_report_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_calibrate_writes_a_dose(tiny_llama: str, tmp_path: Path) -> None:
+def test_calibrate_writes_a_suggested_strength(tiny_llama: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = np.random.default_rng(0).standard_normal(64).astype(np.float32)
     vector = ControlVector(directions={1: row}, metadata=VectorMetadata(notes="mine"))

@@ -1,3 +1,5 @@
+"""Prompts and answers become token ids; invalid items are named."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +12,7 @@ from steer_engine.evaluate.tasks import Item
 
 
 class Words:
-    """A tokenizer of letters, in which "ab" is one token: it spans the border of a prompt and its answer."""
+    """A tokenizer of letters. "ab" is one token, which can span the end of a prompt and the start of its answer."""
 
     chat_template = "yes"
 
@@ -30,13 +32,13 @@ def letters(ids: tuple[int, ...]) -> str:
     return "".join(map(chr, ids))
 
 
-def test_the_first_tokens_that_differ_decide() -> None:
+def test_the_first_different_tokens_decide() -> None:
     question = Encoder(Words(), max_tokens=99).question(item("Q:", " mary", " mark", correct=1))
     assert (letters(question.prompt_ids), letters(question.answer_ids)) == ("\x01Q: mar", "yk")
     assert question.correct == 1
 
 
-def test_tokens_may_span_the_border() -> None:
+def test_a_token_may_span_prompt_and_answer() -> None:
     question = Encoder(Words(), max_tokens=99).question(item("Qa", "b", "c"))
     assert (letters(question.prompt_ids), letters(question.answer_ids)) == ("\x01Q", "\x02a")
 
@@ -47,7 +49,7 @@ def test_chat_renders_the_prompt_and_begins_the_answer() -> None:
 
 
 @pytest.mark.parametrize("answers", [(" no", " nor", " yes"), (" b", " bcd", " x"), (" no", " not"), (" xa", " xay")])
-def test_answers_that_no_single_token_tells_apart(answers: tuple[str, ...]) -> None:
+def test_answers_that_no_single_token_distinguishes(answers: tuple[str, ...]) -> None:
     with pytest.raises(EvaluationError, match=r"f:1: .*no single token decides"):
         Encoder(Words(), max_tokens=99).question(item("Q", *answers))
 
@@ -61,12 +63,12 @@ def test_a_prompt_that_does_not_fit_is_named() -> None:
         encoder.question(item("123", "x"), generate=5)
 
 
-def test_one_answer_is_generated_and_compared() -> None:
+def test_a_single_answer_is_an_exact_match() -> None:
     question = Encoder(Words(), max_tokens=99).question(item("Q:", " 42"))
     assert (question.is_exact, question.target, question.answer_ids) == (True, " 42", ())
 
 
-def test_neutral_texts_are_cut_to_fit() -> None:
+def test_neutral_texts_are_truncated() -> None:
     (question,) = Encoder(Words(), max_tokens=5).neutral(["123456789"])
     assert letters(question.prompt_ids) == "\x01123"
     assert not question.is_exact

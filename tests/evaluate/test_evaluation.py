@@ -1,4 +1,4 @@
-"""A whole evaluation on a real engine: what is written, what is chosen, and that a stopped run goes on."""
+"""Complete evaluations on a real engine: the files, the choice, the controls, and resuming an interrupted run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_grid_the_controls_and_the_choice(outcome: Outcome) -> None:
     assert len({point.metrics["kl"].mean for point in steered}) == 4  # four different ways of steering
 
 
-def test_what_is_written(outcome: Outcome, folder: Path) -> None:
+def test_the_result_files(outcome: Outcome, folder: Path) -> None:
     read = json.loads((folder / "results.json").read_text())
     assert read["facts"]["sizes"] == {"derive": 8, "validation": 8, "test": 12}
     assert read["verdicts"][0]["trials"][0]["paired"]["after"] == outcome.verdicts[0].main.paired.after
@@ -79,7 +79,7 @@ def test_what_is_written(outcome: Outcome, folder: Path) -> None:
     assert float(lines[1]["kl"]) == pytest.approx(outcome.points[1].metrics["kl"].mean, rel=1e-5)
 
 
-def test_the_page_needs_nothing_from_elsewhere(outcome: Outcome, folder: Path) -> None:
+def test_the_report_is_self_contained(outcome: Outcome, folder: Path) -> None:
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 4
     assert "<script" not in page
@@ -89,7 +89,7 @@ def test_the_page_needs_nothing_from_elsewhere(outcome: Outcome, folder: Path) -
         assert text in page
 
 
-def test_a_stopped_run_goes_on_and_ends_the_same(
+def test_an_interrupted_run_resumes_with_the_same_result(
     outcome: Outcome, evaluate: Callable[..., Outcome], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = (folder / "scores.jsonl").read_bytes().splitlines(keepends=True)
@@ -105,19 +105,19 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
     second = evaluate(again)
     assert len(measured) == 30
     assert [v.trials for v in second.verdicts] == [v.trials for v in outcome.verdicts]
-    # What ran in other batches may differ by float32 rounding.
+    # Numbers from other batches may differ by float32 rounding.
     for one, other in zip(outcome.points, second.points, strict=True):
         assert {n: i.mean for n, i in one.metrics.items()} == pytest.approx(
             {n: i.mean for n, i in other.metrics.items()}, rel=1e-3, abs=1e-4
         )
 
 
-def test_another_seed_is_another_run(evaluate: Callable[..., Outcome], outcome: Outcome, folder: Path) -> None:
+def test_another_seed_needs_another_folder(evaluate: Callable[..., Outcome], outcome: Outcome, folder: Path) -> None:
     with pytest.raises(EvaluationError, match="another run"):
         evaluate(folder, seed=1)
 
 
-def test_a_bound_on_kl_rules_out_strong_doses(evaluate: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_bound_on_kl_excludes_large_strengths(evaluate: Callable[..., Outcome], tmp_path: Path) -> None:
     vector = random_like(ControlVector(directions={1: np.full(64, 1.0, dtype=np.float32)}), seed=3)
     settings = {"recipes": (), "vectors": {"mine": vector}, "blocks": ("1",), "alphas": (0.01, 4.0)}
     found = evaluate(tmp_path / "a", **settings, max_kl=0.01)
@@ -133,7 +133,7 @@ def test_a_bound_on_kl_rules_out_strong_doses(evaluate: Callable[..., Outcome], 
         evaluate(tmp_path / "b", **settings, max_kl=1e-9)
 
 
-def test_mistakes_come_before_measuring(tiny_engine: LLM, task: Task, tmp_path: Path) -> None:
+def test_invalid_settings_fail_before_measuring(tiny_engine: LLM, task: Task, tmp_path: Path) -> None:
     def start(task: Task = task, **plan: Any) -> None:
         Evaluation(tiny_engine, task, Plan(**plan), tmp_path / "x", model="tiny", progress=False)
 
@@ -157,7 +157,7 @@ def test_mistakes_come_before_measuring(tiny_engine: LLM, task: Task, tmp_path: 
     assert not (tmp_path / "x").exists()
 
 
-def test_controls_are_as_long_as_what_they_control() -> None:
+def test_random_controls_have_the_norms_of_the_vector() -> None:
     vector = ControlVector(directions={b: np.full(64, b + 0.5, dtype=np.float32) for b in range(3)})
     control = random_like(vector, seed=0)
     for block in vector.blocks:
@@ -175,14 +175,14 @@ def test_shuffled_labels_swap_half(task: Task) -> None:
     assert (sum(swapped), sum(same)) == (4, 4)
 
 
-def test_the_papers_negatives_are_scrambled_prompts(task: Task) -> None:
+def test_negatives_of_the_paper_are_permuted_prompts(task: Task) -> None:
     for pair, item in zip(contrasts(task.derive, "random"), task.derive, strict=True):
         assert pair.positive == (item.prompt, item.target)
         assert sorted(pair.negative[0]) == sorted(item.prompt[:75])
         assert pair.negative[0] != item.prompt[:75]
 
 
-def test_the_papers_protocol_beside_ours(tiny_engine: LLM, task: Task, tmp_path: Path) -> None:
+def test_both_protocols_run_on_one_task(tiny_engine: LLM, task: Task, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run = run_paper(tiny_engine, task, tmp_path, alphas=(-0.5, 0.5), seed=0, model="tiny", progress=False)
     text = paper_markdown([run])

@@ -1,4 +1,4 @@
-"""A run that is killed at any byte goes on; another run's numbers are never taken for its own."""
+"""A run that is killed at any byte resumes. Numbers of another run are never used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def filled(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_numbers_come_back_exactly(tmp_path: Path) -> None:
+def test_numbers_are_loaded_exactly(tmp_path: Path) -> None:
     filled(tmp_path / "j.jsonl")
     with Journal(tmp_path / "j.jsonl", FACTS) as journal:
         assert len(journal) == 3
@@ -29,14 +29,14 @@ def test_numbers_come_back_exactly(tmp_path: Path) -> None:
         assert ("test", "baseline", "q3") not in journal
 
 
-def test_a_cut_at_any_byte_leaves_whole_lines(tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_keeps_its_complete_lines(tmp_path: Path) -> None:
     whole = filled(tmp_path / "j.jsonl")
     path = tmp_path / "cut.jsonl"
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with Journal(path, FACTS) as journal:
             assert len(journal) == max(0, whole[:size].count(b"\n") - 1)
-        # Nothing of the half line is left, not even behind what is shorter.
+        # The incomplete line is removed, also if the next one is shorter.
         assert path.read_bytes() == whole[: max(whole.index(b"\n") + 1, whole[:size].rfind(b"\n") + 1)]
         with Journal(path, FACTS) as journal:
             for number in range(len(journal), 3):
@@ -44,14 +44,14 @@ def test_a_cut_at_any_byte_leaves_whole_lines(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_journal_of_another_run_is_refused_and_unchanged(tmp_path: Path) -> None:
     whole = filled(tmp_path / "j.jsonl")
     with pytest.raises(EvaluationError, match="numbers of another run"):
         Journal(tmp_path / "j.jsonl", {**FACTS, "seed": 1})
     assert (tmp_path / "j.jsonl").read_bytes() == whole
 
 
-def test_a_strange_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     whole = filled(tmp_path / "j.jsonl")
     (tmp_path / "j.jsonl").write_bytes(whole + b"[]\n")
     with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a journal line"):

@@ -1,4 +1,4 @@
-"""Each metric against plain float64 computations, and at its edges. KL and entropy: runtime/test_scores.py."""
+"""Each metric equals a direct float64 computation, also in edge cases."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def steered(request: pytest.FixtureRequest) -> np.ndarray:
 
 
 def rounding(logits: np.ndarray) -> float:
-    """Of a sum over the vocabulary of terms no larger than a log-probability, pairwise in NumPy: log2(V) roundings."""
+    """Rounding error of a pairwise sum over the vocabulary: log2(V) roundings of terms up to a log-probability."""
     return 16 * EPSILON * float(np.ptp(logits)) * np.log2(VOCABULARY)
 
 
-def test_choices_against_plain_probabilities(steered: np.ndarray) -> None:
+def test_choice_metrics_equal_direct_computations(steered: np.ndarray) -> None:
     ids, correct = [7, 49_000, 123, 5], 2
     q = special.softmax(steered)
     wrong = [7, 49_000, 5]
@@ -46,7 +46,7 @@ def test_a_tie_is_not_right() -> None:
     assert choice_metrics(np.log([0.3, 0.25]), 0)["accuracy"] == 1.0
 
 
-def test_an_answer_without_probability() -> None:
+def test_an_answer_with_probability_zero() -> None:
     assert choice_metrics([np.log(0.5), -np.inf], 0)["share_correct"] == 1.0
 
 

@@ -1,3 +1,5 @@
+"""Strengths from text, invalid plans, and the grid of a plan."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,7 +30,7 @@ def test_strengths(text: str, alphas: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:0", "2:1:0.5", "0:1:1e-9", "1e999", "nan", "1,,2", "0:1e999:1"])
-def test_strengths_that_are_refused(text: str) -> None:
+def test_invalid_strengths_are_refused(text: str) -> None:
     with pytest.raises(EvaluationError, match="[Ss]trengths"):
         parse_alphas(text)
 
@@ -42,7 +44,7 @@ def test_strengths_that_are_refused(text: str) -> None:
         ({"recipes": DIFFMEAN, "blocks": ("9-2",)}, "runs backwards"),
     ],
 )
-def test_plans_that_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_plans_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         Plan(**settings)
 

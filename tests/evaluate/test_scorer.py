@@ -1,4 +1,4 @@
-"""The numbers of an engine against float64 NumPy on the logits of a float64 Hugging Face model with hooks."""
+"""Scores of an engine, compared with float64 NumPy on the logits of a float64 Hugging Face model with hooks."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def reference_logits(path: str, questions: Sequence[Question], conditions: Seque
     return np.stack(rows).reshape(len(conditions), len(questions), -1)
 
 
-def test_every_number_against_float64(
+def test_every_metric_equals_float64(
     tiny_engine: LLM, tiny_llama: str, questions: list[Question], conditions: list[Condition]
 ) -> None:
     worker = tiny_engine.steering_status()["workers"][0]
@@ -122,13 +122,13 @@ def test_every_number_against_float64(
     assert moved > 100 * delta
 
 
-def test_unsteered_numbers_are_measured_where_they_were_not_asked(
+def test_missing_unsteered_jobs_run_for_kl(
     tiny_engine: LLM, questions: list[Question], conditions: list[Condition]
 ) -> None:
-    asked = [(question, conditions[1]) for question in questions[:6]]
-    alone = list(Scorer(tiny_engine).scores(asked))
-    assert [job for job, _ in alone] == asked
-    # A question a batch.
+    requested = [(question, conditions[1]) for question in questions[:6]]
+    alone = list(Scorer(tiny_engine).scores(requested))
+    assert [job for job, _ in alone] == requested
+    # One question per batch.
     split = list(
         Scorer(tiny_engine, batch=2).scores([(q, c) for q in questions[:6] for c in (conditions[2], conditions[1])])
     )
@@ -138,7 +138,7 @@ def test_unsteered_numbers_are_measured_where_they_were_not_asked(
 
 
 def test_a_planted_effect_is_found(tiny_engine: LLM, tiny_llama: str, tmp_path: Path) -> None:
-    """At the last block, the difference of two rows of the head, through the norm's weight, favours a token."""
+    """At the last block, the difference of two rows of the head, scaled by the norm's weight, favours one token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -148,13 +148,13 @@ def test_a_planted_effect_is_found(tiny_engine: LLM, tiny_llama: str, tmp_path: 
     row = (head[favoured] - head[other]) * weight
     vector = ControlVector(directions={2: row / np.linalg.norm(row)})
     tiny_engine.vectors.add("planted", vector)
-    asked = [
+    requested = [
         Question(id=q.id, prompt_ids=q.prompt_ids, answer_ids=(favoured, other)) for q in questions_of(tiny_engine, 60)
     ]
     planted = Condition(vector="planted", digest=vector.digest, blocks="2", alpha=8.0)
     against = Condition(vector="planted", digest=vector.digest, blocks="2", alpha=-8.0)
     with Journal(tmp_path / "scores.jsonl", {}) as journal:
-        found = sweep(Scorer(tiny_engine), journal, "test", asked, [BASELINE, planted, against])
+        found = sweep(Scorer(tiny_engine), journal, "test", requested, [BASELINE, planted, against])
     plain, up, down = (found[c.key] for c in (BASELINE, planted, against))
     raised = up["mass_correct"] > plain["mass_correct"]
     assert mcnemar(int(raised.sum()), int((~raised).sum())) < 0.001
@@ -187,7 +187,7 @@ def test_exact_matches_count_what_the_model_writes(tiny_engine: LLM) -> None:
 
 def test_a_distribution_that_is_not_finite_is_an_error() -> None:
     class Broken:
-        """Says what an engine says whose stream overflowed."""
+        """Returns the numbers of an engine whose residual stream overflowed."""
 
         def score(self, prompts: list[list[int]], **_: object) -> list[Numbers]:
             return [Numbers(answers=[], kl=float("nan"), entropy=float("nan"), top_changed=True) for _ in prompts]
@@ -196,18 +196,18 @@ def test_a_distribution_that_is_not_finite_is_an_error() -> None:
         list(Scorer(Broken()).scores([(Question(id="a", prompt_ids=(1, 2)), BASELINE)]))  # type: ignore[arg-type]
 
 
-def test_a_baseline_that_does_not_come_before_is_refused(tiny_engine: LLM) -> None:
+def test_a_later_baseline_is_refused(tiny_engine: LLM) -> None:
     with pytest.raises(ValueError, match="Prompt 0 has baseline 1; it must be the prompt itself or an earlier one"):
         tiny_engine.score([[1, 2], [1, 2]], steering=[None, None], baselines=[1, 1], answers=[(), ()])
 
 
-def test_an_answer_that_is_no_token_is_refused(tiny_engine: LLM) -> None:
+def test_an_answer_outside_the_vocabulary_is_refused(tiny_engine: LLM) -> None:
     with pytest.raises(ValueError, match="Answer token 512 is not in the vocabulary, which has 0 to 511"):
         tiny_engine.score([[1, 2]], steering=[None], baselines=[0], answers=[(3, 512)])
 
 
-def test_scores_hold_in_prompts_that_are_read_in_pieces(tiny_engine: LLM) -> None:
-    """Prompts longer than a step takes, beside short ones: a piece's logits are nobody's answer."""
+def test_chunked_prompts_have_the_same_scores(tiny_engine: LLM) -> None:
+    """Long prompts take several steps, beside short ones. Logits of an earlier chunk must not be scored."""
     vector = random_vector(0, norm=4.0)
     tiny_engine.vectors.add("v0", vector)
     spec = {"edits": [{"vector": "v0", "scale": 1.0}]}
@@ -225,11 +225,11 @@ def test_scores_hold_in_prompts_that_are_read_in_pieces(tiny_engine: LLM) -> Non
         assert alone[1].kl > 0.01
 
 
-def test_a_client_cannot_ask_for_scores(tiny_engine: LLM) -> None:
-    """What one writes into `vllm_xargs` arrives like this, and nobody would take the numbers."""
-    asked = {"_steer_score": {"key": "a", "baseline": "a", "answers": []}}
+def test_a_client_cannot_request_scores(tiny_engine: LLM) -> None:
+    """A client's `vllm_xargs` arrive in this form. No one would collect the scores."""
+    requested = {"_steer_score": {"key": "a", "baseline": "a", "answers": []}}
     with pytest.raises(SteeringRequestError, match="'_steer_score' is a reserved key"):
-        tiny_engine._frontend.compile(asked, 8)
+        tiny_engine._frontend.compile(requested, 8)
 
 
 def test_neutral_texts_are_many_and_short() -> None:
@@ -239,10 +239,10 @@ def test_neutral_texts_are_many_and_short() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="is the run on V2 itself")
-def test_the_numbers_hold_on_the_v2_runner() -> None:
-    """In a process of its own: Triton's interpreter must be on before torch is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_every_number_against_float64"]
+@pytest.mark.skipif(RUNNER == "v2", reason="this is the run on V2")
+def test_the_v2_runner_has_the_same_scores() -> None:
+    """Runs in its own process, because Triton's interpreter must be enabled before torch is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_every_metric_equals_float64"]
     environment = os.environ | {"STEER_TEST_RUNNER": "v2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

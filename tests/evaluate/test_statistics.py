@@ -1,4 +1,4 @@
-"""Intervals that cover what they should, and p-values that are uniform when nothing is there."""
+"""Intervals have their nominal coverage, and p-values are uniform without an effect."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def test_mcnemar_is_the_sign_test_of_the_changed_items() -> None:
 
 
 def test_under_a_true_null_p_is_uniform() -> None:
-    """Steered and unsteered change places at random per item: whatever steering did, there is no effect left."""
+    """Steered and unsteered results are swapped at random per item, which removes any effect."""
     random = np.random.default_rng(0)
     plain = random.random(4000) < 0.6
-    steered = np.where(random.random(4000) < 0.5, random.random(4000) < 0.9, plain)  # a very real effect
+    steered = np.where(random.random(4000) < 0.5, random.random(4000) < 0.9, plain)  # a large effect
     assert compare(plain.astype(float), steered.astype(float)).p < 1e-6
     found = []
     for _ in range(200):
@@ -29,11 +29,11 @@ def test_under_a_true_null_p_is_uniform() -> None:
         gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
         found.append(mcnemar(gained, lost))
     assert stats.kstest(found, "uniform").pvalue > 0.001
-    # At the level that a report calls significant: five standard deviations of a fair count.
+    # Below 0.05, which a report calls significant. Margin: five standard deviations of a fair count.
     assert np.mean(np.array(found) < 0.05) < 0.05 + 5 * (0.05 * 0.95 / 200) ** 0.5
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     random = np.random.default_rng(1)
     hits = 0
     for trial in range(300):
@@ -43,7 +43,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert abs(hits / 300 - 0.95) < 4 * (0.95 * 0.05 / 300) ** 0.5
 
 
-def test_bootstrap_agrees_with_scipy_and_repeats() -> None:
+def test_bootstrap_equals_scipy_and_is_reproducible() -> None:
     values = np.random.default_rng(2).normal(1.0, 2.0, 400)
     mine = bootstrap(values, seed=5)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=6).confidence_interval

@@ -1,4 +1,4 @@
-"""The generated tasks: right by their own rules, the same for a seed, and apart by split."""
+"""Generated tasks: answers follow their rules, a seed reproduces the task, and splits are disjoint."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def solve_babi15(item: Item) -> str:
     singular = {plural: species for species, plural in PLURALS.items()}
     fears = dict(re.findall(r"(\w+) are afraid of (\w+)\.", item.prompt))
     species_of = dict(re.findall(r"([A-Z]\w+) is a (\w+)\.", item.prompt))
-    (asked,) = re.findall(r"What is (\w+) afraid of\?", item.prompt)
+    (subject,) = re.findall(r"What is (\w+) afraid of\?", item.prompt)
     assert (len(fears), len(species_of)) == (4, 4)
-    return f" {singular[fears[PLURALS[species_of[asked.capitalize()]].capitalize()]]}"
+    return f" {singular[fears[PLURALS[species_of[subject.capitalize()]].capitalize()]]}"
 
 
 def solve_babi16(item: Item) -> str:
     species_of = dict(re.findall(r"([A-Z]\w+) is a (\w+)\.", item.prompt))
     colour_of = dict(re.findall(r"([A-Z]\w+) is (gray|white|yellow|green)\.", item.prompt))
-    (asked,) = re.findall(r"What color is (\w+)\?", item.prompt)
-    asked = asked.capitalize()
+    (subject,) = re.findall(r"What color is (\w+)\?", item.prompt)
+    subject = subject.capitalize()
     assert (len(species_of), len(colour_of)) == (5, 4)
-    assert asked not in colour_of
-    kin = {colour_of[name] for name, species in species_of.items() if name != asked and species == species_of[asked]}
+    assert subject not in colour_of
+    others = [name for name in species_of if name != subject]
+    kin = {colour_of[name] for name in others if species_of[name] == species_of[subject]}
     assert len(kin) == 1  # no contradiction
     return f" {kin.pop()}"
 
@@ -59,14 +60,14 @@ def test_sizes_and_distinct_items(task: Task) -> None:
     assert len({item.prompt for item in task.items}) == SIZES.total
 
 
-def test_no_answer_or_place_is_favoured(task: Task) -> None:
+def test_answers_are_balanced(task: Task) -> None:
     places = Counter(item.correct for item in task.items)
     fair = SIZES.total / len(task.items[0].answers)
     # Six standard deviations of a fair draw.
     assert all(abs(count - fair) < 6 * fair**0.5 for count in places.values()), places
 
 
-def test_a_seed_is_a_task() -> None:
+def test_a_seed_reproduces_the_task() -> None:
     for name in TASKS:
         assert load_task(name, SIZES, seed=3).digest == load_task(name, SIZES, seed=3).digest
         assert load_task(name, SIZES, seed=3).digest != load_task(name, SIZES, seed=4).digest
@@ -92,13 +93,13 @@ def test_ioi_has_both_orders_and_lengths_and_all_words() -> None:
     assert all(word in text for word in (*PLACES, *OBJECTS))
 
 
-def test_babi15_puzzles_differ_in_more_than_order() -> None:
+def test_babi15_items_differ_in_more_than_order() -> None:
     made = load_task("babi15", SIZES)
     sorted_sentences = {"".join(sorted(re.split(r"(?<=\.) ", item.prompt.replace("\n", ". ")))) for item in made.items}
     assert len(sorted_sentences) == SIZES.total
 
 
-def test_a_space_that_is_used_up_says_so() -> None:
+def test_too_few_distinct_items_is_an_error() -> None:
     from random import Random
 
     from steer_engine.evaluate.tasks import draw

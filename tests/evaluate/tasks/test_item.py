@@ -1,3 +1,5 @@
+"""Checks of items, tasks and sizes; few-shot prompts."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,18 +30,18 @@ def task(**fields: Any) -> Task:
         ({"correct": -1}, "must be 0 to 1"),
     ],
 )
-def test_items_that_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_items_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError, match=message) as caught:
         item(0, where="file.jsonl:7", **fields)
     assert caught.value.message.startswith("file.jsonl:7")
 
 
-def test_the_right_and_the_wrong() -> None:
+def test_target_and_wrong_answers() -> None:
     made = item(1, answers=(" a", " b", " c"))
     assert (made.target, made.wrong) == (" b", (" a", " c"))
 
 
-def test_a_task_that_a_constant_would_solve_is_refused() -> None:
+def test_a_task_with_a_constant_answer_is_refused() -> None:
     with pytest.raises(EvaluationError, match="right answer is ' a' in every item"):
         task(**{split: (item(i, correct=0), item(i + 1, correct=0))
                 for split, i in (("derive", 0), ("validation", 2), ("test", 4))})  # fmt: skip
@@ -62,7 +64,7 @@ def test_digest_follows_content_and_split() -> None:
     assert task().digest != task(derive=(item(2), item(3)), validation=(item(0), item(1))).digest
 
 
-def test_shots_come_from_the_derive_split_and_leave_it() -> None:
+def test_shots_are_removed_from_the_derive_split() -> None:
     derive = tuple(item(10 + i) for i in range(4))
     shown = task(derive=derive).with_shots(2)
     assert shown.test[0].prompt == "q10 a\n\nq11 b\n\nq4"

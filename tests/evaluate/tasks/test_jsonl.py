@@ -1,3 +1,5 @@
+"""Tasks from JSONL files: splits, kinds, and errors that name the line."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +23,7 @@ def write(path: Path, entries: list[Any]) -> str:
     return str(path)
 
 
-def test_a_file_without_splits_is_shuffled_and_cut(tmp_path: Path) -> None:
+def test_a_file_without_splits_is_shuffled_and_divided(tmp_path: Path) -> None:
     name = write(tmp_path / "mine.jsonl", [choice(i) for i in range(20)])
     task = load_task(name, SIZES, seed=1)
     assert task.name == "mine"
@@ -29,7 +31,7 @@ def test_a_file_without_splits_is_shuffled_and_cut(tmp_path: Path) -> None:
     assert task.digest == load_task(name, SIZES, seed=1).digest != load_task(name, SIZES, seed=2).digest
 
 
-def test_a_small_file_is_cut_in_proportion_and_used_whole(tmp_path: Path) -> None:
+def test_a_small_file_is_divided_in_proportion(tmp_path: Path) -> None:
     task = load_task(write(tmp_path / "a.jsonl", [choice(i) for i in range(8)]), SIZES)
     assert [len(split) for split in (task.derive, task.validation, task.test)] == [2, 2, 4]
 
@@ -68,7 +70,7 @@ def test_one_answer_is_an_exact_match(tmp_path: Path) -> None:
         (choice(0, prompt="q1"), "repeats"),
     ],
 )
-def test_bad_lines_are_named(line: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_lines_are_named(line: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     entries: list[Any] = [choice(i) for i in range(1, 9)]
     write(path, [*entries[:3], line, *entries[3:]])
@@ -77,7 +79,7 @@ def test_bad_lines_are_named(line: Any, message: str, tmp_path: Path) -> None:
     assert "a.jsonl:" in caught.value.message
 
 
-def test_splits_are_named_everywhere_or_nowhere(tmp_path: Path) -> None:
+def test_splits_are_named_in_all_lines_or_none(tmp_path: Path) -> None:
     name = write(tmp_path / "a.jsonl", [choice(0, split="test"), *(choice(i) for i in range(1, 9))])
     with pytest.raises(EvaluationError, match=r"a.jsonl:2: no 'split'"):
         load_task(name, SIZES)
