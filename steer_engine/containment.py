@@ -7,7 +7,7 @@ edits together cannot grow the residual stream beyond what its dtype holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import fsum, prod
 
 from steer_engine.edit import Edit
@@ -54,6 +54,10 @@ def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: st
     # Rounding near zero changes a row by up to `lost`. bfloat16 loses up to 1/256 of any number; a row that loses more
     # would steer in another direction, or not at all.
     lost = SMALLEST[dtype] / 2 * vector.hidden_size**0.5
+    lowest, highest = vector.norm_range
+    factor = max(1.0, max(map(abs, edit.scales)) * limits.max_edits)
+    if lowest >= 256 * lost and highest * factor <= largest and factor <= LARGEST:
+        return  # true for all blocks of the vector; otherwise look at those of the edit
     for block, scale in zip(edit.blocks, edit.scales, strict=True):
         norm = vector.norms[block]
         if 0.0 < norm < 256 * lost:
@@ -78,8 +82,11 @@ def check_dose(edit: Edit, vector: ControlVector, param: str, limits: Limits) ->
     Raises:
         SteeringRequestError: the dose is larger; `param` names its field.
     """
+    norms, residual_norms = vector.norms, vector.metadata.residual_norms
+    if edit.op is Op.ADD and not residual_norms:
+        return
     for block, scale in zip(edit.blocks, edit.scales, strict=True):
-        for name, dose in _doses(edit, abs(scale), vector.norms[block], vector.metadata.residual_norms.get(block)):
+        for name, dose in _doses(edit, abs(scale), norms[block], residual_norms.get(block)):
             if dose > limits.max_dose:
                 raise SteeringRequestError(
                     f"The dose at block {block} is {dose:.3g} residual norms; at most {limits.max_dose:g} are allowed.",
@@ -118,18 +125,12 @@ def check_growth(
     Raises:
         SteeringRequestError: the bound exceeds MAX_STREAM_NORM.
     """
-    factors: dict[int, float] = {}
-    amounts: dict[int, float] = {}
-    for edit in edits:
-        for block, scale in zip(edit.blocks, edit.scales, strict=True):
-            factor, amount = _growth(edit, scale, vectors[edit.vector].norms[block])
-            factors[block] = factors.get(block, 1.0) * factor
-            amounts[block] = amounts.get(block, 0.0) + amount
     peak, limit = _peak(vectors.values(), dtype), MAX_STREAM_NORM[dtype]
     if preserve_norm:
-        bound = max((factors[block] * (peak + amounts[block]) for block in factors), default=peak)
+        blocks = {block for edit in edits for block in edit.blocks}
+        bound = max((_grown(peak, edits, vectors, [block]) for block in blocks), default=peak)
     else:
-        bound = prod(factors.values()) * (peak + fsum(amounts.values()))
+        bound = _grown(peak, edits, vectors)
     if not bound <= limit:
         raise SteeringRequestError(
             f"The edits together could grow the residual stream to a norm of {bound:.2g}; {dtype} holds {limit:.2g}. "
@@ -138,21 +139,25 @@ def check_growth(
         )
 
 
-def _growth(edit: Edit, scale: float, norm: float) -> tuple[float, float]:
-    """By what factor, and by what amount, an edit can grow the norm of a row at one block.
-
-    norm: of the vector at the block.
-    """
-    match edit.op:
-        case Op.ADD:
-            return 1.0, abs(scale) * norm
-        case Op.ADD_RELATIVE:
-            return 1.0 + abs(scale), 0.0
-        case Op.ABLATE:
-            return max(1.0, abs(1.0 - scale)), 0.0
-        case Op.CLAMP | Op.SET:
-            # A component inside the bounds stays; one outside moves to the nearer bound.
-            return 1.0, max(edit.lo or 0.0, -(edit.hi or 0.0), 0.0)
+def _grown(
+    peak: float, edits: Sequence[Edit], vectors: Mapping[str, ControlVector], blocks: Collection[int] | None = None
+) -> float:
+    """The largest norm of a row that enters with norm `peak` and is edited at `blocks`, or at all blocks."""
+    factor, amount = 1.0, 0.0
+    for edit in edits:
+        norms = vectors[edit.vector].norms
+        at = [(s, norms[b]) for b, s in zip(edit.blocks, edit.scales, strict=True) if blocks is None or b in blocks]
+        match edit.op:
+            case Op.ADD:
+                amount += fsum(abs(scale) * norm for scale, norm in at)
+            case Op.ADD_RELATIVE:
+                factor *= prod(1.0 + abs(scale) for scale, _ in at)
+            case Op.ABLATE:
+                factor *= prod(max(1.0, abs(1.0 - scale)) for scale, _ in at)
+            case Op.CLAMP | Op.SET:
+                # A component inside the bounds stays; one outside moves to the nearer bound.
+                amount += len(at) * max(edit.lo or 0.0, -(edit.hi or 0.0), 0.0)
+    return factor * (peak + amount)
 
 
 def _peak(vectors: Iterable[ControlVector], dtype: str) -> float:

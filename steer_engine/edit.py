@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import fsum
-from typing import Any
+from typing import Any, NamedTuple
 
 from steer_engine.spec import Op
 
@@ -20,8 +20,7 @@ NO_END = 2**31 - 1
 """End of an open scope. Positions are int32 on the device."""
 
 
-@dataclass(frozen=True, order=True)
-class Bound:
+class Bound(NamedTuple):
     """A token position, counted from the start or from the end of the prompt."""
 
     from_end: bool
@@ -31,8 +30,7 @@ class Bound:
         return max(0, self.offset + (prompt_len if self.from_end else 0))
 
 
-@dataclass(frozen=True, order=True)
-class Scope:
+class Scope(NamedTuple):
     """Token positions start <= p < end. Bounds may depend on the prompt length P, which is not known yet."""
 
     start: Bound
@@ -130,8 +128,11 @@ def canonical_order(edits: Sequence[Edit]) -> tuple[Edit, ...]:
     return tuple(result)
 
 
-def _summed(adds: Iterable[Edit]) -> Iterator[Edit]:
+def _summed(adds: Sequence[Edit]) -> Iterator[Edit]:
     """One add per vector and scope, without the blocks at which the scales add up to 0."""
+    if len(adds) == 1 and all(adds[0].scales):
+        yield adds[0]
+        return
     scales: dict[tuple[str, Scope], dict[int, list[float]]] = {}
     for add in adds:
         at_block = scales.setdefault((add.vector, add.scope), {})
@@ -146,5 +147,7 @@ def _summed(adds: Iterable[Edit]) -> Iterator[Edit]:
 
 def sha256_of(content: Any) -> str:
     """`sha256:<hex>` of the canonical JSON text of plain data."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(_CANONICAL_JSON.encode(content).encode()).hexdigest()
+
+
+_CANONICAL_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from steer_engine.capture import CaptureRequest
-from steer_engine.edit import Edit, Scope
+from steer_engine.edit import Edit, Scope, sha256_of
 from steer_engine.spec import Op
 
 PROGRAM_KEY = "_steer_program"
@@ -32,8 +33,7 @@ LARGEST = 3.4028234663852886e38
 """An open bound of a clamp: float32's largest number, since JSON has no infinity."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowKey:
+class RowKey(NamedTuple):
     """What a bank row holds: a weighted sum of vectors at its block, or one vector's unit direction."""
 
     terms: tuple[tuple[str, float], ...]
@@ -41,8 +41,7 @@ class RowKey:
     unit: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """Adds g(x) * u to x, with u the row and g(x) = c0 + c1*|x| + c2*<x,u> + c3*(clip(<x,u>, lo, hi) - <x,u>).
 
     start, end: absolute positions, start <= p < end. gate: a row and bounds on cos(x, row).
@@ -64,8 +63,7 @@ class Entry:
         return (self.c0, self.c1, self.c2, self.c3, self.lo, self.hi)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sites:
+class Sites(NamedTuple):
     """Blocks that share one list of entries."""
 
     blocks: tuple[int, ...]
@@ -153,19 +151,19 @@ class ProgramTemplate:
     @classmethod
     def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
         """Compile `edits`, which are in canonical order."""
-        doses_at: dict[int, list[tuple[int, float]]] = {}
-        for number, edit in enumerate(edits):
-            for block, scale in zip(edit.blocks, edit.scales, strict=True):
-                doses_at.setdefault(block, []).append((number, scale))
+        scales_of = [dict(zip(edit.blocks, edit.scales, strict=True)) for edit in edits]
+        blocks = sorted({block for edit in edits for block in edit.blocks})
         # Most blocks get the same scales: their entries are computed once.
-        blocks_of: dict[tuple[tuple[int, float], ...], list[int]] = {}
-        for block in sorted(doses_at):
-            blocks_of.setdefault(tuple(doses_at[block]), []).append(block)
+        blocks_of: dict[tuple[float | None, ...], list[int]] = {}
+        doses_at = zip(*(map(scale_at.get, blocks) for scale_at in scales_of), strict=True)
+        for block, doses in zip(blocks, doses_at, strict=True):
+            blocks_of.setdefault(doses, []).append(block)
         by_entries: dict[tuple[tuple[Entry, Scope], ...], list[int]] = {}
-        for doses, blocks in blocks_of.items():
-            entries = tuple(_entries_of([(edits[number], scale) for number, scale in doses]))
+        for doses, alike in blocks_of.items():
+            given = [(edit, scale) for edit, scale in zip(edits, doses, strict=True) if scale is not None]
+            entries = tuple(_entries_of(given))
             if entries:
-                by_entries.setdefault(entries, []).extend(blocks)
+                by_entries.setdefault(entries, []).extend(alike)
         named = {edit.vector for edit in edits} | {edit.gate.vector for edit in edits if edit.gate}
         return cls(
             sites=tuple((tuple(sorted(blocks)), entries) for entries, blocks in by_entries.items()),
@@ -174,12 +172,18 @@ class ProgramTemplate:
             vectors=tuple(sorted(named)),
         )
 
-    @property
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that the spec changes, whatever its vectors are called."""
+        placed = [[edit.digest, edit.scope.wire] for edit in self.edits]
+        return sha256_of([placed, self.keep_norm and bool(placed)])
+
+    @cached_property
     def rows(self) -> int:
         """Rows or entries at the block that needs most."""
         return max((_rows_of(entries) for _, entries in self.sites), default=0)
 
-    @property
+    @cached_property
     def num_bank_rows(self) -> int:
         """Bank rows that a request needs at most, over all blocks."""
         return sum(len(blocks) * len(_keys([entry for entry, _ in placed])) for blocks, placed in self.sites)
@@ -253,10 +257,8 @@ def _keys(entries: Sequence[Entry]) -> set[RowKey]:
 
 
 def _placed(entry: Entry, start: int, end: int) -> Entry:
-    return Entry(
-        row=entry.row, c0=entry.c0, c1=entry.c1, c2=entry.c2, c3=entry.c3, lo=entry.lo, hi=entry.hi,
-        start=start, end=end, gate=entry.gate,
-    )  # fmt: skip
+    row, c0, c1, c2, c3, lo, hi, _, _, gate = entry
+    return Entry(row, c0, c1, c2, c3, lo, hi, start, end, gate)
 
 
 def _row_to_wire(row: RowKey) -> list[Any]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.containment import check_dose, check_growth, check_representable
-from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order, sha256_of
+from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import ProgramTemplate
 from steer_engine.settings import Limits
@@ -43,6 +43,10 @@ class ModelShape:
     """Rows of a bank that can fill up; None if the bank has room for every request."""
     capture_blocks: tuple[int, ...] = ()
     """Where the stream can be captured; empty if capture is off."""
+
+    @cached_property
+    def armed(self) -> frozenset[int]:
+        return frozenset(self.armed_blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +96,9 @@ class ResolvedSpec:
         """vLLM copies the sampling parameters of each request; a resolved spec never changes, so it is shared."""
         return self
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        placed = [[edit.digest, edit.scope.wire] for edit in self.template.edits]
-        return sha256_of([placed, self.preserve_norm and bool(placed)])
+        return self.template.digest
 
     def report(self) -> dict[str, Any]:
         """The `steering` object of an answer. Edits without effect are left out."""
@@ -139,7 +142,7 @@ def resolve(
         ResolvedEdit(requested=edit, edit=_resolve_edit(edit, f"steering.edits[{i}]", lookup, model, limits))
         for i, edit in enumerate(requested)
     )
-    template = ProgramTemplate.compile(canonical_order([edit.edit for edit in edits]), keep_norm=spec.preserve_norm)
+    template = _template(tuple(edit.edit for edit in edits), spec.preserve_norm)
     _check_room(template, model, limits)
     named = {digest: used[digest] for digest in template.vectors}
     check_growth(template.edits, named, preserve_norm=spec.preserve_norm, dtype=model.dtype)
@@ -151,6 +154,12 @@ def resolve(
         template=template,
         vectors=named,
     )
+
+
+@lru_cache(maxsize=512)
+def _template(edits: tuple[Edit, ...], keep_norm: bool) -> ProgramTemplate:
+    """Kept for the specs that came last: most requests repeat one, and each digest is computed once."""
+    return ProgramTemplate.compile(canonical_order(edits), keep_norm=keep_norm)
 
 
 def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Limits) -> CaptureRequest | None:
@@ -267,15 +276,14 @@ def _check_blocks(blocks: tuple[int, ...], vector: ControlVector, param: str, mo
         raise SteeringRequestError(
             f"Block {blocks[-1]} does not exist: the model has blocks 0 to {model.num_blocks - 1}.", param
         )
-    unarmed = tuple(sorted(set(blocks) - set(model.armed_blocks)))
-    if unarmed:
+    wanted = frozenset(blocks)
+    if unarmed := tuple(sorted(wanted - model.armed)):
         raise SteeringRequestError(
             f"Blocks {describe_blocks(unarmed)} are not armed here; armed: {describe_blocks(model.armed_blocks)} "
             "(--steering-blocks).",
             param,
         )
-    absent = tuple(sorted(set(blocks) - set(vector.blocks)))
-    if absent:
+    if absent := tuple(sorted(wanted - vector.directions.keys())):
         raise SteeringRequestError(
             f"The vector has no direction at blocks {describe_blocks(absent)}; it has "
             f"{describe_blocks(vector.blocks)}.",

@@ -102,7 +102,8 @@ def _request_error(error: ValidationError) -> SteeringRequestError:
     return SteeringRequestError(f"{param}: {message}.", param + unknown)
 
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(lambda number: number + 0.0)]
+"""A finite number; -0.0 becomes 0.0, so that equal numbers have equal digests."""
 Position = Annotated[int, Field(ge=-(2**30), le=2**30)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 

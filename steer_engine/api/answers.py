@@ -1,5 +1,7 @@
-"""What an answer says about steering, and errors in OpenAI's format: `{"error": {"message", "type", "param",
-"code"}}`."""
+"""What an answer says about steering, and errors in OpenAI's format.
+
+An error is `{"error": {"message", "type", "param", "code"}}`.
+"""
 
 from __future__ import annotations
 
@@ -59,14 +61,8 @@ def begin_note() -> RequestNote:
     if note is None:
         note = RequestNote()
         current_note.set(note)
-    note.seen, note.resolved, note.report, note.model, note.retry_after, note.captured = (
-        True,
-        None,
-        None,
-        None,
-        None,
-        False,
-    )
+    # `body_model` stays: the middleware has set it before.
+    vars(note).update(vars(RequestNote(seen=True, body_model=note.body_model)))
     return note
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -54,12 +55,12 @@ class ControlVector:
         object.__setattr__(self, "directions", MappingProxyType(directions))
         object.__setattr__(self, "metadata", metadata)
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """Blocks that have a direction, ascending."""
         return tuple(self.directions)
 
-    @property
+    @cached_property
     def hidden_size(self) -> int:
         """D, the width of the residual stream."""
         return int(next(iter(self.directions.values())).shape[0])
@@ -74,6 +75,11 @@ class ControlVector:
         """Block -> Euclidean norm of its direction, computed in float64."""
         norms = {block: float(np.linalg.norm(v.astype(np.float64))) for block, v in self.directions.items()}
         return MappingProxyType(norms)
+
+    @cached_property
+    def norm_range(self) -> tuple[float, float]:
+        """The smallest norm of a direction that is not zero (infinity if all are), and the largest norm."""
+        return min(filter(None, self.norms.values()), default=math.inf), max(self.norms.values())
 
     @cached_property
     def digest(self) -> str:

@@ -23,6 +23,7 @@ Reply = dict[str, Any]
 USED = (Symbol("vllm.v1.engine.core:EngineCore.collective_rpc", ("method", "timeout", "args")),)
 
 _RESIDENT = "_steer_resident"
+_CONFIG = "_steer_config"
 
 
 def put(core: Any, digest: str, payload: bytes) -> Reply:
@@ -70,8 +71,7 @@ def waiting(core: Any) -> int:
 
 def status(core: Any) -> Reply:
     """How every worker is armed, and which vectors all of them hold."""
-    armed = SteeringConfig.from_additional_config(core.vllm_config.additional_config) is not None
-    if not armed:
+    if _config(core) is None:
         return {"ok": False, "reason": "this engine is not armed for steering", "armed": False}
     workers = _workers(core, "status")
     failed = [worker["reason"] for worker in workers if not worker["ok"]]
@@ -130,6 +130,14 @@ def _workers(core: Any, action: str, *args: Any) -> list[Reply]:
     return replies
 
 
+def _config(core: Any) -> SteeringConfig | None:
+    """How the engine is armed, validated once; None if it is not."""
+    if not hasattr(core, _CONFIG):
+        setattr(core, _CONFIG, SteeringConfig.from_additional_config(core.vllm_config.additional_config))
+    config: SteeringConfig | None = getattr(core, _CONFIG)
+    return config
+
+
 def _resident(core: Any) -> ResidentVectors:
     if not hasattr(core, _RESIDENT):
         setattr(core, _RESIDENT, ResidentVectors())
@@ -167,7 +175,7 @@ def _check_steering(core: Any, request: Any) -> None:
         )
     if PROGRAM_KEY not in extra_args:
         return
-    config = SteeringConfig.from_additional_config(core.vllm_config.additional_config)
+    config = _config(core)
     if config is None:
         raise SteeringRequestError("This engine is not armed for steering.")
     if config.bank_rows is not None and len(Program.from_wire(extra_args[PROGRAM_KEY]).bank_rows) > config.bank_rows:

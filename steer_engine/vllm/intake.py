@@ -5,12 +5,12 @@ Wraps, known for vLLM 0.32 and 0.33:
 * `InputProcessor.__init__`: makes the `Frontend`.
 * `InputProcessor.process_inputs`: compiles the program, once per prompt, when the prompt's length is known.
 * `AsyncLLM.add_request`, `LLMEngine.add_request`: put the `ResolvedSpec` into the request's extra arguments, and ship
-its
-  vectors. A server has resolved it by then, and left its digest on the request; others resolve it here.
+  its vectors. A server has resolved it by then, and left its digest on the request; others resolve it here.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -126,7 +126,7 @@ def _with(params: Any, resolved: ResolvedSpec) -> Any:
     """`params` with the resolved spec in place of what was written; the caller's own object does not change."""
     if params.extra_args[STEERING_KEY] is resolved:
         return params
-    params = params.clone()
+    params = copy.copy(params)
     params.extra_args = {**params.extra_args, STEERING_KEY: resolved}
     return params
 
