@@ -9,7 +9,7 @@ Shape suffixes: L capture blocks, P positions, D hidden size, C captured rows of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,19 +43,19 @@ class CaptureBuffer:
         """A request leaves the batch."""
         self._requests.pop(request_id, None)
 
-    def plan(self, request_ids: Sequence[str], first_positions: Callable[[], np.ndarray], counts: np.ndarray) -> None:
-        """Before a step: mark the rows to capture.
+    def plan(self, request_ids: Sequence[str], first_positions_B: np.ndarray, counts_B: np.ndarray) -> None:
+        """Before a step of an engine that captures: mark the rows to capture.
 
-        request_ids: the batch in row order. first_positions: first computed position of each request. counts: token
+        request_ids: the batch in row order. first_positions_B: first computed position of each request. counts_B: token
         rows of each request.
         """
-        if not self._runtime.capture_blocks:
-            return
         rows: list[int] = []
         self._planned = []
         if self._requests:
             start_row = 0
-            for request_id, first, count in zip(request_ids, first_positions().tolist(), counts.tolist(), strict=True):
+            for request_id, first, count in zip(
+                request_ids, first_positions_B.tolist(), counts_B.tolist(), strict=True
+            ):
                 capture = self._requests.get(request_id)
                 if capture is not None:
                     for position in capture.within(first, count):

@@ -83,16 +83,17 @@ class V1Adapter(RunnerAdapter):
             mapping_B.np[:num_requests] = [self._slot_of[request_id] - 1 for request_id in request_ids]
             mapping_B.copy_to_gpu(num_requests)
             self._routed = list(request_ids)
-        self.captures.collect()
+        if self.runtime.capture_blocks:
+            self.captures.collect()
         self.runtime.route(
             runner.query_start_loc.gpu[: num_requests + 1],
             mapping_B.gpu[:num_requests],
             runner.positions[:num_tokens],
             num_tokens,
         )
-        self.captures.plan(
-            request_ids, lambda: runner.input_batch.num_computed_tokens_cpu[:num_requests], num_scheduled_tokens
-        )
+        if self.runtime.capture_blocks:
+            first_positions_B = runner.input_batch.num_computed_tokens_cpu[:num_requests]
+            self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens)
         self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
 
     def park_generators(self) -> None:

@@ -44,7 +44,8 @@ class V2Adapter(RunnerAdapter):
             self.runtime.release(index + 1)
 
     def route(self, batch: Any) -> None:
-        self.captures.collect()
+        if self.runtime.capture_blocks:
+            self.captures.collect()
         # Positions and row starts stay on the device: with speculative decoding the host does not know them.
         self.runtime.route(
             batch.query_start_loc[: batch.num_reqs + 1],
@@ -53,7 +54,8 @@ class V2Adapter(RunnerAdapter):
             batch.num_tokens,
         )
         self.scores.plan(self._scored_rows(batch) if self._scored else {})
-        self.captures.plan(batch.req_ids, lambda: batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+        if self.runtime.capture_blocks:
+            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
 
     def _scored_rows(self, batch: Any) -> dict[int, Score]:
         """Token rows of the step at which the prompt of a scored request ends."""

@@ -40,7 +40,7 @@ def plan(buffer: CaptureBuffer, batch: Sequence[tuple[str, int, int]]) -> None:
     """Plan a step of (request id, first position, rows)."""
     firsts_B = np.array([first for _, first, _ in batch], dtype=np.int64)
     counts_B = np.array([count for *_, count in batch], dtype=np.int64)
-    buffer.plan([name for name, _, _ in batch], lambda: firsts_B, counts_B)
+    buffer.plan([name for name, _, _ in batch], firsts_B, counts_B)
 
 
 def step(
@@ -202,4 +202,4 @@ def test_captured_rows_are_copies(runtime: EngineRuntime, buffer: CaptureBuffer)
 def test_a_plan_must_agree_in_length(buffer: CaptureBuffer) -> None:
     buffer.start("1", request("k", range(2)))
     with pytest.raises(ValueError, match="zip"):
-        buffer.plan(["1"], lambda: np.zeros(2, dtype=np.int64), np.ones(1, dtype=np.int64))
+        buffer.plan(["1"], np.zeros(2, dtype=np.int64), np.ones(1, dtype=np.int64))
