@@ -66,7 +66,7 @@ PACKAGED = {
 
 
 def cache_dir() -> Path:
-    """The cache folder: STEER_ENGINE_CACHE, or the user's cache folder. Everything in it can be recreated."""
+    """The folder that the variable `CACHE_ENV` names, or the user's cache folder. All in it can be recreated."""
     chosen = os.environ.get(CACHE_ENV)
     return Path(chosen).expanduser() if chosen else user_cache_path("steer-engine")
 

@@ -20,6 +20,7 @@ from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, resolve_capture
 from steer_engine.settings import (
+    ARMED_ENV,
     DEFAULT_PRESET_ENV,
     PIN_SECONDS,
     STRICT_ENV,
@@ -38,7 +39,7 @@ STEERING_KEY = "steering"
 RESERVED_PREFIX = "_steer"
 """Keys of `SamplingParams.extra_args` that only Steer Engine writes."""
 
-NOT_ARMED = "This server is not armed for steering: start it with 'steer-engine serve', or set STEER_ENGINE=1."
+NOT_ARMED = f"This server is not armed for steering: start it with 'steer-engine serve', or set {ARMED_ENV}=1."
 
 FRESH_SECONDS = PIN_SECONDS / 2
 """An engine keeps a vector for PIN_SECONDS after it was shipped or confirmed. Half of that remains for the request."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as PathParameter
@@ -36,6 +36,10 @@ from steer_engine.vectors.storage import disk_errors, lock_upload
 
 MAX_PAGE = 1000
 """Entries of one page of a list."""
+
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+
+Entry = TypeVar("Entry")
 
 MEDIA_TYPES = frozenset({"", "application/octet-stream", "application/safetensors", "application/x-safetensors",
                          "application/gguf", "application/x-gguf", "binary/octet-stream",
@@ -72,14 +76,10 @@ preset_router = APIRouter(prefix="/v1/steering/presets", tags=["steering"], rout
 
 
 @vector_router.get("")
-async def list_vectors(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
-) -> JSONResponse:
+async def list_vectors(request: Request, after: str = "", limit: Limit = 100) -> JSONResponse:
     """List names and digests, sorted by name: at most `limit`, starting after the name `after`."""
     names = await asyncio.to_thread(frontend_of(request).registry.names)
-    page = [(name, digest) for name, digest in sorted(names.items()) if name > after]
-    data = [{"name": name, "digest": digest} for name, digest in page[:limit]]
-    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
+    return _page(names, lambda digest: {"digest": digest}, after, limit)
 
 
 @vector_router.get("/{name}")
@@ -127,14 +127,10 @@ async def delete_vector(request: Request, name: Name) -> JSONResponse:
 
 
 @preset_router.get("")
-async def list_presets(
-    request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100
-) -> JSONResponse:
+async def list_presets(request: Request, after: str = "", limit: Limit = 100) -> JSONResponse:
     """List presets, sorted by name: at most `limit`, starting after the name `after`."""
     presets = await asyncio.to_thread(frontend_of(request).registry.presets)
-    page = [(name, spec) for name, spec in sorted(presets.items()) if name > after]
-    data = [{"name": name, "digest": preset_digest(spec), "spec": spec} for name, spec in page[:limit]]
-    return JSONResponse({"object": "list", "data": data, "has_more": len(page) > limit})
+    return _page(presets, lambda spec: {"digest": preset_digest(spec), "spec": spec}, after, limit)
 
 
 @preset_router.get("/{name}")
@@ -257,6 +253,15 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise SteeringRequestError("An object in the body has the same key twice.", "body")
     return found
+
+
+def _page(
+    entries: Mapping[str, Entry], describe: Callable[[Entry], dict[str, Any]], after: str, limit: int
+) -> JSONResponse:
+    """The first `limit` entries after the name `after`, sorted by name; `describe` gives the fields beside the name."""
+    names = [name for name in sorted(entries) if name > after]
+    data = [{"name": name, **describe(entries[name])} for name in names[:limit]]
+    return JSONResponse({"object": "list", "data": data, "has_more": len(names) > limit})
 
 
 def _vector_body(vector: ControlVector) -> dict[str, Any]:

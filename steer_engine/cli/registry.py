@@ -64,7 +64,7 @@ class Remote:
     """A client of one server. All methods raise RegistryError, with the server's reason.
 
     Keys are read from the environment only, because other users of a machine can read its command lines.
-    STEER_ENGINE_API_KEY (or OPENAI_API_KEY, VLLM_API_KEY) is for reading, STEER_ENGINE_ADMIN_KEY for changes.
+    The first of `API_KEY_ENVS` that is set is for reading, `ADMIN_KEY_ENV` for changes.
     """
 
     def __init__(self, url: str) -> None:

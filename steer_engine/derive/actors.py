@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from steer_engine.derive.capture_config import CAPTURE_ENV, CaptureConfig, Position
 from steer_engine.derive.capture_engine import CapturedText, CaptureEngine, EngineFacts
 from steer_engine.derive.moments import Chunk
+from steer_engine.derive.progress import Progress
 from steer_engine.derive.texts import Pair, Text
 from steer_engine.errors import DerivationError, SteerError
 
@@ -153,6 +155,56 @@ class CapturePool(Workers):
         starts = range(0, len(texts), TEXTS_PER_CHECK)
         calls = [(list(texts[start : start + TEXTS_PER_CHECK]), position) for start in starts]
         return [error for found in self.ordered("text_errors", calls) for error in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capturing:
+    """Engines that are up, what they are, and where their progress is shown."""
+
+    config: CaptureConfig
+    engines: CapturePool
+    facts: EngineFacts
+    shown: Progress
+
+
+@contextmanager
+def start_capturing(
+    model: str,
+    *,
+    source: str,
+    position: str,
+    blocks: str | int | Iterable[int],
+    chat: bool,
+    dtype: str,
+    actors: int,
+    ray_address: str | None,
+    gpus_per_actor: float | None,
+    engine_args: Mapping[str, Any] | None,
+    progress: bool,
+) -> Iterator[Capturing]:
+    """Start the engines of `derive` and `dump`, whose arguments these are, and stop them. source: of the texts.
+
+    Raises:
+        DerivationError: a setting is invalid, or the engines did not start.
+        SteerError: what stopped an engine.
+    """
+    config = CaptureConfig.of(
+        model,
+        position=position,
+        blocks=blocks,
+        chat=chat,
+        source=source,
+        dtype=dtype,
+        engine_args=engine_args,
+        local=ray_address is None,
+    )
+    with (
+        Progress(enabled=progress) as shown,
+        capture_pool(config, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor) as engines,
+    ):
+        with shown.waiting(f"starting {actors} engine{'s' if actors > 1 else ''} for {model}"):
+            facts = engines.facts()
+        yield Capturing(config=config, engines=engines, facts=facts, shown=shown)
 
 
 @contextmanager

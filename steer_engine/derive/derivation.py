@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from steer_engine.derive.actors import capture_pool
-from steer_engine.derive.capture_config import CaptureConfig
+from steer_engine.derive.actors import start_capturing
 from steer_engine.derive.capture_engine import EngineFacts
 from steer_engine.derive.dump_folder import DumpManifest
 from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_TEXTS, CapturedRows
 from steer_engine.derive.methods import FROM_ROWS, require_method
-from steer_engine.derive.progress import Progress
 from steer_engine.derive.texts import Pair, Pairs, from_pairs, load_pairs
 from steer_engine.errors import DerivationError
 from steer_engine.vectors.control_vector import ControlVector
@@ -61,30 +59,27 @@ def derive(
     """
     require_method(method)
     pairs = _as_pairs(pairs)
-    config = CaptureConfig.of(
+    with start_capturing(
         model,
+        source=pairs.source or "pairs",
         position=position,
         blocks=blocks,
         chat=chat,
-        source=pairs.source or "pairs",
         dtype=dtype,
+        actors=actors,
+        ray_address=ray_address,
+        gpus_per_actor=gpus_per_actor,
         engine_args=engine_args,
-        local=ray_address is None,
-    )
-    with (
-        Progress(enabled=progress) as shown,
-        capture_pool(config, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor) as engines,
-    ):
-        with shown.waiting(f"starting {actors} engine{'s' if actors > 1 else ''} for {model}"):
-            facts = engines.facts()
-        keep_rows_of = _num_pairs_to_keep(method, len(pairs), facts)
+        progress=progress,
+    ) as run:
+        keep_rows_of = _num_pairs_to_keep(method, len(pairs), run.facts)
         rows = CapturedRows()
-        with shown.counting("capturing", total=len(pairs), unit="pairs") as advance:
-            for chunk in engines.capture_pairs(pairs, keep_rows_of=keep_rows_of):
+        with run.shown.counting("capturing", total=len(pairs), unit="pairs") as advance:
+            for chunk in run.engines.capture_pairs(pairs, keep_rows_of=keep_rows_of):
                 rows.add(chunk)
                 advance(chunk.positive.count)
-    manifest = DumpManifest.of(model, config, facts, from_pairs(pairs))
-    return rows.fit(method, facts.blocks, manifest.vector_metadata(method))
+    manifest = DumpManifest.of(model, run.config, run.facts, from_pairs(pairs))
+    return rows.fit(method, run.facts.blocks, manifest.vector_metadata(method))
 
 
 def _as_pairs(pairs: str | os.PathLike[str] | Pairs | Sequence[Pair]) -> Pairs:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, capture_pool
-from steer_engine.derive.capture_config import CaptureConfig, Position
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, start_capturing
+from steer_engine.derive.capture_config import Position
 from steer_engine.derive.capture_engine import CapturedText
 from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
 from steer_engine.derive.progress import Progress
@@ -73,24 +73,21 @@ def dump(
     if not 1 <= shard_bytes <= MAX_SHARD_BYTES:
         raise DerivationError(f"Shards of {shard_bytes} bytes; 1 to {MAX_SHARD_BYTES} are possible.")
     texts = _as_texts(texts)
-    config = CaptureConfig.of(
+    with start_capturing(
         model,
+        source=texts.source,
         position=position,
         blocks=blocks,
         chat=chat,
-        source=texts.source,
         dtype=dtype,
+        actors=actors,
+        ray_address=ray_address,
+        gpus_per_actor=gpus_per_actor,
         engine_args=engine_args,
-        local=ray_address is None,
-    )
-    with (
-        Progress(enabled=progress) as shown,
-        capture_pool(config, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor) as engines,
-    ):
-        with shown.waiting(f"starting {actors} engine{'s' if actors > 1 else ''} for {model}"):
-            facts = engines.facts()
-        started = DumpFolder.start(Path(folder), DumpManifest.of(model, config, facts, texts, store))
-        fill(started, engines, texts, shown, shard_bytes=shard_bytes)
+        progress=progress,
+    ) as run:
+        started = DumpFolder.start(Path(folder), DumpManifest.of(model, run.config, run.facts, texts, store))
+        fill(started, run.engines, texts, run.shown, shard_bytes=shard_bytes)
     return started
 
 

@@ -81,7 +81,10 @@ class Journal:
                 try:
                     split, condition, question, score = json.loads(line)
                 except ValueError:
-                    raise EvaluationError(f"{self._path}:{number}: not a journal line; remove the file.") from None
+                    raise EvaluationError(
+                        f"{self._path}:{number}: not a journal line. Remove this line to keep the others (what is "
+                        "missing is measured again), or remove the file to measure everything again."
+                    ) from None
                 self._scores[split, condition, question] = score
             keep += len(line)
         return keep

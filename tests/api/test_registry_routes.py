@@ -56,6 +56,26 @@ def error(answer: httpx.Response) -> tuple[int, str | None]:
     return answer.status_code, body["param"]
 
 
+@pytest.mark.parametrize("kind", ["vectors", "presets"])
+async def test_lists_are_sorted_and_paged(client: httpx.AsyncClient, kind: str) -> None:
+    vector = one(1)
+    for name in ("b", "a"):
+        await put(client, name, to_bytes(vector))
+        preset = {"edits": [{"vector": name}]}
+        assert (await client.put(f"/v1/steering/presets/{name}", json=preset, headers=ADMIN)).status_code == 201
+    whole = (await client.get(f"/v1/steering/{kind}")).json()
+    assert ([entry["name"] for entry in whole["data"]], whole["has_more"]) == (["a", "b"], False)
+    for entry in whole["data"]:
+        shown = (await client.get(f"/v1/steering/{kind}/{entry['name']}")).json()
+        assert set(entry) == ({"name", "digest"} if kind == "vectors" else {"name", "digest", "spec"})
+        assert entry == {key: shown[key] for key in entry}
+    first = (await client.get(f"/v1/steering/{kind}?limit=1")).json()
+    assert first == {"object": "list", "data": whole["data"][:1], "has_more": True}
+    rest = (await client.get(f"/v1/steering/{kind}?limit=1&after=a")).json()
+    assert rest == {"object": "list", "data": whole["data"][1:], "has_more": False}
+    assert (await client.get(f"/v1/steering/{kind}?limit=1001")).status_code == 400
+
+
 async def test_put_show_download_and_delete(client: httpx.AsyncClient) -> None:
     vector = one(1)
     created = await put(client, "calm", to_bytes(vector))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from steer_engine import __version__
+from steer_engine.cli import registry
+from steer_engine.settings import ADMIN_KEY_ENV
 from steer_engine.vectors import ControlVector, VectorMetadata, save
 
 SCRIPT = Path(sys.executable).with_name("steer-engine")
@@ -36,6 +39,13 @@ def test_help_has_examples() -> None:
     assert done.returncode == 0
     for example in ("derive smollm2-135m --pairs sentiment", "vectors show", "serve smollm2-135m --steering-vectors"):
         assert f"steer-engine {example}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [registry.add, registry.remove_vector, registry.put, registry.remove_preset], ids=lambda c: c.__name__
+)
+def test_help_of_a_change_names_the_variable_of_the_key(command: Callable[..., None]) -> None:
+    assert f"Needs {ADMIN_KEY_ENV}." in str(command.__doc__)
 
 
 def test_help_imports_no_engine() -> None:

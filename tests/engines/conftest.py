@@ -7,6 +7,7 @@ known before vLLM is imported, so a pytest process has one runner.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,56 +40,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if here not in item.path.parents or item.get_closest_marker(other) is None]
 
 
-@pytest.fixture(scope="session")
-def tiny(tiny_llama: str) -> LLM:
-    """Eager float32 engine of a random 3-block Llama; captures and steers at every block; vectors r0..r31 of norm 1."""
-    llm = LLM(
-        tiny_llama,
-        vectors=VECTORS,
-        capture=True,
-        enforce_eager=True,
-        dtype="float32",
-        max_logprobs=TINY_VOCAB,
-        max_num_batched_tokens=256,
-        **SETTINGS,
-    )
+def tiny_engine(model: str, **settings: Any) -> LLM:
+    """A float32 engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1."""
+    llm = LLM(model, vectors=VECTORS, dtype="float32", max_logprobs=TINY_VOCAB, **{**SETTINGS, **settings})
     assert_meant(llm, num_blocks=TINY_BLOCKS)
     return kept(llm)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_llama: str) -> LLM:
+    """Eager engine of a random 3-block Llama that captures and steers at every block."""
+    return tiny_engine(tiny_llama, capture=True, enforce_eager=True, max_num_batched_tokens=256)
 
 
 @pytest.fixture(scope="session")
 def tiny_compiled(tiny_llama: str) -> LLM:
-    """The same, compiled (V1 only: the V2 runner is not compiled under the interpreter)."""
-    llm = LLM(
-        tiny_llama,
-        vectors=VECTORS,
-        dtype="float32",
-        max_logprobs=TINY_VOCAB,
-        max_num_batched_tokens=256,
-        **SETTINGS,
-    )
-    assert_meant(llm, num_blocks=TINY_BLOCKS)
-    return kept(llm)
+    """The same without capture, compiled (V1 only: the V2 runner is not compiled under the interpreter)."""
+    return tiny_engine(tiny_llama, max_num_batched_tokens=256)
 
 
 @pytest.fixture(scope="session")
 def start(tiny_llama: str) -> Start:
-    """Starts a tiny eager float32 engine with other settings; vectors as in `tiny`."""
-
-    def engine(**settings: Any) -> LLM:
-        llm = LLM(
-            tiny_llama,
-            vectors=VECTORS,
-            enforce_eager=True,
-            dtype="float32",
-            max_logprobs=TINY_VOCAB,
-            **{**SETTINGS, **settings},
-        )
-        assert_meant(llm, num_blocks=TINY_BLOCKS)
-        kept(llm)
-        return llm
-
-    return engine
+    """Starts an eager tiny engine with other settings."""
+    return partial(tiny_engine, tiny_llama, enforce_eager=True)
 
 
 @pytest.fixture(scope="session")

@@ -21,20 +21,12 @@ BLOCKS = 5
 STAGES = [[0, 1, 2], [3, 4]]
 VECTORS = {f"r{seed}": random_vector(seed, num_blocks=BLOCKS) for seed in range(32)}
 
-
-@pytest.fixture(scope="module")
-def model(tiny_models_dir: Path) -> str:
-    return str(tiny_llama_path(tiny_models_dir, num_blocks=BLOCKS))
+parallel = shared.fixture(BLOCKS, pipeline_parallel_size=len(STAGES))
 
 
 @pytest.fixture(scope="module")
-def parallel(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return shared.run(tmp_path_factory.mktemp("pipeline"), model, BLOCKS, pipeline_parallel_size=len(STAGES))
-
-
-@pytest.fixture(scope="module")
-def oracle(model: str) -> Oracle:
-    return Oracle(model, VECTORS)
+def oracle(tiny_models_dir: Path) -> Oracle:
+    return Oracle(str(tiny_llama_path(tiny_models_dir, num_blocks=BLOCKS)), VECTORS)
 
 
 def test_each_stage_arms_its_own_blocks_and_holds_all_vectors(parallel: dict[str, Any]) -> None:

@@ -17,11 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.v1_only, pytest.mark.timeout(600)]
 
 WORLD = 2
 
-
-@pytest.fixture(scope="module")
-def parallel(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("parallel")
-    return shared.run(folder, tiny_llama, TINY_BLOCKS, tensor_parallel_size=WORLD)
+parallel = shared.fixture(TINY_BLOCKS, tensor_parallel_size=WORLD)
 
 
 def test_every_worker_is_armed_and_holds_the_same_vectors(parallel: dict[str, Any]) -> None:

@@ -54,5 +54,15 @@ def test_a_journal_of_another_run_is_refused_and_unchanged(tmp_path: Path) -> No
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     whole = filled(tmp_path / "j.jsonl")
     (tmp_path / "j.jsonl").write_bytes(whole + b"[]\n")
-    with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a journal line"):
+    with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a journal line. Remove this line to keep the others"):
         Journal(tmp_path / "j.jsonl", FACTS)
+
+
+def test_without_the_named_line_the_others_are_kept(tmp_path: Path) -> None:
+    head, first, second, third = filled(tmp_path / "j.jsonl").splitlines(keepends=True)
+    (tmp_path / "j.jsonl").write_bytes(head + first + second[:20] + b"\n" + third)
+    with pytest.raises(EvaluationError, match=r"j.jsonl:3: "):
+        Journal(tmp_path / "j.jsonl", FACTS)
+    (tmp_path / "j.jsonl").write_bytes(head + first + third)
+    with Journal(tmp_path / "j.jsonl", FACTS) as journal:
+        assert [("test", "baseline", f"q{number}") in journal for number in range(3)] == [True, False, True]

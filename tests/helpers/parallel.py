@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from helpers.driving import edit, steering, tokens
 from helpers.engines import RUNNER, SETTINGS
 from helpers.oracle import Oracle
+from helpers.tiny_models import tiny_llama_path
 
 LONG = 11
 PROMPTS = [tokens(seed, 20 + 9 * seed) for seed in range(4)]
@@ -60,6 +63,17 @@ def run(folder: Path, model: str, num_blocks: int, **llm: Any) -> dict[str, Any]
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **os.environ, "STEER_TEST_RUNNER": RUNNER}
     subprocess.run(command, check=True, timeout=560, env=env)
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def fixture(num_blocks: int, **llm: Any) -> Callable[..., Any]:
+    """A fixture of a test file: what `run` found, once for the file, on a tiny Llama with `num_blocks` blocks."""
+
+    @pytest.fixture(scope="module", name="parallel")
+    def found(tiny_models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+        model = tiny_llama_path(tiny_models_dir, num_blocks=num_blocks)
+        return run(tmp_path_factory.mktemp("parallel"), str(model), num_blocks, **llm)
+
     return found
 
 
