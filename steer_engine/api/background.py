@@ -66,7 +66,7 @@ async def refresh_gauges(readiness: Readiness, registry: Registry, period: float
     while True:
         try:
             status = await readiness.check()
-            metrics.engine_refreshed(status["workers"], status["waiting"])
+            metrics.engine_refreshed(status["workers"], status["waiting"], status["ended_non_finite"])
         except SteerError as error:
             metrics.engine_refreshed([])
             logger.warning("Not ready: %s", error.message)

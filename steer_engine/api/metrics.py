@@ -60,6 +60,11 @@ bank_waiting = Gauge(
 steered_requests = Gauge(
     "steer_engine_steered_requests", "Steered requests that run in the engine now.", multiprocess_mode="mostrecent"
 )
+ended_non_finite = Gauge(
+    "steer_engine_ended_non_finite",
+    "Steered requests that ended with an error because their numbers were not finite. Anything but 0 is a bug.",
+    multiprocess_mode="mostrecent",
+)
 store_bytes = Gauge(
     "steer_engine_store_bytes", "Host memory that vectors take in a worker.", multiprocess_mode="mostrecent"
 )
@@ -85,12 +90,13 @@ def upload_rejected(status: int) -> None:
     upload_rejections.labels(str(int(status))).inc()
 
 
-def engine_refreshed(statuses: list[dict[str, Any]], waiting: int = 0) -> None:
+def engine_refreshed(statuses: list[dict[str, Any]], waiting: int = 0, num_ended: int = 0) -> None:
     """Update the engine gauges. statuses: one per worker; empty if the workers are not armed or do not answer.
 
-    waiting: steered requests that the engine has not started.
+    waiting: steered requests that the engine has not started. num_ended: requests whose numbers were not finite.
     """
     bank_waiting.set(waiting)
+    ended_non_finite.set(num_ended)
     armed.set(bool(statuses))
     if not statuses:
         return

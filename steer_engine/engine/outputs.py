@@ -159,6 +159,20 @@ class Scores:
         return [self._numbers.pop(key, None) for key in keys]
 
 
+def count_non_finite(hidden_TD: torch.Tensor, query_start_loc_B1: torch.Tensor) -> torch.Tensor:
+    """int32 `[B]` on the device: the rows of each request whose final hidden state has a number that is not finite.
+
+    query_start_loc_B1: the first row of each request, and the end of the last one.
+    """
+    sums_T = hidden_TD.sum(-1, dtype=torch.float32)
+    # x - x is 0 for a finite x, and NaN otherwise.
+    broken_T = (sums_T - sums_T).ne(0)
+    if len(broken_T) == len(query_start_loc_B1) - 1:  # one row per request
+        return broken_T.int()
+    before_T1 = torch.nn.functional.pad(broken_T.cumsum(0), (1, 0))
+    return before_T1[query_start_loc_B1[1:]].sub_(before_T1[query_start_loc_B1[:-1]]).int()
+
+
 def divergence(baseline_RV: torch.Tensor, logprob_RV: torch.Tensor) -> torch.Tensor:
     """KL(baseline || distribution) in nats, `[R]`. A token with baseline probability 0 adds nothing.
 

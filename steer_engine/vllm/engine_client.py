@@ -135,7 +135,8 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
     for status in statuses:
         _check_stages(status["workers"])
     numbered = [{**worker, "engine": number} for number, status in enumerate(statuses) for worker in status["workers"]]
-    return {**statuses[0], "workers": numbered}
+    ended = sum(status["ended_non_finite"] for status in statuses)
+    return {**statuses[0], "workers": numbered, "ended_non_finite": ended}
 
 
 def _check_stages(workers: list[dict[str, Any]]) -> None:

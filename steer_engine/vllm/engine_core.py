@@ -14,7 +14,7 @@ from steer_engine.engine.admission import ResidentVectors
 from steer_engine.errors import CapacityError, SteeringRequestError
 from steer_engine.program import PROGRAM_KEY, Program
 from steer_engine.settings import SteeringConfig
-from steer_engine.vllm import scheduler
+from steer_engine.vllm import non_finite, scheduler
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
 Reply = dict[str, Any]
@@ -83,6 +83,7 @@ def status(core: Any) -> Reply:
         "workers": workers,
         "vectors": _resident(core).digests(),
         "waiting": waiting(core),
+        "ended_non_finite": non_finite.num_ended(core.scheduler),
     }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from steer_engine.engine.outputs import CaptureBuffer, Scores
+import torch
+
+from steer_engine.engine.outputs import CaptureBuffer, Scores, count_non_finite
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import PROGRAM_KEY, Program
 
@@ -22,6 +24,20 @@ class RunnerAdapter:
         self.scores = Scores()
         self.runner_name = f"{type(runner).__module__}.{type(runner).__qualname__}"
         self._runner = runner
+
+    def after_forward(self, hidden_TD: torch.Tensor, query_start_loc_B1: torch.Tensor) -> torch.Tensor | None:
+        """Compute planned scores. Returns how many rows of each request are not finite; None if none is steered.
+
+        hidden_TD: final hidden states of the step. query_start_loc_B1: the first row of each request.
+        """
+        if rows := self.scores.rows:
+            # Only ranks that sample have logits. vLLM may have changed its own in place: these are computed once more.
+            logits_RV = self._runner.model.compute_logits(hidden_TD[rows])
+            if logits_RV is not None:
+                self.scores.reduce(logits_RV)
+        if not self.runtime.programs.steered_slots:
+            return None
+        return count_non_finite(hidden_TD, query_start_loc_B1)
 
 
 def adapter_of(runner: Any) -> RunnerAdapter | None:

@@ -1,7 +1,7 @@
 """V1 model runner: a request owns a slot while it is in the input batch; each step is routed after `_prepare_inputs`.
 
-Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, _sample}` of `vllm.v1.worker.gpu_model_runner`; the
-CPU class inherits them. Known for vLLM 0.32 and 0.33.
+Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, _bookkeeping_sync}` of
+`vllm.v1.worker.gpu_model_runner`; the CPU class inherits them. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
+from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
 from steer_engine.vllm.runner import ADAPTER, RunnerAdapter, idle_first, program_of
 
@@ -118,13 +119,16 @@ class V1Adapter(RunnerAdapter):
         self._parked.clear()
 
     def _scored_rows(self, num_scheduled_tokens: np.ndarray) -> dict[int, Score]:
-        """Rows of the step's logits, one per request, that follow the whole prompt of a scored request."""
+        """Token rows of the step at which the prompt of a scored request ends."""
         batch = self._runner.input_batch
         num_requests = len(batch.req_ids)
         done_B = batch.num_computed_tokens_cpu[:num_requests] + num_scheduled_tokens
         whole_B = done_B == batch.num_prompt_tokens[:num_requests]
+        ends_B = num_scheduled_tokens.cumsum()
         return {
-            row: self._scored[name] for row, name in enumerate(batch.req_ids) if whole_B[row] and name in self._scored
+            int(ends_B[place]) - 1: self._scored[name]
+            for place, name in enumerate(batch.req_ids)
+            if whole_B[place] and name in self._scored
         }
 
 
@@ -138,6 +142,7 @@ def _update_states(original: Callable[..., Any]) -> Callable[..., Any]:
         adapter = _adapter(self)
         if adapter is None:
             return original(self, scheduler_output)
+        clean_blocks(self, scheduler_output)
         adapter.restore_generators()
         result = original(self, scheduler_output)
         adapter.follow(scheduler_output)
@@ -157,15 +162,25 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return _prepare_inputs
 
 
-def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _sample(self: Any, logits: torch.Tensor | None, spec_decode_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        adapter = _adapter(self)
-        # With drafts a request has several rows; only ranks that sample have logits.
-        if adapter is not None and adapter.scores.rows and logits is not None and spec_decode_metadata is None:
-            adapter.scores.reduce(logits[adapter.scores.rows])
-        return original(self, logits, spec_decode_metadata, *args, **kwargs)
+def _bookkeeping_sync(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _bookkeeping_sync(
+        self: Any, scheduler_output: Any, sampler_output: Any, logits: Any, hidden_states: torch.Tensor, num_tokens: int
+    ) -> Any:
+        result = original(self, scheduler_output, sampler_output, logits, hidden_states, num_tokens)
+        if (adapter := _adapter(self)) is None:
+            return result
+        batch = self.input_batch
+        starts_B1 = self.query_start_loc.gpu[: len(batch.req_ids) + 1]
+        counts_B = adapter.after_forward(hidden_states[:num_tokens], starts_B1)
+        if counts_B is None:
+            return result
+        counts, counts_device_B, *rest = result
+        if self.use_async_scheduling:  # the counts travel with the sampled tokens
+            return (counts, counts_B, *rest)
+        numbers = counts_B.tolist()
+        return ({name: numbers[place] for name, place in batch.req_id_to_index.items()}, counts_device_B, *rest)
 
-    return _sample
+    return _bookkeeping_sync
 
 
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -173,7 +188,10 @@ PATCHES = (
     Patch(Symbol(f"{RUNNER}._update_states", ("scheduler_output",)), _update_states),
     Patch(Symbol(f"{RUNNER}._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")), _prepare_inputs),
     Patch(Symbol(f"{RUNNER}._dummy_run", ("num_tokens",)), idle_first),
-    Patch(Symbol(f"{RUNNER}._sample", ("logits", "spec_decode_metadata")), _sample),
+    Patch(
+        Symbol(f"{RUNNER}._bookkeeping_sync", ("scheduler_output", "sampler_output", "logits", "hidden_states")),
+        _bookkeeping_sync,
+    ),
 )
 
 

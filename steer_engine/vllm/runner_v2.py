@@ -13,6 +13,7 @@ import torch
 
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
+from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
 from steer_engine.vllm.runner import ADAPTER, RunnerAdapter, idle_first, program_of
 
@@ -75,6 +76,7 @@ def _adapter(runner: Any) -> V2Adapter | None:
 
 def _add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_requests(self: Any, scheduler_output: Any) -> None:
+        clean_blocks(self, scheduler_output)
         original(self, scheduler_output)
         if (adapter := _adapter(self)) is not None:
             for request in scheduler_output.scheduled_new_reqs:
@@ -103,14 +105,14 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    def sample(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        adapter = _adapter(self)
-        if adapter is not None and (rows := adapter.scores.rows):
-            # The sampler keeps its logits to itself: those of the scored rows are computed once more.
-            logits_RV = self.model.compute_logits(hidden_states[rows])
-            if logits_RV is not None:
-                adapter.scores.reduce(logits_RV)
-        return original(self, hidden_states, *args, **kwargs)
+    def sample(self: Any, hidden_states: torch.Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, hidden_states, input_batch, *args, **kwargs)
+        if (adapter := _adapter(self)) is not None:
+            starts_B1 = input_batch.query_start_loc[: input_batch.num_reqs + 1]
+            counts_B = adapter.after_forward(hidden_states[: input_batch.num_tokens], starts_B1)
+            if counts_B is not None:
+                result[0].num_nans = counts_B
+        return result
 
     return sample
 

@@ -4,7 +4,7 @@ Wraps, known for vLLM 0.32 and 0.33:
 
 * `Scheduler.{schedule, _handle_blocked_waiting_request}`: with a small bank, a steered request waits until its rows are
   free. vLLM calls the second for each waiting request in each step, beside its own `max_loras` check; a refused request
-  keeps its place in the queue.
+  keeps its place in the queue. The first also tells the workers which KV blocks to clean (`non_finite.py`).
 * `kv_cache_utils.generate_block_hash_extra_keys`, also where it was imported by name: `program.block_key` is added. KV
   events keep their format, since `to_event_extra_keys` publishes known tags only.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from steer_engine.engine.admission import BankQueue
 from steer_engine.program import PROGRAM_KEY, Program, Row, block_key
 from steer_engine.settings import SteeringConfig
+from steer_engine.vllm import non_finite
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
 USED: tuple[Symbol, ...] = ()
@@ -61,7 +62,9 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (queue := _queue_of(self)) is not None:
             queue.begin_step()
-        return original(self, *args, **kwargs)
+        output = original(self, *args, **kwargs)
+        non_finite.pass_on(self, output)
+        return output
 
     return schedule
 

@@ -78,7 +78,7 @@ def worker(*stage: int, requested: tuple[int, ...] = (0, 1, 2, 3), **differs: An
 
 
 def status(*workers: dict[str, Any]) -> dict[str, Any]:
-    return {"ok": True, "workers": list(workers), "vectors": []}
+    return {"ok": True, "workers": list(workers), "vectors": [], "ended_non_finite": 1}
 
 
 WHOLE = worker(0, 1, 2, 3)
@@ -89,6 +89,7 @@ FIRST, SECOND = worker(0, 1), worker(2, 3)
 def test_statuses_of_several_engines_are_one(workers: tuple[dict[str, Any], ...]) -> None:
     merged = engine_client.check_status([status(*workers), status(*workers)])
     assert [each["engine"] for each in merged["workers"]] == [0] * len(workers) + [1] * len(workers)
+    assert merged["ended_non_finite"] == 2
 
 
 def test_a_stage_may_have_no_armed_block() -> None:
