@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vllm
 from helpers.driving import edit, generate, sampled, steering, tokens
-from helpers.engines import SETTINGS, kept, random_vector
+from helpers.engines import SETTINGS, TINY_BLOCKS, assert_meant, kept, random_vector
+from helpers.tiny_models import rescaled, tiny_llama_path
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
@@ -127,6 +130,26 @@ def test_an_unarmed_engine_is_untouched_and_refuses(tiny_llama: str) -> None:
             supported_tasks=("generate",),
         )
     assert sampled(generate(plain, [prompt], [None])[0]) == before
+
+
+GROWING = {
+    "model.embed_tokens.weight": 100.0,
+    "model.layers.0.mlp.down_proj.weight": 300.0,
+    "model.layers.1.mlp.down_proj.weight": 3000.0,
+    "model.layers.2.mlp.down_proj.weight": 8000.0,
+}
+"""The stream's rows get norms of 80 to about 30,000, as those of Gemma 3."""
+
+
+@pytest.mark.v1_only
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_stream_that_grows_is_recognised(tiny_models_dir: Path, tmp_path: Path, dtype: str) -> None:
+    path = rescaled(tiny_llama_path(tiny_models_dir), tmp_path / "growing", GROWING)
+    llm = kept(LLM(str(path), capture=True, enforce_eager=True, dtype=dtype, **SETTINGS))
+    assert_meant(llm, num_blocks=TINY_BLOCKS)
+    (rows_LPD,) = llm.capture([{"prompt_token_ids": tokens(7, 20)}], "all")
+    norms_L = np.linalg.norm(rows_LPD, axis=-1).mean(axis=1)
+    assert norms_L[0] < 2000 < 10_000 < norms_L[-1] < 50_000
 
 
 def test_a_leaner_engine(tiny_llama: str) -> None:
