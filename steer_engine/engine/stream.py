@@ -117,7 +117,7 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
     by_hidden_D = final_TD[rows.row(block, 0)] - baseline_D
     by_residual_D = final_TD[rows.row(block, 1)] - baseline_D
     size = float(by_hidden_D.norm())
-    # Rounding in the model's dtype makes equal rows differ slightly. Noise as large as the stream has a far larger effect.
+    # Rounding in the model's dtype makes equal rows differ slightly; noise as large as the stream does far more.
     if math.isfinite(size) and size > 1e-3 * float(baseline_D.norm()):
         if shape == "one":
             return StreamForm.ONE
