@@ -19,6 +19,9 @@ import torch
 
 from steer_engine.errors import UnsupportedEngineError
 
+LEAVE_OUT = "Leave the block out of --steering-blocks (with derive and dump: out of --blocks)"
+"""What to do about a block whose form is not known."""
+
 
 class StreamForm(StrEnum):
     """How a block returns the residual stream."""
@@ -110,8 +113,7 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
     if shape not in ("pair", "one"):
         raise UnsupportedEngineError(
             f"Block {block} ({class_name}) returns {shape}, not one residual stream per token; such models cannot be "
-            "steered yet. Start the model unarmed (without --steering-* flags), or leave the block out of "
-            "--steering-blocks."
+            f"steered yet. {LEAVE_OUT}, or start the model unarmed (without --steering-* flags)."
         )
     baseline_D = final_TD[0]
     by_hidden_D = final_TD[rows.row(block, 0)] - baseline_D
@@ -127,8 +129,8 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
             return StreamForm.SPLIT
     raise UnsupportedEngineError(
         f"Block {block} ({class_name}) carries its residual stream in no known form: noise in the parts of its output "
-        f"changed the final hidden states by {size:.3g} and {float(by_residual_D.norm()):.3g}. Leave the block out of "
-        "--steering-blocks, or start the model unarmed."
+        f"changed the final hidden states by {size:.3g} and {float(by_residual_D.norm()):.3g}. "
+        f"{LEAVE_OUT}, or start the model unarmed."
     )
 
 

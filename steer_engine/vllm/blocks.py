@@ -18,7 +18,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from steer_engine.engine.stream import ProbeRows, StreamForm, classify_output, perturb, stream_form
+from steer_engine.engine.stream import LEAVE_OUT, ProbeRows, StreamForm, classify_output, perturb, stream_form
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.vllm.fused_norm import Pair, find_following_norms, fusible_norms
 from steer_engine.vllm.patching import Symbol
@@ -173,7 +173,7 @@ def probe_forms(
         if shapes.get(block) != shapes[other]:
             raise UnsupportedEngineError(
                 f"Blocks {block} and {other} have the same class but return different outputs, so the form of block "
-                f"{block} is unknown. Leave it out of --steering-blocks."
+                f"{block} is unknown. {LEAVE_OUT}."
             )
     forms = {block: detected[substitute.get(block, block)] for block in armed}
     return forms, fusible_norms({block: norm for block, norm in norms.items() if block in forms}, forms)
@@ -236,8 +236,7 @@ def _substitute(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> 
             return {last: other}
     raise UnsupportedEngineError(
         f"Block {last} ({type(blocks[last]).__name__}) ends a stage of the pipeline that has no other block of its "
-        "class, so it is unknown how it carries the stream. Use fewer stages, or leave the block out of "
-        "--steering-blocks."
+        f"class, so it is unknown how it carries the stream. Use fewer stages. {LEAVE_OUT}."
     )
 
 
