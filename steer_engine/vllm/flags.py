@@ -186,8 +186,14 @@ def _vectors_folder(requested: Path | None) -> Path:
         if not folder.is_dir():
             raise UnsupportedEngineError(f"--steering-vectors {folder} is not a folder.")
         return folder
-    folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the second: the user has no home
+        raise UnsupportedEngineError(
+            f"The default folder for vectors cannot be made ({error}). Name a folder: --steering-vectors DIR, or "
+            f"{VECTORS_ENV}."
+        ) from None
     return folder
 
 
