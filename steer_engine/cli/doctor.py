@@ -62,6 +62,7 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         ("operations", ", ".join(diagnosis.ops)),
         ("model runner", f"{diagnosis.runner} on this machine: {diagnosis.runner_reason}"),
     ]
+    found += [("refused", reason) for reason in diagnosis.refused]
     if diagnosis.probed_blocks:
         forms = "; ".join(f"{form} at {span_text(blocks)}" for form, blocks in diagnosis.forms.items())
         of = "" if diagnosis.probed_blocks == diagnosis.num_blocks else f" (of a copy of {diagnosis.probed_blocks})"

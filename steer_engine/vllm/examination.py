@@ -28,7 +28,7 @@ from steer_engine.vllm.arming import most_rows
 from steer_engine.vllm.fused_norm import reason_not_to_fuse
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import hide_kernel_folder, register
-from steer_engine.vllm.supported import check_supported, model_shape
+from steer_engine.vllm.supported import PROMPT_LOGPROBS, check_supported, model_shape, refuses_prompt_logprobs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -104,6 +104,8 @@ class Diagnosis:
     fused_blocks: int = 0
     """Blocks of the copy that are edited inside the norm that follows them."""
     memory: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    """Requests without steering that an armed engine of this configuration refuses."""
 
     @property
     def serves(self) -> bool:
@@ -192,6 +194,7 @@ def _examine_configuration(diagnosis: Diagnosis, args: EngineArgs) -> VllmConfig
     diagnosis.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     diagnosis.max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     diagnosis.runner, diagnosis.runner_reason = model_runner(vllm_config)
+    diagnosis.refused = [PROMPT_LOGPROBS] if refuses_prompt_logprobs(vllm_config) else []
     device = footprint(vllm_config, config)
     diagnosis.memory = {
         "bank": device.bank,

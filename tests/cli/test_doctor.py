@@ -54,6 +54,7 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "flag": [tiny_llama, "--memory-only", "--steering-row", "3"],
         "blocks": [tiny_llama, "--memory-only", "--steering-blocks", "1-3"],
         "unknown": [str(folder / "unknown"), "--memory-only"],
+        "adapters": [tiny_llama, "--memory-only", "--json", "--enable-lora"],
         "dead": [str(rescaled(Path(tiny_llama), folder / "dead", {"model.norm.weight": 0.0}))],
         "no weights": [str(no_weights), "--max-num-seqs", "8"],
         "tiny": [tiny_llama, "--json", "--max-num-seqs", "8", "--dtype", "float32", "--steering-fuse-norm"],
@@ -137,6 +138,12 @@ def test_a_yes_without_the_weights_says_so(found: dict[str, tuple[int, str]]) ->
     assert status == 0, printed
     assert "yes: it can be served steered, judging by a copy with random weights" in printed
     assert "its own weights were not examined" not in found["tiny table"][1]
+
+
+def test_requests_that_an_engine_with_adapters_refuses(found: dict[str, tuple[int, str]]) -> None:
+    (refused,) = diagnosis(found, "adapters")["refused"]
+    assert "prompt_logprobs" in refused
+    assert diagnosis(found, "7b")["refused"] == []
 
 
 def test_the_printed_table(found: dict[str, tuple[int, str]], tiny_llama: str) -> None:

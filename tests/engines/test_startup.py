@@ -25,7 +25,7 @@ from steer_engine.settings import CONFIG_KEY, SteeringConfig
 from steer_engine.vllm import examination, symbols
 from steer_engine.vllm.patching import Patch, Symbol, apply, check_symbols
 from steer_engine.vllm.plugin import register
-from steer_engine.vllm.supported import check_supported
+from steer_engine.vllm.supported import check_supported, refuses_prompt_logprobs
 
 
 def test_every_symbol_is_as_we_know_it() -> None:
@@ -94,6 +94,14 @@ def test_modes_that_are_not_exact_are_refused(tiny_llama: str, what: str) -> Non
     REFUSED[what](config)
     with pytest.raises(UnsupportedEngineError, match=what):
         check_supported(config)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_prompt_logprobs_beside_adapters_are_refused_on_a_cpu(tiny_llama: str, lora: bool) -> None:
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, enable_lora=lora, **SETTINGS).create_engine_config()
+    assert refuses_prompt_logprobs(config) == lora
+    config.device_config.device_type = "cuda"
+    assert not refuses_prompt_logprobs(config)
 
 
 def test_sequence_parallel_moe_is_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
