@@ -66,9 +66,16 @@ PACKAGED = {
 
 
 def cache_dir() -> Path:
-    """The folder that the variable `CACHE_ENV` names, or the user's cache folder. All in it can be recreated."""
+    """The folder that the variable `CACHE_ENV` names, or the user's cache folder. All in it can be recreated.
+
+    Raises:
+        ModelError: the user has no home folder.
+    """
     chosen = os.environ.get(CACHE_ENV)
-    return Path(chosen).expanduser() if chosen else user_cache_path("steer-engine")
+    try:
+        return Path(chosen).expanduser() if chosen else user_cache_path("steer-engine")
+    except RuntimeError as error:  # the user, or the named one, has no home
+        raise ModelError(f"The cache folder is unknown ({error}). Name one: {CACHE_ENV}=/path.") from None
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -88,33 +95,47 @@ def checkpoint_path(model: PackagedModel) -> Path:
 def get_model(model: PackagedModel, say: Say = lambda line: print(line, file=sys.stderr)) -> Path:
     """The folder of a complete, verified checkpoint of `model`, which is converted first if necessary.
 
+    A checkpoint that is there needs no lock, so its cache may be read-only.
+
     Raises:
-        ModelError: the package is not installed, has another version, or cannot be converted.
+        ModelError: the package is not installed, has another version, or cannot be converted; or the cache cannot be
+            written.
     """
     final = checkpoint_path(model)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.parent / f".{final.name}.lock"):
-        fault = find_fault(final, model)
-        if fault is None:
-            return final
-        if final.exists():
-            say(f"{model.name}: the cached checkpoint is not usable ({fault}); converting it again")
-        for leftover in final.parent.glob(f".{final.name}.tmp-*"):  # of killed processes: this one has the lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        source = find_source(model)
-        staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-        try:
-            staging.mkdir()
-            say(f"{model.name}: converting {source.name} to a bfloat16 checkpoint (once, about 30 s)")
-            _convert_in_child(source, staging)
-            _write_manifest(staging, model)
-            if final.exists():
-                shutil.rmtree(final)
-            staging.rename(final)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        say(f"{model.name}: ready in {final}")
+    if find_fault(final, model) is None:
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.parent / f".{final.name}.lock"):
+            if (fault := find_fault(final, model)) is not None:
+                _convert_into(final, model, fault, say)
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
+        raise ModelError(
+            f"{model.name}: the cache {cache_dir()} has no usable checkpoint, and cannot be written ({error}). Set "
+            f"{CACHE_ENV} to a folder that this user can write, or to one that has the checkpoint."
+        ) from None
     return final
+
+
+def _convert_into(final: Path, model: PackagedModel, fault: str, say: Say) -> None:
+    """Convert the model to the folder `final`. The caller has the lock. fault: what is wrong with the folder."""
+    if final.exists():
+        say(f"{model.name}: the cached checkpoint is not usable ({fault}); converting it again")
+    for leftover in final.parent.glob(f".{final.name}.tmp-*"):  # of killed processes: this one has the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    source = find_source(model)
+    staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    try:
+        staging.mkdir()
+        say(f"{model.name}: converting {source.name} to a bfloat16 checkpoint (once, about 30 s)")
+        _convert_in_child(source, staging)
+        _write_manifest(staging, model)
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    say(f"{model.name}: ready in {final}")
 
 
 def find_fault(checkpoint: Path, model: PackagedModel) -> str | None:

@@ -29,6 +29,8 @@ ADMIN_KEYS_ENV = "STEER_ENGINE_ADMIN_KEYS"
 """Admin keys of a server, separated by commas. Two at once let an operator replace one while the other works."""
 ADMIN_KEY_FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
 """A file with one admin key per line, read again whenever it changes."""
+WITH_PARENT_ENV = "STEER_ENGINE_END_WITH_PARENT"
+"""1: processes that this one starts end when it ends. Set by `serve` and `batch`."""
 CACHED_VECTOR_BYTES_ENV = "STEER_ENGINE_LOADED_BYTES"
 """Host memory in bytes that an API process uses for vectors loaded from its folder."""
 

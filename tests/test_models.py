@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,93 @@ def test_two_at_once_convert_once(cache: Path, conversions: list[Path]) -> None:
     for thread in threads:
         thread.join()
     assert len(conversions) == 1
+
+
+@pytest.fixture
+def shared_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache that every user can read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    monkeypatch.setenv("STEER_ENGINE_CACHE", str(folder))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """As root, run with the rights of a user that owns nothing."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nobody but root can write below `folder`."""
+    paths = [folder, *folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        with another_user():
+            yield
+    finally:
+        for path in paths:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_a_read_only_cache_is_used(shared_folder: Path, conversions: list[Path]) -> None:
+    path = models.get_model(SMOLLM2, quiet)
+    with read_only(shared_folder):
+        assert models.resolve_model("smollm2-135m") == str(path)
+    for lock in shared_folder.rglob(".*.lock"):
+        lock.unlink()
+    with read_only(shared_folder):
+        assert models.resolve_model("smollm2-135m") == str(path)
+    assert len(conversions) == 1
+
+
+@pytest.mark.parametrize("cached", ["nothing", "a damaged checkpoint"])
+def test_a_cache_that_cannot_be_written_is_named(shared_folder: Path, conversions: list[Path], cached: str) -> None:
+    if cached != "nothing":
+        break_byte(models.get_model(SMOLLM2, quiet))
+    with read_only(shared_folder), pytest.raises(ModelError, match="STEER_ENGINE_CACHE") as caught:
+        models.get_model(SMOLLM2, quiet)
+    assert str(shared_folder) in caught.value.message
+    assert "Permission denied" in caught.value.message
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(
+    conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container with HOME=/ and a random user id, which cannot write to the root folder."""
+    for name in ("STEER_ENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/")
+    with another_user(), pytest.raises(ModelError, match=r"/\.cache/steer-engine.*STEER_ENGINE_CACHE"):
+        models.get_model(SMOLLM2, quiet)
+    assert conversions == []
+
+
+@pytest.mark.parametrize("cache", ["~no-such-user/cache", None])
+def test_a_home_that_is_unknown_is_an_error(
+    conversions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if cache is None:
+        monkeypatch.delenv("STEER_ENGINE_CACHE", raising=False)
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 54_321)  # a user whom no file names
+    else:
+        monkeypatch.setenv("STEER_ENGINE_CACHE", cache)
+    with pytest.raises(ModelError, match="STEER_ENGINE_CACHE"):
+        models.get_model(SMOLLM2, quiet)
+    assert conversions == list(tmp_path.iterdir()) == []
 
 
 def test_missing_package_says_how_to_get_it(cache: Path) -> None:

@@ -223,7 +223,16 @@ def test_rows_that_one_request_may_need() -> None:
     assert error.param == "steering.edits"
     assert "need 3 rows" in error.message
     assert "room for 2" in error.message
+    assert "Each edit takes a row, and each gate vector one more" in error.message
     assert refused({"gate": {"vector": "a", "min_cos": 0.0}}, model=shape(rows=1)).param == "steering.edits"
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_edits_without_gates_fit_if_each_has_a_row(rows: int) -> None:
+    """`GET /v1/steering` publishes this number as `max_edits_per_block`."""
+    edits = [{"op": "ablate" if i % 2 else "add", "vector": "abc"[i % 3]} for i in range(rows)]
+    resolved(*edits, model=shape(rows=rows))
+    assert refused(*edits, {"vector": "b"}, model=shape(rows=rows)).param == "steering.edits"
 
 
 @pytest.mark.parametrize("op", ["add_relative", "ablate", "clamp", "set"])

@@ -54,7 +54,9 @@ async def describe(request: Request) -> JSONResponse:
             "scopes": ["all", "prompt", "generation", {"start": "integer or null", "end": "integer or null"}],
             "limits": limits
             | frontend.registry.limits.model_dump()
-            | {"rows": model.rows, "bank_rows": model.bank_rows},
+            | {"rows": model.rows, "bank_rows": model.bank_rows}
+            # So many edits without gates fit at one block, whatever their operations and scopes.
+            | {"max_edits_per_block": min(frontend.limits.max_edits, model.rows)},
             "generation": await asyncio.to_thread(lambda: frontend.registry.generation),
             "capture_blocks": list(model.capture_blocks),
             "default_preset": frontend.default_preset,

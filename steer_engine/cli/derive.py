@@ -11,6 +11,7 @@ from steer_engine.cli.engine_options import (
     Actors,
     Chat,
     DType,
+    GpuMemoryUtilization,
     GpusPerActor,
     MaxModelLen,
     Model,
@@ -19,6 +20,7 @@ from steer_engine.cli.engine_options import (
     engine_args,
 )
 from steer_engine.errors import DerivationError
+from steer_engine.spec import parse_blocks
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
@@ -38,13 +40,27 @@ def say(line: str) -> None:
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
-def require_writable(out: Path, *, force: bool) -> None:
-    """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`."""
+def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, remedy: str) -> None:
+    """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`.
+
+    blocks: those that the vector will have; None for all. remedy: how to leave out block 0.
+    """
     from steer_engine.vectors.files import SUFFIXES
 
     if out.suffix not in SUFFIXES:
         raise DerivationError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
+    if out.suffix == ".gguf" and (blocks is None or 0 in blocks):
+        raise DerivationError(
+            f"{out}: llama.cpp rejects a control vector with a direction for block 0. {remedy}, or write .safetensors."
+        )
     require_absent(out, force=force)
+
+
+def _parsed(blocks: str) -> tuple[int, ...] | None:
+    try:
+        return parse_blocks(blocks)
+    except ValueError as error:
+        raise DerivationError(f"--blocks: {error}.") from None
 
 
 def require_absent(out: Path, *, force: bool) -> None:
@@ -92,6 +108,7 @@ def derive_command(
     gpus_per_actor: GpusPerActor = None,
     tensor_parallel_size: TensorParallelSize = 1,
     max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     keep_dump: Annotated[
         Path | None,
         typer.Option(help="Folder to store the activations in, as `dump` does (default: do not store them)."),
@@ -108,7 +125,8 @@ def derive_command(
     from steer_engine.derive.methods import require_method
     from steer_engine.vectors.files import save
 
-    require_writable(out, force=force)
+    remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
+    require_writable(out, force=force, blocks=_parsed(blocks), remedy=remedy)
     require_method(method)
     settings: dict[str, Any] = {
         "blocks": blocks,
@@ -117,7 +135,12 @@ def derive_command(
         "actors": actors,
         "ray_address": ray_address,
         "gpus_per_actor": gpus_per_actor,
-        "engine_args": engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len),
+        "engine_args": engine_args(
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+        ),
     }
     if keep_dump is None:
         vector = derive(model, pairs, method=method, **settings)
@@ -155,6 +178,7 @@ def dump_command(
     gpus_per_actor: GpusPerActor = None,
     tensor_parallel_size: TensorParallelSize = 1,
     max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
 ) -> None:
     """Store the residual stream of texts in a folder. After a crash, the same command resumes.
 
@@ -178,7 +202,12 @@ def dump_command(
         actors=actors,
         ray_address=ray_address,
         gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len),
+        engine_args=engine_args(
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+        ),
     )
     shards = folder.require_complete()
     size = sum(shard.head.bytes for shard in shards)
@@ -203,9 +232,11 @@ def fit_command(
     Example: steer-engine fit sentiment.dump --method pca --out cheerful-pca.safetensors
     """
     from steer_engine.derive.dump_fitter import fit_dump
+    from steer_engine.derive.dump_folder import DumpFolder
     from steer_engine.vectors.files import save
 
-    require_writable(out, force=force)
+    remedy = "Make a dump of the blocks from 1 (dump --blocks)"
+    require_writable(out, force=force, blocks=tuple(DumpFolder.open(dump).manifest.blocks), remedy=remedy)
     vector = fit_dump(dump, method=method, actors=actors, ray_address=ray_address)
     save(vector, out)
     say(summary(out, vector))

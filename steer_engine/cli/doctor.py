@@ -24,6 +24,13 @@ _MEMORY = {
     "host_store": "limit for vectors in host memory",
 }
 
+_UNSEEN = {
+    "real": "",
+    "random": ", judging by a copy with random weights; the model's own weights were not examined",
+    "": ", judging by its configuration; nothing was loaded",
+}
+"""What a yes does not cover, by the weights of the copy."""
+
 
 def show(diagnosis: Diagnosis, console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -35,7 +42,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     for reason in diagnosis.against:
         console.print(Text.assemble(("no: ", "bold red"), reason), soft_wrap=True)
     if diagnosis.serves:
-        limits = "" if diagnosis.probed_blocks else ", judging by its configuration; nothing was loaded"
+        limits = _UNSEEN[diagnosis.weights]
         console.print(Text.assemble(("yes: ", "bold green"), f"it can be served steered{limits}"), soft_wrap=True)
 
 
@@ -55,6 +62,7 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         ("operations", ", ".join(diagnosis.ops)),
         ("model runner", f"{diagnosis.runner} on this machine: {diagnosis.runner_reason}"),
     ]
+    found += [("refused", reason) for reason in diagnosis.refused]
     if diagnosis.probed_blocks:
         forms = "; ".join(f"{form} at {span_text(blocks)}" for form, blocks in diagnosis.forms.items())
         of = "" if diagnosis.probed_blocks == diagnosis.num_blocks else f" (of a copy of {diagnosis.probed_blocks})"
@@ -94,8 +102,9 @@ def doctor(argv: Sequence[str]) -> int:
         prog="steer-engine doctor",
         usage="steer-engine doctor MODEL [--json] [--memory-only] [any flag of steer-engine serve]",
         description="Check whether a model can be served steered with these flags, how, and with how much memory; if "
-        "not, why. MODEL is a packaged model, a path or a Hugging Face id. A copy with random weights is started, "
-        "smaller than a large model. The exit status is 1 if the server would refuse to start.",
+        "not, why. MODEL is a packaged model, a path or a Hugging Face id. A copy is started: of a small model in a "
+        "folder with its own weights, of any other with random weights and fewer blocks. The exit status is 1 if the "
+        "server would refuse to start.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")

@@ -31,6 +31,14 @@ MaxModelLen = Annotated[
         help="Longest sequence in tokens; -1: what fits in memory (default: -1; for evaluation: the model's limit).",
     ),
 ]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        max=1.0,
+        help="Share of the device's memory that the engine may use; of RAM on a CPU (default: vLLM's).",
+    ),
+]
 TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that one engine is split over.")]
 
 Actors = Annotated[int, typer.Option(min=1, help="Number of engines that run in parallel.")]
@@ -43,7 +51,10 @@ GpusPerActor = Annotated[
 ]
 
 
-def engine_args(*, dtype: str, tensor_parallel_size: int, max_model_len: int | None) -> dict[str, Any]:
+def engine_args(
+    *, dtype: str, tensor_parallel_size: int, max_model_len: int | None, gpu_memory_utilization: float | None
+) -> dict[str, Any]:
     """Keyword arguments of `steer_engine.LLM`. An option that was not given is left out."""
     given: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": tensor_parallel_size}
-    return given if max_model_len is None else given | {"max_model_len": max_model_len}
+    optional = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
+    return given | {name: value for name, value in optional.items() if value is not None}

@@ -11,7 +11,15 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from steer_engine.cli.engine_options import Chat, DType, MaxModelLen, Model, TensorParallelSize, engine_args
+from steer_engine.cli.engine_options import (
+    Chat,
+    DType,
+    GpuMemoryUtilization,
+    MaxModelLen,
+    Model,
+    TensorParallelSize,
+    engine_args,
+)
 from steer_engine.derive.methods import require_method
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import Against
@@ -65,6 +73,7 @@ def eval_command(
     seed: Annotated[int, SEED] = 0,
     dtype: DType = "auto",
     max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     tensor_parallel_size: TensorParallelSize = 1,
 ) -> None:
     """Choose blocks and strength on one set of items and report on another, with controls.
@@ -94,7 +103,12 @@ def eval_command(
         random_controls=random_controls,
         seed=seed,
     )
-    engine = engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len)
+    engine = engine_args(
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     llm = open_engine(model, **engine)
     outcome = Evaluation(
         llm, loaded, plan, out, model=model, chat=chat, generate=max_tokens, command=_command_line()
@@ -122,6 +136,7 @@ def calibrate_command(
     seed: Annotated[int, SEED] = 0,
     dtype: DType = "auto",
     max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     tensor_parallel_size: TensorParallelSize = 1,
 ) -> None:
     """Find the best blocks and strength of a vector whose mean KL on neutral texts stays within a bound.
@@ -151,7 +166,12 @@ def calibrate_command(
         vectors=vectors, blocks=tuple(blocks or ()), alphas=alphas, unit=unit, scope=scope, score=score, max_kl=max_kl,
         seed=seed,
     )  # fmt: skip
-    engine = engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len)
+    engine = engine_args(
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     llm = open_engine(model, **engine)
     outcome = Evaluation(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
     save(calibrated(vectors[vector.stem], outcome), target)
@@ -175,6 +195,7 @@ def paper_command(
     seed: Annotated[int, SEED] = 0,
     dtype: DType = "auto",
     max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     tensor_parallel_size: TensorParallelSize = 1,
 ) -> None:
     """Run the protocol of Højer et al. (ICLR 2025) and ours: reading, contrastive and PCA vectors at the middle block.
@@ -193,7 +214,12 @@ def paper_command(
     strengths = parse_alphas(alphas)
     sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
     tasks = [load_task(name, sizes, seed=seed, shots=shots) for name in task or TASKS]
-    engine = engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len)
+    engine = engine_args(
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     llm = open_engine(model, **engine)
     runs = []
     for loaded in tasks:

@@ -13,6 +13,7 @@ from steer_engine.cli.derive import Force, require_absent
 from steer_engine.cli.engine_options import (
     Chat,
     DType,
+    GpuMemoryUtilization,
     MaxModelLen,
     ModelOption,
     TensorParallelSize,
@@ -80,6 +81,7 @@ def answers(
     dtype: DType = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
     max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
@@ -100,7 +102,12 @@ def answers(
         temperature=temperature,
         seed=seed,
         chat=chat,
-        engine_args=engine_args(dtype=dtype, tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len),
+        engine_args=engine_args(
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+        ),
     )
     _write(from_answers(loaded, completions), out, force, f" of {len(loaded)} questions")
 

@@ -68,9 +68,11 @@ class CaptureEngine:
         # One process per actor, engine core included. vLLM reads the variable when it is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from steer_engine.llm import LLM
+        from steer_engine.settings import SteeringConfig
 
-        blocks = None if self._config.blocks is None else list(self._config.blocks)
-        return LLM(self._config.model, capture=True, capture_blocks=blocks, **dict(self._config.engine_args))
+        # Only what is captured is armed: a block that cannot be does not matter elsewhere, and nothing is steered.
+        steering = SteeringConfig(blocks=self._config.blocks or "all", rows=1)
+        return LLM(self._config.model, **{"steering": steering, "capture": True, **dict(self._config.engine_args)})
 
     @cached_property
     def _tokenizer(self) -> Any:

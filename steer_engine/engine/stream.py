@@ -4,7 +4,7 @@ The type that a block returns does not decide this. In a pair (hidden, residual)
 (Llama), or the first part alone while the second is never used again (StableLM); an edit of that second part would
 have no effect. So an armed engine runs the model once at startup with noise in each part, and compares the effects.
 
-Shape suffixes: T rows of the probe's batch, D hidden size.
+Shape suffixes: T rows of the probe's batch, P parts of a block's output, D hidden size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 from steer_engine.errors import UnsupportedEngineError
+
+LEAVE_OUT = "Leave the block out of --steering-blocks (with derive and dump: out of --blocks)"
+"""What to do about a block whose form is not known."""
 
 
 class StreamForm(StrEnum):
@@ -51,19 +54,37 @@ class ProbeRows:
 
 
 def perturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> Any:
-    """A copy of the block's output with `noise_D` added to each part, each in its own row."""
+    """A copy of the block's output with noise added to each part, each in its own row.
+
+    The noise has the direction of `noise_D` and the norm of the block's own stream. In a 16-bit dtype, smaller noise
+    would be lost: rows of Gemma 3 have norms up to 100,000, where bfloat16 rounds a single element by up to 256.
+    """
     hidden, residual = _parts(output)
     if hidden is None or hidden.shape[-2:] != (rows.num_rows, noise_D.shape[0]):
         return output
+    paired = residual is not None and residual.shape == hidden.shape
+    noise_D = _of_size(noise_D, [hidden, residual] if paired and residual is not None else [hidden])
     hidden = hidden.clone()
     hidden[..., rows.row(block, 0), :] += noise_D.to(hidden.dtype)
     if not isinstance(output, tuple):
         return hidden
-    if residual is None or residual.shape != hidden.shape:
+    if residual is None or not paired:
         return (hidden, *output[1:])
     residual = residual.clone()
     residual[..., rows.row(block, 1), :] += noise_D.to(residual.dtype)
     return (hidden, residual, *output[2:])
+
+
+def _of_size(noise_D: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    """float32 [D]: `noise_D` with the norm of row 0 of the largest part. Unchanged for a row of zeros.
+
+    An element near the end of the dtype's range gets less, so that neither a part nor the sum overflows.
+    """
+    rows_PD = torch.stack([part.reshape(-1, noise_D.shape[0])[0].float() for part in parts])
+    size = rows_PD.norm(dim=1).max()
+    scaled_D = torch.where(size > 0, noise_D * (size / noise_D.norm()), noise_D)
+    room_D = (torch.finfo(parts[0].dtype).max - rows_PD.abs().sum(0)).clamp(min=0) / 2
+    return scaled_D.clamp(-room_D, room_D)
 
 
 def classify_output(output: Any, rows: ProbeRows, hidden_size: int) -> str:
@@ -92,14 +113,13 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
     if shape not in ("pair", "one"):
         raise UnsupportedEngineError(
             f"Block {block} ({class_name}) returns {shape}, not one residual stream per token; such models cannot be "
-            "steered yet. Start the model unarmed (without --steering-* flags), or leave the block out of "
-            "--steering-blocks."
+            f"steered yet. {LEAVE_OUT}, or start the model unarmed (without --steering-* flags)."
         )
     baseline_D = final_TD[0]
     by_hidden_D = final_TD[rows.row(block, 0)] - baseline_D
     by_residual_D = final_TD[rows.row(block, 1)] - baseline_D
     size = float(by_hidden_D.norm())
-    # Rounding in the model's dtype makes equal rows differ slightly; a real effect is far larger.
+    # Rounding in the model's dtype makes equal rows differ slightly; noise as large as the stream does far more.
     if math.isfinite(size) and size > 1e-3 * float(baseline_D.norm()):
         if shape == "one":
             return StreamForm.ONE
@@ -109,8 +129,8 @@ def stream_form(block: int, shape: str, rows: ProbeRows, final_TD: torch.Tensor,
             return StreamForm.SPLIT
     raise UnsupportedEngineError(
         f"Block {block} ({class_name}) carries its residual stream in no known form: noise in the parts of its output "
-        f"changed the final hidden states by {size:.3g} and {float(by_residual_D.norm()):.3g}. Leave the block out of "
-        "--steering-blocks, or start the model unarmed."
+        f"changed the final hidden states by {size:.3g} and {float(by_residual_D.norm()):.3g}. "
+        f"{LEAVE_OUT}, or start the model unarmed."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ class Journal:
         never overwritten.
 
     Raises:
-        EvaluationError: the file belongs to another run, or is not a journal.
+        EvaluationError: the file belongs to another run, or is not a journal; or a run that has not ended writes it.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -30,13 +31,17 @@ class Journal:
         self._scores: dict[Key, dict[str, float]] = {}
         head = json.dumps({"steer_engine_journal": 1, **facts}, sort_keys=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep = self._read(head) if path.exists() and path.stat().st_size else 0
-        self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(keep)  # removes an incomplete line of a run that was killed
-        self._file.seek(keep)
-        if keep == 0:
-            self._file.write(head.encode() + b"\n")
-            self._file.flush()
+        self._file: IO[bytes] = path.open("a+b")
+        try:
+            self._lock()
+            keep = self._read(head)
+            self._file.truncate(keep)  # removes an incomplete line of a run that was killed
+            if keep == 0:
+                self._file.write(head.encode() + b"\n")
+                self._file.flush()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Journal:
         return self
@@ -64,6 +69,17 @@ class Journal:
         """Flush all added measurements to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        """Take the exclusive right to write. The system releases the lock if the process dies."""
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EvaluationError(
+                f"{self._path}: another run is writing this file; wait for it, end it, or choose another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def _read(self, head: str) -> int:
         """Load the measurements of an earlier run. Returns the length of the complete lines in bytes."""

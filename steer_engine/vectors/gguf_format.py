@@ -90,7 +90,7 @@ def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool
     if llama_cpp and 0 in vector.directions:
         raise VectorFileError(
             "llama.cpp rejects a control vector with a direction for block 0. Leave that block out "
-            "(restrict to blocks from 1), or write EasySteer's variant (llama_cpp=False)."
+            "(in Python: vector.restrict(range(1, number of blocks))), or write .safetensors."
         )
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / "vector.gguf"

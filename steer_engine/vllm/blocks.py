@@ -18,7 +18,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from steer_engine.engine.stream import ProbeRows, StreamForm, classify_output, perturb, stream_form
+from steer_engine.engine.stream import LEAVE_OUT, ProbeRows, StreamForm, classify_output, perturb, stream_form
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.vllm.fused_norm import Pair, find_following_norms, fusible_norms
 from steer_engine.vllm.patching import Symbol
@@ -36,8 +36,12 @@ USED = (
 STREAM_KEYS = {"hidden_states", "residual"}
 """What a pipeline stage passes on if its blocks carry one residual stream. Others pass on more, e.g. images."""
 
-NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "encoder")
+NOT_TEXT = ("vision", "visual", "audio", "image", "speech")
 """Words in the module names of encoders. Their blocks do not belong to the language model."""
+
+ENCODER = "encoder"
+"""Means an encoder only beside another list: ChatGLM's decoder is called so. If the list is an encoder after all, the
+probe refuses it, because a text does not run through it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,19 @@ def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
     Raises:
         UnsupportedEngineError: there is no such list, or more than one.
     """
+    found = _lists_of_blocks(model, num_blocks)
+    if len(found) > 1:
+        found = {name: blocks for name, blocks in found.items() if ENCODER not in name} or found
+    if len(found) != 1:
+        raise UnsupportedEngineError(
+            f"Cannot identify the {num_blocks} transformer blocks of {type(model).__name__}: candidates "
+            f"{sorted(found)}. Start it without steering."
+        )
+    return next(iter(found.values()))
+
+
+def _lists_of_blocks(model: nn.Module, num_blocks: int) -> dict[str, nn.ModuleList]:
+    """The outermost lists of `num_blocks` modules outside encoders of other media, each once, by name."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -100,11 +117,11 @@ def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
     }
     # A list inside a block (of experts, for example) can have the same length. The outermost list is the right one.
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    if len(outermost) != 1:
-        raise UnsupportedEngineError(
-            f"Cannot identify the {num_blocks} transformer blocks of {type(model).__name__}: candidates {outermost}."
-        )
-    return found[outermost[0]]
+    # Gemma 4 has a second list of the same modules, for a part of the model that is compiled by itself.
+    first_name: dict[tuple[int, ...], str] = {}
+    for name in outermost:
+        first_name.setdefault(tuple(map(id, found[name])), name)
+    return {name: found[name] for name in first_name.values()}
 
 
 def probe_forms(
@@ -156,7 +173,7 @@ def probe_forms(
         if shapes.get(block) != shapes[other]:
             raise UnsupportedEngineError(
                 f"Blocks {block} and {other} have the same class but return different outputs, so the form of block "
-                f"{block} is unknown. Leave it out of --steering-blocks."
+                f"{block} is unknown. {LEAVE_OUT}."
             )
     forms = {block: detected[substitute.get(block, block)] for block in armed}
     return forms, fusible_norms({block: norm for block, norm in norms.items() if block in forms}, forms)
@@ -219,8 +236,7 @@ def _substitute(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> 
             return {last: other}
     raise UnsupportedEngineError(
         f"Block {last} ({type(blocks[last]).__name__}) ends a stage of the pipeline that has no other block of its "
-        "class, so it is unknown how it carries the stream. Use fewer stages, or leave the block out of "
-        "--steering-blocks."
+        f"class, so it is unknown how it carries the stream. Use fewer stages. {LEAVE_OUT}."
     )
 
 

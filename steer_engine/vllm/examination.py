@@ -1,4 +1,6 @@
-"""Examines whether a model can be served steered: its configuration, and a small armed copy with random weights.
+"""Examines whether a model can be served steered: its configuration, and a small armed copy.
+
+The copy of a small model on disk has the model's own weights, any other copy random ones.
 
 Wraps nothing. Calls `EngineArgs.create_engine_config` and `LLMEngine.from_engine_args`, and reports why vLLM chooses a
 model runner. Known for vLLM 0.32 and 0.33. Importing this module imports vLLM, so call `name_plugins` and
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.engine.arg_utils import EngineArgs
@@ -25,7 +28,7 @@ from steer_engine.vllm.arming import most_rows
 from steer_engine.vllm.fused_norm import reason_not_to_fuse
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import hide_kernel_folder, register
-from steer_engine.vllm.supported import check_supported, model_shape
+from steer_engine.vllm.supported import PROMPT_LOGPROBS, check_supported, model_shape, refuses_prompt_logprobs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,7 +46,6 @@ T = TypeVar("T")
 MAX_REASON_CHARS = 400
 
 COPY_ARGS: dict[str, Any] = {
-    "load_format": "dummy",
     "enforce_eager": True,
     "max_model_len": 256,
     "max_num_seqs": 2,
@@ -52,13 +54,15 @@ COPY_ARGS: dict[str, Any] = {
     "speculative_config": None,
     "disable_log_stats": True,
 }
-"""Engine arguments of the copy: random weights and little memory. Neither changes how a block carries the stream."""
+"""Engine arguments of the copy: little memory, which does not change how a block carries the stream."""
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 FEW_BLOCKS = 4
 """Blocks of the copy of a large model, unless it needs more to have one of each kind."""
 
 LARGE = 0.5e9
-"""Approximate number of parameters from which the copy is smaller than the model."""
+"""Approximate number of parameters from which the copy is smaller than the model, with random weights."""
 
 MAX_EXPERTS = 16
 
@@ -93,11 +97,15 @@ class Diagnosis:
     runner_reason: str = ""
     probed_blocks: int = 0
     """Blocks of the copy; 0 if none was started."""
+    weights: str = ""
+    """Weights of the copy: "real" or "random"; empty if none was started."""
     forms: dict[str, list[int]] = field(default_factory=dict)
     kernel: str = ""
     fused_blocks: int = 0
     """Blocks of the copy that are edited inside the norm that follows them."""
     memory: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    """Requests without steering that an armed engine of this configuration refuses."""
 
     @property
     def serves(self) -> bool:
@@ -114,7 +122,7 @@ class _Stopped(Exception):
 def examine(argv: Sequence[str], *, probe: bool = True) -> Diagnosis:
     """Examine what `steer-engine serve` with `argv` would start.
 
-    probe: also start a small copy with random weights. Without it, only configurations are loaded.
+    probe: also start a small copy. Without it, only configurations are loaded.
     """
     # The copy runs in this process, so that its errors arrive unchanged.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -186,6 +194,7 @@ def _examine_configuration(diagnosis: Diagnosis, args: EngineArgs) -> VllmConfig
     diagnosis.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     diagnosis.max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     diagnosis.runner, diagnosis.runner_reason = model_runner(vllm_config)
+    diagnosis.refused = [PROMPT_LOGPROBS] if refuses_prompt_logprobs(vllm_config) else []
     device = footprint(vllm_config, config)
     diagnosis.memory = {
         "bank": device.bank,
@@ -230,7 +239,9 @@ def model_runner(vllm_config: VllmConfig) -> tuple[str, str]:
 
 def _examine_copy(diagnosis: Diagnosis, args: EngineArgs, vllm_config: VllmConfig) -> None:
     """Start a small armed copy and record the stream forms of its blocks, and its kernel."""
-    worker = _start_copy(args)
+    real = args.load_format != "dummy" and has_small_weights(args.model, vllm_config.model_config.hf_text_config)
+    diagnosis.weights = "real" if real else "random"
+    worker = _start_copy(args if real else replace(args, load_format="dummy"))
     diagnosis.probed_blocks = len(worker["armed_blocks"])
     for block, form in worker["forms"].items():
         diagnosis.forms.setdefault(form, []).append(int(block))
@@ -258,6 +269,15 @@ def _start_copy(args: EngineArgs) -> dict[str, Any]:
     status = engine_client.check_status([engine_client.call(engine, "status")])
     worker: dict[str, Any] = status["workers"][0]
     return worker
+
+
+def has_small_weights(model: str, text: Any) -> bool:
+    """Whether `model` is a folder with the weights of a model that is not too large to load for an examination.
+
+    text: its Hugging Face configuration.
+    """
+    files = (path for pattern in WEIGHT_FILES for path in Path(model).glob(pattern))
+    return rough_size(text) < LARGE and any(files)
 
 
 def shrunken(config: Any) -> Any:

@@ -91,6 +91,16 @@ def refuse_unknown_flags(argv: Sequence[str]) -> None:
             raise UnsupportedEngineError(f"unknown flag {name}; valid flags: {', '.join(sorted(known))}.")
 
 
+def own_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Our flags among those of `serve`, without vLLM's parser, which takes seconds to import."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    named = [word.partition("=") for word in argv]
+    spelt = [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value
+             for name, sign, value in named]  # fmt: skip
+    return parser.parse_known_args(spelt)[0]
+
+
 def name_plugins() -> None:
     """Name every plugin in VLLM_PLUGINS: vLLM loads endpoint plugins by name only, and then general plugins as well.
 
@@ -118,7 +128,7 @@ def arm(args: argparse.Namespace) -> None:
     config = SteeringConfig.from_additional_config({CONFIG_KEY: settings})
     assert config is not None
     args.additional_config = additional | config.to_additional_config()
-    os.environ[VECTORS_ENV] = str(_vectors_folder(args.steering_vectors))
+    os.environ[VECTORS_ENV] = str(vectors_folder(args.steering_vectors))
     _set_limits(args.steering_limit)
     if args.steering_default is not None:
         os.environ[DEFAULT_PRESET_ENV] = args.steering_default
@@ -177,7 +187,8 @@ def _resolve_model(args: argparse.Namespace) -> None:
     args.model_tag = args.model = resolved
 
 
-def _vectors_folder(requested: Path | None) -> Path:
+def vectors_folder(requested: Path | None) -> Path:
+    """The folder of `--steering-vectors`, or its default, which is made."""
     import platformdirs
 
     given = requested or os.environ.get(VECTORS_ENV)
@@ -186,8 +197,14 @@ def _vectors_folder(requested: Path | None) -> Path:
         if not folder.is_dir():
             raise UnsupportedEngineError(f"--steering-vectors {folder} is not a folder.")
         return folder
-    folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the second: the user has no home
+        raise UnsupportedEngineError(
+            f"The default folder for vectors cannot be made ({error}). Name a folder: --steering-vectors DIR, or "
+            f"{VECTORS_ENV}."
+        ) from None
     return folder
 
 

@@ -3,7 +3,8 @@
 Wraps, known for vLLM 0.32 and 0.33:
 
 * `InputProcessor.__init__`: makes the `Frontend`.
-* `InputProcessor.process_inputs`: compiles the program, once per prompt, when the prompt's length is known.
+* `InputProcessor.process_inputs`: compiles the program, once per prompt, when the prompt's length is known. Refuses a
+  request that would end an armed engine.
 * `AsyncLLM.add_request`, `LLMEngine.add_request`: put the `ResolvedSpec` into the request's extra arguments, and ship
   its vectors. A server has resolved it by then, and left its digest on the request; others resolve it here.
 """
@@ -28,7 +29,7 @@ from steer_engine.resolve import ResolvedSpec
 from steer_engine.settings import SteeringConfig
 from steer_engine.vllm.engine_client import ship, ship_sync
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.supported import check_supported, model_shape
+from steer_engine.vllm.supported import PROMPT_LOGPROBS, check_supported, model_shape, refuses_prompt_logprobs
 
 logger = logging.getLogger("steer_engine.requests")
 
@@ -68,6 +69,8 @@ def _make_frontend(vllm_config: Any) -> Frontend:
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.steering.armed and getattr(params, "prompt_logprobs", None) is not None:
+            _check_prompt_logprobs(self.vllm_config)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         sampling = request.sampling_params
         if isinstance(sampling, SamplingParams) and sampling.extra_args:
@@ -75,6 +78,13 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return process_inputs
+
+
+def _check_prompt_logprobs(vllm_config: Any) -> None:
+    if refuses_prompt_logprobs(vllm_config):
+        raise VLLMValidationError(
+            f"{PROMPT_LOGPROBS} Leave it out, or use an engine without adapters.", parameter="prompt_logprobs"
+        )
 
 
 def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any]:

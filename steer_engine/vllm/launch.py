@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +17,7 @@ import httpx
 
 from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Send
+from steer_engine.settings import WITH_PARENT_ENV
 from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import inference_keys
@@ -47,11 +50,18 @@ def serve(argv: Sequence[str]) -> int:
     Raises:
         SteerError: the server cannot serve steered requests with these flags. Nothing was started.
     """
+    # The first process of a container ignores SIGTERM until it has a handler. vLLM's own comes after its imports, the
+    # conversion of a packaged model, and the copy of a mirror.
+    signal.signal(signal.SIGTERM, _exit)
     args = parse_serve_flags(argv)
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     ServeSubcommand.cmd(args)
     return 0
+
+
+def _exit(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
 
 
 def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -62,6 +72,7 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
     """
     refuse_unknown_flags(argv)
     name_plugins()
+    os.environ[WITH_PARENT_ENV] = "1"
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
 

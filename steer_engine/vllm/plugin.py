@@ -23,6 +23,8 @@ KERNEL_FOLDER = "triton_kernels"
 def register() -> None:
     """The `vllm.general_plugins` entry point: check vLLM's symbols and patch. Calling it again changes nothing.
 
+    vLLM calls it in every process that it starts, before a model is loaded.
+
     Raises:
         UnsupportedEngineError: an unknown vLLM; names its version and what differs.
     """
@@ -33,8 +35,10 @@ def register() -> None:
     logging.getLogger("steer_engine").parent = logging.getLogger("vllm")
 
     from steer_engine.vllm import symbols
+    from steer_engine.vllm.orphans import end_with_parent
     from steer_engine.vllm.patching import Patch, apply, check_symbols
 
+    end_with_parent()
     check_symbols(symbols.engine_symbols(), symbols.vllm_version())
     for module in symbols.ENGINE_MODULES:
         module.install()

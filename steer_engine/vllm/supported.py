@@ -46,6 +46,17 @@ def check_supported(vllm_config: VllmConfig) -> None:
         )
 
 
+PROMPT_LOGPROBS = (
+    "prompt_logprobs (or echo with logprobs) cannot be requested from an engine on a CPU with --enable-lora: in vLLM, "
+    "two such requests end the engine."
+)
+
+
+def refuses_prompt_logprobs(vllm_config: VllmConfig) -> bool:
+    """Whether requests with `prompt_logprobs` are refused, because vLLM's adapters on a CPU take one row a request."""
+    return vllm_config.lora_config is not None and vllm_config.device_config.device_type == "cpu"
+
+
 def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
     """The model's shape and what is armed, from the configuration alone. Requests are checked against it."""
     model = vllm_config.model_config

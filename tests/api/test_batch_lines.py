@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import Any
 import pytest
 
 from steer_engine.api import batch
-from steer_engine.api.batch import Line, answer_line, fault_line, parse_line, read_lines, resume
+from steer_engine.api.batch import (
+    Context,
+    Finished,
+    Line,
+    answer_line,
+    fault_line,
+    no_context,
+    parse_line,
+    read_lines,
+    resume,
+    writing,
+)
 from steer_engine.errors import BatchFileError
 
 
@@ -18,6 +30,12 @@ def request(custom_id: Any = "a", **fields: Any) -> bytes:
     return json.dumps(
         {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}} | fields
     ).encode()
+
+
+def line(number: int, custom_id: str | None, fault: str | None = None) -> Line:
+    """With the digest of its number and id."""
+    digest = hashlib.sha256(f"{number} {custom_id}".encode()).hexdigest()[:16]
+    return Line(number=number, digest=digest, custom_id=custom_id, fault=fault)
 
 
 def test_good_lines_of_each_kind(tmp_path: Path) -> None:
@@ -78,7 +96,7 @@ def test_finished_lines_take_four_bytes_each(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with path.open("wb") as file:
         for number in range(100_000):
-            file.write(answer_line(Line(number=number, custom_id=f"id {number}"), 200, {}))
+            file.write(answer_line(line(number, f"id {number}"), 200, {}))
     tracemalloc.start()
     finished = resume(path)
     used = tracemalloc.get_traced_memory()[0]
@@ -90,28 +108,84 @@ def test_finished_lines_take_four_bytes_each(tmp_path: Path) -> None:
 def test_resume_finds_the_answers_and_removes_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     assert resume(path).count == 0
-    good = answer_line(Line(number=2, custom_id="c"), 200, {"text": "ü\n"})
-    bad = answer_line(Line(number=0, custom_id="a"), 404, {"error": {}})
-    fault = fault_line(Line(number=1, custom_id=None, fault="no JSON"))
-    incomplete = answer_line(Line(number=3, custom_id="d"), 200, {})[:-5]
+    good = answer_line(line(2, "c"), 200, {"text": "ü\n"})
+    bad = answer_line(line(0, "a"), 404, {"error": {}})
+    fault = fault_line(line(1, None, fault="no JSON"))
+    incomplete = answer_line(line(3, "d"), 200, {})[:-5]
     path.write_bytes(good + bad + fault + incomplete)
     finished = resume(path)
     assert finished.count == 3
     assert path.read_bytes() == good + bad + fault
     for number, custom_id in ((2, "c"), (0, "a"), (1, None)):
-        assert finished.has(Line(number=number, custom_id=custom_id))
-    assert not finished.has(Line(number=3, custom_id="d"))
-    assert not finished.has(Line(number=999, custom_id="z"))
+        assert finished.has(line(number, custom_id))
+    assert not finished.has(line(3, "d"))
+    assert not finished.has(line(999, "z"))
     again = resume(path, retry_errors=True)
     assert again.count == 1
     assert path.read_bytes() == good
 
 
-def test_the_output_of_another_input_is_not_continued(tmp_path: Path) -> None:
+def answered(path: Path, *raw: bytes, context: Context = no_context) -> Finished:
+    """As found by a second run, after a first run has answered these lines."""
+    lines = [parse_line(number, each, context) for number, each in enumerate(raw)]
+    path.write_bytes(b"".join(answer_line(each, 200, {}) for each in lines))
+    return resume(path)
+
+
+def test_the_same_request_has_its_answer(tmp_path: Path) -> None:
+    finished = answered(tmp_path / "out", request("a"), request("b"), context=lambda body: b"model")
+    assert finished.has(parse_line(1, request("b") + b"\n", lambda body: b"model"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "context"),
+    [
+        (request("b"), b"model"),
+        (request(body={"prompt": "y"}), b"model"),
+        (request(body={"prompt": "x", "steering": {"edits": [{"vector": "v", "scale": 2}]}}), b"model"),
+        (request(url="/v1/chat/completions"), b"model"),
+        (request(), b"another model"),
+        (b"no JSON", b"model"),
+    ],
+    ids=["another id", "another prompt", "steered", "another endpoint", "another context", "a fault"],
+)
+def test_the_answer_to_another_request_is_not_kept(tmp_path: Path, raw: bytes, context: bytes) -> None:
+    finished = answered(tmp_path / "out", request(), context=lambda body: b"model")
+    with pytest.raises(BatchFileError, match=r"line 1 .* another request.*new output file"):
+        finished.has(parse_line(0, raw, lambda body: context))
+
+
+def test_an_output_without_digests_is_not_continued(tmp_path: Path) -> None:
+    """The format of earlier versions."""
+    path = tmp_path / "out"
+    answered(path, request())
+    record = json.loads(path.read_bytes())
+    del record["request_digest"]
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(BatchFileError, match="new output file"):
+        resume(path).has(parse_line(0, request()))
+
+
+def test_lines_that_are_too_long_differ_by_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MAX_LINE_BYTES", 100)
+    (tmp_path / "in").write_bytes(b"x" * 500 + b"\n" + b"x" * 500 + b"y\n" + b"x" * 500)
+    digests = [each.digest for each in read_lines(tmp_path / "in")]
+    assert len(set(digests[:2])) == 2
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_bytes(answer_line(Line(number=0, custom_id="a"), 200, {}))
-    with pytest.raises(BatchFileError, match="line 1"):
-        resume(path).has(Line(number=0, custom_id="b"))
+    with (
+        writing(path),
+        writing(tmp_path / "other.jsonl"),
+        pytest.raises(BatchFileError, match=r"out\.jsonl: another run is writing this file"),
+        writing(path),
+    ):
+        pass
+    with writing(path):
+        path.touch()
+    with pytest.raises(BatchFileError, match="cannot be written"), writing(path / "out.jsonl"):
+        pass
 
 
 @pytest.mark.parametrize("text", ["hello\n", "{}\n", '{"id": "x", "custom_id": "a"}\n', "[]\n", "3\n"])

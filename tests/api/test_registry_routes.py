@@ -350,7 +350,12 @@ async def test_limits_are_published(client: httpx.AsyncClient) -> None:
     limits = (await client.get("/v1/steering")).json()["limits"]
     groups = (Limits, ApiLimits, RegistryLimits, EngineLimits)
     assert {group.__name__ for group in groups} == {group.__name__ for group in NamedLimits.__subclasses__()}
-    names = {name for group in groups for name in group.model_fields} | {"rows", "bank_rows"}
+    names = {name for group in groups for name in group.model_fields} | {
+        "rows",
+        "bank_rows",
+        "max_edits_per_block",
+    }
     assert set(limits) == names
     assert limits["max_upload_bytes"] == 10_000
     assert limits["max_vectors"] == 3
+    assert limits["max_edits_per_block"] == limits["rows"] < limits["max_edits"]

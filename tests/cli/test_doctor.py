@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_models import rescaled
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,6 +44,8 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     unknown = {"architectures": ["UnknownForCausalLM"], "model_type": "llama"}
     (folder / "unknown").mkdir()
     (folder / "unknown" / "config.json").write_text(json.dumps(LLAMA | LARGE["7b"] | unknown))
+    no_weights = folder / "no weights"
+    shutil.copytree(tiny_llama, no_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     runs = {
         "7b": [str(folder / "7b"), *LARGE_FLAGS],
         "70b": [str(folder / "70b"), *LARGE_FLAGS, "--tensor-parallel-size", "8"],
@@ -50,6 +54,9 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "flag": [tiny_llama, "--memory-only", "--steering-row", "3"],
         "blocks": [tiny_llama, "--memory-only", "--steering-blocks", "1-3"],
         "unknown": [str(folder / "unknown"), "--memory-only"],
+        "adapters": [tiny_llama, "--memory-only", "--json", "--enable-lora"],
+        "dead": [str(rescaled(Path(tiny_llama), folder / "dead", {"model.norm.weight": 0.0}))],
+        "no weights": [str(no_weights), "--max-num-seqs", "8"],
         "tiny": [tiny_llama, "--json", "--max-num-seqs", "8", "--dtype", "float32", "--steering-fuse-norm"],
         "tiny table": [tiny_llama, "--memory-only", "--max-num-seqs", "8", "--dtype", "float32"],
     }
@@ -96,7 +103,7 @@ def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
     assert shown["num_symbols"] > 60
     assert shown["num_different"] == 0
     assert shown["forms"] == {"split": [0, 1, 2]}
-    assert (shown["probed_blocks"], shown["num_blocks"]) == (3, 3)
+    assert (shown["probed_blocks"], shown["num_blocks"], shown["weights"]) == (3, 3, "real")
     assert shown["runner"] in ("V1", "V2")
     assert shown["runner_reason"]
     assert shown["ops"] == ["add", "add_relative", "ablate", "clamp", "set"]
@@ -112,6 +119,7 @@ def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
         ("flag", "--steering-row"),
         ("blocks", "3 blocks"),
         ("unknown", "UnknownForCausalLM"),
+        ("dead", "no known form"),
     ],
 )
 def test_a_configuration_that_the_server_would_refuse(found: dict[str, tuple[int, str]], name: str, words: str) -> None:
@@ -123,6 +131,19 @@ def test_a_configuration_that_the_server_would_refuse(found: dict[str, tuple[int
     else:
         assert "no: " in printed
         assert "yes: " not in printed
+
+
+def test_a_yes_without_the_weights_says_so(found: dict[str, tuple[int, str]]) -> None:
+    status, printed = found["no weights"]
+    assert status == 0, printed
+    assert "yes: it can be served steered, judging by a copy with random weights" in printed
+    assert "its own weights were not examined" not in found["tiny table"][1]
+
+
+def test_requests_that_an_engine_with_adapters_refuses(found: dict[str, tuple[int, str]]) -> None:
+    (refused,) = diagnosis(found, "adapters")["refused"]
+    assert "prompt_logprobs" in refused
+    assert diagnosis(found, "7b")["refused"] == []
 
 
 def test_the_printed_table(found: dict[str, tuple[int, str]], tiny_llama: str) -> None:

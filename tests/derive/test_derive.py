@@ -184,6 +184,19 @@ def test_settings_are_refused_before_anything_starts(tiny_llama: str, name: str)
         derive(**{"model": tiny_llama, "pairs": "sentiment", "progress": False, **settings})
 
 
+@pytest.mark.parametrize("blocks", ["all", "0", "0-2"])
+def test_gguf_with_block_0_is_refused_before_anything_starts(tmp_path: Path, blocks: str) -> None:
+    from steer_engine.cli.main import app
+
+    out = str(tmp_path / "v.gguf")
+    arguments = ["derive", "org/none", "--pairs", str(tmp_path / "gone.jsonl"), "--out", out, "--blocks", blocks]
+    with pytest.raises(DerivationError, match=r"v\.gguf: llama\.cpp rejects .* --blocks 1-29 .*\.safetensors"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    arguments[-1] = "1-2"  # not refused: the pairs are read next
+    with pytest.raises(DerivationError, match=r"gone\.jsonl: cannot be read"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_block_that_the_model_lacks_is_refused_by_the_engine(tiny_llama: str) -> None:

@@ -156,6 +156,15 @@ def test_the_command_writes_a_vector(tmp_path: Path) -> None:
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+def test_gguf_with_block_0_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    from steer_engine.cli.main import app
+
+    write(tmp_path / "d", contrast(3), blocks=[0, 9])
+    arguments = ["fit", str(tmp_path / "d"), "--out", str(tmp_path / "v.gguf")]
+    with pytest.raises(DerivationError, match=r"v\.gguf: llama\.cpp rejects .*dump --blocks.*\.safetensors"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
 @pytest.mark.usefixtures("one_ray")
 def test_a_damaged_shard_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     folder = write(tmp_path / "d", contrast(30), cuts=(10, 20))

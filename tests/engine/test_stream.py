@@ -26,10 +26,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(HIDDEN_SIZE)
         self.mlp = nn.Sequential(nn.Linear(HIDDEN_SIZE, 96), nn.SiLU(), nn.Linear(96, HIDDEN_SIZE))
+        self.after = nn.RMSNorm(HIDDEN_SIZE, elementwise_affine=False)
+        self.size: float | None = None
+        """Gemma: each update has a size of its own (root mean square), whatever the stream's."""
 
     def update(self, stream: torch.Tensor) -> torch.Tensor:
         updated: torch.Tensor = self.mlp(self.norm(stream))
-        return updated
+        return updated if self.size is None else self.size * self.after(updated)
 
 
 class Split(Block):
@@ -142,6 +145,63 @@ def test_known_forms(form: type[Block], expected: StreamForm, seed: int, dtype: 
     model = Model(form, seed=seed, dtype=dtype)
     assert forms(model) == [expected] * NUM_BLOCKS
     assert forms(model, armed=[1, 4]) == [expected] * 2
+
+
+GEMMA = (89.0, 36_793.0)
+"""Norms of a row after the first and after the last block of Gemma 3 270M, in bfloat16."""
+
+
+def growing(form: type[Block], *, first: float, last: float, outlier: float, dtype: torch.dtype) -> Model:
+    """A model whose stream grows from norm `first` to `last`. outlier: value of one element of the embedding."""
+    model = Model(form, dtype=dtype)
+    model.embedding_D *= first / model.embedding_D.norm()
+    if outlier:
+        model.embedding_D[3] = outlier
+    per_block = (last / first) ** (1 / NUM_BLOCKS)
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        block.size = first * per_block ** (number + 1) / HIDDEN_SIZE**0.5
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outlier", [0.0, 30_000.0])
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (Split, StreamForm.SPLIT),
+        (HiddenOnly, StreamForm.HIDDEN_ONLY),
+        (One, StreamForm.ONE),
+    ],
+)
+def test_a_stream_that_grows_in_a_sixteen_bit_dtype(
+    form: type[Block], expected: StreamForm, outlier: float, dtype: torch.dtype
+) -> None:
+    """The noise is as large as the stream. Smaller noise would be lost in the dtype's rounding."""
+    first, last = GEMMA
+    model = growing(form, first=first, last=last, outlier=outlier, dtype=dtype)
+    assert forms(model) == [expected] * NUM_BLOCKS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", [Halved, Deaf])
+def test_a_stream_that_grows_in_no_known_form(form: type[Block], dtype: torch.dtype) -> None:
+    model = growing(form, first=GEMMA[0], last=GEMMA[1], outlier=0.0, dtype=dtype)
+    with pytest.raises(UnsupportedEngineError, match=form.__name__):
+        forms(model, armed=[0])
+
+
+def test_noise_is_as_large_as_the_stream_and_stays_in_range() -> None:
+    noise_D = torch.randn(D, generator=torch.Generator().manual_seed(0))
+    hidden = torch.full((T, D), 300.0, dtype=torch.float16)
+    residual = torch.full((T, D), -200.0, dtype=torch.float16)
+    perturbed, _ = perturb((hidden, residual), 0, ROWS, noise_D)
+    added_D = (perturbed - hidden)[ROWS.row(0, 0)].float()
+    assert float(added_D.norm()) == pytest.approx(float(hidden[0].float().norm()), rel=1e-2)
+    hidden[:, 0] = torch.finfo(torch.float16).max
+    perturbed, residual = perturb((hidden, residual), 0, ROWS, noise_D)
+    assert perturbed.isfinite().all()
+    assert (perturbed[0] + residual[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("form", [Split, HiddenOnly, One, WithNone])

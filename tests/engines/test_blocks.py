@@ -1,4 +1,4 @@
-"""What replaces attention and similar layers while the probe runs."""
+"""Where a model's transformer blocks are found, and what replaces attention and similar layers during the probe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from steer_engine.vllm.blocks import returning_zeros
+from steer_engine.errors import UnsupportedEngineError
+from steer_engine.vllm.blocks import find_blocks, returning_zeros
 
 pytestmark = pytest.mark.v1_only  # no engine
 
@@ -49,3 +50,68 @@ def test_a_returned_output_is_zeros(requested: torch.Size | None, shape: tuple[i
     assert torch.equal(answer, torch.zeros(shape))
     with pytest.raises(AssertionError, match="replaced"):
         layer(torch.ones(5, 12), torch.ones(5, 6))
+
+
+COUNT = 4
+"""Blocks of the models below."""
+
+
+def tree(**children: Any) -> nn.Module:
+    """A module with these children: modules, or the number of modules in a list."""
+    module = nn.Module()
+    for name, child in children.items():
+        module.add_module(name, stack(child) if isinstance(child, int) else child)
+    return module
+
+
+def stack(count: int = COUNT) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+
+
+def gemma4(*, shared: int) -> nn.Module:
+    """Gemma 4: two parts of the model hold slices of its blocks; `shared` blocks reuse another block's KV cache."""
+    blocks = stack()
+    self_decoder, cross_decoder = (
+        tree(decoder_layers=part) for part in (blocks[: COUNT - shared], blocks[COUNT - shared :])
+    )
+    return tree(model=tree(layers=blocks, self_decoder=self_decoder, cross_decoder=cross_decoder))
+
+
+MODELS: dict[str, tuple[nn.Module, str]] = {
+    "Llama": (tree(model=tree(layers=COUNT)), "model.layers"),
+    "Gemma 4 without KV sharing": (gemma4(shared=0), "model.layers"),
+    "Gemma 4": (gemma4(shared=2), "model.layers"),
+    "ChatGLM": (tree(transformer=tree(encoder=tree(layers=COUNT))), "transformer.encoder.layers"),
+    "GLM-4V": (
+        tree(transformer=tree(encoder=tree(layers=COUNT), vision=tree(transformer=tree(layers=COUNT)))),
+        "transformer.encoder.layers",
+    ),
+    "Granite Speech": (
+        tree(encoder=tree(layers=COUNT), language_model=tree(model=tree(layers=COUNT))),
+        "language_model.model.layers",
+    ),
+    "as many experts as blocks": (
+        tree(model=tree(layers=nn.ModuleList(tree(experts=COUNT) for _ in range(COUNT)))),
+        "model.layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_blocks_of_the_language_model_are_found(name: str) -> None:
+    model, path = MODELS[name]
+    assert find_blocks(model, COUNT) is model.get_submodule(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "candidates"),
+    [
+        (tree(one=tree(layers=COUNT), other=tree(layers=COUNT)), "'one.layers', 'other.layers'"),
+        (tree(model=tree(layers=COUNT + 1)), r"\[\]"),
+        (tree(vision_tower=tree(layers=COUNT)), r"\[\]"),
+    ],
+    ids=["two lists", "another length", "an image encoder alone"],
+)
+def test_a_model_without_one_list_of_blocks_is_refused(model: nn.Module, candidates: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match=candidates):
+        find_blocks(model, COUNT)

@@ -13,6 +13,7 @@ from helpers.engines import TINY_BLOCKS, VECTORS
 from helpers.oracle import Oracle
 from helpers.traffic import SPECS, Start, asks, assert_right
 from safetensors.torch import save_file
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 RANK, ALPHA = 8, 16
@@ -80,3 +81,8 @@ def test_an_adapter_and_steering_in_one_request(start: Start, oracle: Oracle, ad
     assert both.spec is not None
     moved = adapted.logprobs(both.prompt, both.spec)[-1] - oracle.logprobs(both.prompt, both.spec)[-1]
     assert abs(moved).max() > 1e-2, "the adapter does nothing"
+    # Two of these would end the engine.
+    logprobs_too = [params(None, max_tokens=2, prompt_logprobs=0) for _ in range(2)]
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+        llm.generate(inputs[:2], logprobs_too, use_tqdm=False)
+    assert len(llm.generate(inputs[:2], wanted[:2], use_tqdm=False)) == 2

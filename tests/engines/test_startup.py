@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vllm
 from helpers.driving import edit, generate, sampled, steering, tokens
-from helpers.engines import SETTINGS, kept, random_vector
+from helpers.engines import SETTINGS, TINY_BLOCKS, assert_meant, kept, random_vector
+from helpers.tiny_models import rescaled, tiny_llama_path
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from steer_engine import LLM
+from steer_engine.cli.engine_options import engine_args
+from steer_engine.derive.capture_config import CaptureConfig
+from steer_engine.derive.capture_engine import CaptureEngine
 from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
 from steer_engine.settings import CONFIG_KEY, SteeringConfig
 from steer_engine.vllm import examination, symbols
 from steer_engine.vllm.patching import Patch, Symbol, apply, check_symbols
 from steer_engine.vllm.plugin import register
-from steer_engine.vllm.supported import check_supported
+from steer_engine.vllm.supported import check_supported, refuses_prompt_logprobs
 
 
 def test_every_symbol_is_as_we_know_it() -> None:
@@ -90,6 +96,14 @@ def test_modes_that_are_not_exact_are_refused(tiny_llama: str, what: str) -> Non
         check_supported(config)
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_prompt_logprobs_beside_adapters_are_refused_on_a_cpu(tiny_llama: str, lora: bool) -> None:
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, enable_lora=lora, **SETTINGS).create_engine_config()
+    assert refuses_prompt_logprobs(config) == lora
+    config.device_config.device_type = "cuda"
+    assert not refuses_prompt_logprobs(config)
+
+
 def test_sequence_parallel_moe_is_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineArgs(model=tiny_llama, enforce_eager=True, **SETTINGS).create_engine_config()
     monkeypatch.setattr(type(config.parallel_config), "use_sequence_parallel_moe", True)
@@ -129,6 +143,26 @@ def test_an_unarmed_engine_is_untouched_and_refuses(tiny_llama: str) -> None:
     assert sampled(generate(plain, [prompt], [None])[0]) == before
 
 
+GROWING = {
+    "model.embed_tokens.weight": 100.0,
+    "model.layers.0.mlp.down_proj.weight": 300.0,
+    "model.layers.1.mlp.down_proj.weight": 3000.0,
+    "model.layers.2.mlp.down_proj.weight": 8000.0,
+}
+"""The stream's rows get norms of 80 to about 30,000, as those of Gemma 3."""
+
+
+@pytest.mark.v1_only
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_stream_that_grows_is_recognised(tiny_models_dir: Path, tmp_path: Path, dtype: str) -> None:
+    path = rescaled(tiny_llama_path(tiny_models_dir), tmp_path / "growing", GROWING)
+    llm = kept(LLM(str(path), capture=True, enforce_eager=True, dtype=dtype, **SETTINGS))
+    assert_meant(llm, num_blocks=TINY_BLOCKS)
+    (rows_LPD,) = llm.capture([{"prompt_token_ids": tokens(7, 20)}], "all")
+    norms_L = np.linalg.norm(rows_LPD, axis=-1).mean(axis=1)
+    assert norms_L[0] < 2000 < 10_000 < norms_L[-1] < 50_000
+
+
 def test_a_leaner_engine(tiny_llama: str) -> None:
     """Only some blocks and one operation armed: those work, the others are refused by name."""
     config = SteeringConfig(blocks="1-2", ops=("add",), rows=1)
@@ -147,3 +181,18 @@ def test_a_leaner_engine(tiny_llama: str) -> None:
     ):
         with pytest.raises(SteeringRequestError, match=words):
             generate(llm, [prompt], [spec])
+
+
+@pytest.mark.v1_only
+def test_an_engine_that_captures_texts_arms_only_what_it_captures(tiny_llama: str) -> None:
+    config = CaptureConfig.of(
+        tiny_llama, position="last", blocks="1-2", chat=False, source="pairs", dtype="float32", local=True,
+        engine_args=engine_args(
+            dtype="float32", tensor_parallel_size=1, max_model_len=512, gpu_memory_utilization=0.2
+        ) | {"num_gpu_blocks_override": 64},
+    )  # fmt: skip
+    engine = CaptureEngine(config)
+    assert engine.facts().blocks == (1, 2)
+    llm = kept(engine._llm)
+    assert llm.armed_blocks == (1, 2)
+    assert llm.llm_engine.vllm_config.cache_config.gpu_memory_utilization == 0.2

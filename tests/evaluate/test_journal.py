@@ -51,6 +51,17 @@ def test_a_journal_of_another_run_is_refused_and_unchanged(tmp_path: Path) -> No
     assert (tmp_path / "j.jsonl").read_bytes() == whole
 
 
+def test_two_runs_do_not_write_one_journal(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "j.jsonl")
+    with Journal(tmp_path / "j.jsonl", FACTS) as journal:
+        with pytest.raises(EvaluationError, match=r"j\.jsonl: another run is writing this file"):
+            Journal(tmp_path / "j.jsonl", FACTS)
+        journal.add(("test", "baseline", "q3"), SCORE)
+    with Journal(tmp_path / "j.jsonl", FACTS) as journal:
+        assert len(journal) == 4
+    assert (tmp_path / "j.jsonl").read_bytes().startswith(whole)
+
+
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     whole = filled(tmp_path / "j.jsonl")
     (tmp_path / "j.jsonl").write_bytes(whole + b"[]\n")

@@ -36,7 +36,8 @@ _COMMON: dict[str, Any] = {
 _MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FORM = {
     "llama": "split", "mistral": "split", "qwen2": "split", "qwen3": "split", "gemma2": "split", "gemma3_text": "split",
-    "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one", "falcon": "one",
+    "gemma4_text": "one", "phi3": "split", "olmo2": "one", "gpt_neox": "one", "gpt2": "one", "opt": "one",
+    "falcon": "one",
     "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
     "qwen3_moe": "split", "granitemoehybrid": "hidden-only", "phimoe": "hidden-only", "deepseek_v2": "split",
     "deepseek_v3": "split", "lfm2": "split",
@@ -79,6 +80,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
     },
     "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "sliding_window": 128},
+    # No block shares the KV cache of another: then a second list holds the same blocks (see find_blocks).
+    "gemma4_text": {
+        "tie_word_embeddings": True,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "global_head_dim": 32,
+        "sliding_window": 128,
+    },
     "phi3": {"original_max_position_embeddings": 512, "partial_rotary_factor": 1.0},
     "gpt2": {"n_embd": HIDDEN, "n_layer": 3, "n_head": 2, "n_positions": 512, "n_inner": 128},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN, "activation_function": "relu"},

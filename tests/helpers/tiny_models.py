@@ -58,6 +58,18 @@ def tiny_llama_path(
     return final
 
 
+def rescaled(source: Path, folder: Path, factors: dict[str, float]) -> Path:
+    """A copy of a checkpoint under `folder` whose tensors are multiplied by `factors`, by name."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, factor in factors.items():
+        tensors[name] = tensors[name] * factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _save(folder: Path, settings: dict[str, Any], dtype: str, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

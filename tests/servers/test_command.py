@@ -132,6 +132,17 @@ def test_the_rust_frontend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         flags.arm(args)
 
 
+def test_a_home_that_cannot_be_written_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container with HOME=/ and a random user id."""
+    monkeypatch.delenv("XDG_DATA_HOME")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(UnsupportedEngineError, match=r"--steering-vectors DIR, or STEER_ENGINE_VECTORS"):
+        armed("org/model")
+
+
 def test_strict_names_the_broken_file_before_the_engine_starts(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no header")
     with pytest.raises(VectorFileError, match=r"broken\.safetensors"):

@@ -1,0 +1,149 @@
+"""A server ends when it is told to, also while it starts, and no process that it started is left."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.server_process import SMALL, START_SECONDS, Server
+
+from steer_engine.settings import WITH_PARENT_ENV
+from steer_engine.vllm import orphans
+from steer_engine.vllm.orphans import GRACE_SECONDS, end_with_parent
+
+SECONDS = 30.0
+"""More than two imports take on a busy machine."""
+
+
+def parent(child: Callable[[Connection], None], writer: Connection) -> None:
+    """Start `child`, which says its process id, and wait to be killed."""
+    multiprocessing.get_context("spawn").Process(target=child, args=(writer,)).start()
+    time.sleep(10 * SECONDS)
+
+
+def watching(writer: Connection) -> None:
+    end_with_parent()
+    end_with_parent()
+    writer.send(os.getpid())
+    time.sleep(10 * SECONDS)
+
+
+def watching_deaf_to_signals(writer: Connection) -> None:
+    """As an engine core that is starting: vLLM notes SIGTERM and goes on."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    end_with_parent()
+    writer.send(os.getpid())
+    deadline = time.monotonic() + 10 * SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def orphan(child: Callable[[Connection], None]) -> psutil.Process:
+    """A process of `child` whose parent has just been killed."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    started = context.Process(target=parent, args=(child, writer))
+    started.start()
+    assert reader.poll(SECONDS)
+    found = psutil.Process(reader.recv())
+    started.kill()
+    started.join()
+    return found
+
+
+def seconds_to_end(process: psutil.Process, at_most: float) -> float | None:
+    """How long it runs from now; None if it still runs after `at_most` seconds."""
+    began = time.monotonic()
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() - began > at_most:
+            return None
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("child", [watching, watching_deaf_to_signals])
+def test_a_process_ends_with_its_parent(child: Callable[[Connection], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WITH_PARENT_ENV, "1")
+    took = seconds_to_end(orphan(child), GRACE_SECONDS + SECONDS)
+    assert took is not None
+
+
+def test_a_process_that_no_server_started_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WITH_PARENT_ENV, raising=False)
+    left = orphan(watching)
+    try:
+        assert seconds_to_end(left, 1.0) is None
+    finally:
+        left.kill()
+
+
+def test_a_process_without_a_parent_of_ours_watches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WITH_PARENT_ENV, "1")
+    end_with_parent()
+    assert orphans._NAME not in {thread.name for thread in threading.enumerate()}
+
+
+def handles_sigterm(process: psutil.Process) -> bool:
+    """Without a handler, the first process of a container ignores the signal."""
+    caught = Path(f"/proc/{process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start the first process of a container")
+def test_the_first_process_of_a_container_ends_while_it_imports_vllm(tiny_llama: str, tmp_path: Path) -> None:
+    command = ["unshare", "--fork", "--pid", "--kill-child", sys.executable, "-P", "-m", "steer_engine", "serve"]
+    with (tmp_path / "log").open("wb") as log:
+        outer = subprocess.Popen([*command, tiny_llama, *SMALL], stdout=log, stderr=log)
+    try:
+        while outer.poll() is None:
+            for server in filter(handles_sigterm, psutil.Process(outer.pid).children()):
+                server.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+    finally:
+        outer.kill()
+    assert outer.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def spawned_by(pid: int) -> list[psutil.Process]:
+    """The engine processes of a server, also before they have their names."""
+    return [
+        child
+        for child in psutil.Process(pid).children(recursive=True)
+        if any("spawn_main" in word or "EngineCore" in word for word in child.cmdline())
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_a_server_that_ends_while_its_engine_starts_leaves_no_process(
+    tiny_llama: str, tmp_path: Path, sent: signal.Signals
+) -> None:
+    command = [sys.executable, "-P", "-m", "steer_engine", "serve", tiny_llama, *SMALL]
+    server = Server(command, tmp_path / "log", wait=False)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not (engines := spawned_by(server.process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(3)  # it imports vLLM, which takes longer, and has not loaded the plugin
+        began = time.monotonic()
+        server.process.send_signal(sent)
+        assert server.process.wait(SECONDS) != 0
+        _, left = psutil.wait_procs(engines, timeout=SECONDS + GRACE_SECONDS)
+        assert left == [], f"{time.monotonic() - began:.0f} s after the signal"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)
