@@ -29,7 +29,7 @@ from steer_engine.vectors.metadata import (
     metadata_to_text,
     parse_json_object,
 )
-from steer_engine.vectors.storage import write_atomically
+from steer_engine.vectors.storage import read_vector_file, write_atomically
 
 MAGIC = b"GGUF"
 """The first bytes of a file."""
@@ -56,26 +56,22 @@ def load(path: str | os.PathLike[str], *, keys: Keys = "added") -> ControlVector
     Raises:
         VectorFileError: not such a file. The message names the path and says what is wrong.
     """
-    path = Path(path)
+    data = read_vector_file(Path(path), MAX_FILE_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{size} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
-        check_header(path.read_bytes())
-        return _read(path, keys)
+        return from_bytes(data, keys=keys)
     except VectorFileError as error:
         raise type(error)(f"{path}: {error.message}") from None
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
-def from_bytes(data: bytes) -> ControlVector:
+def from_bytes(data: bytes, *, keys: Keys = "added") -> ControlVector:
     """Read a control vector from the bytes of a file. Raises VectorFileError."""
+    if len(data) > MAX_FILE_BYTES:
+        raise VectorFileError(f"{len(data)} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
     check_header(data)
     with tempfile.NamedTemporaryFile(suffix=".gguf") as copy:  # the gguf package reads files only
         copy.write(data)
         copy.flush()
-        return _read(Path(copy.name), "added")
+        return _read(Path(copy.name), keys)
 
 
 def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool = True) -> None:

@@ -23,13 +23,16 @@ from steer_engine.errors import RegistryError, SteeringRequestError, Unsupported
 from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import files, gguf_format, safetensors_format
 from steer_engine.vectors.folder import NAME, NAME_RULE, PRESET_SUFFIX, check_preset
-from steer_engine.vectors.manifest import FOLDER, MANIFEST, OBJECTS, Manifest, object_name, preset_digest
-from steer_engine.vectors.storage import disk_errors, write_atomically
+from steer_engine.vectors.manifest import FOLDER, MANIFEST, OBJECTS, Manifest, preset_digest
+from steer_engine.vectors.storage import disk_errors, read_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
 STATE = ".steer-engine-mirror.json"
 LOCK = ".steer-engine-mirror.lock"
+
+MAX_STATE_BYTES = 1 << 26
+"""Size of the state: ten times that of 20,000 copies."""
 
 
 class _Copy(BaseModel):
@@ -215,9 +218,9 @@ class Mirror:
         manifest = Manifest.model_validate(json.loads(raw))
         found = {
             f"{name}.safetensors": _Source(
-                version=entry.digest,
+                version=entry.object_name,
                 digest=entry.digest,
-                path=f"{root}/{OBJECTS}/{object_name(entry.digest)}",
+                path=f"{root}/{OBJECTS}/{entry.object_name}",
             )
             for name, entry in manifest.vectors.items()
             if NAME.fullmatch(name)
@@ -229,7 +232,7 @@ class Mirror:
 
     def _state(self) -> _State:
         try:
-            return _State.model_validate_json((self.folder / STATE).read_bytes())
+            return _State.model_validate_json(read_file(self.folder / STATE, MAX_STATE_BYTES)[0])
         except FileNotFoundError:
             return _State(url=self.url)
         except (OSError, ValueError) as error:

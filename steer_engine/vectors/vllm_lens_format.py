@@ -24,6 +24,7 @@ import numpy.typing as npt
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE
+from steer_engine.vectors.storage import read_vector_file
 
 MAX_FILE_BYTES = 1 << 28
 MAX_DATA_BYTES = MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
@@ -39,12 +40,9 @@ def load(path: Path) -> ControlVector:
     Raises:
         VectorFileError: not such an object, or one that a control vector cannot express (see `from_object`).
     """
+    data = read_vector_file(path, MAX_FILE_BYTES)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{path}: the file has more than {MAX_FILE_BYTES} bytes.")
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+        parsed = json.loads(data)
     except (ValueError, RecursionError):
         raise VectorFileError(f"{path}: not JSON.") from None
     if isinstance(parsed, list) and len(parsed) == 1:
