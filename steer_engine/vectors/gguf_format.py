@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from steer_engine.errors import VectorFileError
+from steer_engine.spec import shown
 from steer_engine.vectors.control_vector import ControlVector, Direction
 from steer_engine.vectors.gguf_keys import METADATA_KEY, Keys, glp_values, use_of
 from steer_engine.vectors.metadata import (
@@ -118,14 +119,14 @@ def _read(path: Path, keys: Keys) -> ControlVector:
         raise
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         # The gguf package has no error class of its own. `check_header` has limited what it can read.
-        raise VectorFileError(f"The gguf package cannot read it ({type(error).__name__}: {error}).") from None
+        raise VectorFileError(f"The gguf package cannot read it ({type(error).__name__}: {str(error)[:80]}).") from None
 
 
 def _from_reader(reader: GGUFReader, keys: Keys) -> ControlVector:
     architecture = _text(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise VectorFileError(
-            f"The GGUF architecture is {architecture!r}; a control vector has one of {', '.join(ARCHITECTURES)}."
+            f"The GGUF architecture is {shown(architecture)}; a control vector has one of {', '.join(ARCHITECTURES)}."
         )
     directions: dict[int, Direction] = {}
     for tensor in reader.tensors:

@@ -95,9 +95,11 @@ def glp_values(extra: Mapping[str, str]) -> dict[str, str | float | int]:
     for key, kind in ((VERSION, int), (RANK, int), (ALPHA, float)):
         if key in values:
             try:
-                values[key] = kind(values[key])
+                values[key] = number = kind(values[key])
             except ValueError:
-                raise VectorFileError(f"The metadata's {key} is {shown(values[key])}, which is not a number.") from None
+                number = -1
+            if not 0 <= number < 2**32:  # the range of the file's type
+                raise VectorFileError(f"The metadata's {key} is {shown(extra[key])}; a number from 0 is needed.")
     return values
 
 

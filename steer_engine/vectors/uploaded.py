@@ -27,6 +27,7 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.settings import RegistryLimits
+from steer_engine.spec import shown
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.manifest import (
@@ -174,7 +175,7 @@ class UploadedVectors:
             if entry is None:
                 raise UnknownVectorError(f"There is no control vector {name!r} to delete.", param="name")
             if if_match not in (None, ANY, entry.digest):
-                raise PreconditionError(f"{name!r} is {entry.digest}, not {if_match}.")
+                raise PreconditionError(f"{name!r} is {entry.digest}, not {shown(if_match)}.")
             vectors = {other: kept for other, kept in manifest.vectors.items() if other != name}
             after = manifest.changed(vectors=vectors)
             _check_unused({name, entry.digest} - after.digests, name, manifest, file_presets)
@@ -201,7 +202,7 @@ class UploadedVectors:
             if spec is None:
                 raise UnknownVectorError(f"There is no preset {name!r} to delete.", param="name")
             if if_match not in (None, ANY, preset_digest(spec)):
-                raise PreconditionError(f"Preset {name!r} is {preset_digest(spec)}, not {if_match}.")
+                raise PreconditionError(f"Preset {name!r} is {preset_digest(spec)}, not {shown(if_match)}.")
             kept = {other: spec for other, spec in manifest.presets.items() if other != name}
             self._replace(manifest.changed(presets=kept), frees=True)
 
@@ -341,6 +342,6 @@ def _check_version(name: str, found: str | None, new: str, if_match: str | None)
     """Check that `name`, whose digest is `found`, may become `new`."""
     if if_match is not None and (found is None or if_match not in (ANY, found)):
         state = "does not exist" if found is None else f"is {found}"
-        raise PreconditionError(f"{name!r} {state}; If-Match says {if_match}.")
+        raise PreconditionError(f"{name!r} {state}; If-Match says {shown(if_match)}.")
     if if_match is None and found is not None and found != new:
         raise RegistryConflictError(f"{name!r} already exists as {found}; to replace it, send that digest as If-Match.")

@@ -105,9 +105,10 @@ def test_a_projection_stays_one_when_it_is_written_as_gguf(tmp_path: Path) -> No
 
 def test_metadata_that_cannot_be_written_as_keys_are_refused(tmp_path: Path) -> None:
     vector = import_vector(write_gguf(tmp_path / "v.gguf", PROJECT), "gguf")
-    wrong = vector.with_metadata(extra=vector.metadata.extra | {"glp.rank": "one"})
-    with pytest.raises(VectorFileError, match=r"glp\.rank is 'one', which is not a number"):
-        save(wrong, tmp_path / "w.gguf")
+    for rank in ("one", "-1", "4294967296", "9" * 5000):
+        wrong = vector.with_metadata(extra=vector.metadata.extra | {"glp.rank": rank[:1024]})
+        with pytest.raises(VectorFileError, match=rf"glp\.rank is '{rank[:10]}.*; a number from 0 is needed"):
+            save(wrong, tmp_path / "w.gguf")
 
 
 def test_ignored_keys_are_named_in_the_notes(tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_replacing_a_name_needs_its_current_digest(tmp_path: Path) -> None:
         uploaded.put("new", one(2), if_match=ANY)
     with pytest.raises(PreconditionError):
         uploaded.delete("a", if_match=one(2).digest)
+    for change in (
+        lambda: uploaded.put("a", one(2), if_match="x" * 9000),
+        lambda: uploaded.delete("a", if_match="x" * 9000),
+    ):
+        with pytest.raises(PreconditionError, match=r"'x{70,76}\.\.\.'") as caught:
+            change()
+        assert len(caught.value.message) < 200
     assert uploaded.manifest().vectors["a"].digest == one(1).digest
     assert uploaded.put("a", one(2), if_match=one(1).digest) is False
     assert uploaded.put("a", one(3), if_match=ANY) is False
