@@ -6,6 +6,7 @@
     │   └── PayloadTooLargeError a published limit is exceeded (413)
     ├── CapacityError            a valid request, but no room for it now (503, with Retry-After)
     ├── VectorFileError          a file is not a usable control vector
+    │   ├── UnreadableFileError  the operating system cannot read the file now
     │   ├── UnusableVectorError  a well-formed file whose numbers are not finite, or all zero
     │   └── ModelMismatchError   a valid vector for another model
     ├── RegistryError            the registry of vectors and presets cannot do what is requested (503)
@@ -66,6 +67,10 @@ class CapacityError(SteerError):
 
 class VectorFileError(SteerError, ValueError):
     """A file, or the bytes of one, is not a usable control vector."""
+
+
+class UnreadableFileError(VectorFileError):
+    """The operating system cannot read the file now; its content is unknown."""
 
 
 class UnusableVectorError(VectorFileError):

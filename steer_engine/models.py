@@ -28,6 +28,8 @@ from steer_engine.settings import CACHE_ENV
 MANIFEST = "steer_engine_manifest.json"
 MANIFEST_FORMAT = 1
 
+_TOKENIZER_KEYS = ("model", "add_bos_token", "add_eos_token")
+
 Say = Callable[[str], None]
 """Receives progress messages, one line each."""
 
@@ -170,12 +172,34 @@ def find_source(model: PackagedModel) -> Path:
 def convert(source: Path, folder: Path) -> None:
     """Write weights (bfloat16), configuration and tokenizer of a GGUF model to `folder`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True)
+    )
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    convert_tokenizer(source, folder)
+
+
+def convert_tokenizer(source: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF model to `folder`.
+
+    Transformers ignores the keys that say whether a text begins with BOS and ends with EOS. Without its BOS, a model
+    such as Gemma 3 answers badly. A file without the key for BOS means what llama.cpp takes: only SentencePiece
+    tokenizers ("llama") add it.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    fields = GGUFReader(source).fields
+    keys = {name: fields[key].contents() for name in _TOKENIZER_KEYS if (key := f"tokenizer.ggml.{name}") in fields}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokens = tokenizer("a")["input_ids"]
+    adds = (tokens[:1] == [tokenizer.bos_token_id], tokens[-1:] == [tokenizer.eos_token_id])
+    wanted = (keys.get("add_bos_token", keys.get("model") == "llama"), keys.get("add_eos_token", False))
+    if adds != wanted:
+        tokenizer.add_bos_token, tokenizer.add_eos_token = wanted
+    tokenizer.save_pretrained(folder)
 
 
 def sha256_of(path: Path) -> str:

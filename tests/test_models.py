@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter
 
 from steer_engine import models
 from steer_engine.errors import ModelError
@@ -270,3 +271,56 @@ def test_the_real_checkpoint(smollm2: str) -> None:
         [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
     )
     assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def write_tokenizer(path: Path, architecture: str, kind: str, adds: dict[str, bool]) -> None:
+    """A GGUF model without weights, whose tokenizer knows `a` and `b`. kind: "llama" (SentencePiece) or "gpt2"."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(128)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model(kind)
+    space = "\u2581" if kind == "llama" else "\u0120"
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", space, "a", "b", f"{space}a", "ab", f"{space}ab"])
+    writer.add_token_types([3, 3, 3, 2] + [1] * 6)
+    if kind == "llama":
+        writer.add_token_scores([0.0] * 4 + [-float(rank) for rank in range(6)])
+    else:
+        writer.add_token_merges([f"{space} a", "a b", f"{space} ab"])
+    for name, number in (("bos", 2), ("eos", 1), ("unknown", 3), ("padding", 0)):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    for name, value in adds.items():
+        writer.add_bool(f"tokenizer.ggml.add_{name}_token", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("adds", "begins", "ends"),
+    [
+        ({"bos": True}, True, False),
+        ({"bos": False}, False, False),
+        ({"bos": True, "eos": True}, True, True),
+        ({"bos": False, "eos": True}, False, True),
+        ({}, None, False),  # llama.cpp's default: SentencePiece adds BOS
+    ],
+)
+@pytest.mark.parametrize(("architecture", "kind"), [("gemma3", "llama"), ("llama", "llama"), ("qwen2", "gpt2")])
+def test_a_converted_tokenizer_adds_the_special_tokens_that_the_file_says(
+    tmp_path: Path, architecture: str, kind: str, adds: dict[str, bool], begins: bool | None, ends: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path / "model.gguf", architecture, kind, adds)
+    models.convert_tokenizer(tmp_path / "model.gguf", tmp_path / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    tokens = tokenizer("ab")["input_ids"]
+    assert (tokens[0] == 2) == (kind == "llama" if begins is None else begins)
+    assert (tokens[-1] == 1) == ends
+    assert {2, 1}.isdisjoint(tokenizer("ab", add_special_tokens=False)["input_ids"])

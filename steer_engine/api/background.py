@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from steer_engine.errors import CapacityError, RegistryError, SteerError
+from steer_engine.errors import CapacityError, SteerError
 from steer_engine.settings import MIRROR_SECONDS_ENV, MIRROR_URL_ENV
 from steer_engine.vectors.mirror import Mirror
 from steer_engine.vectors.registry import Registry
@@ -18,6 +18,9 @@ PROBE_TIMEOUT_SECONDS = 5.0
 GAUGE_SECONDS = 10.0
 
 MIRROR_SECONDS = 60.0
+
+MAX_REASON_CHARS = 200
+"""Of an error that is not ours, in the log."""
 
 Handshake = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -67,36 +70,52 @@ async def refresh_gauges(readiness: Readiness, registry: Registry, period: float
         try:
             status = await readiness.check()
             metrics.engine_refreshed(status["workers"], status["waiting"], status["ended_non_finite"])
-        except SteerError as error:
+        except Exception as error:  # the next round tries again, whatever it is
             metrics.engine_refreshed([])
-            logger.warning("Not ready: %s", error.message)
+            logger.warning("Not ready: %s", _reason(error))
         try:
             names, generation, fault = await asyncio.to_thread(
                 lambda: (registry.names(), registry.generation, registry.fault)
             )
             metrics.registry_refreshed(len(names), generation, readable=fault is None)
-        except SteerError as error:
-            logger.error("The registry cannot be read: %s", error.message)
+        except Exception as error:
+            metrics.registry_readable.set(0)
+            logger.error("The registry cannot be read: %s", _reason(error))
         await asyncio.sleep(period)
 
 
 async def sync_mirror(url: str, folder: Path, seconds: float) -> None:
-    """Keep `folder` in sync with `url` until cancelled. API processes that share the folder take turns."""
+    """Keep `folder` in sync with `url` until cancelled. API processes that share the folder take turns.
+
+    A round that fails for any reason is counted and logged, and the next one tries again.
+    """
     from steer_engine.api import metrics
 
-    mirror = Mirror(url, folder)
+    mirror: Mirror | None = None
     reported: str | None = None
     while True:
         fault = None
         try:
+            if mirror is None:
+                mirror = await asyncio.to_thread(Mirror, url, folder)
             await asyncio.to_thread(mirror.sync)
-        except RegistryError as error:
-            fault = error.message
+            metrics.mirror_left_out.set(len(mirror.faults))
+        except Exception as error:
+            fault = f"The mirror of {url} is not in sync: {_reason(error)}"
+            metrics.mirror_failures.inc()
+            if fault != reported:
+                logger.error("%s", fault, exc_info=None if isinstance(error, SteerError) else error)
         metrics.mirror_failing.set(fault is not None)
-        if fault != reported:
-            logger.error("%s", fault) if fault else logger.info("%s can be read again.", url)
+        if fault is None and reported is not None:
+            logger.info("%s can be read again.", url)
         reported = fault
         await asyncio.sleep(seconds)
+
+
+def _reason(error: Exception) -> str:
+    return (
+        error.message if isinstance(error, SteerError) else f"{type(error).__name__}: {str(error)[:MAX_REASON_CHARS]}"
+    )
 
 
 def start_mirror(folder: Path | None) -> asyncio.Task[None] | None:

@@ -42,7 +42,13 @@ registry_readable = Gauge(
 )
 mirror_failing = Gauge(
     "steer_engine_mirror_failing",
-    "1 while the URL of --steering-mirror cannot be read; 0 without one.",
+    "1 while the folder is not in sync with the URL of --steering-mirror, for any reason; 0 without one.",
+    multiprocess_mode="mostrecent",
+)
+mirror_failures = Counter("steer_engine_mirror_failures", "Rounds of --steering-mirror that failed.")
+mirror_left_out = Gauge(
+    "steer_engine_mirror_left_out",
+    "Files at the URL of --steering-mirror that are not usable; the log names them.",
     multiprocess_mode="mostrecent",
 )
 registry_generation = Gauge(

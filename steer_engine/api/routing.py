@@ -20,13 +20,14 @@ from starlette.responses import Response
 
 from steer_engine.api.answers import envelope_of, status_of
 from steer_engine.api.frontend import Frontend
-from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.errors import CapacityError, SteerError, SteeringRequestError, VectorFileError
 from steer_engine.settings import ADMIN_KEY_FILE_ENV, ADMIN_KEYS_ENV
 from steer_engine.spec import shown
-from steer_engine.vectors.storage import FileSignature, file_signature
+from steer_engine.vectors.storage import FileSignature, file_signature, read_file
 
 HEADER = "x-steering-admin-key"
 MIN_KEY_CHARS = 16
+MAX_KEY_FILE_BYTES = 1 << 20
 
 MAX_REQUEST_ID_CHARS = 128
 
@@ -78,7 +79,11 @@ class AdminKeys:
     def _digests(self) -> tuple[bytes, ...]:
         if self._file is None:
             return self._given
-        signature = file_signature(self._file)
+        try:
+            signature = file_signature(self._file)
+        except OSError as error:
+            logger.error("The admin key file %s cannot be read: %s.", self._file, error.strerror)
+            return self._given
         if signature != self._file_state[0]:
             self._file_state = (signature, _digests(_read_keys(self._file)))
         return self._given + self._file_state[1]
@@ -87,11 +92,11 @@ class AdminKeys:
 def _read_keys(file: Path) -> list[str]:
     """The lines of a key file. A file that cannot be read has no keys: removing it revokes them."""
     try:
-        return file.read_text("utf-8-sig").splitlines()
+        return read_file(file, MAX_KEY_FILE_BYTES)[0].decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    except (OSError, UnicodeDecodeError, VectorFileError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "message", "it is not UTF-8 text").rstrip(".")
         logger.error("The admin key file %s cannot be read: %s.", file, reason)
         return []
 

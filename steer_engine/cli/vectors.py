@@ -77,20 +77,52 @@ def import_file(
     kind: Annotated[str, typer.Option(help="Kind of file: gguf, caa, persona, refusal, layers or vllm-lens.")],
     out: Annotated[Path, typer.Option(help="File to write: .safetensors or .gguf.")],
     model: Annotated[str, typer.Option(help="Model that the vector was derived on, for the file's metadata.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace the output file if it exists, and ignore unknown keys of a GGUF file."),
+    ] = False,
 ) -> None:
-    """Convert a vector of repeng, llama.cpp, CAA, persona vectors, refusal direction or vllm-lens.
+    """Import a vector of repeng, llama.cpp, GLP, CAA, persona vectors, refusal direction or vllm-lens.
 
     Example: steer-engine vectors import vec_layer_13.pt --kind caa --out sycophancy.safetensors
     """
-    from steer_engine.vectors.files import SUFFIXES, save
     from steer_engine.vectors.importers import import_vector
+
+    _check_output(out, force)
+    vector = import_vector(path, kind, model=model, keys="ignored" if force else "understood")
+    _save(vector, out)
+    Console(soft_wrap=True, highlight=False).print(vector.metadata.notes, markup=False)
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(metavar="IN", help="A control-vector file: .safetensors or .gguf.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .safetensors or .gguf.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
+) -> None:
+    """Convert a vector's file from safetensors to GGUF, or back. Content and metadata stay the same.
+
+    Example: steer-engine vectors convert cheerful.safetensors cheerful.gguf
+    """
+    from steer_engine.vectors import gguf_format
+    from steer_engine.vectors.files import load
+
+    _check_output(out, force)
+    _save(gguf_format.load(path, keys="understood") if path.suffix == ".gguf" else load(path), out)
+
+
+def _check_output(out: Path, force: bool) -> None:
+    from steer_engine.vectors.files import SUFFIXES
 
     if out.suffix not in SUFFIXES:
         raise VectorFileError(f"{out}: the name of the output must end in {' or '.join(SUFFIXES)}.")
     if out.exists() and not force:
         raise VectorFileError(f"{out}: the file exists; choose another name, or replace it with --force.")
-    vector = import_vector(path, kind, model=model)
+
+
+def _save(vector: ControlVector, out: Path) -> None:
+    from steer_engine.vectors.files import save
+
     save(vector, out)
     Console(soft_wrap=True, highlight=False).print(
         f"{out}: blocks {list(vector.blocks)}, {vector.digest}", markup=False

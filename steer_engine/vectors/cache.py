@@ -27,7 +27,9 @@ Content = TypeVar("Content")
 
 @dataclass(kw_only=True)
 class VectorCache(Generic[Content]):
-    """Digest -> content, usually a `ControlVector`. The least recently used entries are removed first. Thread-safe.
+    """Digest, or name of an object -> content, usually a `ControlVector`. Thread-safe.
+
+    The least recently used entries are removed first.
 
     budget: bytes. The newest entry stays even if it is larger.
     """

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_engine.errors import ModelMismatchError, UnusableVectorError, VectorFileError
+from steer_engine.spec import shown
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata
 
 Direction = npt.NDArray[np.float32]
@@ -99,15 +100,16 @@ class ControlVector:
 
     def check(self, *, hidden_size: int, num_blocks: int) -> None:
         """Raise ModelMismatchError unless the vector fits a model of this width and depth."""
+        made_for = shown(self.metadata.model) if self.metadata.model else "another model"
         if self.hidden_size != hidden_size:
             raise ModelMismatchError(
                 f"The vector has hidden size {self.hidden_size} but the model has {hidden_size}; "
-                f"it was made for {self.metadata.model or 'another model'}."
+                f"it was made for {made_for}."
             )
         if self.blocks[-1] >= num_blocks:
             raise ModelMismatchError(
                 f"The vector has a direction for block {self.blocks[-1]} but the model's last is {num_blocks - 1}; "
-                f"it was made for {self.metadata.model or 'another model'}."
+                f"it was made for {made_for}."
             )
 
     def restrict(self, blocks: Iterable[int]) -> ControlVector:
@@ -195,7 +197,7 @@ def _checked_directions(given: Mapping[int, Any]) -> dict[int, Direction]:
         raise VectorFileError("A control vector needs a direction for at least one block; none was given.")
     for block in given:
         if isinstance(block, bool) or not isinstance(block, int | np.integer) or not 0 <= block < MAX_BLOCKS:
-            raise VectorFileError(f"Block {block!r} is not a block number; valid are 0 to {MAX_BLOCKS - 1}.")
+            raise VectorFileError(f"Block {shown(block)} is not a block number; valid are 0 to {MAX_BLOCKS - 1}.")
     checked: dict[int, Direction] = {}
     for block in sorted(given):
         array = np.asarray(given[block])

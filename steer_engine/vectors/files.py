@@ -10,6 +10,7 @@ from steer_engine.vectors import gguf_format, safetensors_format
 from steer_engine.vectors.control_vector import ControlVector
 
 SUFFIXES = (".safetensors", ".gguf")
+MAX_FILE_BYTES = max(safetensors_format.MAX_FILE_BYTES, gguf_format.MAX_FILE_BYTES)
 
 
 def load(path: str | os.PathLike[str]) -> ControlVector:

@@ -6,17 +6,16 @@ import json
 import logging
 import os
 import re
-import stat
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from steer_engine.errors import SteeringRequestError, VectorFileError
+from steer_engine.errors import SteeringRequestError, UnreadableFileError, VectorFileError
 from steer_engine.spec import parse_spec
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import SUFFIXES, load
-from steer_engine.vectors.storage import FileSignature, file_signature
+from steer_engine.vectors.storage import FileSignature, file_signature, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +30,42 @@ PRESET_SUFFIX = ".preset.json"
 MAX_PRESET_FILE_BYTES = 1 << 20
 
 
+class FolderWatch:
+    """Tells a folder that cannot be looked at now, such as an unmounted volume, from one whose files were removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._identity: tuple[int, int] | None = None
+        self.fault()
+
+    def fault(self) -> str | None:
+        """Why nothing can be said about the folder's files; None if it shows them. Clients see this text."""
+        try:
+            identity, is_empty = self._look()
+        except OSError as error:
+            return f"The registry's folder cannot be read ({error.strerror}); its last known state is served."
+        if is_empty and self._identity not in (None, identity):  # an unmounted volume leaves an empty mount point
+            return (
+                "An empty folder is in the place of the registry's folder, whose volume may not be mounted; its last "
+                "known state is served."
+            )
+        self._identity = identity
+        return None
+
+    def _look(self) -> tuple[tuple[int, int], bool]:
+        """The folder's device and inode, and whether it is empty. Raises OSError."""
+        status = self._folder.stat()
+        with os.scandir(self._folder) as entries:
+            return (status.st_dev, status.st_ino), next(entries, None) is None
+
+
 class FolderVectors:
     """Names and digests -> control vectors. Thread-safe.
 
     A `*.safetensors` or `*.gguf` file of the folder has its stem as its name. A lookup by name calls `stat` on that
     name's files and reads them only if they changed. A lookup by digest needs no disk, because the content of a digest
-    never changes. If a file becomes unusable, its last good version stays, and the log says so.
+    never changes. If a file becomes unusable, or cannot be looked at for a while, its last good version stays, and the
+    log says so.
 
     Args:
         directory: the folder; None for vectors in memory only.
@@ -56,6 +85,7 @@ class FolderVectors:
         self._faults: dict[Path, str] = {}
         if self._directory is not None and not self._directory.is_dir():
             raise VectorFileError(f"{self._directory}: the folder of control vectors does not exist.")
+        self._watch = None if self._directory is None else FolderWatch(self._directory)
         self._scan()
 
     @property
@@ -66,6 +96,12 @@ class FolderVectors:
     def faults(self) -> list[str]:
         """What is wrong with files that are left out, one sentence each."""
         return [self._faults[path] for path in sorted(self._faults)]
+
+    @property
+    def fault(self) -> str | None:
+        """Why the folder cannot be looked at now; None if it can."""
+        with self._lock:
+            return self._folder_fault()
 
     def find(self, name: str) -> ControlVector | None:
         """The current vector of a name."""
@@ -114,15 +150,37 @@ class FolderVectors:
             return
         try:
             found = sorted(Path(entry.path) for entry in os.scandir(self._directory) if _is_vector_file(entry.name))
-        except OSError as error:
-            # Vectors in memory stay available. The next scan finds the folder again if it comes back.
-            self._report(self._directory, f"{self._directory}: the folder cannot be read ({error.strerror}).")
+        except OSError:
+            found = []
+        # Vectors of before and vectors in memory stay available. The next scan finds the folder if it comes back.
+        if self._folder_fault() is not None:
             return
         for path in found:
             if NAME.fullmatch(path.stem) is None:
                 self._report(path, f"{path}: the file's stem is not usable as a name: {NAME_RULE}.")
         for name in {path.stem for path in found if NAME.fullmatch(path.stem)} | set(self._sources):
             self._refresh(name)
+        for path in found:
+            if path not in self._files and path not in self._faults:
+                self._report_unreadable(path)
+
+    def _folder_fault(self) -> str | None:
+        if self._watch is None or self._directory is None:
+            return None
+        if (away := self._watch.fault()) is not None:
+            self._report(self._directory, f"{self._directory}: {away}")
+        else:
+            self._faults.pop(self._directory, None)
+        return away
+
+    def _report_unreadable(self, path: Path) -> None:
+        """Report a file of the folder that cannot be looked at, such as a loop of symbolic links."""
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return  # it was removed meanwhile
+        except OSError as error:
+            self._report(path, f"{path}: cannot be read ({error.strerror}). It is left out.")
 
     def _refresh(self, name: str) -> None:
         """Update one name from the folder. Costs two `stat`, and a read only if a file changed."""
@@ -146,24 +204,28 @@ class FolderVectors:
 
     def _vector_of(self, path: Path) -> ControlVector | None:
         """The vector of a file, which is read only if it changed; None if the file is absent or was never usable."""
+        before, vector = self._files.get(path, (None, None))
         try:
-            status = path.stat()
-        except OSError:
+            signature = file_signature(path)
+        except OSError as error:
+            if vector is not None:
+                self._report(path, f"{path}: cannot be read ({error.strerror}).{_stays(vector)}")
+            return vector
+        if signature is None:
+            if vector is not None and self._folder_fault() is not None:
+                return vector
             self._files.pop(path, None)
             self._faults.pop(path, None)
             return None
-        signature = (status.st_mtime_ns, status.st_size, status.st_ino)
-        before, vector = self._files.get(path, (None, None))
         if before == signature:
             return vector
         try:
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device could block, or never end
-                raise VectorFileError(f"{path}: not a regular file.")
             vector = load(path)
             self._faults.pop(path, None)
         except VectorFileError as error:
-            kept = f" The version read before ({vector.digest}) stays." if vector is not None else " It is left out."
-            self._report(path, error.message + kept)
+            self._report(path, error.message + _stays(vector))
+            if isinstance(error, UnreadableFileError):
+                return vector  # without the new signature: the next lookup tries again
         self._files[path] = (signature, vector)
         return vector
 
@@ -171,7 +233,7 @@ class FolderVectors:
         before = self._by_name.get(name)
         if source is not None:
             self._sources[name] = source
-        if before is not None and before.digest == vector.digest:
+        if before is not None and before == vector and before.metadata == vector.metadata:
             return
         self._by_name[name] = vector
         self._by_digest[vector.digest] = vector
@@ -200,44 +262,56 @@ class PresetFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._watch = FolderWatch(folder)
         self._seen: dict[str, tuple[FileSignature, dict[str, Any] | None]] = {}
         self.faults: dict[str, str] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The preset's JSON, or None. Costs one `stat`, and a read only if the file changed."""
         path = self._folder / f"{name}{PRESET_SUFFIX}"
-        signature = file_signature(path)
-        if signature is None:
-            self._seen.pop(name, None)
-            self.faults.pop(name, None)
-            return None
-        known = self._seen.get(name)
-        if known is None or known[0] != signature:
-            known = (signature, self._read(name, path))
-            self._seen[name] = known
-        return known[1]
+        before, spec = self._seen.get(name, (None, None))
+        try:
+            signature = file_signature(path)
+            if signature is None:
+                if spec is not None and self._watch.fault() is not None:
+                    return spec
+                self._seen.pop(name, None)
+                self.faults.pop(name, None)
+                return None
+            if before != signature:
+                spec = self._read(name, path)
+                self._seen[name] = (signature, spec)
+        except OSError as error:
+            # The next lookup tries again. Names that are no file's are not reported: clients choose them.
+            if spec is not None:
+                self._report(name, f"{path}: cannot be read ({error.strerror}). The version read before stays.")
+        return spec
 
     def all(self) -> dict[str, dict[str, Any]]:
-        """Name -> preset, after a scan of the folder."""
+        """Name -> preset, after a scan of the folder. While it cannot be read: the presets read before."""
         try:
-            found = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.endswith(PRESET_SUFFIX))
+            found = {entry.name for entry in os.scandir(self._folder) if entry.name.endswith(PRESET_SUFFIX)}
         except OSError:
-            return {}
-        names = [name.removesuffix(PRESET_SUFFIX) for name in found if not name.startswith(".")]
-        return {name: spec for name in names if (spec := self.get(name)) is not None}
+            found = set()
+        names = {name.removesuffix(PRESET_SUFFIX) for name in found if not name.startswith(".")}
+        specs = {name: spec for name in sorted(names | set(self._seen)) if (spec := self.get(name)) is not None}
+        for name in names - self._seen.keys() - self.faults.keys():
+            self._report(name, f"{self._folder / name}{PRESET_SUFFIX}: cannot be read. It is left out.")
+        return specs
 
     def _read(self, name: str, path: Path) -> dict[str, Any] | None:
         try:
-            raw = path.read_bytes()
-            if len(raw) > MAX_PRESET_FILE_BYTES:
-                raise SteeringRequestError(f"the file has {len(raw)} bytes; at most {MAX_PRESET_FILE_BYTES} are read.")
-            spec = check_preset(json.loads(raw))
-        except (SteeringRequestError, OSError, ValueError, RecursionError) as error:
-            self.faults[name] = f"{path}: not a preset: {error} It is left out."
-            logger.error("%s", self.faults[name])
+            spec = check_preset(json.loads(read_file(path, MAX_PRESET_FILE_BYTES)[0]))
+        except (SteeringRequestError, ValueError, RecursionError) as error:
+            self._report(name, f"{path}: not a preset: {error} It is left out.")
             return None
         self.faults.pop(name, None)
         return spec
+
+    def _report(self, name: str, fault: str) -> None:
+        if self.faults.get(name) != fault:  # log it once, not once per request
+            self.faults[name] = fault
+            logger.error("%s", fault)
 
 
 def check_name(name: str) -> None:
@@ -261,6 +335,10 @@ def check_preset(spec: Any) -> dict[str, Any]:
         raise SteeringRequestError("a preset cannot have a capture; captures belong in requests.", "capture")
     assert isinstance(spec, dict)
     return spec
+
+
+def _stays(vector: ControlVector | None) -> str:
+    return " It is left out." if vector is None else f" The version read before ({vector.digest}) stays."
 
 
 def _is_vector_file(filename: str) -> bool:

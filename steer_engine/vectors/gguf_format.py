@@ -19,7 +19,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from steer_engine.errors import VectorFileError
+from steer_engine.spec import shown
 from steer_engine.vectors.control_vector import ControlVector, Direction
+from steer_engine.vectors.gguf_keys import METADATA_KEY, Keys, glp_values, use_of
 from steer_engine.vectors.metadata import (
     MAX_BLOCKS,
     MAX_HIDDEN_SIZE,
@@ -28,14 +30,12 @@ from steer_engine.vectors.metadata import (
     metadata_to_text,
     parse_json_object,
 )
-from steer_engine.vectors.storage import write_atomically
+from steer_engine.vectors.storage import read_vector_file, write_atomically
 
 MAGIC = b"GGUF"
 """The first bytes of a file."""
 
 ARCHITECTURES = ("controlvector", "steeringvector")
-METADATA_KEY = "steer_engine.metadata"
-
 MAX_FILE_BYTES = (1 << 21) + MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
 MAX_KEYS = 256
 MAX_STRING_BYTES = 1 << 20
@@ -49,32 +49,30 @@ _F32 = 0
 _NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
 
 
-def load(path: str | os.PathLike[str]) -> ControlVector:
+def load(path: str | os.PathLike[str], *, keys: Keys = "added") -> ControlVector:
     """Read a GGUF control vector of any of the known writers.
+
+    keys: which files are taken; by default only those whose directions are to be added, and nothing else.
 
     Raises:
         VectorFileError: not such a file. The message names the path and says what is wrong.
     """
-    path = Path(path)
+    data = read_vector_file(Path(path), MAX_FILE_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{size} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
-        check_header(path.read_bytes())
-        return _read(path)
+        return from_bytes(data, keys=keys)
     except VectorFileError as error:
         raise type(error)(f"{path}: {error.message}") from None
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
-def from_bytes(data: bytes) -> ControlVector:
+def from_bytes(data: bytes, *, keys: Keys = "added") -> ControlVector:
     """Read a control vector from the bytes of a file. Raises VectorFileError."""
+    if len(data) > MAX_FILE_BYTES:
+        raise VectorFileError(f"{len(data)} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
     check_header(data)
     with tempfile.NamedTemporaryFile(suffix=".gguf") as copy:  # the gguf package reads files only
         copy.write(data)
         copy.flush()
-        return _read(Path(copy.name))
+        return _read(Path(copy.name), keys)
 
 
 def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool = True) -> None:
@@ -97,6 +95,13 @@ def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool
         writer = GGUFWriter(staged, ARCHITECTURES[0])
         writer.add_string(f"{ARCHITECTURES[0]}.model_hint", _model_hint(vector.metadata))
         writer.add_int32(f"{ARCHITECTURES[0]}.layer_count", len(vector.blocks))
+        for key, value in glp_values(vector.metadata.extra).items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_float32(key, value)
         writer.add_string(METADATA_KEY, json.dumps(metadata_to_text(vector.metadata), ensure_ascii=False))
         for block, direction in vector.directions.items():
             writer.add_tensor(f"direction.{block}", direction)
@@ -107,21 +112,21 @@ def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool
         write_atomically(Path(path), staged.read_bytes())
 
 
-def _read(path: Path) -> ControlVector:
+def _read(path: Path, keys: Keys) -> ControlVector:
     try:
-        return _from_reader(GGUFReader(path))
+        return _from_reader(GGUFReader(path), keys)
     except VectorFileError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         # The gguf package has no error class of its own. `check_header` has limited what it can read.
-        raise VectorFileError(f"The gguf package cannot read it ({type(error).__name__}: {error}).") from None
+        raise VectorFileError(f"The gguf package cannot read it ({type(error).__name__}: {str(error)[:80]}).") from None
 
 
-def _from_reader(reader: GGUFReader) -> ControlVector:
+def _from_reader(reader: GGUFReader, keys: Keys) -> ControlVector:
     architecture = _text(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise VectorFileError(
-            f"The GGUF architecture is {architecture!r}; a control vector has one of {', '.join(ARCHITECTURES)}."
+            f"The GGUF architecture is {shown(architecture)}; a control vector has one of {', '.join(ARCHITECTURES)}."
         )
     directions: dict[int, Direction] = {}
     for tensor in reader.tensors:
@@ -131,7 +136,13 @@ def _from_reader(reader: GGUFReader) -> ControlVector:
         if tensor.tensor_type != GGMLQuantizationType.F32:
             raise VectorFileError(f"Tensor {tensor.name} is {tensor.tensor_type.name}; control vectors are F32.")
         directions[int(match[1])] = np.array(tensor.data, dtype=np.float32)  # a copy, because the reader maps the file
-    return ControlVector(directions=directions, metadata=_metadata(reader, architecture))
+    use = use_of({key: _value(reader, key) for key in reader.fields}, directions, keys)
+    metadata = _metadata(reader, architecture)
+    notes = metadata.notes if use.notes in metadata.notes else f"{use.notes} {metadata.notes}".strip()
+    vector = ControlVector(directions=directions, metadata=metadata)
+    return (
+        vector.with_metadata(notes=notes, extra={**metadata.extra, **use.extra}) if use.notes or use.extra else vector
+    )
 
 
 def _metadata(reader: GGUFReader, architecture: str) -> VectorMetadata:
@@ -148,6 +159,14 @@ def _text(reader: GGUFReader, key: str) -> str:
     if found is None or found.types != [GGUFValueType.STRING]:
         return ""
     return bytes(found.parts[-1]).decode("utf-8", errors="replace")
+
+
+def _value(reader: GGUFReader, key: str) -> Any:
+    """The value of a key: text, a number or a truth value. An array is "an array": no key that is used here has one."""
+    found: Any = reader.fields[key]
+    if found.types[0] == GGUFValueType.ARRAY:
+        return "an array"
+    return _text(reader, key) if found.types[0] == GGUFValueType.STRING else found.parts[-1].tolist()[0]
 
 
 def _model_hint(metadata: VectorMetadata) -> str:

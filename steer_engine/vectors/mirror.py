@@ -22,14 +22,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from steer_engine.errors import RegistryError, SteeringRequestError, UnsupportedEngineError, VectorFileError
 from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import files, gguf_format, safetensors_format
-from steer_engine.vectors.folder import NAME, NAME_RULE, PRESET_SUFFIX, check_preset
-from steer_engine.vectors.manifest import FOLDER, MANIFEST, OBJECTS, Manifest, object_name, preset_digest
-from steer_engine.vectors.storage import disk_errors, write_atomically
+from steer_engine.vectors.folder import MAX_PRESET_FILE_BYTES, NAME, NAME_RULE, PRESET_SUFFIX, check_preset
+from steer_engine.vectors.manifest import FOLDER, MANIFEST, OBJECTS, Manifest, preset_digest
+from steer_engine.vectors.storage import disk_errors, read_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
 STATE = ".steer-engine-mirror.json"
 LOCK = ".steer-engine-mirror.lock"
+
+MAX_STATE_BYTES = 1 << 26
+"""Size of the state: ten times that of 20,000 copies."""
 
 
 class _Copy(BaseModel):
@@ -52,9 +55,13 @@ class _State(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A file at the URL. Either `path` or `data` is given. digest: the content that it must have, if known."""
+    """A file at the URL. Either `path` or `data` is given.
+
+    digest: the content that it must have, if known. size: in bytes; 0 if unknown.
+    """
 
     version: str
+    size: int = 0
     path: str | None = None
     data: bytes | None = None
     digest: str | None = None
@@ -83,12 +90,7 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise UnsupportedEngineError(f"--steering-mirror {url}: {error}") from None
         self._root = str(root).rstrip("/")
-        known = self._state()
-        if known.url != url:
-            raise UnsupportedEngineError(
-                f"--steering-mirror {url}: {folder} is a copy of {known.url}; use another folder, or remove "
-                f"{STATE} there."
-            )
+        self._state()
         self.faults: dict[str, str] = {}
         """File -> why its version at the URL is left out."""
 
@@ -128,7 +130,7 @@ class Mirror:
             for name, source in sorted(sources.items(), key=lambda item: item[0].endswith(PRESET_SUFFIX)):
                 try:
                     copies[name] = self._copy(name, source, copies.get(name))
-                except (VectorFileError, SteeringRequestError, ValueError, FileNotFoundError) as error:
+                except (VectorFileError, SteeringRequestError, ValueError, RecursionError, FileNotFoundError) as error:
                     faults[name] = f"{self.url}: {name}: {error}"
         finally:
             self._save({name: copy for name, copy in copies.items() if copy != _STARTED})
@@ -149,6 +151,9 @@ class Mirror:
             return before
         if before is None and target.exists():
             raise VectorFileError("the folder has another file of that name, which did not come from the URL.")
+        limit = MAX_PRESET_FILE_BYTES if name.endswith(PRESET_SUFFIX) else files.MAX_FILE_BYTES
+        if source.size > limit:
+            raise VectorFileError(f"the file has {source.size} bytes; at most {limit} are read.")
         data = source.data if source.data is not None else self._read(source)
         digest = None
         if name.endswith(PRESET_SUFFIX):
@@ -200,10 +205,9 @@ class Mirror:
     def _plain(self, entry: Mapping[str, Any]) -> _Source:
         # A listing over HTTP has names only; size and date take one more request per file.
         info = self._fs.info(entry["name"]) if entry.get("size") is None else entry
-        if (info.get("size") or 0) > self._limits.max_registry_bytes:
-            raise RegistryError(f"{self.url}: {entry['name']} is larger than a registry may be.")
         text = json.dumps(info, sort_keys=True, default=str)
-        return _Source(version=hashlib.sha256(text.encode()).hexdigest(), path=entry["name"])
+        version = hashlib.sha256(text.encode()).hexdigest()
+        return _Source(version=version, size=info.get("size") or 0, path=entry["name"])
 
     def _registry(self) -> dict[str, _Source] | None:
         """The files that another server's registry at the URL names; None if there is no registry."""
@@ -215,9 +219,10 @@ class Mirror:
         manifest = Manifest.model_validate(json.loads(raw))
         found = {
             f"{name}.safetensors": _Source(
-                version=entry.digest,
+                version=entry.object_name,
+                size=entry.num_bytes,
                 digest=entry.digest,
-                path=f"{root}/{OBJECTS}/{object_name(entry.digest)}",
+                path=f"{root}/{OBJECTS}/{entry.object_name}",
             )
             for name, entry in manifest.vectors.items()
             if NAME.fullmatch(name)
@@ -229,11 +234,19 @@ class Mirror:
 
     def _state(self) -> _State:
         try:
-            return _State.model_validate_json((self.folder / STATE).read_bytes())
+            state = _State.model_validate_json(read_file(self.folder / STATE, MAX_STATE_BYTES)[0])
         except FileNotFoundError:
             return _State(url=self.url)
         except (OSError, ValueError) as error:
-            raise UnsupportedEngineError(f"{self.folder / STATE} cannot be read ({error}); remove it.") from None
+            raise UnsupportedEngineError(
+                f"{self.folder / STATE} cannot be read ({str(error)[:200]}); remove it."
+            ) from None
+        if state.url != self.url:
+            raise UnsupportedEngineError(
+                f"--steering-mirror {self.url}: {self.folder} is a copy of {state.url[:200]}; use another folder, or "
+                f"remove {STATE} there."
+            )
+        return state
 
 
 def _stem(name: str) -> str | None:

@@ -15,9 +15,11 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.settings import RegistryLimits
+from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.cache import VectorCache
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.folder import MAX_NAME, NAME, FolderVectors, PresetFiles, check_name, check_preset
+from steer_engine.vectors.manifest import Manifest, VectorEntry
 from steer_engine.vectors.uploaded import UploadedVectors
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Registry:
         if self._uploaded is None:
             return None
         self._uploaded.manifest()
-        return self._uploaded.fault
+        return self._uploaded.fault or self._folder.fault
 
     @property
     def generation(self) -> int:
@@ -136,7 +138,8 @@ class Registry:
         if (source := self._folder.source_of(name)) is not None and self._uploaded_digest(name) is None:
             raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
         is_new = uploaded.put(name, vector, if_match=if_match, file_presets=self._file_presets())
-        self._cache.put(vector.digest, vector, vector.num_bytes)
+        stored = VectorEntry.of(vector.digest, safetensors_format.to_bytes(vector))
+        self._cache.put(stored.object_name, vector, vector.num_bytes)
         return is_new
 
     def delete(self, name: str, *, if_match: str | None = None) -> str:
@@ -193,24 +196,34 @@ class Registry:
         uploaded.delete_preset(name, if_match=if_match)
 
     def _find(self, name_or_digest: str) -> ControlVector | None:
+        manifest = Manifest() if self._uploaded is None else self._uploaded.manifest()
         if _DIGEST.fullmatch(name_or_digest):
-            return self._by_digest(name_or_digest)
-        digest = self._uploaded_digest(name_or_digest)
-        return self._folder.find(name_or_digest) if digest is None else self._by_digest(digest)
+            entry = manifest.with_digest(name_or_digest)
+            if entry is not None:
+                return self._load(entry)
+            return self._superseded(name_or_digest) or self._folder.find_digest(name_or_digest)
+        entry = manifest.vectors.get(name_or_digest)
+        return self._folder.find(name_or_digest) if entry is None else self._load(entry)
 
-    def _by_digest(self, digest: str) -> ControlVector | None:
-        if (cached := self._cache.get(digest)) is not None:
+    def _superseded(self, digest: str) -> ControlVector | None:
+        """Content that no name has any more. Requests that were resolved before can still use it."""
+        prefix = digest.removeprefix("sha256:")
+        kept = next((name for name in self._cache.digests() if name.startswith(prefix)), None)
+        return None if kept is None else self._cache.get(kept)
+
+    def _load(self, entry: VectorEntry) -> ControlVector | None:
+        """The uploaded vector of an entry, with that entry's metadata; None if it was deleted meanwhile."""
+        if (cached := self._cache.get(entry.object_name)) is not None:
             return cached
-        if self._uploaded is None or digest not in self._uploaded.manifest().digests:
-            return self._folder.find_digest(digest)
+        assert self._uploaded is not None
         try:
-            vector = self._uploaded.load(digest)
+            vector = self._uploaded.load(entry)
         except UnknownVectorError:
-            return None  # it was deleted meanwhile
+            return None
         except (VectorFileError, OSError) as error:
-            logger.error("Control vector %s cannot be read: %s", digest, error)
-            raise UnknownVectorError(f"The file of control vector {digest} is damaged.", param="vector") from None
-        self._cache.put(digest, vector, vector.num_bytes)
+            logger.error("Control vector %s cannot be read: %s", entry.digest, error)
+            raise UnknownVectorError(f"The file of control vector {entry.digest} is damaged.", param="vector") from None
+        self._cache.put(entry.object_name, vector, vector.num_bytes)
         return vector
 
     def _uploaded_digest(self, name: str) -> str | None:
@@ -222,6 +235,8 @@ class Registry:
         check_name(name)
         if self._uploaded is None:
             raise RegistryError("This server has no folder of vectors; start it with --steering-vectors DIR.")
+        if (fault := self._folder.fault) is not None:
+            raise RegistryError(f"The registry cannot be changed now: {fault}")
         return self._uploaded
 
     def _file_presets(self) -> dict[str, dict[str, Any]]:

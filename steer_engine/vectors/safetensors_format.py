@@ -33,7 +33,7 @@ from steer_engine.vectors.metadata import (
     metadata_to_text,
     parse_json_object,
 )
-from steer_engine.vectors.storage import write_atomically
+from steer_engine.vectors.storage import read_vector_file, write_atomically
 
 MAX_HEADER_BYTES = 1 << 20
 """1,024 blocks need about 100 kB. A longer header is refused unread."""
@@ -101,13 +101,7 @@ def from_bytes(data: bytes | memoryview) -> ControlVector:
 
 def load(path: str | os.PathLike[str]) -> ControlVector:
     """Read a file. Raises VectorFileError, which names the file."""
-    path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            # One byte more than allowed is enough to detect a file that is too large, or a device without an end.
-            data = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+    data = read_vector_file(Path(path), MAX_FILE_BYTES)
     try:
         return from_bytes(data)
     except VectorFileError as error:

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, change detection, disk errors, and locks on uploads in progress."""
+"""Files on disk: bounded reads, atomic writes, change detection, disk errors, and locks on uploads in progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from steer_engine.errors import RegistryError, RegistryFullError
+from steer_engine.errors import RegistryError, RegistryFullError, UnreadableFileError, VectorFileError
 
 FileSignature = tuple[int, int, int]
 """(mtime in ns, size in bytes, inode). It changes whenever a file is replaced."""
@@ -24,7 +25,41 @@ MAX_UPLOAD_SECONDS = 3600.0
 LOCK_GRACE_SECONDS = 2.0
 """The writer of a newer file may not have locked it yet."""
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def read_file(path: Path, max_bytes: int) -> tuple[bytes, FileSignature]:
+    """The content of a regular file and its signature, both of one version of the file.
+
+    Everything that a folder contains is read this way. Opening a pipe without `O_NONBLOCK` waits for a writer.
+
+    Raises:
+        OSError: the file cannot be read, or does not exist.
+        VectorFileError: it is not a regular file, or has more than `max_bytes`. The message does not name it.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise VectorFileError("not a regular file.")
+        if status.st_size > max_bytes:
+            raise VectorFileError(f"the file has {status.st_size} bytes; at most {max_bytes} are read.")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            data = file.read(status.st_size)
+    finally:
+        os.close(handle)
+    return data, (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def read_vector_file(path: Path, max_bytes: int) -> bytes:
+    """The content of a vector's file. Raises VectorFileError, which names the file; see `read_file`."""
+    try:
+        return read_file(path, max_bytes)[0]
+    except VectorFileError as error:
+        raise VectorFileError(f"{path}: {error.message}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UnreadableFileError(f"{path}: cannot be read ({reason}).") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -55,8 +90,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def file_signature(path: Path | int) -> FileSignature | None:
-    """The signature of a file, given by path or descriptor; None if there is no such file."""
+def file_signature(path: Path) -> FileSignature | None:
+    """The signature of a file; None if there is no such file. Raises OSError if it cannot be looked at."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -71,7 +106,7 @@ def disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        if error.errno in _FULL:
+        if error.errno in NO_SPACE:
             raise RegistryFullError(f"The registry's volume is full ({reason}); nothing was changed.") from error
         raise RegistryError(f"The registry's folder cannot be written ({reason}); nothing was changed.") from error
 

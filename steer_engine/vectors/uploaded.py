@@ -27,6 +27,7 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.settings import RegistryLimits
+from steer_engine.spec import shown
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.manifest import (
@@ -35,17 +36,27 @@ from steer_engine.vectors.manifest import (
     LOCK,
     MANIFEST,
     OBJECTS,
+    RESERVE,
     Manifest,
     VectorEntry,
-    object_name,
     preset_digest,
     read_manifest,
     vectors_of,
     write_manifest,
 )
-from steer_engine.vectors.storage import disk_errors, file_signature, is_abandoned, write_atomically
+from steer_engine.vectors.storage import (
+    NO_SPACE,
+    disk_errors,
+    file_signature,
+    is_abandoned,
+    read_file,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
+
+MIN_RESERVE_BYTES = 1 << 16
+"""Room for a small manifest and what a file system needs for one more file."""
 
 LOCK_SECONDS = 10.0
 """How long a change waits for another process to finish its own."""
@@ -66,7 +77,11 @@ class UploadedVectors:
         self._manifest_path = self._root / MANIFEST
         self._objects = self._root / OBJECTS
         self._incoming = self._root / INCOMING
-        self._state = read_manifest(self._manifest_path)
+        self._reserve = self._root / RESERVE
+        try:
+            self._state = read_manifest(self._manifest_path)
+        except OSError as error:
+            raise RegistryError(f"{self._manifest_path} cannot be read ({error.strerror}).") from None
         self.fault: str | None = None
         """Why the last attempt to read the manifest failed; None if it succeeded. Clients see this text."""
 
@@ -98,14 +113,14 @@ class UploadedVectors:
             self._set_fault(None)
         return self._state[0]
 
-    def load(self, digest: str) -> ControlVector:
-        """The content of a digest. Raises UnknownVectorError if it does not exist, VectorFileError if it is damaged."""
-        path = self._object(digest)
+    def load(self, entry: VectorEntry) -> ControlVector:
+        """The vector of an entry. Raises UnknownVectorError if it does not exist, VectorFileError if it is damaged."""
+        path = self._objects / entry.object_name
         try:
-            vector = safetensors_format.from_bytes(path.read_bytes())
+            vector = safetensors_format.from_bytes(read_file(path, safetensors_format.MAX_FILE_BYTES)[0])
         except FileNotFoundError:
-            raise UnknownVectorError(f"There is no control vector {digest}.", param="vector") from None
-        if vector.digest != digest:
+            raise UnknownVectorError(f"There is no control vector {entry.digest}.", param="vector") from None
+        if vector.digest != entry.digest:
             raise VectorFileError(f"The content of {path.name} is {vector.digest}.")
         return vector
 
@@ -117,7 +132,7 @@ class UploadedVectors:
         if_match: str | None = None,
         file_presets: Mapping[str, dict[str, Any]] | None = None,
     ) -> bool:
-        """Store `vector` under `name`. It is on disk when this returns. True if the name is new.
+        """Store `vector` under `name`, with its metadata. It is on disk when this returns. True if the name is new.
 
         Raises:
             RegistryConflictError: the name has other content and `if_match` is not given, or a preset uses the old
@@ -127,21 +142,21 @@ class UploadedVectors:
             CapacityError, RegistryError: the registry cannot be changed now.
         """
         data = safetensors_format.to_bytes(vector)
+        entry = VectorEntry.of(vector.digest, data)
         with self._changing() as manifest:
             before = manifest.vectors.get(name)
             _check_version(name, None if before is None else before.digest, vector.digest, if_match)
-            if before is not None and before.digest == vector.digest:
-                self._write_object(vector.digest, data)
+            if before == entry:
+                self._write_object(entry, data)
                 return False
-            entry = VectorEntry(digest=vector.digest, num_bytes=len(data))
             after = manifest.changed(vectors=manifest.vectors | {name: entry})
             self._check_limits(after)
             if before is not None:
                 _check_unused({before.digest} - after.digests, name, manifest, file_presets)
-            self._write_object(vector.digest, data)
+            self._write_object(entry, data)
             self._replace(after)
             if before is not None:
-                self._remove_unnamed(before.digest, after)
+                self._remove_unnamed(before, after)
             return before is None
 
     def delete(
@@ -160,12 +175,12 @@ class UploadedVectors:
             if entry is None:
                 raise UnknownVectorError(f"There is no control vector {name!r} to delete.", param="name")
             if if_match not in (None, ANY, entry.digest):
-                raise PreconditionError(f"{name!r} is {entry.digest}, not {if_match}.")
+                raise PreconditionError(f"{name!r} is {entry.digest}, not {shown(if_match)}.")
             vectors = {other: kept for other, kept in manifest.vectors.items() if other != name}
             after = manifest.changed(vectors=vectors)
             _check_unused({name, entry.digest} - after.digests, name, manifest, file_presets)
-            self._replace(after)
-            self._remove_unnamed(entry.digest, after)
+            self._replace(after, frees=True)
+            self._remove_unnamed(entry, after)
             return entry.digest
 
     def put_preset(self, name: str, spec: dict[str, Any], *, if_match: str | None = None) -> bool:
@@ -187,8 +202,9 @@ class UploadedVectors:
             if spec is None:
                 raise UnknownVectorError(f"There is no preset {name!r} to delete.", param="name")
             if if_match not in (None, ANY, preset_digest(spec)):
-                raise PreconditionError(f"Preset {name!r} is {preset_digest(spec)}, not {if_match}.")
-            self._replace(manifest.changed(presets={k: v for k, v in manifest.presets.items() if k != name}))
+                raise PreconditionError(f"Preset {name!r} is {preset_digest(spec)}, not {shown(if_match)}.")
+            kept = {other: spec for other, spec in manifest.presets.items() if other != name}
+            self._replace(manifest.changed(presets=kept), frees=True)
 
     def incoming(self) -> Path:
         """A folder for uploads in progress, on the same file system as the objects. Raises RegistryError."""
@@ -213,7 +229,7 @@ class UploadedVectors:
         faults: dict[str, str] = {}
         for name, entry in self.manifest().vectors.items():
             try:
-                self.load(entry.digest)
+                self.load(entry)
             except (VectorFileError, UnknownVectorError, OSError) as error:
                 if self.manifest().vectors.get(name) == entry:  # it was neither deleted nor replaced meanwhile
                     faults[name] = f"Control vector {name} ({entry.digest}): {error}"
@@ -235,6 +251,7 @@ class UploadedVectors:
             try:
                 # Read whatever `stat` says: a change that another server has acknowledged must not be lost.
                 yield self._check_readable(reopen=True)
+                self._keep_reserve()
             finally:
                 lock.release()
 
@@ -260,26 +277,45 @@ class UploadedVectors:
             if found > limit:
                 raise RegistryFullError(f"The registry is full: at most {limit} {what}; delete some first.")
 
-    def _replace(self, manifest: Manifest) -> None:
-        write_manifest(self._manifest_path, manifest)
+    def _replace(self, manifest: Manifest, *, frees: bool = False) -> None:
+        """Write the manifest. frees: on a full volume, with the bytes of the reserve."""
+        try:
+            write_manifest(self._manifest_path, manifest)
+        except OSError as error:
+            if not frees or error.errno not in NO_SPACE:
+                raise
+            self._reserve.unlink(missing_ok=True)
+            write_manifest(self._manifest_path, manifest)
         self._state = manifest, file_signature(self._manifest_path)
 
-    def _object(self, digest: str) -> Path:
-        return self._objects / object_name(digest)
+    def _keep_reserve(self) -> None:
+        """Allocate the reserve if it is missing or too small for a manifest, as far as the volume has room."""
+        try:
+            needed = MIN_RESERVE_BYTES + 2 * (self._state[1][1] if self._state[1] else 0)
+            if not self._reserve.exists() or self._reserve.stat().st_size < needed:
+                with self._reserve.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, needed)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._reserve.unlink(missing_ok=True)
 
-    def _write_object(self, digest: str, data: bytes) -> None:
-        """Write an object unless it exists. A truncated one is repaired when its vector is uploaded again."""
-        path = self._object(digest)
-        if not path.exists() or path.stat().st_size != len(data):
+    def _write_object(self, entry: VectorEntry, data: bytes) -> None:
+        """Write an object unless it is on disk. A damaged one is repaired when its vector is uploaded again."""
+        path = self._objects / entry.object_name
+        try:
+            intact = read_file(path, len(data))[0] == data
+        except (OSError, VectorFileError):
+            intact = False
+        if not intact:
             write_atomically(path, data)
 
-    def _remove_unnamed(self, digest: str, manifest: Manifest) -> None:
-        if digest not in manifest.digests:
-            self._object(digest).unlink(missing_ok=True)
+    def _remove_unnamed(self, entry: VectorEntry, manifest: Manifest) -> None:
+        if entry.object_name not in manifest.object_names:
+            (self._objects / entry.object_name).unlink(missing_ok=True)
 
     def _remove_unused_files(self, manifest: Manifest) -> None:
-        named = {self._object(digest) for digest in manifest.digests}
-        unused = [*self._root.glob(".*.part"), *(path for path in self._objects.glob("*") if path not in named)]
+        named = manifest.object_names
+        unused = [*self._root.glob(".*.part"), *(path for path in self._objects.glob("*") if path.name not in named)]
         for path in [*unused, *self._abandoned_uploads()]:
             path.unlink(missing_ok=True)
 
@@ -306,6 +342,6 @@ def _check_version(name: str, found: str | None, new: str, if_match: str | None)
     """Check that `name`, whose digest is `found`, may become `new`."""
     if if_match is not None and (found is None or if_match not in (ANY, found)):
         state = "does not exist" if found is None else f"is {found}"
-        raise PreconditionError(f"{name!r} {state}; If-Match says {if_match}.")
+        raise PreconditionError(f"{name!r} {state}; If-Match says {shown(if_match)}.")
     if if_match is None and found is not None and found != new:
         raise RegistryConflictError(f"{name!r} already exists as {found}; to replace it, send that digest as If-Match.")

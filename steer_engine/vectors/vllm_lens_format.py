@@ -14,6 +14,7 @@ import base64
 import binascii
 import json
 import math
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ import numpy.typing as npt
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE
+from steer_engine.vectors.storage import read_vector_file
 
 MAX_FILE_BYTES = 1 << 28
 MAX_DATA_BYTES = MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
 """Bytes of the decompressed activations. A few bytes of zstd can expand to terabytes."""
+
+MAX_EXPANSION = 256
+FREE_EXPANSION = 1 << 20
+"""Decompressed bytes for each compressed one, and beside. Directions hardly compress; what does is an attack."""
 
 _STORED = {"torch.float32": "<f4", "torch.float16": "<f2", "torch.float64": "<f8", "torch.bfloat16": "<u2"}
 """NumPy type of the stored values for each torch dtype. bfloat16 is stored as its bits."""
@@ -39,12 +45,9 @@ def load(path: Path) -> ControlVector:
     Raises:
         VectorFileError: not such an object, or one that a control vector cannot express (see `from_object`).
     """
+    data = read_vector_file(path, MAX_FILE_BYTES)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise VectorFileError(f"{path}: the file has more than {MAX_FILE_BYTES} bytes.")
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be read ({error.strerror}).") from None
+        parsed = json.loads(data)
     except (ValueError, RecursionError):
         raise VectorFileError(f"{path}: not JSON.") from None
     if isinstance(parsed, list) and len(parsed) == 1:
@@ -68,7 +71,7 @@ def from_object(parsed: Any) -> ControlVector:
     if not all(type(index) is int for index in indices):
         raise VectorFileError("`layer_indices` are not whole numbers.")
     scale = parsed.get("scale", 1.0)
-    if type(scale) not in (int, float) or not math.isfinite(scale):
+    if type(scale) not in (int, float) or not abs(scale) <= sys.float_info.max:  # NaN, and integers beyond floats
         raise VectorFileError(f"scale {str(scale)[:32]!r} is not a finite number.")
     return ControlVector(directions=dict(zip(indices, rows_LD, strict=True))) * float(scale)
 
@@ -93,7 +96,7 @@ def _rows(tensor: dict[str, Any]) -> npt.NDArray[Any]:
         )
     expected = math.prod(shape) * np.dtype(_STORED[means]).itemsize
     if expected > MAX_DATA_BYTES:
-        raise VectorFileError(f"shape {shape} is larger than any control vector.")
+        raise VectorFileError(f"shape {str(shape)[:64]} is larger than any control vector.")
     raw = _raw(tensor, expected)
     if len(raw) != expected:
         raise VectorFileError(f"the data has {len(raw)} bytes; shape and dtype need {expected}.")
@@ -117,6 +120,8 @@ def _raw(tensor: dict[str, Any], expected: int) -> bytes:
         zstandard = import_module("zstandard")
     except ImportError:
         raise VectorFileError("the data is compressed; install zstandard to read it: pip install zstandard.") from None
+    if expected > FREE_EXPANSION + MAX_EXPANSION * len(packed):
+        raise VectorFileError(f"{len(packed)} compressed bytes expand to {expected}, which is no vector's data.")
     try:
         with zstandard.ZstdDecompressor().stream_reader(packed) as stream:
             unpacked: bytes = stream.read(expected + 1)  # limited by the shape, whatever the frame says

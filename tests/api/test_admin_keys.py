@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.damage import SPECIAL
 
 from steer_engine.api.routing import HEADER, AdminKeys
 from steer_engine.settings import ADMIN_KEY_FILE_ENV, ADMIN_KEYS_ENV
@@ -100,3 +101,15 @@ def test_a_file_that_is_not_text_locks_nobody_else_out(
     assert keys.plain_keys() == [OLD]
     assert str(file) in caplog.text
     assert "not UTF-8" in caplog.text
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.timeout(20)
+def test_a_file_that_cannot_be_read_holds_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    monkeypatch.setenv(ADMIN_KEYS_ENV, OLD)
+    monkeypatch.setenv(ADMIN_KEY_FILE_ENV, str(tmp_path / "keys"))
+    SPECIAL[kind](tmp_path / "keys")
+    keys = AdminKeys.from_environment()
+    assert keys.allow({HEADER: OLD})
+    assert not keys.allow({HEADER: NEW})
+    assert keys.plain_keys() == [OLD]

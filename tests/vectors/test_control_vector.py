@@ -52,7 +52,7 @@ def test_norms_are_those_of_float64() -> None:
         ({}, "at least one block"),
         ({-1: np.ones(2)}, "Block -1 is not a block number"),
         ({1024: np.ones(2)}, "Block 1024 is not a block number"),
-        ({True: np.ones(2)}, "Block True is not a block number"),
+        ({True: np.ones(2)}, "Block true is not a block number"),
         ({"3": np.ones(2)}, "Block '3' is not a block number"),
         ({0: np.ones((1, 2))}, r"shape \[1, 2\]"),
         ({0: np.float32(1)}, r"shape \[\]"),
@@ -199,3 +199,16 @@ def test_pickling_keeps_everything(vector: ControlVector) -> None:
 
 def test_repr_is_short(vector: ControlVector) -> None:
     assert repr(vector) == f"ControlVector(3 blocks 2..7, hidden_size=6, {vector.digest[:19]})"
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    vector = ControlVector(directions={1: np.ones(4)}, metadata=VectorMetadata(model="m" * 1000))
+    for shape in ({"hidden_size": 8, "num_blocks": 9}, {"hidden_size": 4, "num_blocks": 1}):
+        with pytest.raises(ModelMismatchError, match=r"it was made for 'm{70,76}\.\.\.'") as caught:
+            vector.check(**shape)
+        assert len(caught.value.message) < 200
+    with pytest.raises(VectorFileError, match="Block a huge number is not"):
+        ControlVector(directions={10**4000: np.ones(4)})
+    with pytest.raises(VectorFileError, match=r"metadata field 'created_with\.k{40,80}\.\.\.' is not usable") as long:
+        VectorMetadata.checked({"created_with": {"k" * 100_000: "1"}})
+    assert len(long.value.message) < 200

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_engine.errors import RegistryError, RegistryFullError
-from steer_engine.vectors import ControlVector, Registry
+from steer_engine.errors import RegistryError, RegistryFullError, UnknownVectorError
+from steer_engine.vectors import ControlVector, Registry, save
+from steer_engine.vectors import folder as folder_module
+from steer_engine.vectors import storage as storage_module
 from steer_engine.vectors.manifest import FOLDER
 from steer_engine.vectors.storage import disk_errors
 
 NOBODY = 65534
+PRESET = {"edits": [{"vector": "a"}]}
 
 
 def vector(seed: int, size: int = 64) -> ControlVector:
@@ -105,6 +111,95 @@ def test_unmounted(folder: Path, change: str) -> None:
     CHANGES[change](registry)
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """An operator's folder of files, with nothing uploaded."""
+    folder = tmp_path / "files"
+    save(vector(1), folder / "a.safetensors")
+    save(vector(2), folder / "b.gguf")
+    (folder / "p.preset.json").write_text(json.dumps(PRESET))
+    return folder
+
+
+def assert_files_are_served(registry: Registry) -> None:
+    assert registry.get("a") == vector(1)
+    assert registry.get("b") == vector(2)
+    assert registry.preset("p") == PRESET
+    assert registry.presets() == {"p": PRESET}
+    assert registry.names() == {"a": vector(1).digest, "b": vector(2).digest}
+    assert registry.get("a") == vector(1)
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "an empty mount point", "a file"])
+def test_files_of_a_folder_that_is_away_are_served_on(files: Path, leaves: str) -> None:
+    registry = Registry(files)
+    assert registry.fault is None
+    elsewhere = files.with_name("elsewhere")
+    files.rename(elsewhere)
+    if leaves == "an empty mount point":
+        files.mkdir()
+    elif leaves == "a file":
+        files.write_text("an error that is not 'no such file'")
+    assert_files_are_served(registry)
+    assert registry.fault is not None
+    assert str(files) not in registry.fault
+    with pytest.raises(RegistryError, match="cannot be changed now") as caught:
+        registry.put("c", vector(3))
+    assert caught.value.status == 503
+    if leaves == "an empty mount point":
+        assert list(files.iterdir()) == []
+        files.rmdir()
+    elif leaves == "a file":
+        files.unlink()
+    elsewhere.rename(files)
+    assert registry.fault is None
+    assert_files_are_served(registry)
+    for gone in files.iterdir():
+        gone.unlink()
+    assert registry.names() == registry.presets() == {}, "the folder is there, and the files were removed"
+    with pytest.raises(UnknownVectorError):
+        registry.get("a")
+
+
+def test_another_folder_with_files_in_its_place_is_followed(files: Path) -> None:
+    registry = Registry(files)
+    files.rename(files.with_name("before"))
+    save(vector(3), files / "c.safetensors")
+    assert registry.names() == {"c": vector(3).digest}
+    assert registry.presets() == {}
+    assert registry.fault is None
+
+
+def test_files_that_cannot_be_looked_at_for_a_while_are_served_on(
+    files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(files)
+    with monkeypatch.context() as patched:
+        for module in (folder_module, storage_module):
+            patched.setattr(module, "file_signature", not_now)
+        for _ in range(3):
+            assert registry.get("a") == vector(1)
+            assert registry.preset("p") == PRESET
+        for name in ("none", "unknown"):
+            with pytest.raises(UnknownVectorError):
+                registry.get(name)
+    assert len([record for record in caplog.records if "Stale file handle" in record.getMessage()]) == 3
+    assert_files_are_served(registry)
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_read_later(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        for module in (folder_module, storage_module):
+            patched.setattr(module, "read_file", not_now)
+        registry = Registry(files)
+        assert registry.names() == registry.presets() == {}
+    assert_files_are_served(registry)
+
+
+def not_now(path: Path, *_: object) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
 def test_no_folder_at_all(folder: Path) -> None:
     registry = Registry(folder)
     assert_unchanged(registry)
@@ -145,6 +240,65 @@ def test_full(folder: Path, change: str) -> None:
     assert_unchanged(Registry(folder, strict=True))
     assert not list((folder / FOLDER).rglob("*.part"))
     CHANGES[change](registry)
+
+
+ON_A_SMALL_VOLUME = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-P", "-c"]
+FULL_VOLUME = """
+import os, subprocess, sys
+from pathlib import Path
+import numpy as np
+from steer_engine.errors import RegistryFullError
+from steer_engine.vectors import ControlVector, Registry
+
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+
+def vector(value):
+    return ControlVector(directions={1: np.full(20_000, value, np.float32)})
+
+registry = Registry(folder)
+for value in range(6):
+    registry.put(f"v{value}", vector(value + 1))
+registry.put_preset("p", {"edits": [{"vector": "v0"}]})
+with (folder / "fill").open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+assert os.statvfs(folder).f_bavail == 0
+try:
+    registry.put_preset("q", {"edits": [{"vector": "v1"}]})
+    raise SystemExit("the volume is not full")
+except RegistryFullError:
+    pass
+registry.delete_preset("p")
+with (folder / "more").open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+assert os.statvfs(folder).f_bavail == 0
+for value in range(5):
+    registry.delete(f"v{value}")
+again = Registry(folder, strict=True)
+assert list(again.names()) == ["v5"], again.names()
+assert again.presets() == {}
+again.put("new", vector(9))
+print("done")
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run([*ON_A_SMALL_VOLUME[:-3], "true"], capture_output=True, check=False).returncode != 0,
+    reason="mounting a file system is not allowed here",
+)
+def test_deleting_works_with_no_byte_free(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*ON_A_SMALL_VOLUME, FULL_VOLUME, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 @pytest.mark.parametrize(

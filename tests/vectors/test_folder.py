@@ -162,12 +162,12 @@ def test_a_removed_folder_loses_only_its_own_names(tmp_path: Path, caplog: pytes
     registry = Registry(folder)
     registry.add("memory", one(2))
     (folder / "v.safetensors").unlink()
+    with pytest.raises(UnknownVectorError):
+        registry.get("v")
     folder.rmdir()
     assert registry.get("memory") == one(2)
     assert "memory" in registry.names()
-    assert "the folder cannot be read" in caplog.text
-    with pytest.raises(UnknownVectorError):
-        registry.get("v")
+    assert "folder cannot be read" in caplog.text
 
 
 def test_add(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def test_block_0_needs_easysteers_variant(tmp_path: Path) -> None:
 def test_a_model_file_is_not_a_vector(tmp_path: Path) -> None:
     with pytest.raises(VectorFileError, match=r"v\.gguf: The GGUF architecture is 'llama'"):
         load(write(tmp_path / "v.gguf", rows(1), "llama"))
+    with pytest.raises(VectorFileError, match=r"architecture is 'l{70,76}\.\.\.'; a control"):
+        load(write(tmp_path / "w.gguf", rows(1), "l" * 100_000))
 
 
 @pytest.mark.parametrize(

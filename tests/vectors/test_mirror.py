@@ -20,6 +20,7 @@ from filelock import FileLock
 from steer_engine.errors import RegistryError, UnsupportedEngineError
 from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import ControlVector, Registry, save
+from steer_engine.vectors.manifest import VectorEntry
 from steer_engine.vectors.mirror import LOCK, STATE, Mirror
 from steer_engine.vectors.safetensors_format import to_bytes
 
@@ -133,7 +134,8 @@ def test_another_servers_registry(there: tuple[str, Any], folder: Path, tmp_path
     # A file whose content differs from the manifest is not copied. The earlier copy stays.
     other.put("north", along(3), if_match="*")
     publish()
-    write(f".steer-engine/objects/{along(3).digest.removeprefix('sha256:')}.safetensors", to_bytes(along(4)))
+    name = VectorEntry.of(along(3).digest, to_bytes(along(3))).object_name
+    write(f".steer-engine/objects/{name}", to_bytes(along(4)))
     mirror.sync()
     assert along(4).digest in mirror.faults["north.safetensors"]
     assert registry.names() == {"north": along(2).digest}

@@ -18,7 +18,8 @@ from steer_engine.errors import (
 from steer_engine.settings import CACHED_VECTOR_BYTES_ENV
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors import uploaded as uploaded_module
-from steer_engine.vectors.manifest import FOLDER
+from steer_engine.vectors.manifest import FOLDER, VectorEntry
+from steer_engine.vectors.safetensors_format import to_bytes
 
 CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
 
@@ -129,8 +130,9 @@ def test_the_cache_is_limited_and_removed_vectors_are_read_again(
     for i in range(10):
         assert registry.get(f"v{i}") == one(i)
         assert len(registry._cache.digests()) <= 3
-    registry.put("large", one(1, width=1000))
-    assert registry._cache.digests() == [one(1, width=1000).digest]
+    large = one(1, width=1000)
+    registry.put("large", large)
+    assert registry._cache.digests() == [VectorEntry.of(large.digest, to_bytes(large)).object_name]
 
 
 def test_a_vector_used_by_a_preset_file_cannot_be_deleted(tmp_path: Path) -> None:
@@ -188,3 +190,49 @@ def test_a_change_that_stat_does_not_show_yet_is_found(tmp_path: Path, monkeypat
     assert other.preset("loud") == CALM
     with pytest.raises(UnknownVectorError):
         other.get("third")
+
+
+def test_each_name_has_its_own_metadata(tmp_path: Path) -> None:
+    """Metadata are not content, so two names of one digest may differ in them."""
+    registry, other = Registry(tmp_path), Registry(tmp_path)
+    mine, theirs = one(1).with_metadata(notes="mine", model="m"), one(1).with_metadata(notes="theirs, and longer")
+    assert mine == theirs
+    registry.put("mine", mine)
+    registry.put("theirs", theirs)
+    for each in (registry, other, Registry(tmp_path, strict=True)):
+        assert each.get("mine").metadata == mine.metadata
+        assert each.get("theirs").metadata == theirs.metadata
+        assert each.get(one(1).digest) == one(1)
+    newer = one(1).with_metadata(notes="newer")
+    assert registry.put("mine", newer) is False, "other metadata are no other content: If-Match is not needed"
+    for each in (registry, other, Registry(tmp_path, strict=True)):
+        assert each.get("mine").metadata == newer.metadata
+        assert each.get("theirs").metadata == theirs.metadata
+    registry.delete("theirs")
+    assert len(list((tmp_path / FOLDER / "objects").iterdir())) == 1
+    assert Registry(tmp_path, strict=True).get("mine").metadata == newer.metadata
+
+
+def test_a_file_whose_metadata_change_is_followed(tmp_path: Path) -> None:
+    save(one(1).with_metadata(notes="old"), tmp_path / "v.safetensors")
+    save(one(1).with_metadata(notes="another"), tmp_path / "w.safetensors")
+    registry = Registry(tmp_path)
+    assert [registry.get(name).metadata.notes for name in "vw"] == ["old", "another"]
+    save(one(1).with_metadata(notes="new"), tmp_path / "v.safetensors")
+    assert [registry.get(name).metadata.notes for name in "vw"] == ["new", "another"]
+
+
+def test_objects_named_by_their_digest_alone_are_served(tmp_path: Path) -> None:
+    """As manifests without `file` name them."""
+    registry = Registry(tmp_path)
+    registry.put("v", one(1))
+    root = tmp_path / FOLDER
+    (path,) = (root / "objects").iterdir()
+    path.rename(path.with_name(f"{one(1).digest.removeprefix('sha256:')}.safetensors"))
+    manifest = json.loads((root / "manifest.json").read_text())
+    del manifest["vectors"]["v"]["file"]
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    again = Registry(tmp_path, strict=True)
+    assert again.get("v") == again.get(one(1).digest) == one(1)
+    assert again.put("v", one(1)) is False
+    assert Registry(tmp_path, strict=True).get("v") == one(1)

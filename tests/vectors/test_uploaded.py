@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from steer_engine.errors import (
 from steer_engine.settings import RegistryLimits
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors import uploaded as uploaded_module
-from steer_engine.vectors.manifest import FOLDER, preset_digest
+from steer_engine.vectors.manifest import FOLDER, VectorEntry, preset_digest
+from steer_engine.vectors.safetensors_format import to_bytes
 from steer_engine.vectors.storage import lock_upload
 from steer_engine.vectors.uploaded import ANY, UploadedVectors
 
@@ -41,7 +43,11 @@ def objects(folder: Path) -> set[str]:
 
 
 def object_name(vector: ControlVector) -> str:
-    return f"{vector.digest.removeprefix('sha256:')}.safetensors"
+    return entry(vector).object_name
+
+
+def entry(vector: ControlVector) -> VectorEntry:
+    return VectorEntry.of(vector.digest, to_bytes(vector))
 
 
 def test_the_folder_is_created_by_the_first_upload(tmp_path: Path) -> None:
@@ -57,13 +63,13 @@ def test_put_load_and_delete(tmp_path: Path) -> None:
     assert uploaded.put("a", one(1)) is False
     assert uploaded.put("b", one(1)) is True
     assert objects(tmp_path) == {object_name(one(1))}
-    assert uploaded.load(one(1).digest) == one(1)
+    assert uploaded.load(entry(one(1))) == one(1)
     assert uploaded.delete("a") == one(1).digest
-    assert uploaded.load(one(1).digest) == one(1)  # b still has this content
+    assert uploaded.load(entry(one(1))) == one(1)  # b still has this content
     uploaded.delete("b")
     assert objects(tmp_path) == set()
     with pytest.raises(UnknownVectorError):
-        uploaded.load(one(1).digest)
+        uploaded.load(entry(one(1)))
     with pytest.raises(UnknownVectorError):
         uploaded.delete("a")
 
@@ -79,6 +85,13 @@ def test_replacing_a_name_needs_its_current_digest(tmp_path: Path) -> None:
         uploaded.put("new", one(2), if_match=ANY)
     with pytest.raises(PreconditionError):
         uploaded.delete("a", if_match=one(2).digest)
+    for change in (
+        lambda: uploaded.put("a", one(2), if_match="x" * 9000),
+        lambda: uploaded.delete("a", if_match="x" * 9000),
+    ):
+        with pytest.raises(PreconditionError, match=r"'x{70,76}\.\.\.'") as caught:
+            change()
+        assert len(caught.value.message) < 200
     assert uploaded.manifest().vectors["a"].digest == one(1).digest
     assert uploaded.put("a", one(2), if_match=one(1).digest) is False
     assert uploaded.put("a", one(3), if_match=ANY) is False
@@ -172,9 +185,31 @@ def test_damaged_content_is_found_at_startup_and_repaired_by_another_upload(tmp_
     faults = UploadedVectors(tmp_path).verify()
     assert sorted(faults) == ["gone", "other", "short"]
     with pytest.raises(VectorFileError):
-        uploaded.load(one(2).digest)
+        uploaded.load(entry(one(2)))
     assert uploaded.put("short", one(1)) is False
-    assert uploaded.load(one(1).digest) == one(1)
+    assert uploaded.load(entry(one(1))) == one(1)
+
+
+def _flip(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [_flip, Path.unlink, lambda path: (path.unlink(), os.mkfifo(path))])
+@pytest.mark.parametrize("name", ["v", "another"])
+@pytest.mark.timeout(20)
+def test_an_acknowledged_upload_repairs_damaged_content(
+    tmp_path: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    """Whatever the damage and its size, and under whatever name the content is uploaded again."""
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("v", one(1))
+    damage(tmp_path / FOLDER / "objects" / object_name(one(1)))
+    with pytest.raises((VectorFileError, UnknownVectorError)):
+        uploaded.load(entry(one(1)))
+    assert uploaded.put(name, one(1)) is (name == "another")
+    assert uploaded.load(entry(one(1))) == one(1)
+    assert UploadedVectors(tmp_path).verify() == {}
 
 
 def test_startup_removes_unused_files(tmp_path: Path) -> None:
@@ -189,7 +224,7 @@ def test_startup_removes_unused_files(tmp_path: Path) -> None:
     assert UploadedVectors(tmp_path).verify() == {}
     assert not any(path.exists() for path in leftovers)
     assert young.exists()
-    assert uploaded.load(one(1).digest) == one(1)
+    assert uploaded.load(entry(one(1))) == one(1)
 
 
 def test_an_upload_is_abandoned_when_its_writer_has_ended(tmp_path: Path) -> None:
@@ -227,10 +262,10 @@ def test_startup_needs_no_lock_to_verify(tmp_path: Path, monkeypatch: pytest.Mon
         assert UploadedVectors(tmp_path).verify() == {}, "a server starts while another one removes unused files"
     load, changed = UploadedVectors.load, []
 
-    def load_slowly(self: UploadedVectors, digest: str) -> ControlVector:
+    def load_slowly(self: UploadedVectors, entry: VectorEntry) -> ControlVector:
         if not changed:
             changed.append(uploaded.delete("b"))  # refused if `verify` has the lock
-        return load(self, digest)
+        return load(self, entry)
 
     monkeypatch.setattr(UploadedVectors, "load", load_slowly)
     assert UploadedVectors(tmp_path).verify() == {}, "a vector deleted meanwhile is not damaged"
@@ -271,9 +306,10 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
             _apply(state, *began[-1])
             undecided += 1
         assert found == state
-        assert objects(tmp_path) == {f"{digest.removeprefix('sha256:')}.safetensors" for digest in state.values()}
-        for digest in state.values():
-            assert uploaded.load(digest).digest == digest
+        entries = list(uploaded.manifest().vectors.values())
+        assert objects(tmp_path) == {each.object_name for each in entries}
+        for each in entries:
+            assert uploaded.load(each).digest == each.digest
     assert state
     assert undecided < 50
 

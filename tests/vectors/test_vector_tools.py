@@ -1,10 +1,11 @@
-"""`steer-engine vectors report`, `import` and `show` on files."""
+"""`steer-engine vectors report`, `import`, `convert` and `show` on files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from helpers.gguf_files import write_gguf
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
@@ -42,6 +43,40 @@ def test_import_converts_and_replaces_with_force_only(vector: ControlVector, tmp
     run(*arguments, "--force")
     with pytest.raises(VectorFileError, match="must end in"):
         run("import", tmp_path / "theirs.gguf", "--kind", "gguf", "--out", tmp_path / "ours.pt")
+
+
+def test_import_says_how_a_projection_is_used(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "glp.gguf", {"glp.mode": "project", "glp.alpha_default": 4.0})
+    arguments = ["import", tmp_path / "glp.gguf", "--kind", "gguf", "--out", tmp_path / "glp.safetensors"]
+    assert "Made for op 'ablate' with scale 4." in run(*arguments)
+    write_gguf(tmp_path / "glp.gguf", {"glp.mode": "rotate"})
+    arguments[-1] = tmp_path / "other.safetensors"
+    with pytest.raises(VectorFileError, match="glp.mode = 'rotate' is not supported.*--force"):
+        run(*arguments)
+    assert "Ignored in the file: glp.mode = 'rotate'" in run(*arguments, "--force")
+
+
+def test_convert_to_gguf_and_back(vector: ControlVector, tmp_path: Path) -> None:
+    save(vector, tmp_path / "a.safetensors")
+    assert vector.digest in run("convert", tmp_path / "a.safetensors", tmp_path / "b.gguf")
+    assert load(tmp_path / "b.gguf") == vector
+    run("convert", tmp_path / "b.gguf", tmp_path / "c.safetensors")
+    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(VectorFileError, match="the file exists"):
+        run("convert", tmp_path / "b.gguf", tmp_path / "c.safetensors")
+    run("convert", tmp_path / "b.gguf", tmp_path / "c.safetensors", "--force")
+    with pytest.raises(VectorFileError, match="must end in"):
+        run("convert", tmp_path / "b.gguf", tmp_path / "c.pt")
+    with pytest.raises(VectorFileError, match="must end in"):
+        run("convert", tmp_path / "b.pt", tmp_path / "d.gguf")
+
+
+def test_convert_keeps_the_operation_of_a_projection(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "glp.gguf", {"glp.mode": "project", "glp.alpha_default": 4.0})
+    run("convert", tmp_path / "glp.gguf", tmp_path / "a.safetensors")
+    run("convert", tmp_path / "a.safetensors", tmp_path / "b.gguf")
+    with pytest.raises(VectorFileError, match="made for op 'ablate' with scale 4"):
+        load(tmp_path / "b.gguf")
 
 
 def test_show_of_a_folder_prints_whole_digests_to_a_pipe(vector: ControlVector, tmp_path: Path) -> None:

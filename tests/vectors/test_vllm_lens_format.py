@@ -71,6 +71,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "a layer twice": ({**GOOD, "layer_indices": [1, 1]}, "must name 2 different layers"),
     "a layer in words": ({**GOOD, "layer_indices": ["1", 2]}, "not whole numbers"),
     "layer -1": ({**GOOD, "layer_indices": [-1, 2]}, "Block -1 is not a block number"),
+    "a scale beyond floats": ({**GOOD, "scale": 10**400}, "scale '1000.*' is not a finite number"),
+    "a scale that is not a number": ({**GOOD, "scale": float("nan")}, "not a finite number"),
+    "a long shape": (
+        {**GOOD, "activations": {**GOOD["activations"], "shape": [10**4000, 1]}},
+        r"shape \[10{62} is larger",
+    ),
+    "a long layer": ({**GOOD, "layer_indices": [0, 10**4000]}, "Block a huge number is not a block number"),
     "scale in words": ({**GOOD, "scale": "2"}, "not a finite number"),
     "dtype object": ({**GOOD, "activations": encoded(dtype="float32") | {"dtype": "object"}}, "dtype 'object'"),
     "dtype a list": ({**GOOD, "activations": encoded() | {"dtype": []}}, "is not supported"),
