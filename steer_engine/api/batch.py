@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from steer_engine.errors import BatchFileError
+from steer_engine.api.request_field import object_without_duplicates
+from steer_engine.errors import BatchFileError, SteeringRequestError
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_FAULT_CHARS = 300
@@ -63,7 +64,10 @@ def read_lines(path: Path) -> Iterator[Line]:
 def parse_line(number: int, raw: bytes) -> Line:
     """Parse one line of the input. An invalid one has a `fault`."""
     try:
-        parsed = json.loads(raw)
+        # Of two equal keys a parser keeps the last; the first may be the one that asks for steering.
+        parsed = json.loads(raw, object_pairs_hook=object_without_duplicates)
+    except SteeringRequestError as error:
+        return Line(number=number, custom_id=None, fault=error.message)
     except (ValueError, RecursionError) as error:
         return Line(number=number, custom_id=None, fault=f"The line is not JSON: {error}"[:MAX_FAULT_CHARS])
     if not isinstance(parsed, dict):

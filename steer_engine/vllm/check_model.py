@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from steer_engine.api import metrics
 from steer_engine.api.answers import RequestNote, begin_note, current_note, envelope_of, status_of
+from steer_engine.api.body_search import search_fields
 from steer_engine.api.foreign_forms import XARGS_FORMS
 from steer_engine.api.frontend import NOT_ARMED, Frontend
-from steer_engine.api.request_field import FIELD, MISPLACED, SEPARATOR, XARGS, is_absent, split_model, steering_of
+from steer_engine.api.request_field import FIELD, SEPARATOR, XARGS, is_absent, split_model, steering_of
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.vllm import capture_fetch
@@ -166,11 +166,12 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
 
 def requested_steering(request: Any) -> Any:
     """`steering_of` for a request object of vLLM: typed fields, and the extra ones that pydantic kept."""
-    fields = {key: getattr(request, key, None) for key in (FIELD, XARGS, *MISPLACED)}
-    params = fields["sampling_params"]
-    if params is not None and not isinstance(params, Mapping):
-        fields["sampling_params"] = {"extra_args": getattr(params, "extra_args", None)}
-    return steering_of(fields)
+    note: RequestNote | None = current_note.get()
+    if note is None or not note.searched:  # no middleware, as in vLLM's own batch runner
+        found = search_fields({**vars(request), **(getattr(request, "__pydantic_extra__", None) or {})})
+        if found is not None and found.misplaced:
+            raise found.refusal
+    return steering_of({key: getattr(request, key, None) for key in (FIELD, XARGS)})
 
 
 def _has_inline(requested: Any) -> bool:
@@ -257,9 +258,8 @@ def _build_base_request(original: Any) -> Any:
     def build(cls: Any, anthropic_request: Any, openai_messages: Any) -> Any:
         request = original(cls, anthropic_request, openai_messages)
         extra = getattr(anthropic_request, "__pydantic_extra__", None) or {}
-        for key in (FIELD, *MISPLACED):
-            if key in extra:
-                setattr(request, key, extra[key])
+        if FIELD in extra:
+            setattr(request, FIELD, extra[FIELD])
         return request
 
     return build

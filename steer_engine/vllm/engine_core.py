@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from steer_engine.api.request_field import FIELD, is_absent, parsed_null
 from steer_engine.engine.admission import ResidentVectors
 from steer_engine.errors import CapacityError, SteeringRequestError
 from steer_engine.program import PROGRAM_KEY, Program
@@ -169,7 +170,7 @@ def _check_steering(core: Any, request: Any) -> None:
     extra_args = getattr(request.sampling_params, "extra_args", None)
     if not extra_args:
         return
-    if extra_args.get("steering"):
+    if not is_absent(parsed_null(extra_args.get(FIELD))):
         raise SteeringRequestError(
             "This request reached the engine with uncompiled steering; its entry point is not supported."
         )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_engine.api.request_field import mentions_steering, steering_of
+from steer_engine.api.body_search import Found, search_fields
+from steer_engine.api.request_field import steering_of
 from steer_engine.errors import SteeringRequestError
 from steer_engine.spec import parse_spec
 from steer_engine.vectors.safetensors_format import from_bytes
@@ -63,7 +64,7 @@ def test_what_is_mapped(body: dict[str, Any], edits: list[dict[str, Any]]) -> No
     mapped = steering_of(body)
     assert mapped == {"edits": edits}
     assert parse_spec(mapped) is not None
-    assert mentions_steering(body)
+    assert search_fields(body) == Found(next(iter(body)), misplaced=False)
 
 
 @pytest.mark.parametrize("norm_match", [False, True])
