@@ -179,7 +179,7 @@ class Limits(NamedLimits):
     max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Largest |edit| at a block in mean residual norms, where the vector's file has them. Useful doses are below 2."""
     max_spec_bytes: int = Field(default=MAX_SPEC_CHARS, ge=1)
-    """Length of a spec as JSON text."""
+    """Length of a spec as JSON text, inline vectors not counted."""
     max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
     """Decoded bytes of all inline vectors of a request; 0 disables inline vectors."""
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from steer_engine.api import foreign_forms
+from steer_engine.api.foreign_forms import EASYSTEER, XARGS_FORMS, ForeignSteering, is_easysteer
 from steer_engine.api.frontend import RESERVED_PREFIX
 from steer_engine.errors import SteeringRequestError
 
@@ -27,14 +27,14 @@ def steering_of(body: Mapping[str, Any]) -> Any:
     """The steering that a request specifies. None: not specified. False: none, not even the server's default.
 
     body: the request's fields; steering is in `steering`, or as JSON text in `vllm_xargs.steering`. `null` means not
-    specified. Forms of other servers (`foreign_forms`) are translated.
+    specified. A form of another server is returned as `ForeignSteering`.
 
     Raises:
         SteeringRequestError: specified twice, or with a reserved key.
     """
     xargs = body.get(XARGS)
     in_xargs = None
-    foreign: list[Any] = []
+    foreign: list[tuple[str, Any]] = []
     if isinstance(xargs, Mapping):
         _refuse_reserved_keys(xargs)
         in_xargs = xargs.get(FIELD)
@@ -45,7 +45,7 @@ def steering_of(body: Mapping[str, Any]) -> Any:
                 f"{XARGS}.{FIELD}",
             )
         in_xargs = parsed_null(in_xargs)
-        foreign = [(form, xargs[form]) for form in foreign_forms.XARGS_FORMS if xargs.get(form) is not None]
+        foreign = [(form, xargs[form]) for form in XARGS_FORMS if xargs.get(form) is not None]
     top = parsed_null(body.get(FIELD))
     ways = [
         *([FIELD] if top is not None else ()),
@@ -56,10 +56,10 @@ def steering_of(body: Mapping[str, Any]) -> Any:
         raise SteeringRequestError(
             f"Steering is specified twice, in {' and in '.join(ways)}; specify it once.", ways[0]
         )
-    for form, text in foreign:
-        return foreign_forms.from_hotwire(text) if form == foreign_forms.HOTWIRE else foreign_forms.from_vllm_lens(text)
-    if isinstance(top, dict) and foreign_forms.is_easysteer(top):
-        return foreign_forms.from_easysteer(top)
+    if foreign:
+        return ForeignSteering(*foreign[0])
+    if isinstance(top, dict) and is_easysteer(top):
+        return ForeignSteering(EASYSTEER, top)
     return in_xargs if top is None else top
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from steer_engine.api import metrics
 from steer_engine.api.answers import RequestNote, begin_note, current_note, envelope_of, status_of
 from steer_engine.api.body_search import search_fields
-from steer_engine.api.foreign_forms import XARGS_FORMS
+from steer_engine.api.foreign_forms import XARGS_FORMS, ForeignSteering
 from steer_engine.api.frontend import NOT_ARMED, Frontend
 from steer_engine.api.request_field import FIELD, SEPARATOR, XARGS, is_absent, split_model, steering_of
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
@@ -175,6 +175,8 @@ def requested_steering(request: Any) -> Any:
 
 
 def _has_inline(requested: Any) -> bool:
+    if isinstance(requested, ForeignSteering):
+        return requested.has_vectors
     edits = requested.get("edits") if isinstance(requested, dict) else None
     return isinstance(edits, list) and any(
         isinstance(edit, dict) and isinstance(edit.get("vector"), dict) for edit in edits
