@@ -46,6 +46,12 @@ class VectorCache(Generic[Content]):
             self._entries.move_to_end(digest)
             return self._entries[digest][0]
 
+    def drop(self, digest: str) -> None:
+        """Remove an entry, if it is there."""
+        with self._lock:
+            _, freed = self._entries.pop(digest, (None, 0))
+            self.num_bytes -= freed
+
     def put(self, digest: str, content: Content, num_bytes: int) -> None:
         """Add or replace an entry of `num_bytes` bytes."""
         with self._lock:

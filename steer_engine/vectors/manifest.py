@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,12 +50,13 @@ class Manifest(_Strict):
 
     def changed(self, **update: Any) -> Manifest:
         """The next generation, with some fields replaced."""
-        return self.model_copy(update={"generation": self.generation + 1, **update})
+        # Not a copy, which would keep the digests of this generation.
+        return Manifest.model_construct(**{**dict(self), "generation": self.generation + 1, **update})
 
-    @property
-    def digests(self) -> set[str]:
-        """Digests of all vectors."""
-        return {entry.digest for entry in self.vectors.values()}
+    @cached_property
+    def digests(self) -> frozenset[str]:
+        """Digests of all vectors. Computed once: each steered request looks at it."""
+        return frozenset(entry.digest for entry in self.vectors.values())
 
     @property
     def num_bytes(self) -> int:
@@ -62,8 +64,12 @@ class Manifest(_Strict):
         return sum({entry.digest: entry.num_bytes for entry in self.vectors.values()}.values())
 
 
-def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
-    """The manifest and the signature of its file; an empty manifest and None if there is no file.
+State = tuple[Manifest, FileSignature | None]
+"""A manifest and the signature of its file; an empty manifest and None if there is no file."""
+
+
+def read_manifest(path: Path, last: State | None = None) -> State:
+    """The manifest as it is on disk now. A large file takes long to parse: `last` is returned if it is still current.
 
     Raises:
         RegistryError: the file is not a manifest. It is never replaced by an empty one.
@@ -72,6 +78,8 @@ def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
         with path.open("rb") as file:
             # By descriptor: the path could already lead to a newer file.
             signature = file_signature(file.fileno())
+            if last is not None and signature == last[1]:
+                return last
             raw = file.read()
     except FileNotFoundError:
         return Manifest(), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from steer_engine.vectors.folder import MAX_NAME, NAME, FolderVectors, PresetFil
 from steer_engine.vectors.uploaded import UploadedVectors
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES_SHOWN = 8
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -144,7 +147,9 @@ class Registry:
         uploaded = self._writable(name)
         if self._uploaded_digest(name) is None and (source := self._folder.source_of(name)) is not None:
             raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; remove the file.")
-        return uploaded.delete(name, if_match=if_match, file_presets=self._file_presets())
+        digest = uploaded.delete(name, if_match=if_match, file_presets=self._file_presets())
+        self._cache.drop(digest)
+        return digest
 
     def incoming(self, name: str) -> Path:
         """A folder for uploads in progress. Raises SteeringRequestError if the name is not usable, RegistryError."""
@@ -161,8 +166,12 @@ class Registry:
             if found is None and self._uploaded is not None:
                 found = self._uploaded.manifest(reopen=True).presets.get(name)
         if found is None:
-            known = ", ".join(list(self.presets())[:8]) or "none"
-            raise UnknownVectorError(f"There is no preset {name[:MAX_NAME]!r}; there are: {known}.", param="preset")
+            files = [] if self._preset_files is None else self._preset_files.some_names(MAX_NAMES_SHOWN)
+            uploaded = {} if self._uploaded is None else self._uploaded.manifest().presets
+            known = sorted({*files, *islice(uploaded, MAX_NAMES_SHOWN)})[:MAX_NAMES_SHOWN]
+            raise UnknownVectorError(
+                f"There is no preset {name[:MAX_NAME]!r}; there are: {', '.join(known) or 'none'}.", param="preset"
+            )
         return found
 
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -193,16 +202,22 @@ class Registry:
         uploaded.delete_preset(name, if_match=if_match)
 
     def _find(self, name_or_digest: str) -> ControlVector | None:
-        if _DIGEST.fullmatch(name_or_digest):
-            return self._by_digest(name_or_digest)
-        digest = self._uploaded_digest(name_or_digest)
-        return self._folder.find(name_or_digest) if digest is None else self._by_digest(digest)
+        # Once, so that it costs one `stat`, and the digest is that of the name in the same generation.
+        manifest = None if self._uploaded is None else self._uploaded.manifest()
+        is_digest = _DIGEST.fullmatch(name_or_digest) is not None
+        entry = None if manifest is None or is_digest else manifest.vectors.get(name_or_digest)
+        digest = name_or_digest if entry is None else entry.digest
+        if manifest is not None and digest in manifest.digests:
+            return self._load_uploaded(digest)
+        if not is_digest:
+            return self._folder.find(name_or_digest)
+        self._cache.drop(digest)  # it was deleted, here or by another process
+        return self._folder.find_digest(digest)
 
-    def _by_digest(self, digest: str) -> ControlVector | None:
+    def _load_uploaded(self, digest: str) -> ControlVector | None:
         if (cached := self._cache.get(digest)) is not None:
             return cached
-        if self._uploaded is None or digest not in self._uploaded.manifest().digests:
-            return self._folder.find_digest(digest)
+        assert self._uploaded is not None
         try:
             vector = self._uploaded.load(digest)
         except UnknownVectorError:
@@ -234,8 +249,12 @@ class Registry:
         return name not in self._uploaded.manifest().presets and files is not None and files.get(name) is not None
 
     def _registered(self) -> str:
-        names = list(self.names())
-        if not names:
+        """A few names for an error message. Costs the same for any number: an unknown name is a cheap mistake."""
+        uploaded = {} if self._uploaded is None else self._uploaded.manifest().vectors
+        names = {*self._folder.some_names(MAX_NAMES_SHOWN), *islice(uploaded, MAX_NAMES_SHOWN)}
+        shown = sorted(names)[:MAX_NAMES_SHOWN]
+        if not shown:
             return "none is registered"
-        shown = ", ".join(names[:8])
-        return f"registered are {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        # A name of both sources counts twice; to find these takes time that grows with the number of names.
+        more = self._folder.num_names + len(uploaded) - len(shown)
+        return f"registered are {', '.join(shown)}" + (f" and {more} more" if more else "")
