@@ -10,6 +10,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 from steer_engine.program import Row
@@ -17,6 +18,9 @@ from steer_engine.settings import PIN_SECONDS, EngineLimits
 
 PATIENCE_SECONDS = 1.0
 """After this time in the queue, a request that waits for bank rows is not overtaken by other steered requests."""
+
+MAX_LISTED = 1000
+"""Vectors that a status report lists. Sorting and sending 100,000 digests would stall a step for 0.1 s."""
 
 Request = TypeVar("Request", bound=Hashable)
 
@@ -47,9 +51,13 @@ class ResidentVectors:
     def __contains__(self, digest: str) -> bool:
         return digest in self._resident
 
+    def __len__(self) -> int:
+        return len(self._resident)
+
     def digests(self) -> list[str]:
+        """The digests of at most MAX_LISTED vectors, the most recently used ones, sorted."""
         with self._lock:
-            return sorted(self._resident)
+            return sorted(islice(reversed(self._resident), MAX_LISTED))
 
     def put(self, digest: str, num_bytes: int, now: float) -> None:
         """All workers store `digest` now. It is pinned for PIN_SECONDS."""

@@ -71,7 +71,7 @@ def waiting(core: Any) -> int:
 
 
 def status(core: Any) -> Reply:
-    """How every worker is armed, and which vectors all of them hold."""
+    """How every worker is armed, and which vectors all of them hold. `vectors` lists MAX_LISTED of them at most."""
     if _config(core) is None:
         return {"ok": False, "reason": "this engine is not armed for steering", "armed": False}
     workers = _workers(core, "status")
@@ -82,6 +82,7 @@ def status(core: Any) -> Reply:
         "ok": True,
         "armed": True,
         "workers": workers,
+        "num_vectors": len(_resident(core)),
         "vectors": _resident(core).digests(),
         "waiting": waiting(core),
     }
