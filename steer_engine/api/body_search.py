@@ -33,7 +33,8 @@ OWN = frozenset(
     {
         *("tools", "functions", "tool_choice", "function_call", "tool_calls"),
         *("response_format", "structured_outputs", "guided_json", "text", "format", "output_format", "output_config"),
-        *("json_schema", "schema", "properties", "prompt", "system", "documents"),
+        *("json_schema", "schema", "properties", "$defs", "definitions", "guided_decoding"),
+        *("prompt", "system", "documents"),
     }
 )
 """Fields whose keys are the client's own: schemas, tools, and the texts of a prompt, at any depth."""
@@ -116,7 +117,7 @@ def _search(request: tuple[tuple[str, Any], ...]) -> Iterator[Found]:
             if value is not None:
                 yield Found(key, misplaced=True)
         elif key == XARGS:
-            yield from _search_xargs(value)
+            yield from _search_xargs(_decoded(value))
         elif key in CONVERSATIONS:
             yield from _search_messages(key, value)
         elif key not in OWN and _holds_steering(value, key):

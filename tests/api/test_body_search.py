@@ -63,6 +63,8 @@ OWN: list[dict[str, Any]] = [
     {"structured_outputs": {"json": {"properties": {"steering": {}}}}},
     {"text": {"format": {"schema": {"properties": {"steering": {}}}}}},
     {"extra_body": {"guided_json": {"properties": {"steering": {}}}}},
+    {"sampling_params": {"guided_decoding": {"json": {"steering": 1}}}},
+    {"options": {"json": {"$defs": {"steering": {}}}}},
     {"documents": [{"steering": "a wheel"}]},
     {"metadata": {"steering": "left"}},
     {"options": {"steering": None}, "metadata": {"steering": "null"}},
@@ -123,6 +125,11 @@ async def test_the_client_s_own_keys_and_texts_are_left_alone(body: dict[str, An
 async def test_a_copy_that_a_parser_would_drop_counts(content: bytes) -> None:
     answer = await post("/v1/chat/completions", content)
     assert answer.status_code == 400, "the last copy specifies no steering"
+
+
+def test_extra_arguments_may_be_text() -> None:
+    """Speech endpoints read them from a form; elsewhere vLLM refuses text."""
+    assert search_body(json.dumps({"vllm_xargs": json.dumps({"steering": TEXT})}).encode()) is not None
 
 
 @pytest.mark.parametrize(
