@@ -28,8 +28,7 @@ from steer_engine.api.frontend import ShippedVectors
 from steer_engine.engine.admission import ResidentVectors
 from steer_engine.engine.bank import Bank
 from steer_engine.program import Row, RowKey
-from steer_engine.settings import EngineLimits
-from steer_engine.vectors.cache import DEFAULT_BUDGET as LOADED_BYTES
+from steer_engine.settings import ApiLimits, EngineLimits
 from steer_engine.vectors.cache import VectorCache
 
 MODELS = {"8B": 32 * 4096, "70B": 80 * 8192}
@@ -56,7 +55,7 @@ class Fleet:
     slots: int = 256
     rows: int = 4
     store_bytes: int = EngineLimits().store_bytes
-    loaded_bytes: int = LOADED_BYTES
+    loaded_bytes: int = ApiLimits().loaded_bytes
     hours: float = 2.0
     sampled: int = 2
     seed: int = 0

@@ -25,6 +25,7 @@ register()
 import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM is imported)
 
 from steer_engine.api.frontend import STEERING_KEY, Frontend  # noqa: E402
+from steer_engine.api.request_field import is_absent, parsed_null  # noqa: E402
 from steer_engine.vllm import engine_client  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
@@ -116,7 +117,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM. Raises SteeringRequestError if `params` request steering: its steps would be unsteered."""
-        if (getattr(params, "extra_args", None) or {}).get(STEERING_KEY):
+        if not is_absent(parsed_null((getattr(params, "extra_args", None) or {}).get(STEERING_KEY))):
             raise SteeringRequestError("Beam search cannot be steered; use generate.", STEERING_KEY)
         return super().beam_search(prompts, params, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Self
@@ -31,8 +32,6 @@ ADMIN_KEY_FILE_ENV = "STEER_ENGINE_ADMIN_KEY_FILE"
 """A file with one admin key per line, read again whenever it changes."""
 WITH_PARENT_ENV = "STEER_ENGINE_END_WITH_PARENT"
 """1: processes that this one starts end when it ends. Set by `serve` and `batch`."""
-CACHED_VECTOR_BYTES_ENV = "STEER_ENGINE_LOADED_BYTES"
-"""Host memory in bytes that an API process uses for vectors loaded from its folder."""
 
 # Environment variables of commands.
 
@@ -147,6 +146,24 @@ def _select(wanted: str | tuple[int, ...], num_blocks: int, what: str) -> tuple[
     return blocks
 
 
+def mirror_seconds() -> float:
+    """The mirror's polling interval from the environment, 60 s by default.
+
+    Raises:
+        UnsupportedEngineError: not a finite number of at least 1.
+    """
+    given = os.environ.get(MIRROR_SECONDS_ENV) or "60"
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds < math.inf:
+        raise UnsupportedEngineError(
+            f"{MIRROR_SECONDS_ENV}={given[:80]} (--steering-mirror-seconds) must be a number of seconds, at least 1."
+        )
+    return seconds
+
+
 class NamedLimits(BaseModel):
     """A group of limits. `STEER_ENGINE_MAX_EDITS=4` in the environment sets the field `max_edits`, and so on.
 
@@ -168,7 +185,11 @@ class NamedLimits(BaseModel):
             return cls.model_validate({name: value for name, value in named.items() if value is not None})
         except ValidationError as error:
             first = error.errors()[0]
-            raise UnsupportedEngineError(f"{cls.variable(str(first['loc'][0]))}: {first['msg']}.") from None
+            name = str(first["loc"][0])
+            raise UnsupportedEngineError(
+                f"{cls.variable(name)}={str(named[name])[:80]} is not valid for the limit {name}: {first['msg']}. The "
+                f"default is {cls.model_fields[name].default}."
+            ) from None
 
 
 class Limits(NamedLimits):
@@ -181,7 +202,7 @@ class Limits(NamedLimits):
     max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Largest |edit| at a block in mean residual norms, where the vector's file has them. Useful doses are below 2."""
     max_spec_bytes: int = Field(default=MAX_SPEC_CHARS, ge=1)
-    """Length of a spec as JSON text."""
+    """Length of a spec as JSON text, inline vectors not counted."""
     max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
     """Decoded bytes of all inline vectors of a request; 0 disables inline vectors."""
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
@@ -208,6 +229,8 @@ class ApiLimits(NamedLimits):
     """Concurrent uploads; further ones get 503 (retry later)."""
     max_bank_queue: int = Field(default=256, ge=1)
     """Steered requests that may wait for bank rows (--steering-bank-rows); further ones get 503."""
+    loaded_bytes: int = Field(default=2**30, ge=0)
+    """Host memory for vectors loaded from the folder. The least recently used are removed first."""
 
 
 class RegistryLimits(NamedLimits):

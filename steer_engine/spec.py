@@ -312,39 +312,67 @@ class SteeringSpec(_Strict):
         return self
 
 
-def parse_spec(raw: Any, max_chars: int = MAX_SPEC_CHARS) -> SteeringSpec | None:
+def parse_spec(raw: Any, max_chars: int | None = None) -> SteeringSpec | None:
     """Parse a request's steering. None, False and their JSON texts mean that no steering is requested.
 
-    raw: a mapping, its JSON text, or a spec that is already parsed. max_chars: of JSON text.
+    raw: a mapping, its JSON text, or a spec that is already parsed. max_chars: length of the spec as JSON text, inline
+    vectors not counted. By default, text may have MAX_SPEC_CHARS, and a mapping any length.
 
     Raises:
         SteeringRequestError: `param` names the first field that is wrong.
-        PayloadTooLargeError: the JSON text is longer.
+        PayloadTooLargeError: the spec is longer than `max_chars`.
     """
     if raw is None or raw is False:
         return None
     if isinstance(raw, SteeringSpec):
         return raw
     if isinstance(raw, str):
-        raw = _from_json(raw, max_chars)
+        raw = _from_json(raw, MAX_SPEC_CHARS if max_chars is None else max_chars)
         if raw is None or raw is False:
             return None
     if not isinstance(raw, dict):
         raise SteeringRequestError(
             f"steering must be an object with 'edits' or 'preset', not {shown(raw)}.", "steering"
         )
+    if max_chars is not None:
+        check_chars(raw, max_chars)
     try:
         return SteeringSpec.model_validate(raw)
     except ValidationError as error:
         raise _request_error(error) from None
 
 
+def check_chars(spec: dict[str, Any], max_chars: int) -> None:
+    """Raise PayloadTooLargeError if a decoded spec is longer as JSON text without spaces and inline vectors.
+
+    Stops at the limit, so that a spec of megabytes costs no more than one at the limit.
+    """
+    count, pending = 0, list[Any]([spec])
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            count += len(value) + 2
+        elif isinstance(value, dict | list):
+            count += len(value) * (2 if isinstance(value, dict) else 1) + 1  # brackets, commas, colons
+        else:
+            # Not `str`, which refuses huge integers. Ten bits are three digits.
+            count += max(1, value.bit_length() * 3 // 10) if isinstance(value, int) else len(repr(value))
+        if count > max_chars:
+            raise _too_long(max_chars)
+        if isinstance(value, dict):
+            pending += value
+            pending += [inner for key, inner in value.items() if key != "data"]
+        elif isinstance(value, list):
+            pending += value
+
+
+def _too_long(max_chars: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"steering has more than {max_chars} characters of JSON (max_spec_bytes).", "steering")
+
+
 def _from_json(text: str, max_chars: int) -> Any:
     if len(text) > max_chars:
-        raise PayloadTooLargeError(
-            f"steering is JSON text of {len(text)} characters; at most {max_chars} are allowed (max_spec_bytes).",
-            "steering",
-        )
+        raise _too_long(max_chars)
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:

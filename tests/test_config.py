@@ -10,7 +10,15 @@ import pytest
 from pydantic import ValidationError
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.settings import ALL_OPS, CONFIG_KEY, Limits, SteeringConfig
+from steer_engine.settings import (
+    ALL_OPS,
+    CONFIG_KEY,
+    MIRROR_SECONDS_ENV,
+    Limits,
+    NamedLimits,
+    SteeringConfig,
+    mirror_seconds,
+)
 from steer_engine.spec import MAX_SPEC_CHARS, Op
 
 
@@ -142,3 +150,42 @@ def test_default_limits() -> None:
     limits = Limits()
     assert (limits.max_edits, limits.max_abs_scale, limits.max_dose) == (8, 1000.0, 10.0)
     assert limits.max_spec_bytes == MAX_SPEC_CHARS
+
+
+BAD_NUMBERS = ["nan", "inf", "-inf", "-1", "", "many", "1e400", "9" * 5000]
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS)
+def test_a_limit_that_is_no_number_of_its_kind_stops_the_start(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    for group in NamedLimits.__subclasses__():
+        for name in group.model_fields:
+            with monkeypatch.context() as patched:
+                patched.setenv(group.variable(name), value)
+                with pytest.raises(UnsupportedEngineError) as refused:
+                    group.from_environment()
+            message = str(refused.value)
+            assert group.variable(name) in message
+            assert f"limit {name}" in message
+            assert "default is" in message
+            assert len(message) < 300
+
+
+@pytest.mark.parametrize("value", [*BAD_NUMBERS[:4], "many", "0", "0.5"])
+def test_a_mirror_interval_that_is_no_positive_number_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv(MIRROR_SECONDS_ENV, value)
+    with pytest.raises(UnsupportedEngineError, match="at least 1"):
+        mirror_seconds()
+
+
+def test_a_mirror_interval_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MIRROR_SECONDS_ENV, raising=False)
+    assert mirror_seconds() == 60
+    monkeypatch.setenv(MIRROR_SECONDS_ENV, "2.5")
+    assert mirror_seconds() == 2.5
+
+
+def test_every_published_limit_is_finite() -> None:
+    for group in NamedLimits.__subclasses__():
+        json.dumps(group().model_dump(), allow_nan=False)

@@ -598,3 +598,34 @@ def test_shown_values_are_short_and_printable(value: Any) -> None:
 )
 def test_shown_values(value: Any, text: str) -> None:
     assert shown(value) == text
+
+
+def test_max_chars_holds_for_objects_as_for_text() -> None:
+    spec = {"edits": [{"vector": "a", "blocks": list(range(100)), "scale": 1.5}] * 4}
+    text = json.dumps(spec, separators=(",", ":"))
+    for form in (spec, text):
+        assert parse_spec(form, len(text)) is not None
+        with pytest.raises(PayloadTooLargeError, match="max_spec_bytes"):
+            parse_spec(form, len(text) // 2)
+    assert parse_spec(spec) is not None, "a preset's own length is limited where it is stored"
+
+
+def test_an_inline_vector_does_not_count_as_length_of_the_spec() -> None:
+    spec = {"edits": [{"vector": {"data": "A" * 10_000}}]}
+    assert parse_spec(spec, 100) is not None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"edits": [{"vector": "a"}] * 2**20},
+        {"x" * 2**20: 1},
+        {"edits": [{"vector": "a", "scale": 10**100_000}]},
+        {"edits": [[[{"a": [0] * 2**20}]]]},
+    ],
+)
+def test_a_long_object_is_refused_before_it_is_read(spec: dict[str, Any]) -> None:
+    began = time.process_time()
+    with pytest.raises(PayloadTooLargeError):
+        parse_spec(spec, 65_536 // 8)
+    assert time.process_time() - began < 0.5

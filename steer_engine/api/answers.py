@@ -33,7 +33,7 @@ class RequestNote:
 
     vLLM runs handlers in child tasks, whose context variables their parent does not see; the object is shared instead.
 
-    seen: the check of the request's steering has run, even if there is none.
+    searched: the middleware has searched the raw body for misplaced steering.
     resolved: the request's steering; the engine client takes it from here. None for unsteered requests.
     report: the `steering` object of the answer's body; None for unsteered requests.
     model: the model name in the answer, where it differs from vLLM's (`BASE:PRESET`).
@@ -42,7 +42,7 @@ class RequestNote:
     captured: rows of this request are being captured; a second prompt is refused.
     """
 
-    seen: bool = False
+    searched: bool = False
     resolved: ResolvedSpec | None = None
     report: dict[str, Any] | None = None
     model: str | None = None
@@ -61,8 +61,8 @@ def begin_note() -> RequestNote:
     if note is None:
         note = RequestNote()
         current_note.set(note)
-    # `body_model` stays: the middleware has set it before.
-    vars(note).update(vars(RequestNote(seen=True, body_model=note.body_model)))
+    # The middleware has set these two before.
+    vars(note).update(vars(RequestNote(searched=note.searched, body_model=note.body_model)))
     return note
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import CapacityError, SteerError
-from steer_engine.settings import MIRROR_SECONDS_ENV, MIRROR_URL_ENV
+from steer_engine.settings import MIRROR_URL_ENV, mirror_seconds
 from steer_engine.vectors.mirror import Mirror
 from steer_engine.vectors.registry import Registry
 
 PROBE_TIMEOUT_SECONDS = 5.0
 GAUGE_SECONDS = 10.0
 
-MIRROR_SECONDS = 60.0
 
 MAX_REASON_CHARS = 200
 """Of an error that is not ours, in the log."""
@@ -123,4 +122,4 @@ def start_mirror(folder: Path | None) -> asyncio.Task[None] | None:
     url = os.environ.get(MIRROR_URL_ENV)
     if not url or folder is None:
         return None
-    return asyncio.create_task(sync_mirror(url, folder, float(os.environ.get(MIRROR_SECONDS_ENV) or MIRROR_SECONDS)))
+    return asyncio.create_task(sync_mirror(url, folder, mirror_seconds()))

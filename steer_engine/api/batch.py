@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from steer_engine.errors import BatchFileError
+from steer_engine.api.request_field import object_without_duplicates
+from steer_engine.errors import BatchFileError, SteeringRequestError
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_FAULT_CHARS = 300
@@ -81,7 +82,10 @@ def parse_line(number: int, raw: bytes, context: Context = no_context) -> Line:
     sha = hashlib.sha256(raw.strip())
     digest = sha.hexdigest()[:DIGEST_CHARS]
     try:
-        parsed = json.loads(raw)
+        # Of two equal keys a parser keeps the last; the first may be the one that asks for steering.
+        parsed = json.loads(raw, object_pairs_hook=object_without_duplicates)
+    except SteeringRequestError as error:
+        return Line(number=number, digest=digest, custom_id=None, fault=error.message)
     except (ValueError, RecursionError) as error:
         fault = f"The line is not JSON: {error}"[:MAX_FAULT_CHARS]
         return Line(number=number, digest=digest, custom_id=None, fault=fault)

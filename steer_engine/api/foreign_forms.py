@@ -6,6 +6,9 @@
 
 All three add to the output of a block, as op `add` does. Their generation phase begins one position later than the
 scope `generation`, so requests for generated positions only are refused.
+
+The limits of a request hold for these forms too. They are checked against what a form declares, before anything is
+decoded: a few hundred kilobytes of compressed zeros can declare gigabytes.
 """
 
 from __future__ import annotations
@@ -13,14 +16,48 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from steer_engine.errors import SteeringRequestError, VectorFileError
-from steer_engine.spec import MAX_ECHO_CHARS
+from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, VectorFileError
+from steer_engine.resolve import ModelShape
+from steer_engine.settings import Limits
+from steer_engine.spec import MAX_ECHO_CHARS, check_chars
 from steer_engine.vectors import safetensors_format, vllm_lens_format
 
 VLLM_LENS, HOTWIRE = "apply_steering_vectors", "hotwire"
 XARGS_FORMS = (VLLM_LENS, HOTWIRE)
+EASYSTEER = "vectors"
+
+BASE64_FLOAT64 = 8 / 4 * 4 / 3
+"""Characters per byte of a float32 vector: vllm-lens may send float64, in base64."""
+
+
+@dataclass(frozen=True)
+class ForeignSteering:
+    """Steering in another server's form, not yet read.
+
+    form: VLLM_LENS, HOTWIRE or EASYSTEER. content: the JSON text, or the `steering` object of EasySteer.
+    """
+
+    form: str
+    content: Any
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether reading it decodes vectors, which takes long."""
+        return self.form == VLLM_LENS
+
+    def to_spec(self, limits: Limits, model: ModelShape) -> dict[str, Any]:
+        """The `steering` object with the same effect.
+
+        Raises:
+            SteeringRequestError: malformed, without an exact counterpart here, or for another model.
+            PayloadTooLargeError: more than the limits allow.
+        """
+        if self.form == VLLM_LENS:
+            return from_vllm_lens(self.content, limits, model)
+        return from_hotwire(self.content, limits) if self.form == HOTWIRE else from_easysteer(self.content, limits)
 
 
 def is_easysteer(steering: dict[str, Any]) -> bool:
@@ -28,12 +65,9 @@ def is_easysteer(steering: dict[str, Any]) -> bool:
     return "vectors" in steering and not {"edits", "preset"} & set(steering)
 
 
-def from_easysteer(steering: dict[str, Any]) -> dict[str, Any]:
-    """Translate an EasySteer spec.
-
-    Raises:
-        SteeringRequestError: malformed, or without an exact counterpart here.
-    """
+def from_easysteer(steering: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Translate an EasySteer spec. Raises as `ForeignSteering.to_spec`."""
+    check_chars(steering, limits.max_spec_bytes)
     _check_fields(steering, {"vectors", "conflict", "debug"}, "steering")
     vectors = steering["vectors"]
     if not isinstance(vectors, list) or not vectors:
@@ -87,14 +121,10 @@ def _easysteer_scope(apply: Any, param: str) -> str:
     )
 
 
-def from_hotwire(text: Any) -> dict[str, Any]:
-    """Translate a hotwire spec.
-
-    Raises:
-        SteeringRequestError: malformed, or without an exact counterpart here.
-    """
+def from_hotwire(text: Any, limits: Limits) -> dict[str, Any]:
+    """Translate a hotwire spec. Raises as `ForeignSteering.to_spec`."""
     param = f"vllm_xargs.{HOTWIRE}"
-    entries = _json_list(text, param)
+    entries = _json_list(text, param, limits.max_spec_bytes)
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise SteeringRequestError("Expected {id, layer, scale}, or a list of such objects.", param)
     for entry in entries:
@@ -120,23 +150,28 @@ def from_hotwire(text: Any) -> dict[str, Any]:
     }
 
 
-def from_vllm_lens(text: Any) -> dict[str, Any]:
-    """Translate vllm-lens vectors. The activations become inline vectors.
-
-    Raises:
-        SteeringRequestError: malformed, or without an exact counterpart here.
-    """
+def from_vllm_lens(text: Any, limits: Limits, model: ModelShape) -> dict[str, Any]:
+    """Translate vllm-lens vectors. The activations become inline vectors. Raises as `ForeignSteering.to_spec`."""
     param = f"vllm_xargs.{VLLM_LENS}"
-    entries = _json_list(text, param)
+    if limits.max_inline_bytes == 0:
+        raise SteeringRequestError(
+            "Inline vectors are switched off on this server (max_inline_bytes); register the vector, and name it in "
+            "the field 'steering'.",
+            param,
+        )
+    entries = _json_list(text, param, limits.max_spec_bytes + int(limits.max_inline_bytes * BASE64_FLOAT64))
     if not entries:
         raise SteeringRequestError("At least one vector is required.", param)
-    norm_match = [bool(isinstance(entry, dict) and entry.get("norm_match")) for entry in entries]
+    if len(entries) > limits.max_edits:
+        raise SteeringRequestError(
+            f"{len(entries)} vectors are given; one request may have at most {limits.max_edits} (max_edits).", param
+        )
+    _check_declared(entries, param, limits.max_inline_bytes, model)
+    norm_match = [bool(entry.get("norm_match")) for entry in entries]
     if any(norm_match) and len(entries) > 1:
         raise SteeringRequestError("norm_match is supported for a single vector only.", param)
     edits = []
     for entry in entries:
-        if not isinstance(entry, dict):
-            raise SteeringRequestError("A vector must be an object.", param)
         _check_fields(entry, {"activations", "layer_indices", "scale", "norm_match", "position_indices"}, param)
         if entry.get("position_indices") is not None:
             raise SteeringRequestError("position_indices is not supported; use an edit with a scope.", param)
@@ -147,6 +182,29 @@ def from_vllm_lens(text: Any) -> dict[str, Any]:
         data = base64.b64encode(safetensors_format.to_bytes(vector)).decode("ascii")
         edits.append({"vector": {"data": data}, "scale": entry.get("scale", 1.0)})
     return {"edits": edits, "preserve_norm": norm_match[0]}
+
+
+def _check_declared(entries: list[Any], param: str, max_bytes: int, model: ModelShape) -> None:
+    """Check the sizes that vllm-lens vectors declare, before any is decoded."""
+    total = 0
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("activations"), dict):
+            raise SteeringRequestError("A vector must be an object with `activations` and `layer_indices`.", param)
+        try:
+            layers, hidden_size = vllm_lens_format.declared_shape(entry["activations"])
+        except VectorFileError as error:
+            raise SteeringRequestError(error.message, param) from None
+        if hidden_size != model.hidden_size or layers > model.num_blocks:
+            raise SteeringRequestError(
+                f"A vector has {layers} layers of hidden size {hidden_size}; the model has {model.num_blocks} of "
+                f"{model.hidden_size}: it was made for another model.",
+                param,
+            )
+        total += 4 * layers * hidden_size  # as float32
+    if total > max_bytes:
+        raise PayloadTooLargeError(
+            f"The vectors have {total} bytes; one request may have at most {max_bytes} (max_inline_bytes).", param
+        )
 
 
 def _name(source: Any, param: str) -> str:
@@ -160,10 +218,12 @@ def _name(source: Any, param: str) -> str:
     return source
 
 
-def _json_list(text: Any, param: str) -> list[Any]:
+def _json_list(text: Any, param: str, max_chars: int) -> list[Any]:
     """A list as JSON text; a single item may stand without its list."""
     if not isinstance(text, str):
         raise SteeringRequestError(f"{param} must be a JSON string, not {type(text).__name__}.", param)
+    if len(text) > max_chars:
+        raise PayloadTooLargeError(f"{param} has {len(text)} characters; at most {max_chars} are allowed.", param)
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.gates import DrainGate, QueueLimit
 from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
@@ -98,7 +99,8 @@ class Frontend:
             raise
 
     def resolve(self, requested: Any, *, can_capture: bool = False) -> ResolvedSpec | None:
-        """What `requested` means now: a spec as a mapping or JSON text, None or False for no steering.
+        """What `requested` means now: a spec as a mapping or JSON text, or in another server's form; None or False for
+        no steering.
 
         A `ResolvedSpec` is returned as it is. can_capture: the caller delivers captured rows to the client.
 
@@ -107,6 +109,8 @@ class Frontend:
         """
         if isinstance(requested, ResolvedSpec):
             return requested
+        if isinstance(requested, ForeignSteering):
+            requested = requested.to_spec(self.limits, self.model)
         spec = parse_spec(requested, self.limits.max_spec_bytes)
         if spec is None:
             return None

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from steer_engine.api.answers import RequestNote, current_note, envelope, envelope_of, status_of
+from steer_engine.api.body_search import search_body
 from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
-from steer_engine.api.request_field import FIELD, model_of, requests_steering
+from steer_engine.api.request_field import FIELD, model_of
 from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
 
 Scope = MutableMapping[str, Any]
@@ -51,8 +52,9 @@ class SteeringMiddleware:
     """Pure ASGI, inside vLLM's own authentication.
 
     A body that requests steering is steered or refused. A path that cannot carry steering is refused before its handler
-    runs; elsewhere the handler's check decides, and an answer that passed no check is replaced by a refusal. Requests
-    that change or generate something are counted by the drain gate, from their whole body to the end of their answer.
+    runs, and so is steering in a place that nothing reads. Elsewhere the handler's check decides, and an unsteered
+    answer is replaced by a refusal. Requests that change or generate something are counted by the drain gate, from
+    their whole body to the end of their answer.
     """
 
     def __init__(self, app: App, max_body_bytes: int = 64 * 2**20, drain: DrainGate | None = None) -> None:
@@ -74,7 +76,7 @@ class SteeringMiddleware:
     async def _handle(self, scope: Scope, receive: Receive, send: Send, note: RequestNote) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         has_body = scope["method"] in ("POST", "PUT", "PATCH") and not path.startswith(OWN_PREFIX)
-        steers = False
+        found = None
         if has_body:
             try:
                 body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
@@ -82,14 +84,18 @@ class SteeringMiddleware:
                     note.body_model = model_of(body)
                 # Parsing megabytes would block every other request of this process.
                 large = len(body) > LARGE_BODY_BYTES
-                steers = await asyncio.to_thread(requests_steering, body) if large else requests_steering(body)
+                found = await asyncio.to_thread(search_body, body) if large else search_body(body)
+                note.searched = True
             except SteeringRequestError as error:
                 await _send_error(send, error)
                 return
-            if steers and path not in CARRYING_PATHS:
+            if found is not None and path not in CARRYING_PATHS:
                 await _refuse(send, path)
                 return
-        answer = _Answer(send, note, steers, path, self._drain)
+            if found is not None and found.misplaced:
+                await _send_error(send, found.refusal)
+                return
+        answer = _Answer(send, note, found is not None, path, self._drain)
         if scope["method"] in SAFE_METHODS:
             await self.app(scope, receive, answer.send)
             return
@@ -132,7 +138,7 @@ class _Answer:
                 await self.refuse_for_shutdown()
                 return
             self.begun = True
-            if self._steers and not self._note.seen and message["status"] < 400:
+            if self._steers and self._note.report is None and message["status"] < 400:
                 self._replaced = True
                 await _refuse(self._send, self._path)
                 return

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from steer_engine.api import metrics
 from steer_engine.api.answers import status_of
 from steer_engine.api.frontend import Frontend
+from steer_engine.api.request_field import object_without_duplicates
 from steer_engine.api.routing import Refused, SteeringRoute, etag, frontend_of, if_match, log_change, require_admin
 from steer_engine.errors import (
     CapacityError,
@@ -241,18 +242,11 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         if len(raw) > max_bytes:
             raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
     try:
-        return json.loads(raw, object_pairs_hook=_object_without_duplicates)
+        return json.loads(raw, object_pairs_hook=object_without_duplicates)
     except SteeringRequestError:
         raise
     except (ValueError, RecursionError) as error:
         raise SteeringRequestError(f"The body is not valid JSON ({type(error).__name__}).", "body") from None
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise SteeringRequestError("An object in the body has the same key twice.", "body")
-    return found
 
 
 def _page(

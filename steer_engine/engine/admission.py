@@ -7,9 +7,10 @@ start only if the bank has rows for it.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 from steer_engine.program import Row
@@ -17,6 +18,9 @@ from steer_engine.settings import PIN_SECONDS, EngineLimits
 
 PATIENCE_SECONDS = 1.0
 """After this time in the queue, a request that waits for bank rows is not overtaken by other steered requests."""
+
+MAX_LISTED = 1000
+"""Vectors that a status report lists. Sorting and sending 100,000 digests would stall a step for 0.1 s."""
 
 Request = TypeVar("Request", bound=Hashable)
 
@@ -29,7 +33,8 @@ class _Resident:
 
 @dataclass
 class ResidentVectors:
-    """The vectors that all workers of an engine store, least recently used first.
+    """The vectors that all workers of an engine store, least recently used first. Every operation takes constant time,
+    except for the vectors that it drops or finds in use.
 
     A vector that a request names is never dropped. Thread-safe: vLLM preprocesses requests in a different thread than
     the one in which vectors arrive. Times (`now`) are seconds of a monotonic clock.
@@ -38,33 +43,36 @@ class ResidentVectors:
     """
 
     budget: int = field(default_factory=lambda: EngineLimits.from_environment().store_bytes)
-    _resident: dict[str, _Resident] = field(default_factory=dict)
+    num_bytes: int = field(default=0, init=False)
+    """Bytes of all vectors, kept up to date."""
+    _resident: OrderedDict[str, _Resident] = field(default_factory=OrderedDict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._resident
 
-    def digests(self) -> list[str]:
-        with self._lock:
-            return sorted(self._resident)
+    def __len__(self) -> int:
+        return len(self._resident)
 
-    @property
-    def num_bytes(self) -> int:
+    def digests(self) -> list[str]:
+        """The digests of at most MAX_LISTED vectors, the most recently used ones, sorted."""
         with self._lock:
-            return sum(vector.num_bytes for vector in self._resident.values())
+            return sorted(islice(reversed(self._resident), MAX_LISTED))
 
     def put(self, digest: str, num_bytes: int, now: float) -> None:
         """All workers store `digest` now. It is pinned for PIN_SECONDS."""
         with self._lock:
-            self._resident.pop(digest, None)
+            self.drop(digest)
             self._resident[digest] = _Resident(num_bytes, now + PIN_SECONDS)
+            self.num_bytes += num_bytes
 
     def touch(self, digests: Collection[str], now: float) -> None:
         """Pin vectors again: a request that names them is about to enter the scheduler."""
         with self._lock:
             for digest in digests:
-                if digest in self._resident:
-                    self.put(digest, self._resident[digest].num_bytes, now)
+                if (vector := self._resident.get(digest)) is not None:
+                    vector.pinned_until = now + PIN_SECONDS
+                    self._resident.move_to_end(digest)
 
     def pin_if_resident(self, digest: str, now: float) -> bool:
         """Whether `digest` is resident. If it is, it is pinned again."""
@@ -74,17 +82,19 @@ class ResidentVectors:
 
     def drop(self, digest: str) -> None:
         with self._lock:
-            self._resident.pop(digest, None)
+            if (vector := self._resident.pop(digest, None)) is not None:
+                self.num_bytes -= vector.num_bytes
 
     def make_room(self, num_bytes: int, in_use: Collection[str], now: float) -> list[str] | None:
         """Digests to drop before `num_bytes` are added, least recently used first; None if there is not enough room."""
-        excess = self.num_bytes + num_bytes - self.budget
         victims = []
         with self._lock:
+            excess = self.num_bytes + num_bytes - self.budget
             for digest, vector in self._resident.items():
-                if excess <= 0:
+                # The order is that of the pins: all vectors after a pinned one are pinned, too.
+                if excess <= 0 or vector.pinned_until > now:
                     break
-                if digest not in in_use and vector.pinned_until <= now:
+                if digest not in in_use:
                     victims.append(digest)
                     excess -= vector.num_bytes
         return victims if excess <= 0 else None

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from steer_kernels.tables import GATE_ROW, NUM_WORDS, ROW, Entry, Tables, encode_entry
 
+from steer_engine.engine.admission import MAX_LISTED
 from steer_engine.program import Program, Row, RowKey
 from steer_engine.vectors import ControlVector
 
@@ -32,8 +34,12 @@ class Store:
     def __contains__(self, digest: str) -> bool:
         return digest in self._vectors
 
+    def __len__(self) -> int:
+        return len(self._vectors)
+
     def digests(self) -> list[str]:
-        return sorted(self._vectors)
+        """The digests of at most MAX_LISTED vectors, the newest ones, sorted."""
+        return sorted(islice(reversed(self._vectors), MAX_LISTED))
 
     def put(self, vector: ControlVector) -> None:
         self.drop(vector.digest)

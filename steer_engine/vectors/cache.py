@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, VectorFileError
-from steer_engine.settings import CACHED_VECTOR_BYTES_ENV
+from steer_engine.settings import ApiLimits
 from steer_engine.spec import EditSpec, InlineVector, SteeringSpec
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.control_vector import ControlVector
-
-DEFAULT_BUDGET = 1 << 30
-"""Bytes for the vectors of a registry."""
 
 INLINE_BUDGET = 1 << 28
 """Bytes for inline vectors."""
@@ -34,7 +30,7 @@ class VectorCache(Generic[Content]):
     budget: bytes. The newest entry stays even if it is larger.
     """
 
-    budget: int = field(default_factory=lambda: int(os.environ.get(CACHED_VECTOR_BYTES_ENV, DEFAULT_BUDGET)))
+    budget: int = field(default_factory=lambda: ApiLimits.from_environment().loaded_bytes)
     num_bytes: int = field(default=0, init=False)
     _entries: OrderedDict[str, tuple[Content, int]] = field(default_factory=OrderedDict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)

@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import threading
-from collections import OrderedDict
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ MAX_NAME = 128
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
 NAME_RULE = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {MAX_NAME} characters"
 
-MAX_SUPERSEDED = 64
-"""Vectors without a name that stay available by digest. Requests resolved before a change can still use them."""
+SETTLED_NS = 2 * 10**9
+"""A folder that changed less than this long ago may have changed again without a newer time of modification."""
 
 PRESET_SUFFIX = ".preset.json"
 MAX_PRESET_FILE_BYTES = 1 << 20
@@ -63,9 +64,9 @@ class FolderVectors:
     """Names and digests -> control vectors. Thread-safe.
 
     A `*.safetensors` or `*.gguf` file of the folder has its stem as its name. A lookup by name calls `stat` on that
-    name's files and reads them only if they changed. A lookup by digest needs no disk, because the content of a digest
-    never changes. If a file becomes unusable, or cannot be looked at for a while, its last good version stays, and the
-    log says so.
+    name's files and reads them only if they changed. A vector is available by digest while a name has it; requests that
+    were resolved before keep theirs. If a file becomes unusable, or cannot be looked at for a while, its last good
+    version stays, and the log says so.
 
     Args:
         directory: the folder; None for vectors in memory only.
@@ -81,7 +82,10 @@ class FolderVectors:
         self._files: dict[Path, tuple[FileSignature, ControlVector | None]] = {}
         self._by_name: dict[str, ControlVector] = {}
         self._sources: dict[str, Path] = {}
-        self._by_digest: OrderedDict[str, ControlVector] = OrderedDict()
+        self._names_of: dict[str, dict[str, None]] = {}
+        """Digest -> its names, an ordered set."""
+        self._scanned: tuple[int, int] | None = None
+        """Signature of the folder at the last scan; None if it may have changed since."""
         self._faults: dict[Path, str] = {}
         if self._directory is not None and not self._directory.is_dir():
             raise VectorFileError(f"{self._directory}: the folder of control vectors does not exist.")
@@ -112,9 +116,22 @@ class FolderVectors:
     def find_digest(self, digest: str) -> ControlVector | None:
         """The vector with that digest."""
         with self._lock:
-            if digest not in self._by_digest:
+            for name in list(self._names_of.get(digest, ())):
+                self._refresh(name)
+            if digest not in self._names_of and self._may_have_new_files():
                 self._scan()
-            return self._by_digest.get(digest)
+            names = self._names_of.get(digest)
+            return self._by_name[next(iter(names))] if names else None
+
+    @property
+    def num_names(self) -> int:
+        """How many names there are, without a scan."""
+        return len(self._by_name)
+
+    def some_names(self, count: int) -> list[str]:
+        """At most `count` of the names, without a scan."""
+        with self._lock:
+            return list(islice(self._by_name, count))
 
     def all(self) -> dict[str, ControlVector]:
         """Name -> vector, after a scan of the folder."""
@@ -148,6 +165,7 @@ class FolderVectors:
         """Refresh all names of the folder."""
         if self._directory is None:
             return
+        self._scanned = self._signature()
         try:
             found = sorted(Path(entry.path) for entry in os.scandir(self._directory) if _is_vector_file(entry.name))
         except OSError:
@@ -182,6 +200,21 @@ class FolderVectors:
         except OSError as error:
             self._report(path, f"{path}: cannot be read ({error.strerror}). It is left out.")
 
+    def _may_have_new_files(self) -> bool:
+        """Whether a file may have been added since the last scan. Costs one `stat`."""
+        return self._directory is not None and (self._scanned is None or self._scanned != self._signature())
+
+    def _signature(self) -> tuple[int, int] | None:
+        """What changes when a file of the folder is added or removed; None if it cannot be told yet."""
+        assert self._directory is not None
+        try:
+            status = self._directory.stat()
+        except OSError:
+            return None
+        if time.time_ns() - status.st_mtime_ns < SETTLED_NS:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
     def _refresh(self, name: str) -> None:
         """Update one name from the folder. Costs two `stat`, and a read only if a file changed."""
         if self._directory is None or NAME.fullmatch(name) is None:
@@ -200,7 +233,7 @@ class FolderVectors:
         if used is None and name in self._sources:
             logger.info("Control vector %s was removed from the folder.", name)
             del self._sources[name]
-            self._keep_by_digest(self._by_name.pop(name))
+            self._unbind(name)
 
     def _vector_of(self, path: Path) -> ControlVector | None:
         """The vector of a file, which is read only if it changed; None if the file is absent or was never usable."""
@@ -235,21 +268,18 @@ class FolderVectors:
             self._sources[name] = source
         if before is not None and before == vector and before.metadata == vector.metadata:
             return
-        self._by_name[name] = vector
-        self._by_digest[vector.digest] = vector
         if before is not None:
-            self._keep_by_digest(before)
+            self._unbind(name)
+        self._by_name[name] = vector
+        self._names_of.setdefault(vector.digest, {})[name] = None
         if source is not None:
             logger.info("Control vector %s = %s from %s.", name, vector.digest, source.name)
 
-    def _keep_by_digest(self, vector: ControlVector) -> None:
-        """Keep a vector that lost its name, and remove the oldest such vectors beyond `MAX_SUPERSEDED`."""
-        named = {bound.digest for bound in self._by_name.values()}
-        if vector.digest in self._by_digest:
-            self._by_digest.move_to_end(vector.digest)
-        unnamed = [digest for digest in self._by_digest if digest not in named]
-        for digest in unnamed[: max(0, len(unnamed) - MAX_SUPERSEDED)]:
-            del self._by_digest[digest]
+    def _unbind(self, name: str) -> None:
+        digest = self._by_name.pop(name).digest
+        del self._names_of[digest][name]
+        if not self._names_of[digest]:
+            del self._names_of[digest]
 
     def _report(self, path: Path, fault: str) -> None:
         if self._faults.get(path) != fault:  # log it once, not once per request
@@ -286,6 +316,10 @@ class PresetFiles:
             if spec is not None:
                 self._report(name, f"{path}: cannot be read ({error.strerror}). The version read before stays.")
         return spec
+
+    def some_names(self, count: int) -> list[str]:
+        """At most `count` of the names, without a scan."""
+        return [name for name, (_, spec) in islice(self._seen.items(), count) if spec is not None]
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Name -> preset, after a scan of the folder. While it cannot be read: the presets read before."""

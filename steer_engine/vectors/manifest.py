@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,16 +70,13 @@ class Manifest(_Strict):
 
     def changed(self, **update: Any) -> Manifest:
         """The next generation, with some fields replaced."""
-        return self.model_copy(update={"generation": self.generation + 1, **update})
+        # Not a copy, which would keep the digests of this generation.
+        return Manifest.model_construct(**{**dict(self), "generation": self.generation + 1, **update})
 
-    @property
-    def digests(self) -> set[str]:
-        """Digests of all vectors."""
-        return {entry.digest for entry in self.vectors.values()}
-
-    def with_digest(self, digest: str) -> VectorEntry | None:
-        """An entry of that content."""
-        return next((entry for entry in self.vectors.values() if entry.digest == digest), None)
+    @cached_property
+    def by_digest(self) -> dict[str, VectorEntry]:
+        """Digest -> an entry of that content. Computed once: each steered request looks at it."""
+        return {entry.digest: entry for entry in self.vectors.values()}
 
     @property
     def object_names(self) -> set[str]:
@@ -91,14 +89,20 @@ class Manifest(_Strict):
         return sum({entry.object_name: entry.num_bytes for entry in self.vectors.values()}.values())
 
 
-def read_manifest(path: Path) -> tuple[Manifest, FileSignature | None]:
-    """The manifest and the signature of its file; an empty manifest and None if there is no file.
+State = tuple[Manifest, FileSignature | None]
+"""A manifest and the signature of its file; an empty manifest and None if there is no file."""
+
+
+def read_manifest(path: Path, last: State | None = None) -> State:
+    """The manifest as it is on disk now. A large file takes long to parse: `last` is returned if it is still current.
 
     Raises:
         RegistryError: the file is not a manifest. It is never replaced by an empty one.
     """
     try:
         raw, signature = read_file(path, MAX_BYTES)
+        if last is not None and signature == last[1]:
+            return last
         return Manifest.model_validate(json.loads(raw)), signature
     except FileNotFoundError:
         return Manifest(), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from steer_engine.vectors.manifest import Manifest, VectorEntry
 from steer_engine.vectors.uploaded import UploadedVectors
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES_SHOWN = 8
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -164,8 +167,12 @@ class Registry:
             if found is None and self._uploaded is not None:
                 found = self._uploaded.manifest(reopen=True).presets.get(name)
         if found is None:
-            known = ", ".join(list(self.presets())[:8]) or "none"
-            raise UnknownVectorError(f"There is no preset {name[:MAX_NAME]!r}; there are: {known}.", param="preset")
+            files = [] if self._preset_files is None else self._preset_files.some_names(MAX_NAMES_SHOWN)
+            uploaded = {} if self._uploaded is None else self._uploaded.manifest().presets
+            known = sorted({*files, *islice(uploaded, MAX_NAMES_SHOWN)})[:MAX_NAMES_SHOWN]
+            raise UnknownVectorError(
+                f"There is no preset {name[:MAX_NAME]!r}; there are: {', '.join(known) or 'none'}.", param="preset"
+            )
         return found
 
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -196,20 +203,13 @@ class Registry:
         uploaded.delete_preset(name, if_match=if_match)
 
     def _find(self, name_or_digest: str) -> ControlVector | None:
+        # Once, so that it costs one `stat`, and all that is found here is of the same generation.
         manifest = Manifest() if self._uploaded is None else self._uploaded.manifest()
         if _DIGEST.fullmatch(name_or_digest):
-            entry = manifest.with_digest(name_or_digest)
-            if entry is not None:
-                return self._load(entry)
-            return self._superseded(name_or_digest) or self._folder.find_digest(name_or_digest)
+            entry = manifest.by_digest.get(name_or_digest)
+            return self._folder.find_digest(name_or_digest) if entry is None else self._load(entry)
         entry = manifest.vectors.get(name_or_digest)
         return self._folder.find(name_or_digest) if entry is None else self._load(entry)
-
-    def _superseded(self, digest: str) -> ControlVector | None:
-        """Content that no name has any more. Requests that were resolved before can still use it."""
-        prefix = digest.removeprefix("sha256:")
-        kept = next((name for name in self._cache.digests() if name.startswith(prefix)), None)
-        return None if kept is None else self._cache.get(kept)
 
     def _load(self, entry: VectorEntry) -> ControlVector | None:
         """The uploaded vector of an entry, with that entry's metadata; None if it was deleted meanwhile."""
@@ -249,8 +249,12 @@ class Registry:
         return name not in self._uploaded.manifest().presets and files is not None and files.get(name) is not None
 
     def _registered(self) -> str:
-        names = list(self.names())
-        if not names:
+        """A few names for an error message. Costs the same for any number: an unknown name is a cheap mistake."""
+        uploaded = {} if self._uploaded is None else self._uploaded.manifest().vectors
+        names = {*self._folder.some_names(MAX_NAMES_SHOWN), *islice(uploaded, MAX_NAMES_SHOWN)}
+        shown = sorted(names)[:MAX_NAMES_SHOWN]
+        if not shown:
             return "none is registered"
-        shown = ", ".join(names[:8])
-        return f"registered are {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        # A name of both sources counts twice; to find these takes time that grows with the number of names.
+        more = self._folder.num_names + len(uploaded) - len(shown)
+        return f"registered are {', '.join(shown)}" + (f" and {more} more" if more else "")

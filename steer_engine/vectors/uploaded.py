@@ -91,16 +91,16 @@ class UploadedVectors:
         return self._root.is_dir()
 
     def manifest(self, *, reopen: bool = False) -> Manifest:
-        """The manifest as it is on disk now. Costs one `stat`; the file is read only if it was replaced.
+        """The manifest as it is on disk now. Costs one `stat`; the file is parsed only if it was replaced.
 
         While the disk cannot be read, returns the manifest read last, and `fault` says why.
 
-        reopen: read the file whatever `stat` says. A network file system may answer `stat` from a cache, but opening a
+        reopen: open the file whatever `stat` says. A network file system may answer `stat` from a cache, but opening a
             file gives its newest version.
         """
         try:
             if reopen or file_signature(self._manifest_path) != self._state[1]:
-                found = read_manifest(self._manifest_path)
+                found = read_manifest(self._manifest_path, self._state)
                 # A manifest is only ever replaced. If it is missing, its volume is missing too.
                 if found[1] is None and self._state[1] is not None:
                     raise FileNotFoundError(errno.ENOENT, "the manifest is missing")
@@ -152,7 +152,7 @@ class UploadedVectors:
             after = manifest.changed(vectors=manifest.vectors | {name: entry})
             self._check_limits(after)
             if before is not None:
-                _check_unused({before.digest} - after.digests, name, manifest, file_presets)
+                _check_unused({before.digest} - after.by_digest.keys(), name, manifest, file_presets)
             self._write_object(entry, data)
             self._replace(after)
             if before is not None:
@@ -178,7 +178,7 @@ class UploadedVectors:
                 raise PreconditionError(f"{name!r} is {entry.digest}, not {shown(if_match)}.")
             vectors = {other: kept for other, kept in manifest.vectors.items() if other != name}
             after = manifest.changed(vectors=vectors)
-            _check_unused({name, entry.digest} - after.digests, name, manifest, file_presets)
+            _check_unused({name, entry.digest} - after.by_digest.keys(), name, manifest, file_presets)
             self._replace(after, frees=True)
             self._remove_unnamed(entry, after)
             return entry.digest

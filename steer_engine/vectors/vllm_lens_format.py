@@ -28,8 +28,8 @@ from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE
 from steer_engine.vectors.storage import read_vector_file
 
 MAX_FILE_BYTES = 1 << 28
-MAX_DATA_BYTES = MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
-"""Bytes of the decompressed activations. A few bytes of zstd can expand to terabytes."""
+MIN_WINDOW_BYTES = 1 << 23
+"""Memory that any zstd frame may ask for, as its standard recommends. The library's own limit is 128 MiB."""
 
 MAX_EXPANSION = 256
 FREE_EXPANSION = 1 << 20
@@ -76,9 +76,30 @@ def from_object(parsed: Any) -> ControlVector:
     return ControlVector(directions=dict(zip(indices, rows_LD, strict=True))) * float(scale)
 
 
+def declared_shape(tensor: dict[str, Any]) -> tuple[int, int]:
+    """`(L, D)` as the encoded tensor declares it, without decoding. `[L, 1, D]` is one row for all positions.
+
+    Raises:
+        VectorFileError: another shape, or larger than any control vector.
+    """
+    shape = tensor.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape[:4]):
+        raise VectorFileError("shape is not a list of sizes.")
+    if len(shape) == 3 and shape[1] == 1:
+        shape = [shape[0], shape[2]]
+    if len(shape) != 2:
+        raise VectorFileError(
+            f"shape {str(shape[:4])[:64]} is not [layers, hidden size]; one row per position is not supported."
+        )
+    layers, hidden_size = shape
+    if layers > MAX_BLOCKS or hidden_size > MAX_HIDDEN_SIZE:
+        raise VectorFileError(f"shape {str(shape)[:64]} is larger than any control vector.")
+    return layers, hidden_size
+
+
 def _rows(tensor: dict[str, Any]) -> npt.NDArray[Any]:
-    """The encoded tensor as `[L, D]`. `[L, 1, D]` is accepted: one row for all positions."""
-    dtype, shape = tensor.get("dtype"), tensor.get("shape")
+    """The encoded tensor as `[L, D]`."""
+    dtype = tensor.get("dtype")
     means = tensor.get("original_dtype", f"torch.{dtype}")
     if (
         not isinstance(means, str)
@@ -86,17 +107,8 @@ def _rows(tensor: dict[str, Any]) -> npt.NDArray[Any]:
         or dtype != means.partition(".")[2].replace("bfloat16", "int16")
     ):
         raise VectorFileError(f"dtype {str(dtype)[:32]!r} for {str(means)[:32]!r} is not supported.")
-    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-        raise VectorFileError("shape is not a list of sizes.")
-    if len(shape) == 3 and shape[1] == 1:
-        shape = [shape[0], shape[2]]
-    if len(shape) != 2:
-        raise VectorFileError(
-            f"shape {str(shape)[:64]} is not [layers, hidden size]; one row per position is not supported."
-        )
+    shape = declared_shape(tensor)
     expected = math.prod(shape) * np.dtype(_STORED[means]).itemsize
-    if expected > MAX_DATA_BYTES:
-        raise VectorFileError(f"shape {str(shape)[:64]} is larger than any control vector.")
     raw = _raw(tensor, expected)
     if len(raw) != expected:
         raise VectorFileError(f"the data has {len(raw)} bytes; shape and dtype need {expected}.")
@@ -123,8 +135,10 @@ def _raw(tensor: dict[str, Any], expected: int) -> bytes:
     if expected > FREE_EXPANSION + MAX_EXPANSION * len(packed):
         raise VectorFileError(f"{len(packed)} compressed bytes expand to {expected}, which is no vector's data.")
     try:
-        with zstandard.ZstdDecompressor().stream_reader(packed) as stream:
-            unpacked: bytes = stream.read(expected + 1)  # limited by the shape, whatever the frame says
+        unpacker = zstandard.ZstdDecompressor(max_window_size=max(MIN_WINDOW_BYTES, expected))
+        with unpacker.stream_reader(packed) as stream:
+            # Limited by the shape, whatever the frame says: a few bytes of zstd can expand to terabytes.
+            unpacked: bytes = stream.read(expected + 1)
             return unpacked
     except zstandard.ZstdError:
         raise VectorFileError("the data is not zstd.") from None

@@ -9,21 +9,23 @@ Endpoints that cannot carry steering refuse it here.
 
 Some endpoints need more. `/v1/messages` is answered by the chat handler, but its request class drops unknown fields:
 the class is opened, and `AnthropicServingMessages._build_base_request` (wrapped) copies the field. The classes of
-`/inference/v1/generate` are opened. `OpenAIServingModels.show_available_models` (wrapped) lists presets as models.
+`/inference/v1/generate` are opened. `OpenAIServingModels.show_available_models` (wrapped) lists presets as models, and
+`OpenAIServingModels.load_lora_adapter` (wrapped) refuses an adapter under the name of one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from steer_engine.api import metrics
 from steer_engine.api.answers import RequestNote, begin_note, current_note, envelope_of, status_of
-from steer_engine.api.foreign_forms import XARGS_FORMS
+from steer_engine.api.body_search import search_fields
+from steer_engine.api.foreign_forms import XARGS_FORMS, ForeignSteering
 from steer_engine.api.frontend import NOT_ARMED, Frontend
-from steer_engine.api.request_field import FIELD, MISPLACED, SEPARATOR, XARGS, is_absent, split_model, steering_of
+from steer_engine.api.request_field import FIELD, SEPARATOR, XARGS, is_absent, split_model, steering_of
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.vllm import capture_fetch
@@ -98,9 +100,7 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     model = getattr(request, "model", None) or (note and note.body_model)
     if not isinstance(model, str):
         return None, None
-    # An adapter that is loaded under the name BASE:PRESET does not displace the preset.
-    served = {path.name for path in serving.models.base_model_paths} | (set(serving.models.lora_requests) - {model})
-    chosen = split_model(model, served)
+    chosen = _split(serving.models, model)
     frontend = serving_frontend(serving)
     if chosen is None or frontend is None or not frontend.armed:
         return None, None
@@ -113,6 +113,11 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
         return None, None
     request.model = base
     return preset, model
+
+
+def _split(models: Any, name: str) -> tuple[str, str] | None:
+    """`name` as base or adapter, and preset. An adapter of that very name does not displace the preset."""
+    return split_model(name, {path.name for path in models.base_model_paths} | (set(models.lora_requests) - {name}))
 
 
 async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec | None:
@@ -166,14 +171,17 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
 
 def requested_steering(request: Any) -> Any:
     """`steering_of` for a request object of vLLM: typed fields, and the extra ones that pydantic kept."""
-    fields = {key: getattr(request, key, None) for key in (FIELD, XARGS, *MISPLACED)}
-    params = fields["sampling_params"]
-    if params is not None and not isinstance(params, Mapping):
-        fields["sampling_params"] = {"extra_args": getattr(params, "extra_args", None)}
-    return steering_of(fields)
+    note: RequestNote | None = current_note.get()
+    if note is None or not note.searched:  # no middleware, as in vLLM's own batch runner
+        found = search_fields({**vars(request), **(getattr(request, "__pydantic_extra__", None) or {})})
+        if found is not None and found.misplaced:
+            raise found.refusal
+    return steering_of({key: getattr(request, key, None) for key in (FIELD, XARGS)})
 
 
 def _has_inline(requested: Any) -> bool:
+    if isinstance(requested, ForeignSteering):
+        return requested.has_vectors
     edits = requested.get("edits") if isinstance(requested, dict) else None
     return isinstance(edits, list) and any(
         isinstance(edit, dict) and isinstance(edit.get("vector"), dict) for edit in edits
@@ -257,9 +265,8 @@ def _build_base_request(original: Any) -> Any:
     def build(cls: Any, anthropic_request: Any, openai_messages: Any) -> Any:
         request = original(cls, anthropic_request, openai_messages)
         extra = getattr(anthropic_request, "__pydantic_extra__", None) or {}
-        for key in (FIELD, *MISPLACED):
-            if key in extra:
-                setattr(request, key, extra[key])
+        if FIELD in extra:
+            setattr(request, FIELD, extra[FIELD])
         return request
 
     return build
@@ -284,6 +291,26 @@ def _with_presets(original: Any) -> Any:
     return show_available_models
 
 
+def _load_lora_adapter(original: Any) -> Any:
+    async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse an adapter under a preset's model name: requests for it would get the preset without the adapter."""
+        frontend, chosen = frontend_of(self), _split(self, request.lora_name)
+        if frontend is not None and frontend.armed and chosen is not None:
+            with contextlib.suppress(UnknownVectorError):
+                frontend.registry.preset(chosen[1])
+                return _error_response(
+                    SteeringRequestError(
+                        f"{request.lora_name[:MAX_REFUSAL_CHARS]!r} is the model name of a preset; load the adapter "
+                        "under another name.",
+                        "lora_name",
+                    )
+                )
+        return await original(self, request, *args, **kwargs)
+
+    return load_lora_adapter
+
+
+_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 PATCHES = (
     Patch(Symbol("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("request",)), _steering),
     Patch(Symbol("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("request",)), _refusing),
@@ -294,7 +321,8 @@ PATCHES = (
         ),
         _build_base_request,
     ),
-    Patch(Symbol("vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models"), _with_presets),
+    Patch(Symbol(f"{_MODELS}.show_available_models"), _with_presets),
+    Patch(Symbol(f"{_MODELS}.load_lora_adapter", ("request", "base_model_name")), _load_lora_adapter),
 )
 
 

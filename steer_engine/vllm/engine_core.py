@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from steer_engine.api.request_field import FIELD, is_absent, parsed_null
 from steer_engine.engine.admission import ResidentVectors
 from steer_engine.errors import CapacityError, SteeringRequestError
 from steer_engine.program import PROGRAM_KEY, Program
@@ -70,7 +71,7 @@ def waiting(core: Any) -> int:
 
 
 def status(core: Any) -> Reply:
-    """How every worker is armed, and which vectors all of them hold."""
+    """How every worker is armed, and which vectors all of them hold. `vectors` lists MAX_LISTED of them at most."""
     if _config(core) is None:
         return {"ok": False, "reason": "this engine is not armed for steering", "armed": False}
     workers = _workers(core, "status")
@@ -81,6 +82,7 @@ def status(core: Any) -> Reply:
         "ok": True,
         "armed": True,
         "workers": workers,
+        "num_vectors": len(_resident(core)),
         "vectors": _resident(core).digests(),
         "waiting": waiting(core),
         "ended_non_finite": non_finite.num_ended(core.scheduler),
@@ -170,7 +172,7 @@ def _check_steering(core: Any, request: Any) -> None:
     extra_args = getattr(request.sampling_params, "extra_args", None)
     if not extra_args:
         return
-    if extra_args.get("steering"):
+    if not is_absent(parsed_null(extra_args.get(FIELD))):
         raise SteeringRequestError(
             "This request reached the engine with uncompiled steering; its entry point is not supported."
         )

@@ -28,6 +28,7 @@ from steer_engine.settings import (
     Limits,
     RegistryLimits,
     SteeringConfig,
+    mirror_seconds,
 )
 from steer_engine.spec import Op, parse_blocks
 from steer_engine.vectors.mirror import Mirror
@@ -37,8 +38,6 @@ PLUGIN = "steer_engine"
 
 CPU_KV_CACHE_SHARE = 0.25
 """Default share of free memory for the KV cache on a CPU; vLLM's own default is 92 % of all memory."""
-
-MIN_MIRROR_SECONDS = 1.0
 
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -211,11 +210,8 @@ def vectors_folder(requested: Path | None) -> Path:
 def _copy_mirror(args: argparse.Namespace) -> None:
     """Copy the mirror before anything reads the folder. The API processes keep it in sync."""
     if args.steering_mirror_seconds is not None:
-        if not args.steering_mirror_seconds >= MIN_MIRROR_SECONDS:
-            raise UnsupportedEngineError(
-                f"--steering-mirror-seconds {args.steering_mirror_seconds:g}: at least {MIN_MIRROR_SECONDS:g}."
-            )
         os.environ[MIRROR_SECONDS_ENV] = str(args.steering_mirror_seconds)
+    mirror_seconds()  # raises for a bad number
     if url := args.steering_mirror or os.environ.get(MIRROR_URL_ENV):
         copy_mirror(url, Path(os.environ[VECTORS_ENV]))
         os.environ[MIRROR_URL_ENV] = url

@@ -125,7 +125,8 @@ def checked_steering(extra_args: Mapping[str, Any] | None) -> ResolvedSpec | Non
 def _resolved(frontend: Frontend | None, params: Any) -> ResolvedSpec | None:
     """The resolved steering of a request that is about to enter; None if it has none."""
     extra_args = params.extra_args if isinstance(params, SamplingParams) else None
-    if frontend is None or not extra_args or not extra_args.get(STEERING_KEY):
+    # A falsy value, such as 0 or "", is not "no steering": resolving refuses it.
+    if frontend is None or not extra_args or extra_args.get(STEERING_KEY) is None:
         return None
     check_reserved_keys(extra_args)
     requested, checked = extra_args[STEERING_KEY], checked_steering(extra_args)

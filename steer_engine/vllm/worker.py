@@ -73,6 +73,7 @@ def status(adapter: RunnerAdapter) -> Reply:
         "table_bytes": runtime.num_bytes,
         "store_bytes": runtime.store.num_bytes,
         "captured_bytes": adapter.captures.num_bytes,
+        "num_vectors": len(runtime.store),
         "vectors": runtime.store.digests(),
     }
 

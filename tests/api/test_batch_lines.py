@@ -65,6 +65,8 @@ def test_good_lines_of_each_kind(tmp_path: Path) -> None:
         (request(body="x"), "body"),
         (request(body={"stream": True}), "stream"),
         (request(body={"background": True}), "background"),
+        (b'{"custom_id": "a", "url": "/v1/completions", "body": {"steering": {}, "steering": null}}', "twice"),
+        (b'{"custom_id": "a", "url": "/v1/completions", "body": {"steering": {}}, "body": {}}', "twice"),
     ],
 )
 def test_bad_lines_say_what_is_wrong(raw: bytes, says: str) -> None:

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import base64
 import json
+import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
-from steer_engine.api.request_field import mentions_steering, steering_of
-from steer_engine.errors import SteeringRequestError
+from steer_engine.api.body_search import Found, search_fields
+from steer_engine.api.foreign_forms import ForeignSteering
+from steer_engine.api.frontend import Frontend
+from steer_engine.api.request_field import steering_of
+from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
+from steer_engine.resolve import ModelShape
+from steer_engine.settings import ALL_OPS, Limits, SteeringConfig
 from steer_engine.spec import parse_spec
 from steer_engine.vectors.safetensors_format import from_bytes
 
+SHAPE = ModelShape(hidden_size=4, num_blocks=12, armed_blocks=tuple(range(12)), ops=ALL_OPS, rows=4, dtype="float32")
 BOTH = {"phases": ["prompt", "generation"]}
 ROWS = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+def spec_of(body: dict[str, Any], **limits: int) -> dict[str, Any]:
+    """The spec that a request with another server's form means."""
+    requested = steering_of(body)
+    assert isinstance(requested, ForeignSteering)
+    return requested.to_spec(Limits(**limits), SHAPE)
 
 
 def easysteer(**fields: Any) -> dict[str, Any]:
@@ -60,15 +76,15 @@ def lens_vector(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_mapped(body: dict[str, Any], edits: list[dict[str, Any]]) -> None:
-    mapped = steering_of(body)
+    mapped = spec_of(body)
     assert mapped == {"edits": edits}
     assert parse_spec(mapped) is not None
-    assert mentions_steering(body)
+    assert search_fields(body) == Found(next(iter(body)), misplaced=False)
 
 
 @pytest.mark.parametrize("norm_match", [False, True])
 def test_vllm_lens_activations_become_inline_vectors(norm_match: bool) -> None:
-    mapped = steering_of(lens(lens_vector(norm_match=norm_match)))
+    mapped = spec_of(lens(lens_vector(norm_match=norm_match)))
     (edit,) = mapped["edits"]
     vector = from_bytes(base64.b64decode(edit["vector"]["data"]))
     assert vector.blocks == (8, 10)
@@ -121,6 +137,68 @@ def test_vllm_lens_activations_become_inline_vectors(norm_match: bool) -> None:
 )  # fmt: skip
 def test_what_is_refused(body: dict[str, Any], param: str) -> None:
     with pytest.raises(SteeringRequestError) as refused:
-        steering_of(body)
+        spec_of(body)
     assert refused.value.param == param
     assert len(refused.value.message) < 300
+
+
+def bomb(layers: int, hidden_size: int) -> dict[str, Any]:
+    """A vector of zeros, which zstd makes 10,000 times smaller."""
+    frame = zstandard.ZstdCompressor().compress(bytes(4 * layers * hidden_size))
+    activations = {
+        "data": base64.b64encode(frame).decode(), "dtype": "float32", "original_dtype": "torch.float32",
+        "shape": [layers, hidden_size], "compression": "zstd",
+    }  # fmt: skip
+    return lens_vector(activations=activations, layer_indices=list(range(layers)))
+
+
+FEW = 8
+"""The default of `max_edits`."""
+
+
+@pytest.mark.parametrize(
+    ("body", "limits", "status", "says"),
+    [
+        (lens(*[bomb(256, 65536)] * (3 * FEW)), {}, 400, "24 vectors"),
+        (lens(*[bomb(256, 65536)] * FEW), {}, 400, "another model"),
+        (lens(bomb(256, 4)), {}, 400, "another model"),
+        (lens(*[lens_vector()] * 20_000), {}, 400, "20000 vectors"),
+        (lens(*[bomb(12, 4)] * FEW), {"max_inline_bytes": FEW * 12 * 4 * 4 - 1}, 413, "1536 bytes"),
+        (lens(lens_vector()), {"max_inline_bytes": 0}, 400, "switched off"),
+        (lens(lens_vector(activations={"data": "A" * 70_000})), {"max_inline_bytes": 1000}, 413, "characters"),
+        (hotwire(*[{"id": "a", "layer": i, "scale": 1} for i in range(20_000)]), {}, 413, "characters"),
+        ({"steering": {"vectors": [{"source": "a"}] * 20_000}}, {}, 413, "characters"),
+    ],
+)
+def test_what_is_declared_is_checked_before_anything_is_decoded(
+    body: dict[str, Any], limits: dict[str, int], status: int, says: str
+) -> None:
+    tracemalloc.start()
+    began = time.process_time()
+    with pytest.raises(SteeringRequestError, match=says) as refused:
+        spec_of(body, **limits)
+    assert time.process_time() - began < 2, "24 bombs took 12 seconds"
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20, "24 bombs took 2 GiB"
+    tracemalloc.stop()
+    assert refused.value.status == status
+    assert isinstance(refused.value, PayloadTooLargeError) == (status == 413)
+
+
+def test_what_fits_the_limits_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_ENGINE_MAX_INLINE_BYTES", str(2**20))
+    frontend = Frontend(SteeringConfig(), SHAPE)
+    resolved = frontend.resolve(steering_of(lens(lens_vector())))
+    assert resolved is not None
+    assert len(resolved.vectors) == 1
+    monkeypatch.setenv("STEER_ENGINE_MAX_INLINE_BYTES", "0")
+    frontend = Frontend(SteeringConfig(), SHAPE)
+    with pytest.raises(SteeringRequestError, match="switched off"):
+        frontend.resolve(steering_of(lens(lens_vector())))
+
+
+def test_a_request_whose_vectors_are_only_looked_at_is_not_decoded() -> None:
+    """Endpoints that refuse steering look whether there is any; a form is read when it is resolved, in a thread."""
+    requested = steering_of(lens(*[bomb(256, 65536)] * 3))
+    assert isinstance(requested, ForeignSteering)
+    assert requested.has_vectors
+    assert not isinstance(steering_of(hotwire({"id": "a"})), dict)

@@ -19,10 +19,10 @@ OTHER = "/v1/embeddings"
 
 
 class App:
-    """Reads and keeps the body like a real handler, and answers. `check`: run the check of the steering."""
+    """Reads and keeps the body like a real handler, and answers. `report`: what the check of the steering found."""
 
-    def __init__(self, *, check: bool = True, report: dict[str, Any] | None = None, status: int = 200) -> None:
-        self.check, self.report, self.status = check, report, status
+    def __init__(self, *, report: dict[str, Any] | None = None, status: int = 200) -> None:
+        self.report, self.status = report, status
         self.retry_after: float | None = None
         self.bodies: list[bytes] = []
 
@@ -34,9 +34,8 @@ class App:
             if not message.get("more_body", False):
                 break
         self.bodies.append(body)
-        if self.check:
-            note = answers.begin_note()
-            note.report, note.retry_after = self.report, self.retry_after
+        note = answers.begin_note()
+        note.report, note.retry_after = self.report, self.retry_after
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"a", b"b")]})
         await send({"type": "http.response.body", "body": b"first ", "more_body": True})
         await send({"type": "http.response.body", "body": b"second"})
@@ -194,17 +193,18 @@ async def test_the_word_in_a_client_s_own_objects_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CARRYING_PATHS))
-async def test_an_answer_that_passed_no_check_is_replaced(path: str) -> None:
-    answer = await post(App(check=False), path, body(steering=SPEC))
+async def test_an_unsteered_answer_to_a_steered_request_is_replaced(path: str) -> None:
+    answer = await post(App(), path, body(steering=SPEC))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "steering"
-    assert (await post(App(check=False), path, body(prompt="x"))).text == "first second"
-    assert (await post(App(check=False, status=422), path, body(steering=SPEC))).status_code == 422
+    assert (await post(App(), path, body(prompt="x"))).text == "first second"
+    assert (await post(App(status=422), path, body(steering=SPEC))).status_code == 422
 
 
 async def test_a_trailing_slash_or_a_root_path_is_the_same_path() -> None:
-    assert (await post(App(), CARRYING + "/", body(steering=SPEC))).status_code == 200
-    assert (await post(App(), "/root" + CARRYING, body(steering=SPEC), root_path="/root")).status_code == 200
+    app = App(report={"digest": "sha256:ab", "edits": []})
+    assert (await post(app, CARRYING + "/", body(steering=SPEC))).status_code == 200
+    assert (await post(app, "/root" + CARRYING, body(steering=SPEC), root_path="/root")).status_code == 200
     assert (await post(App(), "/root" + OTHER, body(steering=SPEC), root_path="/root")).status_code == 400
 
 
@@ -239,7 +239,7 @@ async def test_concurrent_requests_do_not_see_each_other() -> None:
     assert answers.current_note.get() is None
     await post(App(report={"digest": "sha256:ab", "edits": []}), CARRYING, body(steering=SPEC))
     assert answers.current_note.get() is None
-    answer = await post(App(check=False), CARRYING, body(prompt="x"))
+    answer = await post(App(), CARRYING, body(prompt="x"))
     assert "x-steering" not in answer.headers
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from steer_engine.engine.admission import ResidentVectors
+from steer_engine.engine.admission import MAX_LISTED, ResidentVectors
 from steer_engine.settings import PIN_SECONDS, EngineLimits
 
 LATER = PIN_SECONDS + 1
@@ -50,6 +52,35 @@ def test_putting_twice_counts_once() -> None:
     assert "a" not in resident
     assert resident.num_bytes == 0
     resident.drop("a")
+
+
+def test_holding_and_making_room_cost_the_same_for_any_number_of_vectors() -> None:
+    resident = ResidentVectors(budget=100_000)
+    for i in range(100_000):
+        resident.put(str(i), 1, now=0.0)
+    now = LATER
+    began = time.process_time()
+    for i in range(1000):
+        assert resident.pin_if_resident(str(i), now)
+        assert resident.make_room(1, in_use=(), now=now) == [str(i + 1)]
+        assert resident.num_bytes == 100_000
+    assert time.process_time() - began < 0.5, "adding up all sizes once takes 0.01 s"
+    for i in range(100_000):
+        resident.touch([str(i)], now)
+    began = time.process_time()
+    for _ in range(1000):
+        assert resident.make_room(1, in_use=(), now=now) is None
+    assert time.process_time() - began < 0.5, "all are pinned"
+
+
+def test_a_report_lists_a_limited_number_of_vectors() -> None:
+    resident = ResidentVectors(budget=10**9)
+    for i in range(2 * MAX_LISTED):
+        resident.put(f"{i:05}", 1, now=0.0)
+    resident.touch(["00000"], now=1.0)
+    listed = resident.digests()
+    assert len(resident) == 2 * MAX_LISTED
+    assert listed == ["00000", *(f"{i:05}" for i in range(MAX_LISTED + 1, 2 * MAX_LISTED))]
 
 
 def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

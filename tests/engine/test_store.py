@@ -7,6 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from steer_engine.engine.admission import MAX_LISTED
 from steer_engine.engine.bank import Store
 from steer_engine.program import RowKey
 from steer_engine.vectors import ControlVector
@@ -38,6 +39,14 @@ def test_holds_vectors_by_digest(store: Store) -> None:
     store.drop("sha256:" + "0" * 64)
     assert V.digest not in store
     assert W.digest in store
+
+
+def test_a_report_lists_a_limited_number_of_vectors(store: Store) -> None:
+    for i in range(MAX_LISTED):
+        store.put(vector(float(i + 1), 0.0, 0.0))
+    assert len(store) == MAX_LISTED + 3
+    assert len(store.digests()) == MAX_LISTED
+    assert V.digest not in store.digests(), "the oldest one"
 
 
 def test_a_single_vector_is_the_row_as_it_is(store: Store) -> None:

@@ -96,6 +96,18 @@ def test_beam_search_is_refused(tiny: LLM) -> None:
     assert caught.value.param == "steering"
 
 
+@pytest.mark.parametrize("value", [0, "", [], {}, "0"])
+def test_a_falsy_value_is_not_no_steering(tiny: LLM, value: Any) -> None:
+    wanted = SamplingParams(max_tokens=1, extra_args={"steering": value})
+    with pytest.raises(SteeringRequestError):
+        tiny.generate({"prompt_token_ids": PROMPT}, wanted, use_tqdm=False)
+    assert not tiny.llm_engine.has_unfinished_requests()
+    beams = BeamSearchParams(beam_width=2, max_tokens=2)
+    beams.extra_args = {"steering": value}
+    with pytest.raises(SteeringRequestError, match="Beam search"):
+        tiny.beam_search([{"prompt_token_ids": PROMPT}], beams)
+
+
 def test_streaming_input_is_refused(tiny: LLM) -> None:
     process = tiny.llm_engine.input_processor.process_inputs
     prompt: Any = {"type": "token", "prompt_token_ids": PROMPT}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
 
 from steer_engine.api import registry_routes, routes
-from steer_engine.api.gates import DrainGate
+from steer_engine.api.frontend import Frontend
 from steer_engine.api.middleware import SteeringMiddleware
 from steer_engine.api.registry_routes import Uploads
 from steer_engine.api.routing import HEADER, AdminKeys
-from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
-from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits
-from steer_engine.spec import parse_spec
-from steer_engine.vectors import ControlVector, Registry
+from steer_engine.resolve import ModelShape
+from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits, SteeringConfig
+from steer_engine.vectors import Registry
 from steer_engine.vectors.cache import InlineVectors
 
 KEY = "an-admin-key-of-a-test"
@@ -24,29 +22,20 @@ ADMIN = {HEADER: KEY}
 MODEL = ModelShape(hidden_size=8, num_blocks=4, armed_blocks=(0, 1, 2, 3), ops=ALL_OPS, rows=4, dtype="float32")
 
 
-@dataclass
-class Frontend:
-    registry: Registry
-    model: ModelShape = MODEL
-    limits: Limits = field(default_factory=lambda: Limits(max_inline_bytes=3000))
-    armed: bool = True
-    default_preset: str | None = None
-    drain: DrainGate = field(default_factory=DrainGate)
-    inline: InlineVectors = field(default_factory=lambda: InlineVectors(3000))
-
-    def vector(self, name: str) -> ControlVector:
-        return self.inline.find(name) or self.registry.get(name)
-
-    def resolve(self, raw: Any, *, can_capture: bool = False) -> ResolvedSpec | None:
-        spec = parse_spec(raw)
-        return None if spec is None else resolve(self.inline.take(spec), self.vector, self.model, self.limits)
+def frontend_of(registry: Registry) -> Frontend:
+    """An armed frontend on `registry`, with a low limit for inline vectors."""
+    frontend = Frontend(SteeringConfig(), MODEL)
+    frontend.registry = registry
+    frontend.limits = Limits(max_inline_bytes=3000)
+    frontend.inline = InlineVectors(3000)
+    return frontend
 
 
 def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
     app = FastAPI()
     for router in (routes.router, registry_routes.vector_router, registry_routes.preset_router):
         app.include_router(router)
-    frontend = Frontend(registry)
+    frontend = frontend_of(registry)
     app.add_middleware(SteeringMiddleware, drain=frontend.drain)
 
     async def in_flight(digest: str) -> int:

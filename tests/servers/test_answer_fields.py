@@ -29,7 +29,7 @@ def _patched() -> None:
 @pytest.fixture
 def note() -> Iterator[RequestNote]:
     """The note of a steered request."""
-    note = RequestNote(seen=True, report=dict(REPORT))
+    note = RequestNote(report=dict(REPORT))
     token = current_note.set(note)
     yield note
     current_note.reset(token)
@@ -115,7 +115,7 @@ def test_a_whole_answer_carries_the_report(note: RequestNote, path: str) -> None
 
 @pytest.mark.parametrize("path", WHOLE)
 def test_an_unsteered_answer_has_no_field(path: str) -> None:
-    for note in (None, RequestNote(seen=True)):
+    for note in (None, RequestNote()):
         token = current_note.set(note)
         answer = made(path, **WHOLE[path])
         current_note.reset(token)

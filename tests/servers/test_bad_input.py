@@ -48,6 +48,11 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
         {"steering": STRONG, "vllm_xargs": {"_steer_program": "x"}}, 400, "vllm_xargs._steer_program",
     ),
     "in extra_body": ({"extra_body": {"steering": STRONG}}, 400, "extra_body"),
+    "text in extra_body": ({"extra_body": json.dumps({"steering": STRONG})}, 400, "extra_body"),
+    "in metadata": ({"metadata": {"steering": STRONG}}, 400, "metadata"),
+    "in chat_template_kwargs": ({"chat_template_kwargs": {"steering": STRONG}}, 400, "chat_template_kwargs"),
+    "zero": ({"steering": 0}, 400, "steering"),
+    "minus zero": ({"steering": -0.0}, 400, "steering"),
 }  # fmt: skip
 
 table = pytest.mark.parametrize(("fields", "status", "param"), BAD.values(), ids=BAD.keys())

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from registry_costs import counted_stats
 
 from steer_engine.errors import ModelMismatchError, SteeringRequestError, UnknownVectorError, VectorFileError
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors import folder as folder_module
-from steer_engine.vectors.folder import MAX_PRESET_FILE_BYTES, MAX_SUPERSEDED, PresetFiles, check_preset
+from steer_engine.vectors.folder import MAX_PRESET_FILE_BYTES, PresetFiles, check_preset
 
 CALM = {"edits": [{"vector": "calm", "scale": 1.5, "blocks": "8-22"}]}
 
@@ -130,13 +131,14 @@ def test_changed_files_are_read_again_and_unchanged_ones_are_not(tmp_path: Path,
     assert registry.get("w") == one(3)
     assert registry.names() == {"v": one(2).digest, "w": one(3).digest}
     assert len(reads) == 3
-    # A request resolved before the file changed can still use the old digest.
-    assert registry.get(one(1).digest) == one(1)
+    with pytest.raises(UnknownVectorError):
+        registry.get(one(1).digest)
     path.unlink()
     with pytest.raises(UnknownVectorError):
         registry.get("v")
     assert registry.names() == {"w": one(3).digest}
-    assert registry.get(one(2).digest) == one(2)
+    with pytest.raises(UnknownVectorError):
+        registry.get(one(2).digest)
 
 
 def test_a_new_file_is_found_by_digest(tmp_path: Path) -> None:
@@ -186,21 +188,34 @@ def test_add(tmp_path: Path) -> None:
     registry.add("a" * 128, one(2))
 
 
-def test_superseded_vectors_are_limited_and_named_ones_always_stay() -> None:
-    registry = Registry()
-    registry.add("kept", one(-1))
-    for i in range(MAX_SUPERSEDED + 10):
+def test_a_vector_is_available_by_digest_while_a_name_has_it(tmp_path: Path) -> None:
+    save(one(1), tmp_path / "file.safetensors")
+    save(one(1), tmp_path / "copy.safetensors")
+    registry = Registry(tmp_path)
+    registry.add("kept", one(2))
+    for i in range(100):
         registry.add("moving", one(i))
-    assert registry.get(one(-1).digest) == one(-1)
-    assert registry.get(one(MAX_SUPERSEDED + 9).digest) is registry.get("moving")
-    assert registry.get(one(9).digest) == one(9)  # the 64th superseded one
-    for i in range(9):
-        with pytest.raises(UnknownVectorError):
-            registry.get(one(i).digest)
-    registry.add("moving", one(9))
-    for i in range(100, 100 + MAX_SUPERSEDED):
-        registry.add("other", one(i))
-    assert registry.get(one(9).digest) is registry.get("moving")
+    assert registry.get(one(99).digest) is registry.get("moving")
+    assert registry.get(one(2).digest) is registry.get("kept")
+    with pytest.raises(UnknownVectorError):
+        registry.get(one(98).digest)
+    (tmp_path / "file.safetensors").unlink()
+    assert registry.get(one(1).digest) == one(1), "the copy has it"
+    (tmp_path / "copy.safetensors").unlink()
+    with pytest.raises(UnknownVectorError):
+        registry.get(one(1).digest)
+
+
+def test_an_unknown_digest_does_not_read_a_folder_that_has_not_changed(tmp_path: Path) -> None:
+    for i in range(20):
+        save(one(i), tmp_path / f"v{i}.safetensors")
+    os.utime(tmp_path, (1, 1))  # long ago
+    registry = Registry(tmp_path)
+    with counted_stats() as calls, pytest.raises(UnknownVectorError):
+        registry.get("sha256:" + "0" * 64)
+    assert not [path for path in calls if path.endswith(".safetensors")]
+    save(one(50), tmp_path / "late.safetensors")
+    assert registry.get(one(50).digest) == one(50)
 
 
 def test_check_against_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

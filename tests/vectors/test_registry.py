@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from steer_engine.errors import (
     UnknownVectorError,
     VectorFileError,
 )
-from steer_engine.settings import CACHED_VECTOR_BYTES_ENV
+from steer_engine.settings import ApiLimits
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors import uploaded as uploaded_module
-from steer_engine.vectors.manifest import FOLDER, VectorEntry
+from steer_engine.vectors.manifest import FOLDER, Manifest, VectorEntry, write_manifest
 from steer_engine.vectors.safetensors_format import to_bytes
 
 CALM = {"edits": [{"vector": "put", "scale": 1.5}]}
@@ -39,7 +40,8 @@ def test_an_upload_is_durable_and_visible_to_other_processes(tmp_path: Path) -> 
         assert each.generation == 1
     other.put("put", one(2), if_match=one(1).digest)
     assert registry.get("put") == one(2)
-    assert registry.get(one(1).digest) == one(1)  # a request resolved before can still use it
+    with pytest.raises(UnknownVectorError):
+        registry.get(one(1).digest)
     other.delete("put")
     with pytest.raises(UnknownVectorError):
         registry.get("put")
@@ -122,7 +124,7 @@ def test_damaged_content_is_logged_and_raises_404(tmp_path: Path, caplog: pytest
 def test_the_cache_is_limited_and_removed_vectors_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(CACHED_VECTOR_BYTES_ENV, str(3 * 4 * 4))
+    monkeypatch.setenv(ApiLimits.variable("loaded_bytes"), str(3 * 4 * 4))
     registry = Registry(tmp_path)
     for i in range(10):
         registry.put(f"v{i}", one(i))
@@ -133,6 +135,52 @@ def test_the_cache_is_limited_and_removed_vectors_are_read_again(
     large = one(1, width=1000)
     registry.put("large", large)
     assert registry._cache.digests() == [VectorEntry.of(large.digest, to_bytes(large)).object_name]
+
+
+def test_a_deleted_or_replaced_vector_is_not_available_by_digest(tmp_path: Path) -> None:
+    """In every process that serves the folder. A resolved request keeps its vectors itself."""
+    registry, other = Registry(tmp_path), Registry(tmp_path)
+    registry.put("put", one(1))
+    assert other.get(one(1).digest) == one(1)
+    registry.put("put", one(2), if_match="*")
+    for each in (registry, other):
+        with pytest.raises(UnknownVectorError):
+            each.get(one(1).digest)
+        assert each.get(one(2).digest) == one(2)
+    other.put("copy", one(2))
+    registry.delete("put")
+    for each in (registry, other):
+        assert each.get(one(2).digest) == one(2), "the copy has it"
+    registry.delete("copy")
+    for each in (registry, other):
+        with pytest.raises(UnknownVectorError):
+            each.get(one(2).digest)
+        assert each._cache.digests() == []
+
+
+def test_an_unknown_name_costs_the_same_for_any_number_of_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path)
+    registry.put("known", one(1))
+    entries = {f"v{i:05}": VectorEntry(digest=f"sha256:{i:064x}", num_bytes=1) for i in range(20_000)}
+    presets = {f"p{i:05}": CALM for i in range(1000)}
+    write_manifest(tmp_path / FOLDER / "manifest.json", Manifest(generation=2, vectors=entries, presets=presets))
+    assert registry.generation == 2
+
+    def parse(*_: object) -> None:
+        raise AssertionError("the manifest has not changed")
+
+    monkeypatch.setattr(Manifest, "model_validate", parse)
+    registry._uploaded.manifest().by_digest  # type: ignore[union-attr]  # noqa: B018 - computed once per manifest
+    began = time.process_time()
+    for _ in range(100):
+        for unknown in ("nobody", "sha256:" + "f" * 64):
+            with pytest.raises(UnknownVectorError, match="v00000, .* and 19992 more"):
+                registry.get(unknown)
+        with pytest.raises(UnknownVectorError, match="p00000"):
+            registry.preset("nobody")
+    assert time.process_time() - began < 0.5, "parsing the manifest once would take 0.1 s"
 
 
 def test_a_vector_used_by_a_preset_file_cannot_be_deleted(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_unchanged_manifest_is_not_read_again(tmp_path: Path, monkeypatch: py
     uploaded.manifest()
     reads = []
     original = uploaded_module.read_manifest
-    monkeypatch.setattr(uploaded_module, "read_manifest", lambda path: (reads.append(path), original(path))[1])
+    monkeypatch.setattr(uploaded_module, "read_manifest", lambda *args: (reads.append(args), original(*args))[1])
     for _ in range(5):
         uploaded.manifest()
     assert reads == []
