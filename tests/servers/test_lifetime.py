@@ -110,20 +110,19 @@ def sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+def sigterm_while_it_waits() -> None:
+    with zmq_socket_ctx("inproc://engine", zmq.ROUTER, bind=True) as socket:
+        socket.close()
+        signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.usefixtures("sigterm")
 def test_sigterm_is_not_lost_where_vllm_waits_for_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's context manager suppresses its own handler's exception."""
-    with zmq_socket_ctx("inproc://lost", zmq.ROUTER, bind=True) as socket:
-        socket.close()
-        signal.raise_signal(signal.SIGTERM)
+    sigterm_while_it_waits()
     monkeypatch.setenv(WITH_PARENT_ENV, "1")
-    with (
-        pytest.raises(SystemExit, match="143"),
-        exiting_on_sigterm(),
-        zmq_socket_ctx("inproc://engine", zmq.ROUTER, bind=True) as socket,
-    ):
-        socket.close()
-        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), exiting_on_sigterm():
+        sigterm_while_it_waits()
     assert signal.getsignal(signal.SIGTERM) is vllms_handler
 
 
