@@ -19,6 +19,7 @@ from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Send
 from steer_engine.settings import WITH_PARENT_ENV
 from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags
+from steer_engine.vllm.lifetime import exit_on_signal
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import inference_keys
 
@@ -52,16 +53,12 @@ def serve(argv: Sequence[str]) -> int:
     """
     # The first process of a container ignores SIGTERM until it has a handler. vLLM's own comes after its imports, the
     # conversion of a packaged model, and the copy of a mirror.
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     args = parse_serve_flags(argv)
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     ServeSubcommand.cmd(args)
     return 0
-
-
-def _exit(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)
 
 
 def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:

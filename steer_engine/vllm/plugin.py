@@ -35,7 +35,7 @@ def register() -> None:
     logging.getLogger("steer_engine").parent = logging.getLogger("vllm")
 
     from steer_engine.vllm import symbols
-    from steer_engine.vllm.orphans import end_with_parent
+    from steer_engine.vllm.lifetime import end_with_parent
     from steer_engine.vllm.patching import Patch, apply, check_symbols
 
     end_with_parent()
@@ -49,8 +49,11 @@ def register() -> None:
 
 def _register_api_first(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from steer_engine.vllm.lifetime import exiting_on_sigterm
+
         register_api()
-        original(self, *args, **kwargs)
+        with exiting_on_sigterm():
+            original(self, *args, **kwargs)
 
     return __init__
 
