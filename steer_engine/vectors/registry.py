@@ -81,7 +81,7 @@ class Registry:
         return 0 if self._uploaded is None else self._uploaded.manifest().generation
 
     def get(self, name_or_digest: str) -> ControlVector:
-        """The current vector of a name or digest. Raises UnknownVectorError."""
+        """The current vector of a name or digest. Raises UnknownVectorError; RegistryError if it cannot be read now."""
         found = self._find(name_or_digest)
         if found is None and self._uploaded is not None:
             self._uploaded.manifest(reopen=True)
@@ -116,8 +116,8 @@ class Registry:
             except ModelMismatchError as error:
                 misfits[name] = error.message
                 logger.warning("Control vector %s does not fit this model: %s", name, error.message)
-            except UnknownVectorError:
-                continue  # it was deleted meanwhile, or it is damaged and already logged
+            except (UnknownVectorError, RegistryError):
+                continue  # it was deleted meanwhile, or it is damaged or unreadable and already logged
         if strict and misfits:
             raise ModelMismatchError(" ".join(f"{name}: {reason}" for name, reason in misfits.items()))
         return misfits
@@ -212,16 +212,25 @@ class Registry:
         return self._folder.find(name_or_digest) if entry is None else self._load(entry)
 
     def _load(self, entry: VectorEntry) -> ControlVector | None:
-        """The uploaded vector of an entry, with that entry's metadata; None if it was deleted meanwhile."""
+        """The uploaded vector of an entry, with that entry's metadata; None if it was deleted meanwhile.
+
+        Raises:
+            UnknownVectorError: its file is damaged.
+            RegistryError: its file cannot be read now.
+        """
         if (cached := self._cache.get(entry.object_name)) is not None:
             return cached
         assert self._uploaded is not None
         try:
             vector = self._uploaded.load(entry)
-        except UnknownVectorError:
-            return None
-        except (VectorFileError, OSError) as error:
-            logger.error("Control vector %s cannot be read: %s", entry.digest, error)
+        except (UnknownVectorError, OSError) as error:
+            fault = self.fault or ("its file cannot be read" if isinstance(error, OSError) else None)
+            if fault is None:
+                return None
+            logger.error("Control vector %s: %s %s", entry.digest, fault, error)
+            raise RegistryError(f"Control vector {entry.digest} cannot be read now; retry later. ({fault})") from None
+        except VectorFileError as error:
+            logger.error("Control vector %s is damaged: %s", entry.digest, error)
             raise UnknownVectorError(f"The file of control vector {entry.digest} is damaged.", param="vector") from None
         self._cache.put(entry.object_name, vector, vector.num_bytes)
         return vector

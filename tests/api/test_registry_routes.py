@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from helpers.gguf_files import write_gguf
 from helpers.registry_app import ADMIN, KEY, app_of
 
 from steer_engine.api.routing import HEADER, AdminKeys
@@ -74,6 +75,34 @@ async def test_lists_are_sorted_and_paged(client: httpx.AsyncClient, kind: str) 
     rest = (await client.get(f"/v1/steering/{kind}?limit=1&after=a")).json()
     assert rest == {"object": "list", "data": whole["data"][1:], "has_more": False}
     assert (await client.get(f"/v1/steering/{kind}?limit=1001")).status_code == 400
+
+
+async def test_each_name_answers_with_its_own_metadata(client: httpx.AsyncClient) -> None:
+    notes = {"mine": "from my data", "theirs": "from their data, and longer"}
+    for name, text in notes.items():
+        assert (await put(client, name, to_bytes(one(1).with_metadata(notes=text)))).json()["notes"] == text
+    for name, text in notes.items():
+        assert (await client.get(f"/v1/steering/vectors/{name}")).json()["notes"] == text
+        file = await client.get(f"/v1/steering/vectors/{name}?download")
+        assert from_bytes(file.content).metadata.notes == text
+    newer = await put(client, "mine", to_bytes(one(1).with_metadata(notes="newer")))
+    assert (newer.status_code, newer.json()["notes"]) == (200, "newer")
+    assert (await client.get("/v1/steering/vectors/mine")).json()["notes"] == "newer"
+    assert (await client.get("/v1/steering/vectors/theirs")).json()["notes"] == notes["theirs"]
+
+
+async def test_a_long_precondition_is_not_repeated(client: httpx.AsyncClient) -> None:
+    await put(client, "calm", to_bytes(one(1)))
+    refused = await put(client, "calm", to_bytes(one(2)), If_Match="x" * 5000)
+    assert refused.status_code == 412
+    assert len(refused.text) < 400
+
+
+async def test_a_file_for_another_operation_is_refused(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "v.gguf", {"glp.mode": "project", "glp.alpha_default": 4.0})
+    refused = await put(client, "calm", path.read_bytes())
+    assert refused.status_code == 400
+    assert "made for op 'ablate' with scale 4" in refused.json()["error"]["message"]
 
 
 async def test_put_show_download_and_delete(client: httpx.AsyncClient) -> None:

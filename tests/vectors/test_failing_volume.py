@@ -200,6 +200,21 @@ def not_now(path: Path, *_: object) -> None:
     raise OSError(errno.ESTALE, "Stale file handle")
 
 
+def test_a_vector_that_was_not_read_before_is_unavailable_and_not_unknown(folder: Path) -> None:
+    """404 says that a name does not exist. A volume that is away cannot say so."""
+    registry = Registry(folder)
+    folder.rename(folder.with_name("elsewhere"))
+    for name in ("a", vector(1).digest):
+        with pytest.raises(RegistryError, match="cannot be read now") as caught:
+            registry.get(name)
+        assert caught.value.status == 503
+        assert str(folder) not in caught.value.message
+    with pytest.raises(UnknownVectorError):
+        registry.get("never there")
+    folder.with_name("elsewhere").rename(folder)
+    assert_unchanged(registry)
+
+
 def test_no_folder_at_all(folder: Path) -> None:
     registry = Registry(folder)
     assert_unchanged(registry)

@@ -16,6 +16,7 @@ import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from filelock import FileLock
+from helpers.damage import SPECIAL
 
 from steer_engine.errors import RegistryError, UnsupportedEngineError
 from steer_engine.settings import RegistryLimits
@@ -235,3 +236,15 @@ def test_a_folder_mirrors_one_url(folder: Path, tmp_path: Path) -> None:
     Mirror(f"file://{tmp_path}", folder).sync()
     with pytest.raises(UnsupportedEngineError, match="is a copy of"):
         Mirror("memory://elsewhere", folder)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["odd.safetensors", "odd.gguf", "odd.preset.json"])
+@pytest.mark.timeout(20)
+def test_special_files_at_the_url_are_left_out(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    there = tmp_path / "there"
+    save(along(1), there / "north.safetensors")
+    save(along(2), there / "south.safetensors")
+    SPECIAL[kind](there / name)
+    Mirror(f"file://{there}", folder).sync()
+    assert Registry(folder).names() == {"north": along(1).digest, "south": along(2).digest}
