@@ -185,8 +185,8 @@ class Evaluation:
             recipe.name: self._derived(recipe.name, shown, recipe, shuffled=False) for recipe in self._plan.recipes
         }
         vectors = {**derived, **self._plan.vectors}
-        for name, vector in vectors.items():
-            self._llm.vectors.add(_safe_name(name), vector)
+        for vector in vectors.values():
+            self._llm.vectors.add(_digest_name(vector), vector)
         return vectors
 
     def _derived(self, name: str, shown: Progress, recipe: Recipe, *, shuffled: bool) -> ControlVector:
@@ -228,7 +228,7 @@ class Evaluation:
         shuffled = self._derived(f"{recipe.name}-shuffled", shown, recipe, shuffled=True)
         others["shuffled"] = as_long_as(vector, dict(shuffled.directions), method="control: shuffled labels")
         for kind, other in others.items():
-            self._llm.vectors.add(_safe_name(f"{name}-{kind}"), other)
+            self._llm.vectors.add(_digest_name(other), other)
             trials[kind] = plan.condition(f"{name}, {kind}", other, chosen.blocks, chosen.alpha)
         return trials
 
@@ -331,6 +331,11 @@ def _margins(before: Table, after: Table) -> list[tuple[float, float]]:
     if "margin" not in before:
         return []
     return [(round(float(a), 4), round(float(b), 4)) for a, b in zip(before["margin"], after["margin"], strict=True)]
+
+
+def _digest_name(vector: ControlVector) -> str:
+    """A name that no other vector has. Conditions use the digest, which is available while a name has its vector."""
+    return vector.digest.replace(":", "-")
 
 
 def _safe_name(name: str) -> str:
