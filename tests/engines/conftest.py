@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def tiny_engine(model: str, **settings: Any) -> LLM:
-    """A float32 engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1."""
-    llm = LLM(model, vectors=VECTORS, dtype="float32", max_logprobs=TINY_VOCAB, **{**SETTINGS, **settings})
+    """An engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1; float32 unless `settings` say so."""
+    settings = {"dtype": "float32", **SETTINGS, **settings}
+    llm = LLM(model, vectors=VECTORS, max_logprobs=TINY_VOCAB, **settings)
     assert_meant(llm, num_blocks=TINY_BLOCKS)
     return kept(llm)
 

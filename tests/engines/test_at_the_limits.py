@@ -1,0 +1,116 @@
+"""Invariant 11, first line: whatever admission accepts stays finite in the engine, and leaves nothing behind.
+
+Each spec is taken to the limit: its sizes grow together until the next step would be refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.driving import generate, sampled, tokens
+from helpers.engines import RUNNER, TINY_BLOCKS
+from helpers.traffic import Start
+
+from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError
+
+NUM_BLOCKS = 24
+NUM_PLAIN = 300 if RUNNER == "v1" else 4
+DRAWN = 48 if RUNNER == "v1" else 2
+PROMPT = tokens(7, 40)
+PLAIN = [tokens(seed, 20 + seed % 30) for seed in range(NUM_PLAIN)]
+SMALLEST, LARGEST = -10.0, 38.5
+"""Powers of ten between which a limit is searched."""
+
+SIZED: list[dict[str, Any]] = [
+    {"op": "add", "scale": 1.0},
+    {"op": "add", "scale": -1.0},
+    {"op": "add_relative", "scale": 1.0},
+    {"op": "add_relative", "scale": -1.0},
+    {"op": "ablate", "scale": 1.0},
+    {"op": "ablate", "scale": -1.0},
+    {"op": "clamp", "lo": 1.0},
+    {"op": "clamp", "hi": -1.0},
+    {"op": "set", "target": 1.0},
+    {"op": "set", "target": -1.0},
+]
+"""Every operation in both directions, at size 1."""
+
+
+def sized(edit: dict[str, Any], power: float) -> dict[str, Any]:
+    return {key: value * 10.0**power if isinstance(value, float) else value for key, value in edit.items()}
+
+
+def is_accepted(llm: LLM, spec: dict[str, Any]) -> bool:
+    try:
+        llm.llm_engine.input_processor.steering.resolve(spec)
+    except SteeringRequestError:
+        return False
+    return True
+
+
+def at_the_limit(llm: LLM, edits: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """The spec with the largest sizes that are accepted, to within 1 %."""
+    low, high = SMALLEST, LARGEST
+    assert is_accepted(llm, {"edits": [sized(edit, low) for edit in edits], **fields})
+    while high - low > 0.004:
+        middle = (low + high) / 2
+        if is_accepted(llm, {"edits": [sized(edit, middle) for edit in edits], **fields}):
+            low = middle
+        else:
+            high = middle
+    return {"edits": [sized(edit, low) for edit in edits], **fields}
+
+
+def drawn_edits(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """One to four edits of any kind, at all blocks or some, of relative sizes over six orders of magnitude."""
+    edits = []
+    for _ in range(rng.integers(1, 5)):
+        edit = sized(SIZED[rng.integers(len(SIZED))], rng.uniform(-6, 0))
+        some = sorted(rng.choice(TINY_BLOCKS, rng.integers(1, TINY_BLOCKS + 1), replace=False).tolist())
+        edits.append({**edit, "vector": f"r{rng.integers(32)}", "blocks": some})
+    return edits
+
+
+def specs_at_the_limit(llm: LLM) -> list[dict[str, Any]]:
+    """Each operation alone at one block and at all blocks, then random mixes; with and without `preserve_norm`."""
+    rng = np.random.default_rng(11)
+    alone = [[{**edit, "vector": "r0", "blocks": blocks}] for edit in SIZED for blocks in ("all", 1)]
+    if RUNNER == "v2":
+        alone = alone[::5]
+    mixes = [drawn_edits(rng) for _ in range(DRAWN)]
+    return [
+        at_the_limit(llm, edits, preserve_norm=bool(keep))
+        for number, edits in enumerate(alone + mixes)
+        for keep in ((False, True) if number < len(alone) else (number % 2,))
+    ]
+
+
+def all_finite(llm: LLM) -> bool:
+    context = llm.llm_engine.engine_core.engine_core.vllm_config.compilation_config.static_forward_context
+    caches = [layer.kv_cache for layer in context.values() if hasattr(layer, "kv_cache")]
+    assert caches
+    return all(bool(torch.isfinite(cache).all()) for cache in caches)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow_on_v2), "float16"])
+def test_what_is_accepted_is_finite_and_leaves_nothing_behind(start: Start, dtype: str) -> None:
+    llm = start(dtype=dtype, num_gpu_blocks_override=NUM_BLOCKS, max_num_seqs=8)
+    fresh = [sampled(output) for output in generate(llm, PLAIN, [None] * NUM_PLAIN)]
+    plain = sampled(generate(llm, [PROMPT], [None], max_tokens=3)[0])
+    specs = specs_at_the_limit(llm)
+    outputs = generate(llm, [PROMPT] * len(specs), specs, max_tokens=3, prompt_logprobs=0)
+    changed = 0
+    for spec, output in zip(specs, outputs, strict=True):
+        assert output.outputs[0].finish_reason == "length", spec
+        answer = sampled(output)
+        assert np.isfinite(answer[1]).all(), spec
+        changed += answer != plain
+    assert changed > 0.9 * len(specs), "the limits leave room to steer"
+    assert llm.steering_status()["ended_non_finite"] == 0
+    assert all_finite(llm)
+    llm.llm_engine.reset_prefix_cache()
+    assert [sampled(output) for output in generate(llm, PLAIN, [None] * NUM_PLAIN)] == fresh
