@@ -124,7 +124,7 @@ def test_compiled(tiny_compiled: LLM, oracle: Oracle) -> None:
 @pytest.mark.slow
 def test_ngram_drafts() -> None:
     """In a process of its own: vLLM can't start another engine in one where ngram drafting has loaded numba."""
-    alone = Path(__file__).parents[1] / "helpers" / "ngram_alone.py"
+    alone = Path(__file__).with_name("ngram_alone.py")
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-W", "ignore", str(alone)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:]
