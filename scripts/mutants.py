@@ -97,6 +97,27 @@ MUTANTS = (
         wrong="if gate is None and _is_cut(output)",
         test="servers/test_while_it_writes.py::test_what_is_left_when_the_time_is_up_is_told",
     ),
+    Mutant(
+        name="edits may grow the stream without bound",
+        file="containment.py",
+        right="if not bound <= limit:",
+        wrong="if bound < 0:",
+        test="engines/test_at_the_limits.py::test_what_is_accepted_is_finite_and_leaves_nothing_behind[float32]",
+    ),
+    Mutant(
+        name="numbers that are not finite stay in the KV cache",
+        file="vllm/non_finite.py",
+        right="cache).index_fill_(0, index, 0)",
+        wrong="cache).index_fill_(0, index[:0], 0)",
+        test="engines/test_non_finite.py::test_a_request_that_was_aborted_meanwhile",
+    ),
+    Mutant(
+        name="cleaned blocks stay in the prefix cache",
+        file="vllm/non_finite.py",
+        right="scheduler.kv_cache_manager.evict_blocks(blocks)",
+        wrong="scheduler.kv_cache_manager.evict_blocks(set())",
+        test="engines/test_non_finite.py::test_cleaned_blocks_leave_the_prefix_cache",
+    ),
 )
 
 
