@@ -96,11 +96,11 @@ class Journal:
             else:
                 try:
                     split, condition, question, score = json.loads(line)
-                except ValueError:
+                    self._scores[split, condition, question] = dict(score)
+                except (ValueError, TypeError):
                     raise EvaluationError(
                         f"{self._path}:{number}: not a journal line. Remove this line to keep the others (what is "
                         "missing is measured again), or remove the file to measure everything again."
                     ) from None
-                self._scores[split, condition, question] = score
             keep += len(line)
         return keep

@@ -62,9 +62,10 @@ def test_two_runs_do_not_write_one_journal(tmp_path: Path) -> None:
     assert (tmp_path / "j.jsonl").read_bytes().startswith(whole)
 
 
-def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"[]", b"5", b"[1, 2, 3, 4]", b"[[], 1, 2, {}]"])
+def test_a_file_of_another_format_is_refused(tmp_path: Path, line: bytes) -> None:
     whole = filled(tmp_path / "j.jsonl")
-    (tmp_path / "j.jsonl").write_bytes(whole + b"[]\n")
+    (tmp_path / "j.jsonl").write_bytes(whole + line + b"\n")
     with pytest.raises(EvaluationError, match=r"j.jsonl:5: not a journal line. Remove this line to keep the others"):
         Journal(tmp_path / "j.jsonl", FACTS)
 
