@@ -312,11 +312,11 @@ class SteeringSpec(_Strict):
         return self
 
 
-def parse_spec(raw: Any, max_chars: int | None = None) -> SteeringSpec | None:
+def parse_spec(raw: Any, max_chars: int | None = None, max_inline_bytes: int = 0) -> SteeringSpec | None:
     """Parse a request's steering. None, False and their JSON texts mean that no steering is requested.
 
-    raw: a mapping, its JSON text, or a spec that is already parsed. max_chars: length of the spec as JSON text, inline
-    vectors not counted. By default, text may have MAX_SPEC_CHARS, and a mapping any length.
+    raw: a mapping, its JSON text, or a parsed spec. max_chars: of the spec as JSON text without inline vectors; by
+    default MAX_SPEC_CHARS for text, and any length for a mapping. max_inline_bytes: of the inline vectors in text.
 
     Raises:
         SteeringRequestError: `param` names the first field that is wrong.
@@ -327,7 +327,8 @@ def parse_spec(raw: Any, max_chars: int | None = None) -> SteeringSpec | None:
     if isinstance(raw, SteeringSpec):
         return raw
     if isinstance(raw, str):
-        raw = _from_json(raw, MAX_SPEC_CHARS if max_chars is None else max_chars)
+        # Base64 has four characters for three bytes.
+        raw = _from_json(raw, (MAX_SPEC_CHARS if max_chars is None else max_chars) + max_inline_bytes * 4 // 3)
         if raw is None or raw is False:
             return None
     if not isinstance(raw, dict):

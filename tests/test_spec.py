@@ -613,6 +613,11 @@ def test_max_chars_holds_for_objects_as_for_text() -> None:
 def test_an_inline_vector_does_not_count_as_length_of_the_spec() -> None:
     spec = {"edits": [{"vector": {"data": "A" * 10_000}}]}
     assert parse_spec(spec, 100) is not None
+    assert parse_spec(json.dumps(spec), 100, 7_500) is not None
+    with pytest.raises(PayloadTooLargeError, match="max_spec_bytes"):
+        parse_spec(json.dumps(spec), 100, 7_000)
+    with pytest.raises(PayloadTooLargeError, match="max_spec_bytes"):
+        parse_spec(json.dumps({"preset": "a" * 200, "preserve_norm": False}), 100, 7_500)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from steer_engine.vectors.registry import Registry
 PROBE_TIMEOUT_SECONDS = 5.0
 GAUGE_SECONDS = 10.0
 
-
 MAX_REASON_CHARS = 200
 """Of an error that is not ours, in the log."""
 

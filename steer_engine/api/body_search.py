@@ -27,14 +27,15 @@ CONVERSATIONS = frozenset({"messages", "input"})
 """Lists of messages. The keys of a message and of its parts are the protocol's; deeper ones are the client's own."""
 
 METADATA = "metadata"
-"""A client's own tags: a key and a short text. A text that is not an object's JSON specifies nothing."""
+"""End of the names of fields with a client's own tags: a key and a short text. A tag that is not an object's JSON
+specifies nothing."""
 
 OWN = frozenset(
     {
         *("tools", "functions", "tool_choice", "function_call", "tool_calls"),
         *("response_format", "structured_outputs", "guided_json", "text", "format", "output_format", "output_config"),
         *("json_schema", "schema", "properties", "$defs", "definitions", "guided_decoding"),
-        *("prompt", "system", "documents"),
+        *("prompt", "system", "documents", "data", "state", "questions"),
     }
 )
 """Fields whose keys are the client's own: schemas, tools, and the texts of a prompt, at any depth."""
@@ -154,24 +155,26 @@ def _search_messages(field: str, messages: Any) -> Iterator[Found]:
 
 def _holds_steering(value: Any, field: str) -> bool:
     """Whether an object anywhere in the value of `field` has a key that specifies steering."""
-    pending = [_decoded(value) if field in TEXTS else value]
+    pending = [(_decoded(value) if field in TEXTS else value, field.endswith(METADATA))]
     while pending:
-        current = pending.pop()
+        current, tags = pending.pop()
         if type(current) is list:
-            pending += [item for item in current if type(item) in _CONTAINERS]
+            pending += [(item, tags) for item in current if type(item) in _CONTAINERS]
             continue
         for key, inner in _members(current):
             kind = type(inner)
+            if tags and kind is str and _decoded(inner) is inner:
+                continue
             if _names_field(key):
-                if _specifies(inner) and not (field == METADATA and kind is str and not _is_object(inner)):
+                if _specifies(inner):
                     return True
             elif key in XARGS_FORMS or (isinstance(key, str) and key.startswith(RESERVED_PREFIX)):
                 if inner is not None:
                     return True
             elif key in TEXTS and kind is str:
-                pending.append(_decoded(inner))
+                pending.append((_decoded(inner), key.endswith(METADATA)))
             elif kind in _CONTAINERS and key not in OWN:
-                pending.append(inner)
+                pending.append((inner, tags or (isinstance(key, str) and key.endswith(METADATA))))
     return False
 
 
@@ -203,7 +206,7 @@ def _names_field(key: Any) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """The object of a JSON text that mentions steering; any other value as it is."""
+    """The object of a JSON text; any other value as it is."""
     if not isinstance(value, str) or not _is_object(value):
         return value
     try:

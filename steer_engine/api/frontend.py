@@ -111,7 +111,7 @@ class Frontend:
             return requested
         if isinstance(requested, ForeignSteering):
             requested = requested.to_spec(self.limits, self.model)
-        spec = parse_spec(requested, self.limits.max_spec_bytes)
+        spec = parse_spec(requested, self.limits.max_spec_bytes, self.limits.max_inline_bytes)
         if spec is None:
             return None
         model = self.model

@@ -110,8 +110,11 @@ def _decisive(flags: Sequence[str]) -> Iterator[str]:
 
 def _content(word: str) -> str | None:
     """Digest of the file that a word of the flags names, such as a chat template."""
-    path = Path(word.partition("=")[2] or word)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    try:
+        with Path(word.partition("=")[2] or word).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # no file, or a text too long to be a path
+        return None
 
 
 def _named(

@@ -108,7 +108,10 @@ def convert(
     from steer_engine.vectors.files import load
 
     _check_output(out, force)
-    _save(gguf_format.load(path, keys="understood") if path.suffix == ".gguf" else load(path), out)
+    vector = gguf_format.load(path, keys="understood") if path.suffix == ".gguf" else load(path)
+    _save(vector, out)
+    if vector.metadata.notes:
+        Console(soft_wrap=True, highlight=False).print(vector.metadata.notes, markup=False)
 
 
 def _check_output(out: Path, force: bool) -> None:

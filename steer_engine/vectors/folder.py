@@ -319,7 +319,8 @@ class PresetFiles:
 
     def some_names(self, count: int) -> list[str]:
         """At most `count` of the names, without a scan."""
-        return [name for name, (_, spec) in islice(self._seen.items(), count) if spec is not None]
+        # A copy: another thread may scan the folder.
+        return [name for name, (_, spec) in islice(self._seen.copy().items(), count) if spec is not None]
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Name -> preset, after a scan of the folder. While it cannot be read: the presets read before."""

@@ -30,6 +30,9 @@ MAX_FILE_BYTES = 1 << 29
 MAX_TENSOR_BYTES = MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
 """Of all tensors of a file, as float32."""
 
+MAX_NUMBER = 1 << 40
+"""Of a tensor's shape, strides and offset; beyond it, numpy's arithmetic could overflow."""
+
 MAX_PICKLE_BYTES = 1 << 20
 MAX_MEMBERS = 4 * MAX_BLOCKS
 
@@ -186,7 +189,7 @@ def _describe(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> T
     for length, stride in zip(shape, strides, strict=True):
         count *= length
         last += (length - 1) * stride
-    if min(numbers) < 0 or len(shape) > 4 or max(shape, default=1) > MAX_HIDDEN_SIZE:
+    if min(numbers) < 0 or max(numbers) > MAX_NUMBER or len(shape) > 4 or max(shape, default=1) > MAX_HIDDEN_SIZE:
         raise VectorFileError(f"a tensor of shape {str(list(shape))[:64]} is not a vector.")
     if count and max(count, last + 1) * size > len(storage.data):
         raise VectorFileError(f"a tensor of shape {str(list(shape))[:64]} is larger than its storage.")

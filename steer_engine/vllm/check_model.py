@@ -28,6 +28,7 @@ from steer_engine.api.frontend import NOT_ARMED, Frontend
 from steer_engine.api.request_field import FIELD, SEPARATOR, XARGS, is_absent, split_model, steering_of
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.resolve import ResolvedSpec
+from steer_engine.spec import MAX_SPEC_CHARS
 from steer_engine.vllm import capture_fetch
 from steer_engine.vllm.engine_client import ship
 from steer_engine.vllm.intake import frontend_of
@@ -182,6 +183,8 @@ def requested_steering(request: Any) -> Any:
 def _has_inline(requested: Any) -> bool:
     if isinstance(requested, ForeignSteering):
         return requested.has_vectors
+    if isinstance(requested, str):
+        return len(requested) > MAX_SPEC_CHARS
     edits = requested.get("edits") if isinstance(requested, dict) else None
     return isinstance(edits, list) and any(
         isinstance(edit, dict) and isinstance(edit.get("vector"), dict) for edit in edits

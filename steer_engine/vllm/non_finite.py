@@ -2,7 +2,7 @@
 
 Admission bounds what edits can do (`containment.py`), so this should never happen. If it does, the KV blocks of the
 request hold numbers that attention would spread to later owners of the blocks. So they leave the prefix cache at once,
-and the workers set them to 0 before the next step.
+and the workers set those numbers to 0 before the next step.
 
 The worker counts rows of the final hidden states that are not finite (`engine/outputs.py`); the counts travel with the
 sampled tokens as `ModelRunnerOutput.num_nans_in_logits`. Wraps `Scheduler.update_from_output`; `scheduler.py` passes
@@ -30,6 +30,9 @@ USED = (
     Symbol("vllm.v1.engine:EngineCoreOutputs"),
 )
 
+CLEANED_AT_ONCE = 256
+"""KV blocks of one layer that are copied to be cleaned."""
+
 _ENDED = "_steer_ended"
 _NUM_ENDED = "_steer_num_ended"
 _TO_CLEAN = "_steer_blocks_to_clean"
@@ -48,7 +51,7 @@ def pass_on(scheduler: Any, scheduler_output: Any) -> None:
 
 
 def clean_blocks(runner: Any, scheduler_output: Any) -> None:
-    """Set the KV blocks that the scheduler has named to 0, in all layers of this worker, draft models included."""
+    """Set what is not finite in the named KV blocks to 0, in all layers of this worker, draft models included."""
     blocks: list[int] = getattr(scheduler_output, _TO_CLEAN, [])
     if not blocks:
         return
@@ -66,8 +69,12 @@ def _clean(cache: Any, blocks: list[int], num_blocks: int) -> None:
     parts, rest = divmod(cache.shape[0], num_blocks)
     assert rest == 0, f"a KV cache of shape {list(cache.shape)} does not hold {num_blocks} blocks"
     index = torch.tensor([block * parts + part for block in blocks for part in range(parts)], device=cache.device)
-    # One-byte floating-point types have no index_fill.
-    (cache.view(torch.uint8) if cache.element_size() == 1 else cache).index_fill_(0, index, 0)
+    if cache.element_size() == 1:  # one-byte types have no operation that finds the broken elements
+        cache.view(torch.uint8).index_fill_(0, index, 0)
+        return
+    # Finite elements stay: requests with the same steering may still read those of a shared prefix.
+    for some in torch.split(index, CLEANED_AT_ONCE):
+        cache.index_copy_(0, some, cache.index_select(0, some).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -79,6 +79,10 @@ def test_an_unchanged_run_is_continued_without_an_engine(command: list[str], kin
     assert batch([*command, "--gpu-memory-utilization=0.5"]) == 0
 
 
+def test_a_text_too_long_to_be_a_path_is_no_file(tmp_path: Path) -> None:
+    assert context_of(str(tmp_path), ["--chat-template", "{% for m in messages %}" * 400])({}) != b""
+
+
 @pytest.mark.parametrize("kind", [kind for kind in STEERING if kind != "plain"])
 def test_a_changed_vector_is_found_by_every_way_to_name_it(command: list[str], kind: str, tmp_path: Path) -> None:
     answer(command, kind)

@@ -96,6 +96,19 @@ def test_blocks_before_the_edit_stay_shared(llm: LLM) -> None:
 
 
 @pytest.mark.slow_on_v2
+def test_a_request_that_shares_a_steered_prefix_goes_on(llm: LLM) -> None:
+    """Both read one KV block of the same steering; one breaks behind it, and the other answers as if alone."""
+    shared = {"vector": "r2", "scale": 2.0}
+    good, broken = steering(shared), steering(shared, *FROM_SECOND_BLOCK["edits"])
+    alone = sampled(generate(llm, PROMPTS[:1], [good])[0])
+    assert alone != sampled(generate(llm, PROMPTS[:1], [None])[0])
+    first, second = generate(llm, [PROMPTS[0], LONG], [good, broken])
+    assert (first.num_cached_tokens, second.outputs[0].finish_reason) == (BLOCK, "error")
+    assert sampled(first) == alone
+    assert all_finite(llm)
+
+
+@pytest.mark.slow_on_v2
 def test_cleaned_blocks_leave_the_prefix_cache(llm: LLM) -> None:
     """Otherwise the same steering would read their zeros."""
     break_one(llm, overflow("all"))

@@ -83,6 +83,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         saved({layer: torch.ones(1).expand(1024, 65536) for layer in range(20)}),
         "shape [1024, 65536] is larger than its storage",
     ),
+    "far": (saved(torch.ones(1).as_strided((1,), (2**62,))), "shape [1] is not a vector"),
     "wide": (saved(torch.ones(70_000)), "shape [70000] is not a vector"),
     "one storage many times": (
         saved(dict(enumerate([torch.ones(1024, 1024)] * 200))),
