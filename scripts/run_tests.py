@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-OWN_SUITES = ("kernels", "engines", "families", "servers", "gpu")
+OWN_SUITES = ("kernels", "engines", "families", "servers", "load", "gpu")
 """Folders of tests/ that the unit suite leaves out. `benchmarks/gpu.sh` runs `gpu`."""
 
 SLOWER_UNIT_TESTS = (
@@ -54,7 +54,8 @@ class Suite:
     """A pytest run.
 
     paths: those under tests/ to run; none = all of tests/. without: paths to leave out. by_default: run it if no suite
-    is named.
+    is named. slow: run it with --all only, or if it is named; then with its slow tests, and after the other suites,
+    since it measures latencies.
     """
 
     name: str
@@ -62,6 +63,11 @@ class Suite:
     without: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     by_default: bool = True
+    slow: bool = False
+
+    def runs(self, *, with_slow: bool) -> bool:
+        """Whether it runs if no suite is named."""
+        return self.by_default and (with_slow or not self.slow)
 
     def command(self, *, with_slow: bool, report: Path) -> list[str]:
         return [
@@ -69,7 +75,7 @@ class Suite:
             "-q",
             "--durations=5",
             f"--junitxml={report}",
-            *([] if with_slow else ["-m", "not slow"]),
+            *([] if with_slow or self.slow else ["-m", "not slow"]),
             *([f"tests/{path}" for path in self.paths] or ["tests"]),
             *(f"--ignore=tests/{path}" for path in self.without),
         ]
@@ -82,6 +88,7 @@ SUITES = (
     Suite(name="engine-v1", paths=("engines",), env={"STEER_TEST_RUNNER": "v1"}),
     Suite(name="kernels", paths=("kernels",)),
     Suite(name="families", paths=("families",)),
+    Suite(name="load", paths=("load",), slow=True),
     Suite(name="quick", without=(*OWN_SUITES, *SLOWER_UNIT_TESTS, *QUICK_FOLDERS), by_default=False),
     Suite(name="quick-folders", paths=QUICK_FOLDERS, without=SLOWER_UNIT_TESTS, by_default=False),
 )
@@ -91,7 +98,7 @@ SUITES = (
 def main() -> int:
     arguments = parsed_arguments()
     named = arguments.suites
-    chosen = [suite for suite in SUITES if (suite.name in named if named else suite.by_default)]
+    chosen = [suite for suite in SUITES if (suite.name in named if named else suite.runs(with_slow=arguments.all))]
 
     def timed(suite: Suite) -> tuple[Counter[str], str]:
         print(f"{suite.name}: started", flush=True)
@@ -101,7 +108,8 @@ def main() -> int:
         return counts, f"{suite.name:10} {numbers} {time.monotonic() - began:6.0f} s"
 
     with ThreadPoolExecutor(max_workers=PARALLEL_SUITES) as pool:
-        results = list(pool.map(timed, chosen))
+        results = list(pool.map(timed, (suite for suite in chosen if not suite.slow)))
+    results += [timed(suite) for suite in chosen if suite.slow]
     total = sum((counts for counts, _ in results), Counter[str]())
     print("", *(line for _, line in results), sep="\n")
     skipped = f", {total['skipped']} skipped" if total["skipped"] else ""

@@ -60,6 +60,24 @@ def test_last_line_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed"
 
 
+def test_a_slow_suite_runs_only_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tests" / "load").mkdir()
+    slow_test = "import pytest\n@pytest.mark.slow\ndef test_it(): pass"
+    (tmp_path / "tests" / "load" / "test_load.py").write_text(slow_test)
+    (tmp_path / "tests" / "engine" / "test_case.py").write_text(CASES["passed"][0])
+    suites = (run_tests.Suite(name="load", paths=("load",), slow=True), *run_tests.SUITES)
+    monkeypatch.setattr(run_tests, "SUITES", suites)
+    ran = {}
+    for arguments in ((), ("--all",), ("load",)):
+        monkeypatch.setattr(sys, "argv", ["run_tests.py", *arguments])
+        assert run_tests.main() == 0
+        ran[arguments] = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": started")]
+    both = ["engine: started", "load: started"]
+    assert ran == {(): both[:1], ("--all",): both, ("load",): both[1:]}
+
+
 def test_the_paths_of_all_suites_exist() -> None:
     """A renamed folder would otherwise run in two suites, or in none."""
     tests = Path(__file__).parent

@@ -45,6 +45,8 @@ class Readiness:
         """
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._ask())
+            # It may fail after the timeout, when nobody waits for it any more: the next check asks again.
+            self._running.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             return await asyncio.wait_for(asyncio.shield(self._running), self._timeout)
         except TimeoutError:

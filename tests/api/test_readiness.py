@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -67,3 +68,22 @@ async def test_any_failure_is_a_reason(raised: Exception, expected: type[Excepti
         await Readiness(engine.handshake).check()
     engine.error = None
     assert await Readiness(engine.handshake).check() == {"workers": 1}
+
+
+async def test_a_failure_after_the_timeout_is_not_an_unhandled_error() -> None:
+    """asyncio would log a traceback for it when the task is collected."""
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    engine = Engine()
+    engine.wait, engine.error = asyncio.Event(), CapacityError("The engine did not answer.")
+    readiness = Readiness(engine.handshake, timeout=0.01)
+    with pytest.raises(CapacityError, match=r"0\.01 s"):
+        await readiness.check()
+    engine.wait.set()
+    while not engine.finished:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    engine.error = None
+    assert await readiness.check() == {"workers": 1}  # replaces the failed task
+    gc.collect()
+    assert unhandled == []

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers.attack import PRESETS, VECTORS, ask, quiet, raw, refusal, send
+from helpers.hostile_bodies import BODIES
 from helpers.living import ADMIN, INFERENCE, OPERATOR, USER, along, complete
 from helpers.server_process import Server
 
@@ -115,35 +116,6 @@ def test_steering_by_another_name_is_refused(living: Server, name: str) -> None:
 )
 def test_an_upload_of_another_type_is_refused(living: Server, media_type: str) -> None:
     refusal(send(living, "PUT", f"{VECTORS}/typed", FILE, {"content-type": media_type}), media_type, status=415)
-
-
-BODIES: dict[str, bytes] = {
-    "nothing": b"",
-    "a brace": b"{",
-    "null": b"null",
-    "a list": b"[]",
-    "a number": b"1e999",
-    "text": b'"x"',
-    "bytes": bytes(range(256)),
-    "UTF-16": '{"edits": []}'.encode("utf-16"),
-    "UTF-8 cut": b'{"edits": "\xc3',
-    "half a surrogate": b'{"edits": [{"vector": "\\ud800"}]}',
-    "a preset with half a surrogate": b'{"preset": "\\udfff"}',
-    "NUL": b'{"edits": [{"vector": "\\u0000"}]}',
-    "10,000 brackets": b"[" * 10_000,
-    "10,000 braces": b'{"edits":' * 1_000,
-    "a huge number": b'{"edits": [{"vector": "house", "scale": ' + b"9" * 5_000 + b"}]}",
-    "NaN": b'{"edits": [{"vector": "house", "scale": NaN}]}',
-    "infinity": b'{"edits": [{"vector": "house", "scale": -Infinity}]}',
-    "a block of 10^30": b'{"edits": [{"vector": "house", "blocks": 1000000000000000000000000000000}]}',
-    "blocks of a long range": b'{"edits": [{"vector": "house", "blocks": "0-99999999999999999999"}]}',
-    "a long list of blocks": b'{"edits": [{"vector": "house", "blocks": [' + b"1," * 5_000 + b"1]}]}",
-    "a long key": b'{"edits": [{"vector": "house", "' + b"k" * 9_000 + b'": 1}]}',
-    "a long operation": b'{"edits": [{"vector": "house", "op": "' + b"o" * 9_000 + b'"}]}',
-    "a scope of 10^30": b'{"edits": [{"vector": "house", "scope": {"start": 1000000000000000000000000000000}}]}',
-    "9 edits": json.dumps({"edits": [{"vector": "house"}] * 9}).encode(),
-    "preset of a preset": b'{"preset": {"preset": "house"}}',
-}
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
