@@ -154,6 +154,8 @@ def main(
     for each in ours[:SHOWN]:
         typer.echo(f"{each.group} {each.number}: {each.what}\n    {each.shown}")
     typer.echo(f"seed {seed}, {result.seconds:.0f} s; afterwards checked: {', '.join(checks)}")
+    for (what, path), count in Counter((each.what, each.sent.path) for each in theirs if each.sent).items():
+        typer.echo(f"plain vLLM answers so too: {path}: {count} x {what}")
     typer.echo(f"{len(ours)} findings; {len(theirs)} answers of 5xx that plain vLLM gives too")
     if out is not None:
         out.write_text(json.dumps(figures(seed, result, ours, theirs, checks), indent=1) + "\n")

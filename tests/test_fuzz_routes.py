@@ -292,6 +292,23 @@ def test_the_table_and_the_figures_have_every_group() -> None:
     assert found["mutations"] == {"truncate": 3}
 
 
+def test_one_request_is_shown_with_its_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(418, text="short and stout")
+
+    with httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer)) as client:
+        fuzz_routes.show_one(Sender(client, "k", "a", 1.0), 0, 7)
+    sent = sequence.request(0, 7)
+    assert (seen[0].method, seen[0].url.raw_path.decode(), seen[0].content) == (sent.method, sent.path, sent.content)
+    shown = capsys.readouterr().out
+    assert repr(sent.content) in shown
+    assert "418" in shown
+    assert "short and stout" in shown
+
+
 def test_the_help_says_what_is_wrong() -> None:
     shown = CliRunner().invoke(fuzz_routes.app, ["--help"]).output
     for words in ("--seed", "--bodies", "--only", "Retry-After", "plain vLLM"):
