@@ -169,6 +169,8 @@ STREAM = STEERED | {"content-type": "text/event-stream"}
         (post(steering=STEERING), 200, STEERED, '{"steering": {}}', None),
         (post(steering=STEERING), 200, {}, '{"choices": []}', "silently unsteered: no X-Steering"),
         (post(steering=STEERING), 200, STEERED, "{}", "silently unsteered: no 'steering' in the answer"),
+        (post("/v1/responses", steering=STEERING), 200, STEERED, '{"error": null}',
+         "silently unsteered: no 'steering' in the answer"),
         (post("/v1/messages", steering=STEERING), 200, STEERED, "{}", None),
         (post("/v1/messages", steering=STEERING), 200, {}, "{}", "silently unsteered: no X-Steering"),
         (post(), 200, STEERED, '{"steering": {}}', "steered without being asked"),

@@ -16,6 +16,7 @@ from fuzzing.mutate import ELSEWHERE, Pairs
 NOT_FINITE = "not finite"
 """A steered request whose numbers are not finite ends with a 500 that says so, as CHANGELOG.md promises."""
 
+_ERROR = re.compile(r'"error": ?\{')
 _STREAMED_ERROR = re.compile(r'"code": ?(5\d\d)')
 _HINTS = (b"steer", b"hotwire", b"\\u", b"\0", f":{HOUSE}".encode())
 
@@ -109,12 +110,12 @@ def _wrong_200(sent: Sent, headers: Mapping[str, str], text: str) -> str | None:
     if asks(sent.content):
         if "x-steering" not in headers:
             return "silently unsteered: no X-Steering"
-        failed = '"error"' in text
-        if sent.path != "/v1/messages" and '"steering"' not in text and not failed:
+        ended_by_error = "event-stream" in headers.get("content-type", "") and _ERROR.search(text)
+        if sent.path != "/v1/messages" and '"steering"' not in text and not ended_by_error:
             return "silently unsteered: no 'steering' in the answer"
     elif "x-steering" in headers and asks_nothing(sent.content):
         return "steered without being asked"
-    if "event-stream" in headers.get("content-type", "") and '"error"' in text and NOT_FINITE not in text:
+    if "event-stream" in headers.get("content-type", "") and _ERROR.search(text) and NOT_FINITE not in text:
         found = _STREAMED_ERROR.search(text)
         return f"{found[1]} within a stream" if found else None
     return None
