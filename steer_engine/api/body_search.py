@@ -82,8 +82,8 @@ def search_body(body: bytes) -> Found | None:
     """Where the raw body of a request, or of a list of requests, specifies steering. A misplaced one is found first.
 
     Raises:
-        SteeringRequestError: a field that may specify steering is repeated, or ours is misspelled. A parser would drop
-            it silently.
+        SteeringRequestError: a field that may specify steering is repeated, or ours is misspelled, which a parser would
+            drop silently; or the body may specify steering and is nested too deeply.
     """
     encoding = json.detect_encoding(body)
     text = body.decode(encoding, "replace")
@@ -94,7 +94,10 @@ def search_body(body: bytes) -> Found | None:
         return None
     try:
         decoded = json.loads(text, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        # A handler parses it deeper in the stack, and not every one answers that with a 400.
+        raise SteeringRequestError("The body is nested too deeply; send a flatter one.", "body") from None
+    except ValueError:
         return Found(FIELD, misplaced=False) if _FORM_FIELD.search(plain) else None
     requests = decoded if isinstance(decoded, list) else [decoded]
     found = [each for request in requests if isinstance(request, tuple) for each in _search(request)]

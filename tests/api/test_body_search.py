@@ -187,3 +187,12 @@ def test_the_search_takes_little_longer_than_parsing(content: bytes) -> None:
     began = time.process_time()
     assert search_body(content) is None
     assert time.process_time() - began < 6 * parsing + 0.5
+
+
+@pytest.mark.parametrize("deep", ["[" * 50_000 + "]" * 50_000, '{"a":' * 50_000 + "1" + "}" * 50_000])
+def test_a_body_that_mentions_steering_and_cannot_be_searched_is_refused(deep: str) -> None:
+    """vLLM's wrapper of /invocations would answer it with a 500."""
+    with pytest.raises(SteeringRequestError, match="nested too deeply.*flatter") as raised:
+        search_body(f'{{"steering": {TEXT}, "metadata": {deep}}}'.encode())
+    assert raised.value.param == "body"
+    assert search_body(f'{{"prompt": "x", "metadata": {deep}}}'.encode()) is None, "the parser of vLLM decides"
