@@ -22,20 +22,20 @@ ADMIN = {HEADER: KEY}
 MODEL = ModelShape(hidden_size=8, num_blocks=4, armed_blocks=(0, 1, 2, 3), ops=ALL_OPS, rows=4, dtype="float32")
 
 
-def frontend_of(registry: Registry) -> Frontend:
+def frontend_of(registry: Registry, model: ModelShape = MODEL) -> Frontend:
     """An armed frontend on `registry`, with a low limit for inline vectors."""
-    frontend = Frontend(SteeringConfig(), MODEL)
+    frontend = Frontend(SteeringConfig(), model)
     frontend.registry = registry
     frontend.limits = Limits(max_inline_bytes=3000)
     frontend.inline = InlineVectors(3000)
     return frontend
 
 
-def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits) -> FastAPI:
+def app_of(registry: Registry, keys: AdminKeys, limits: ApiLimits, model: ModelShape = MODEL) -> FastAPI:
     app = FastAPI()
     for router in (routes.router, registry_routes.vector_router, registry_routes.preset_router):
         app.include_router(router)
-    frontend = frontend_of(registry)
+    frontend = frontend_of(registry, model)
     app.add_middleware(SteeringMiddleware, drain=frontend.drain)
 
     async def in_flight(digest: str) -> int:

@@ -20,7 +20,7 @@ from helpers.registry_app import ADMIN, KEY, MODEL, app_of
 from steer_engine.api.routing import AdminKeys
 from steer_engine.settings import ApiLimits
 from steer_engine.vectors import ControlVector, Registry
-from steer_engine.vectors.manifest import FOLDER
+from steer_engine.vectors.manifest import FOLDER, MANIFEST, read_manifest
 from steer_engine.vectors.safetensors_format import to_bytes
 
 MOMENTS, CLIENTS, NAMES = 50, 3, 3
@@ -87,8 +87,8 @@ def serve(folder: Path, listener: socket.socket) -> int:
     if child:
         return child
     try:
-        app = app_of(Registry(folder), AdminKeys([KEY]), ApiLimits())
-        app.state.steering_frontend.model = dataclasses.replace(MODEL, hidden_size=WIDTH)
+        model = dataclasses.replace(MODEL, hidden_size=WIDTH)
+        app = app_of(Registry(folder), AdminKeys([KEY]), ApiLimits(), model)
         uvicorn.Server(uvicorn.Config(app, log_level="critical")).run(sockets=[listener])
     finally:
         os._exit(1)
@@ -131,7 +131,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             assert registry.get(name).digest == digest
         state = found
         kept = {path.name for path in (tmp_path / FOLDER).glob("objects/*")}
-        assert kept == {f"{digest.removeprefix('sha256:')}.safetensors" for digest in found.values()}
+        assert kept == read_manifest(tmp_path / FOLDER / MANIFEST)[0].object_names
+        assert {f"sha256:{name[:64]}" for name in kept} == set(found.values())
         assert not list((tmp_path / FOLDER).glob("incoming/*"))
     assert {kind: done.count(kind) for kind in KINDS if kind not in done} == {}
     assert len(torn) > MOMENTS // 2

@@ -18,38 +18,13 @@ from typing import Any
 import psutil
 import pytest
 import zmq
+from helpers.orphans import SECONDS, parent, watching, watching_deaf_to_signals
 from helpers.server_process import SMALL, START_SECONDS, Server
 from vllm.utils.network_utils import zmq_socket_ctx
 
 from steer_engine.settings import WITH_PARENT_ENV
 from steer_engine.vllm import lifetime
 from steer_engine.vllm.lifetime import GRACE_SECONDS, end_with_parent, exiting_on_sigterm
-
-SECONDS = 30.0
-"""More than two imports take on a busy machine."""
-
-
-def parent(child: Callable[[Connection], None], writer: Connection) -> None:
-    """Start `child`, which says its process id, and wait to be killed."""
-    multiprocessing.get_context("spawn").Process(target=child, args=(writer,)).start()
-    time.sleep(10 * SECONDS)
-
-
-def watching(writer: Connection) -> None:
-    end_with_parent()
-    end_with_parent()
-    writer.send(os.getpid())
-    time.sleep(10 * SECONDS)
-
-
-def watching_deaf_to_signals(writer: Connection) -> None:
-    """As an engine core that is starting: vLLM notes SIGTERM and goes on."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    end_with_parent()
-    writer.send(os.getpid())
-    deadline = time.monotonic() + 10 * SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def orphan(child: Callable[[Connection], None]) -> psutil.Process:
