@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant(
         name="numbers that are not finite stay in the KV cache",
         file="vllm/non_finite.py",
-        right="nan=0.0, posinf=0.0, neginf=0.0",
-        wrong="nan=float('nan'), posinf=0.0, neginf=0.0",
+        right=".nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)",
+        wrong=".clone()",
         test="engines/test_non_finite.py::test_a_request_that_was_aborted_meanwhile",
     ),
     Mutant(
