@@ -7,7 +7,7 @@ edits together cannot grow the residual stream beyond what its dtype holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import fsum, prod
 
 from steer_engine.edit import Edit
@@ -127,10 +127,16 @@ def check_growth(
     """
     peak, limit = _peak(vectors.values(), dtype), MAX_STREAM_NORM[dtype]
     if preserve_norm:
-        blocks = {block for edit in edits for block in edit.blocks}
-        bound = max((_grown(peak, edits, vectors, [block]) for block in blocks), default=peak)
+        at_block: dict[int, list[_Dose]] = {}
+        for edit in edits:
+            norms = vectors[edit.vector].norms
+            for block, scale in zip(edit.blocks, edit.scales, strict=True):
+                at_block.setdefault(block, []).append((edit, (scale,), (norms[block],)))
+        bound = max((_grown(peak, doses) for doses in at_block.values()), default=peak)
     else:
-        bound = _grown(peak, edits, vectors)
+        bound = _grown(
+            peak, [(edit, edit.scales, [vectors[edit.vector].norms[b] for b in edit.blocks]) for edit in edits]
+        )
     if not bound <= limit:
         raise SteeringRequestError(
             f"The edits together could grow the residual stream to a norm of {bound:.2g}; {dtype} holds {limit:.2g}. "
@@ -139,24 +145,24 @@ def check_growth(
         )
 
 
-def _grown(
-    peak: float, edits: Sequence[Edit], vectors: Mapping[str, ControlVector], blocks: Collection[int] | None = None
-) -> float:
-    """The largest norm of a row that enters with norm `peak` and is edited at `blocks`, or at all blocks."""
+_Dose = tuple[Edit, Sequence[float], Sequence[float]]
+"""An edit, and for each of some blocks its scale and the norm of its vector."""
+
+
+def _grown(peak: float, doses: Iterable[_Dose]) -> float:
+    """The largest norm of a row that enters with norm `peak` and gets these doses."""
     factor, amount = 1.0, 0.0
-    for edit in edits:
-        norms = vectors[edit.vector].norms
-        at = [(s, norms[b]) for b, s in zip(edit.blocks, edit.scales, strict=True) if blocks is None or b in blocks]
+    for edit, scales, norms in doses:
         match edit.op:
             case Op.ADD:
-                amount += fsum(abs(scale) * norm for scale, norm in at)
+                amount += fsum(abs(scale) * norm for scale, norm in zip(scales, norms, strict=True))
             case Op.ADD_RELATIVE:
-                factor *= prod(1.0 + abs(scale) for scale, _ in at)
+                factor *= prod(1.0 + abs(scale) for scale in scales)
             case Op.ABLATE:
-                factor *= prod(max(1.0, abs(1.0 - scale)) for scale, _ in at)
+                factor *= prod(max(1.0, abs(1.0 - scale)) for scale in scales)
             case Op.CLAMP | Op.SET:
                 # A component inside the bounds stays; one outside moves to the nearer bound.
-                amount += len(at) * max(edit.lo or 0.0, -(edit.hi or 0.0), 0.0)
+                amount += len(scales) * max(edit.lo or 0.0, -(edit.hi or 0.0), 0.0)
     return factor * (peak + amount)
 
 

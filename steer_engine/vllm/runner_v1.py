@@ -178,7 +178,8 @@ def _bookkeeping_sync(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.use_async_scheduling:  # the counts travel with the sampled tokens
             return (counts, counts_B, *rest)
         numbers = counts_B.tolist()
-        return ({name: numbers[place] for name, place in batch.req_id_to_index.items()}, counts_device_B, *rest)
+        broken = {name: numbers[place] for name, place in batch.req_id_to_index.items()} if any(numbers) else {}
+        return (counts | broken, counts_device_B, *rest)
 
     return _bookkeeping_sync
 
