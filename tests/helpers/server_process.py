@@ -129,3 +129,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def wait_until_nothing_is_held(server: Server) -> None:
+    """Until no request has a slot, and no row of the bank is kept for one."""
+    deadline = time.monotonic() + 30
+    while True:
+        (worker,) = server.get("/v1/steering/stats").json()["engine"]["workers"]
+        if worker["steered_slots"] == worker["bank_rows_pinned"] == 0:
+            return
+        assert time.monotonic() < deadline, worker
+        time.sleep(0.02)

@@ -8,7 +8,6 @@ duration and STEER_LOAD_SEED the traffic.
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from helpers.load_judging import Known, Tally, Verdict
 from helpers.load_registry import registry_names
 from helpers.load_traffic import Traffic
 from helpers.process_memory import MemoryWatch, growths
-from helpers.server_process import Server, steer_engine_serve
+from helpers.server_process import Server, steer_engine_serve, wait_until_nothing_is_held
 
 MINUTES = float(os.environ.get("STEER_LOAD_MINUTES", "2.5"))
 SEED = int(os.environ.get("STEER_LOAD_SEED", "1"))
@@ -99,17 +98,6 @@ async def test_a_server_under_load(loaded: Server) -> None:
 
 def registered(server: Server) -> list[object]:
     return [server.get(f"/v1/steering/{what}").json()["data"] for what in ("vectors", "presets")]
-
-
-def wait_until_nothing_is_held(server: Server) -> None:
-    """Until no request has a slot, and no row of the bank is kept for one."""
-    deadline = time.monotonic() + 30
-    while True:
-        (worker,) = server.get("/v1/steering/stats").json()["engine"]["workers"]
-        if worker["steered_slots"] == worker["bank_rows_pinned"] == 0:
-            return
-        assert time.monotonic() < deadline, worker
-        time.sleep(0.1)
 
 
 def check_alone(server: Server, catalogue: list[Known]) -> None:

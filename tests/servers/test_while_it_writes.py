@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from helpers.living import ADMIN, OPERATOR, put, spec
-from helpers.server_process import Server, steer_engine_serve
+from helpers.server_process import Server, steer_engine_serve, wait_until_nothing_is_held
 
 from steer_engine.vectors import ControlVector
 
@@ -57,17 +57,6 @@ def wait_until_running(server: Server, number: int) -> None:
     deadline = time.monotonic() + 30
     while (now := server.metric("vllm:num_requests_running")) != number:
         assert time.monotonic() < deadline, f"{now:g} requests are running"
-        time.sleep(0.02)
-
-
-def wait_until_nothing_is_held(server: Server) -> None:
-    """Until no request has a slot, and no row of the bank is kept for one."""
-    deadline = time.monotonic() + 30
-    while True:
-        (worker,) = server.get("/v1/steering/stats").json()["engine"]["workers"]
-        if worker["steered_slots"] == worker["bank_rows_pinned"] == 0:
-            return
-        assert time.monotonic() < deadline, worker
         time.sleep(0.02)
 
 
