@@ -55,10 +55,10 @@ def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: st
     # would steer in another direction, or not at all.
     lost = SMALLEST[dtype] / 2 * vector.hidden_size**0.5
     lowest, highest = vector.norm_range
-    factor = max(1.0, max(map(abs, edit.scales)) * limits.max_edits)
+    factor = max(1.0, max(map(abs, edit.peak_scales)) * limits.max_edits)
     if lowest >= 256 * lost and highest * factor <= largest and factor <= LARGEST:
         return  # true for all blocks of the vector; otherwise look at those of the edit
-    for block, scale in zip(edit.blocks, edit.scales, strict=True):
+    for block, scale in zip(edit.blocks, edit.peak_scales, strict=True):
         norm = vector.norms[block]
         if 0.0 < norm < 256 * lost:
             raise SteeringRequestError(
@@ -85,7 +85,7 @@ def check_dose(edit: Edit, vector: ControlVector, param: str, limits: Limits) ->
     norms, residual_norms = vector.norms, vector.metadata.residual_norms
     if edit.op is Op.ADD and not residual_norms:
         return
-    for block, scale in zip(edit.blocks, edit.scales, strict=True):
+    for block, scale in zip(edit.blocks, edit.peak_scales, strict=True):
         for name, dose in _doses(edit, abs(scale), norms[block], residual_norms.get(block)):
             if dose > limits.max_dose:
                 raise SteeringRequestError(
@@ -105,7 +105,7 @@ def largest_dose(edits: Iterable[Edit], vectors: Mapping[str, ControlVector]) ->
         if vector is None or edit.op is not Op.ADD:
             continue
         norms = vector.metadata.residual_norms
-        for block, scale in zip(edit.blocks, edit.scales, strict=True):
+        for block, scale in zip(edit.blocks, edit.peak_scales, strict=True):
             if norms.get(block):
                 doses.append(abs(scale) * vector.norms[block] / norms[block])
     return max(doses, default=None)
@@ -130,12 +130,12 @@ def check_growth(
         at_block: dict[int, list[_Dose]] = {}
         for edit in edits:
             norms = vectors[edit.vector].norms
-            for block, scale in zip(edit.blocks, edit.scales, strict=True):
+            for block, scale in zip(edit.blocks, edit.peak_scales, strict=True):
                 at_block.setdefault(block, []).append((edit, (scale,), (norms[block],)))
         bound = max((_grown(peak, doses) for doses in at_block.values()), default=peak)
     else:
         bound = _grown(
-            peak, [(edit, edit.scales, [vectors[edit.vector].norms[b] for b in edit.blocks]) for edit in edits]
+            peak, [(edit, edit.peak_scales, [vectors[edit.vector].norms[b] for b in edit.blocks]) for edit in edits]
         )
     if not bound <= limit:
         raise SteeringRequestError(

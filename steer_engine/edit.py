@@ -1,4 +1,4 @@
-"""One edit with all names resolved, the token positions it covers, and the canonical order of a list of edits."""
+"""One edit with all names resolved, where and when it applies, and the canonical order of a list of edits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from math import fsum
+from math import fsum, log2
 from typing import Any, NamedTuple
 
 from steer_engine.spec import Op
+from steer_engine.trigger import NO_END, Trigger
 
 EDIT_FORMAT = "steer-engine/edit/1"
 """Part of every edit digest. Increase it when the meaning of an operation changes."""
-
-NO_END = 2**31 - 1
-"""End of an open scope. Positions are int32 on the device."""
 
 
 class Bound(NamedTuple):
@@ -31,10 +29,15 @@ class Bound(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """Token positions start <= p < end. Bounds may depend on the prompt length P, which is not known yet."""
+    """Token positions start <= p < end, in the windows of `trigger` if there is one, and outside those of `exclude`.
+
+    Bounds may depend on the prompt length P, which is not known yet.
+    """
 
     start: Bound
     end: Bound
+    trigger: Trigger | None = None
+    exclude: Trigger | None = None
 
     @classmethod
     def span(cls, start: int | None, end: int | None) -> Scope:
@@ -44,9 +47,17 @@ class Scope(NamedTuple):
         return cls(first, last)
 
     @property
-    def wire(self) -> list[list[int | bool]]:
+    def wire(self) -> list[Any]:
         """Plain data, for digests."""
-        return [[self.start.from_end, self.start.offset], [self.end.from_end, self.end.offset]]
+        span = [[self.start.from_end, self.start.offset], [self.end.from_end, self.end.offset]]
+        if self.trigger is None and self.exclude is None:
+            return span
+        return [*span, *(trigger.to_wire() if trigger else None for trigger in (self.trigger, self.exclude))]
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """A sorting key."""
+        return (self.start, self.end, self.trigger or (), self.exclude or ())
 
     @property
     def is_empty(self) -> bool:
@@ -64,6 +75,62 @@ ALL = Scope.span(None, None)
 PROMPT = Scope(Bound(False, 0), Bound(True, 0))
 GENERATION = Scope.span(-1, None)
 """From position P-1 on: every position whose output selects a generated token."""
+LAST_PROMPT_TOKEN = Scope(Bound(True, -1), Bound(True, 0))
+
+
+class Schedule(NamedTuple):
+    """The share of an edit over its window: 1 at the first token, `to` from token `over` on."""
+
+    exponential: bool
+    over: int
+    to: float
+
+    @property
+    def slope(self) -> float:
+        """Change per token: of the share if linear, else of its binary logarithm."""
+        return (log2(self.to) if self.exponential else self.to - 1.0) / self.over
+
+
+class Condition(NamedTuple):
+    """A number about the prompt, measured before the edits of its blocks, and the bounds strictly between which it
+    must be.
+
+    vector: digest. at: "last_prompt_token" and "mean_prompt" take means over positions and blocks, "max_prompt" the
+    largest. The defaults of the bounds exclude nothing.
+    """
+
+    vector: str
+    blocks: tuple[int, ...]
+    measure: str
+    at: str
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (self.above is None or value > self.above) and (self.below is None or value < self.below)
+
+    def numbers(self, prompt_len: int) -> int:
+        """How many numbers are added up for a prompt; 1 where the largest is kept."""
+        if self.at == "max_prompt":
+            return 1
+        return len(self.blocks) * (prompt_len if self.at == "mean_prompt" else 1)
+
+
+class When(NamedTuple):
+    """Apply an edit only if all (or `any`) of the conditions hold. Decided once per request, at `decided_at`."""
+
+    conditions: tuple[Condition, ...]
+    any: bool = False
+
+    @property
+    def decided_at(self) -> int:
+        """The last block that is measured. The edit applies from position P-1 on at later blocks, and from P on at this
+        block and earlier ones, which have been computed when the decision is made."""
+        return max(condition.blocks[-1] for condition in self.conditions)
+
+    def holds(self, held: Sequence[bool]) -> bool:
+        """held: of each condition, in order."""
+        return any(held) if self.any else all(held)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +152,7 @@ class Edit:
     vector: digest.
     scales: per block, the factor on the vector (add) or on the operation (add_relative, ablate).
     lo, hi: bounds of the component along the vector (clamp; both equal the target for set).
+    schedule: how the edit changes over its window. when: decides whether it applies at all.
     """
 
     op: Op
@@ -95,11 +163,25 @@ class Edit:
     lo: float | None = None
     hi: float | None = None
     gate: GateBounds | None = None
+    schedule: Schedule | None = None
+    when: When | None = None
 
     @property
     def commutes(self) -> bool:
-        """Whether the edit may be reordered and summed with others: ungated adds only."""
-        return self.op is Op.ADD and self.gate is None
+        """Whether the edit may be reordered and summed with others: adds that always apply in full."""
+        return self.op is Op.ADD and self.gate is None and self.schedule is None and self.when is None
+
+    @property
+    def peak_scales(self) -> tuple[float, ...]:
+        """Per block, the scale where the schedule makes it largest."""
+        share = 1.0 if self.schedule is None else max(1.0, abs(self.schedule.to))
+        return self.scales if share == 1.0 else tuple(share * scale for scale in self.scales)
+
+    @property
+    def vectors(self) -> set[str]:
+        """Digests of all vectors that the edit reads."""
+        gate = {self.gate.vector} if self.gate else set()
+        return {self.vector} | gate | {condition.vector for condition in (self.when.conditions if self.when else ())}
 
     @property
     def does_nothing(self) -> bool:
@@ -111,7 +193,13 @@ class Edit:
     def digest(self) -> str:
         """SHA-256 of everything that affects the output except the scope, which cache keys and specs add themselves."""
         gate = [self.gate.vector, self.gate.min_cos, self.gate.max_cos] if self.gate else None
-        return sha256_of([EDIT_FORMAT, self.op.value, self.vector, self.blocks, self.scales, self.lo, self.hi, gate])
+        content = [EDIT_FORMAT, self.op.value, self.vector, self.blocks, self.scales, self.lo, self.hi, gate]
+        if self.schedule is not None:
+            # It counts from the first token of a window, which is not seen in the blocks of tokens that follow.
+            content.append(["schedule", *self.schedule, self.scope.wire])
+        if self.when is not None:
+            content.append(["when", self.when.any, *self.when.conditions])
+        return sha256_of(content)
 
 
 def canonical_order(edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -138,7 +226,7 @@ def _summed(adds: Sequence[Edit]) -> Iterator[Edit]:
         at_block = scales.setdefault((add.vector, add.scope), {})
         for block, scale in zip(add.blocks, add.scales, strict=True):
             at_block.setdefault(block, []).append(scale)
-    for (vector, scope), at_block in sorted(scales.items()):
+    for (vector, scope), at_block in sorted(scales.items(), key=lambda item: (item[0][0], item[0][1].order)):
         # fsum rounds once, so the order of the scales does not affect the sum.
         sums = {block: total for block in sorted(at_block) if (total := fsum(at_block[block]))}
         if sums:

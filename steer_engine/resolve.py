@@ -14,14 +14,21 @@ from typing import Any
 
 from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.containment import check_dose, check_growth, check_representable
-from steer_engine.edit import ALL, GENERATION, PROMPT, Edit, GateBounds, Scope, canonical_order
+from steer_engine.edit import Edit, GateBounds, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.fields import parse_blocks, shown
 from steer_engine.program import ProgramTemplate
+from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
+from steer_engine.scope import WhenField
 from steer_engine.settings import Limits
-from steer_engine.spec import CaptureSpec, EditSpec, Op, Span, SteeringSpec, parse_blocks, shown
+from steer_engine.spec import CaptureSpec, EditSpec, Op, SteeringSpec
 from steer_engine.vectors import ControlVector
+from steer_engine.vocabulary import Vocabulary
 
 MAX_RUNS_SHOWN = 8
+
+NO_VOCABULARY = Vocabulary(None, 2**31, lambda name: "there is no tokenizer.")
+"""Token ids only."""
 
 VectorSource = Callable[[str], ControlVector]
 """Name or `sha256:...` digest -> vector. Raises UnknownVectorError."""
@@ -43,6 +50,8 @@ class ModelShape:
     """Rows of a bank that can fill up; None if the bank has room for every request."""
     capture_blocks: tuple[int, ...] = ()
     """Where the stream can be captured; empty if capture is off."""
+    is_pipeline: bool = False
+    """The blocks are spread over the stages of a pipeline."""
 
     @cached_property
     def armed(self) -> frozenset[int]:
@@ -67,13 +76,15 @@ class ResolvedEdit:
             "scale": requested.scale,
             "unit": requested.unit,
             "blocks": list(edit.blocks),
-            "scope": requested.scope if isinstance(requested.scope, str) else requested.scope.model_dump(),
+            "scope": requested.scope if isinstance(requested.scope, str) else requested.scope.report(),
             "digest": edit.digest,
         }
         extras = {"lo": requested.lo, "hi": requested.hi, "target": requested.target}
         entry |= {key: value for key, value in extras.items() if value is not None}
         if requested.gate is not None and edit.gate is not None:
             entry["gate"] = requested.gate.model_dump(exclude_none=True) | {"vector": edit.gate.vector}
+        if requested.schedule is not None:
+            entry["schedule"] = requested.schedule.model_dump()
         return entry
 
 
@@ -110,11 +121,17 @@ class ResolvedSpec:
 
 
 def resolve(
-    spec: SteeringSpec, vectors: VectorSource, model: ModelShape, limits: Limits, *, preset: str | None = None
+    spec: SteeringSpec,
+    vectors: VectorSource,
+    model: ModelShape,
+    limits: Limits,
+    *,
+    vocabulary: Vocabulary = NO_VOCABULARY,
+    preset: str | None = None,
 ) -> ResolvedSpec:
     """Check `spec` against the model and the limits, and name its vectors by digest.
 
-    preset: the name of the preset that `spec` was expanded from.
+    vocabulary: for triggers. preset: the name of the preset that `spec` was expanded from.
 
     Raises:
         UnknownVectorError: a vector or the preset is not registered.
@@ -139,9 +156,13 @@ def resolve(
         return vector
 
     edits = tuple(
-        ResolvedEdit(requested=edit, edit=_resolve_edit(edit, f"steering.edits[{i}]", lookup, model, limits))
+        ResolvedEdit(
+            requested=edit,
+            edit=_resolve_edit(edit, spec.when, f"steering.edits[{i}]", lookup, model, limits, vocabulary),
+        )
         for i, edit in enumerate(requested)
     )
+    check_counts((edit.edit for edit in edits), limits)
     template = _template(tuple(edit.edit for edit in edits), spec.preserve_norm)
     _check_room(template, model, limits)
     named = {digest: used[digest] for digest in template.vectors}
@@ -212,7 +233,16 @@ def _check_room(template: ProgramTemplate, model: ModelShape, limits: Limits) ->
         )
 
 
-def _resolve_edit(requested: EditSpec, param: str, vectors: VectorSource, model: ModelShape, limits: Limits) -> Edit:
+def _resolve_edit(
+    requested: EditSpec,
+    when: WhenField | None,
+    param: str,
+    vectors: VectorSource,
+    model: ModelShape,
+    limits: Limits,
+    vocabulary: Vocabulary,
+) -> Edit:
+    """when: the condition of the whole request."""
     if requested.op not in model.ops:
         armed = ", ".join(op.value for op in model.ops)
         raise SteeringRequestError(
@@ -234,10 +264,17 @@ def _resolve_edit(requested: EditSpec, param: str, vectors: VectorSource, model:
         vector=vector.digest,
         blocks=blocks,
         scales=_scales(requested, vector, blocks, param),
-        scope=_scope(requested.scope),
+        scope=resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits),
         lo=requested.target if requested.op is Op.SET else requested.lo,
         hi=requested.target if requested.op is Op.SET else requested.hi,
         gate=_gate(requested, blocks, param, vectors, model),
+        schedule=resolve_schedule(requested.schedule),
+        when=resolve_when(
+            requested.when or when,
+            f"{param}.when" if requested.when else "steering.when",
+            blocks[-1],
+            lambda name, blocks, param: _measurable(name, blocks, param, vectors, model),
+        ),
     )
     if edit.op is not Op.ADD:
         _check_direction(vector, blocks, f"{param}.vector")
@@ -256,6 +293,21 @@ def _gate(
     _check_direction(vector, blocks, f"{param}.gate.vector")
     bounds = {"min_cos": requested.gate.min_cos, "max_cos": requested.gate.max_cos}
     return GateBounds(vector=vector.digest, **{key: value for key, value in bounds.items() if value is not None})
+
+
+def _measurable(
+    name: str, blocks: tuple[int, ...] | None, param: str, vectors: VectorSource, model: ModelShape
+) -> tuple[ControlVector, tuple[int, ...]]:
+    """The vector of a condition, and the blocks at which it is measured."""
+    if model.ops == (Op.ADD,):
+        raise SteeringRequestError("Conditions need more than op 'add' armed (--steering-ops).", param)
+    if model.is_pipeline:
+        raise SteeringRequestError("Conditions are not supported with pipeline parallelism.", param)
+    vector = _lookup(name, param, vectors, model)
+    blocks = blocks or vector.blocks
+    _check_blocks(blocks, vector, param, model)
+    _check_direction(vector, blocks, param)
+    return vector, blocks
 
 
 def _lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
@@ -313,12 +365,6 @@ def _scales(requested: EditSpec, vector: ControlVector, blocks: tuple[int, ...],
         )
     _check_direction(vector, blocks, f"{param}.vector")
     return tuple(float(requested.scale) * norms[block] / vector.norms[block] for block in blocks)
-
-
-def _scope(scope: str | Span) -> Scope:
-    if isinstance(scope, Span):
-        return Scope.span(scope.start, scope.end)
-    return {"all": ALL, "prompt": PROMPT, "generation": GENERATION}[scope]
 
 
 def describe_blocks(blocks: tuple[int, ...]) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.spec import MAX_SPEC_CHARS, Op, parse_blocks
+from steer_engine.fields import parse_blocks
+from steer_engine.spec import MAX_SPEC_CHARS, Op
 
 # Environment variables of a server. `serve` sets most of them from its flags, so that every process inherits them.
 
@@ -205,6 +206,12 @@ class Limits(NamedLimits):
     """Length of a spec as JSON text, inline vectors not counted."""
     max_inline_bytes: int = Field(default=8 * 2**20, ge=0)
     """Decoded bytes of all inline vectors of a request; 0 disables inline vectors."""
+    max_triggers: int = Field(default=8, ge=0, le=8)
+    """Distinct token triggers of one request."""
+    max_trigger_tokens: int = Field(default=8, ge=1, le=8)
+    """Tokens of a sequence that opens or closes a window."""
+    max_conditions: int = Field(default=8, ge=0, le=8)
+    """Distinct conditions of one request."""
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
     """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
     max_captures: int = Field(default=4, ge=1)

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 from steer_engine.capture import CaptureRequest
 from steer_engine.edit import NO_END
+from steer_engine.parse import parse_spec
 from steer_engine.program import LARGEST, Entry, Program, ProgramTemplate, RowKey
 from steer_engine.resolve import ResolvedSpec
-from steer_engine.spec import parse_spec
 
 A, B = VECTORS["a"].digest, VECTORS["b"].digest
 U64 = 2.0**-53

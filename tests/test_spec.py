@@ -13,24 +13,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
-from steer_engine.spec import (
+from steer_engine.fields import (
     MAX_BLOCK_NUMBER,
     MAX_ECHO_CHARS,
-    MAX_EDITS,
     MAX_FIELDS,
     MAX_NAME_CHARS,
-    MAX_SPEC_CHARS,
-    CaptureSpec,
-    EditSpec,
-    Gate,
     InlineVector,
-    Op,
-    Span,
-    SteeringSpec,
     parse_blocks,
-    parse_spec,
     shown,
 )
+from steer_engine.parse import parse_spec
+from steer_engine.scope import ScopeSpec
+from steer_engine.spec import MAX_EDITS, MAX_SPEC_CHARS, CaptureSpec, EditSpec, Gate, Op, SteeringSpec
 from steer_engine.vectors.metadata import MAX_BLOCKS
 
 MAX_MESSAGE_CHARS = 300
@@ -142,7 +136,7 @@ def test_scopes(scope: Any) -> None:
     spec = parse_spec(one(scope=scope))
     assert spec is not None
     assert spec.edits is not None
-    assert spec.edits[0].scope == (scope if isinstance(scope, str) else Span(**scope))
+    assert spec.edits[0].scope == (scope if isinstance(scope, str) else ScopeSpec(**scope))
 
 
 def test_an_inline_vector() -> None:
@@ -508,7 +502,7 @@ def test_an_unknown_field_among_many() -> None:
 
 # Nothing but SteeringRequestError comes out
 
-_FIELD_NAMES = [*SteeringSpec.model_fields, *EditSpec.model_fields, *Gate.model_fields, *Span.model_fields, "data"]
+_FIELD_NAMES = [*SteeringSpec.model_fields, *EditSpec.model_fields, *Gate.model_fields, *ScopeSpec.model_fields, "data"]
 _WORDS = ["all", "add", "clamp", "set", "generation", "residual", "8-22", "sha256:" + "0" * 64, "v", "", "\ud800", "\0"]
 scalars = (
     st.none()
@@ -527,7 +521,7 @@ json_like = st.recursive(
 )
 # Mostly the right fields with anything in them: plain JSON would seldom get past the outermost object.
 gates = json_like | st.dictionaries(st.sampled_from([*Gate.model_fields]), json_like, max_size=3)
-scopes = json_like | st.dictionaries(st.sampled_from([*Span.model_fields]), json_like, max_size=2)
+scopes = json_like | st.dictionaries(st.sampled_from([*ScopeSpec.model_fields]), json_like, max_size=2)
 edits = st.fixed_dictionaries(
     {"vector": st.just("v") | json_like},
     optional={name: json_like for name in EditSpec.model_fields if name not in ("vector", "gate", "scope")}

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, VectorFileError
+from steer_engine.fields import MAX_ECHO_CHARS
+from steer_engine.parse import check_chars
 from steer_engine.resolve import ModelShape
 from steer_engine.settings import Limits
-from steer_engine.spec import MAX_ECHO_CHARS, check_chars
 from steer_engine.vectors import safetensors_format, vllm_lens_format
 
 VLLM_LENS, HOTWIRE = "apply_steering_vectors", "hotwire"

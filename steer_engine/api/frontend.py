@@ -18,8 +18,9 @@ from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.gates import DrainGate, QueueLimit
 from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.parse import parse_spec
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
-from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, resolve_capture
+from steer_engine.resolve import NO_VOCABULARY, ModelShape, ResolvedSpec, resolve, resolve_capture
 from steer_engine.settings import (
     ARMED_ENV,
     DEFAULT_PRESET_ENV,
@@ -29,7 +30,6 @@ from steer_engine.settings import (
     Limits,
     SteeringConfig,
 )
-from steer_engine.spec import parse_spec
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.cache import InlineVectors
 from steer_engine.vectors.registry import Registry
@@ -65,6 +65,8 @@ class Frontend:
         """Log each steered request at level INFO (`--enable-log-requests`) instead of DEBUG."""
         self.default_preset: str | None = None
         """Preset for requests that do not mention steering."""
+        self.vocabulary = NO_VOCABULARY
+        """Set when the engine's tokenizer is there, and once more when a server's tool parser is known."""
         self.registry = Registry(None)
         self._model = model
         if config is not None:
@@ -118,7 +120,7 @@ class Frontend:
         if spec.capture is not None and not can_capture:
             raise SteeringRequestError("Captured rows cannot be returned this way; offline, use LLM.capture.", PARAM)
         if spec.preset is None:
-            return resolve(self.inline.take(spec), self.vector, model, self.limits)
+            return resolve(self.inline.take(spec), self.vector, model, self.limits, vocabulary=self.vocabulary)
         capture = resolve_capture(spec.capture, model, self.limits)
         return replace(self._resolve_preset(spec.preset, model), capture=capture)
 
@@ -130,7 +132,7 @@ class Frontend:
         assert spec is not None
         assert spec.capture is None
         try:
-            return resolve(spec, self.vector, model, self.limits, preset=name)
+            return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary, preset=name)
         except SteeringRequestError as error:
             # The client wrote the preset's name only; what is wrong inside is its author's.
             raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None

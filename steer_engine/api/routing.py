@@ -21,8 +21,8 @@ from starlette.responses import Response
 from steer_engine.api.answers import envelope_of, status_of
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError, VectorFileError
+from steer_engine.fields import shown
 from steer_engine.settings import ADMIN_KEY_FILE_ENV, ADMIN_KEYS_ENV
-from steer_engine.spec import shown
 from steer_engine.vectors.storage import FileSignature, file_signature, read_file
 
 HEADER = "x-steering-admin-key"

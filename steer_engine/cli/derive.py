@@ -20,7 +20,7 @@ from steer_engine.cli.engine_options import (
     engine_args,
 )
 from steer_engine.errors import DerivationError
-from steer_engine.spec import parse_blocks
+from steer_engine.fields import parse_blocks
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import DerivationError
+from steer_engine.fields import parse_blocks
 from steer_engine.models import PACKAGED, resolve_model
-from steer_engine.spec import parse_blocks
 
 CAPTURE_ENV = {
     # For each number of tokens in a step, oneDNN caches the primitives of every matrix product. Texts differ in length:

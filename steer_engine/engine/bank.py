@@ -1,25 +1,22 @@
-"""The steering state of a worker: vectors in host memory, their rows on the device, and the programs of the slots.
+"""The vectors of a worker: in host memory, and their rows on the device.
 
     Store       vectors by digest, in host memory
     Bank        assigns directions to rows of `bank_RD` on the device, and counts the users of each row
-    Programs    writes a request's program into the tables of its slot, and clears it
 
-Shape suffixes: R bank rows, D hidden size, N rows written at once, S slots (0 = not steered), L armed sites, E entries
-per site, W words per entry.
+Shape suffixes: R bank rows, D hidden size, N rows written at once.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import numpy as np
 import torch
-from steer_kernels.tables import GATE_ROW, NUM_WORDS, ROW, Entry, Tables, encode_entry
 
 from steer_engine.engine.admission import MAX_LISTED
-from steer_engine.program import Program, Row, RowKey
+from steer_engine.program import Row, RowKey
 from steer_engine.vectors import ControlVector
 
 
@@ -155,89 +152,3 @@ class Bank:
         index_N = torch.tensor([self._row_of[row] for row in new], dtype=torch.int64)
         device, dtype = self._bank_RD.device, self._bank_RD.dtype
         self._bank_RD.index_copy_(0, index_N.to(device), content_ND.to(dtype).to(device))
-
-
-class Programs:
-    """Writes a request's program into its slot when the request is admitted, and clears the slot when it leaves.
-
-    elsewhere: blocks that other pipeline stages arm. Their entries are skipped here.
-    """
-
-    def __init__(
-        self, tables: Tables, bank: Bank, armed_blocks: tuple[int, ...], elsewhere: Collection[int] = ()
-    ) -> None:
-        self._tables = tables
-        self._bank = bank
-        self._site_of = {block: site for site, block in enumerate(armed_blocks)}
-        self._elsewhere = frozenset(elsewhere)
-        self._pinned: dict[int, list[Row]] = {}
-        self._reference_slots: set[int] = set()
-
-    @property
-    def steered_slots(self) -> set[int]:
-        return set(self._pinned)
-
-    def need_reference(self, slot_T: torch.Tensor) -> bool:
-        """Whether a program in these slots has a gate or preserves norms. A `StepPlan` supports neither.
-
-        slot_T: [T] slot of each token row, in host memory.
-        """
-        return bool(self._reference_slots) and not self._reference_slots.isdisjoint(torch.unique(slot_T).tolist())
-
-    def admit(self, slot: int, program: Program) -> None:
-        """Write `program` into `slot`, which must be free. A program without sites here leaves the slot unsteered."""
-        assert slot > 0, "slot 0 is never steered"
-        assert slot not in self._pinned, f"slot {slot} is taken"
-        here = [
-            (blocks, group.entries)
-            for group in program.sites
-            if (blocks := [block for block in group.blocks if block not in self._elsewhere])
-        ]
-        if not here:
-            return
-        _, num_sites, num_entries, _ = self._tables.entries_SLEW.shape
-        entries_LEW = np.zeros((num_sites, num_entries, NUM_WORDS), dtype=np.int32)
-        counts_L = np.zeros(num_sites, dtype=np.int32)
-        rows: list[Row] = []
-        places: list[tuple[int, int, int]] = []
-        for blocks, entries in here:
-            sites = [self._site_of[block] for block in blocks]
-            counts_L[sites] = len(entries)
-            for e, entry in enumerate(entries):
-                c0, c1, c2, c3, lo, hi = entry.coefficients
-                words = Entry(0, entry.start, entry.end, c0, c1, c2, c3, lo, hi)
-                row_words = {ROW: entry.row}
-                if entry.gate is not None:
-                    row_words[GATE_ROW], min_cos, max_cos = entry.gate
-                    words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
-                entries_LEW[sites, e] = encode_entry(words)
-                for word, key in row_words.items():
-                    rows += [(key, block) for block in blocks]
-                    places += [(site, e, word) for site in sites]
-        # After everything that could fail, so that a failure changes nothing; and with one copy to the device.
-        entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
-        self._pinned[slot] = rows
-        if program.keep_norm or any(entry.gate is not None for _, entries in here for entry in entries):
-            self._reference_slots.add(slot)
-        bounds = [(entry.start, entry.end) for _, entries in here for entry in entries]
-        span_2 = [min(start for start, _ in bounds), max(end for _, end in bounds)]
-        tables = self._tables
-        _write(tables.entries_SLEW[slot], entries_LEW)
-        _write(tables.counts_SL[slot], counts_L)
-        _write(tables.keep_norm_S[slot : slot + 1], np.array([program.keep_norm], dtype=np.int32))
-        _write(tables.span_S2[slot], np.array(span_2, dtype=np.int32))
-
-    def release(self, slot: int) -> None:
-        """Clear the slot of a request that has left. Does nothing if the slot is not steered."""
-        pinned = self._pinned.pop(slot, None)
-        if pinned is None:
-            return
-        self._reference_slots.discard(slot)
-        self._bank.unpin(pinned)
-        self._tables.span_S2[slot] = 0
-        self._tables.counts_SL[slot] = 0
-
-
-def _write(target: torch.Tensor, content: np.ndarray) -> None:
-    # `content` is pageable memory: the copy has finished reading it on return, and runs after the launched steps.
-    target.copy_(torch.from_numpy(content))

@@ -9,8 +9,10 @@ import torch
 from steer_kernels.cpu_plan import StepPlan
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
 from steer_kernels.tables import Tables
+from steer_kernels.trigger_windows import advance_triggers_reference
 
-from steer_engine.engine.bank import Bank, Programs, Store
+from steer_engine.engine.bank import Bank, Store
+from steer_engine.engine.programs import Programs
 from steer_engine.engine.stream import StreamForm
 from steer_engine.program import Program
 from steer_engine.settings import SteeringConfig
@@ -25,11 +27,13 @@ def allocate_tables(
     device: torch.device | str,
     max_requests: int,
     max_tokens: int,
+    num_drafts: int,
     captures: bool,
 ) -> Tables:
     """Zeroed device buffers of an engine with `num_sites` armed blocks. On device "meta" they only count bytes.
 
-    max_tokens: token rows of the largest batch. captures: whether the stream can be captured.
+    max_tokens: token rows of the largest batch. num_drafts: draft tokens of a request in one step, at most.
+    captures: whether the stream can be captured.
     """
     return Tables.allocate(
         num_slots=max_requests + 1,
@@ -40,6 +44,7 @@ def allocate_tables(
         max_tokens=max_tokens,
         bank_dtype=dtype,
         device=device,
+        num_drafts=num_drafts,
         capture_rows=max_tokens if captures else 0,
     )
 
@@ -66,9 +71,20 @@ class Footprint:
         return cls(
             bank=tables.bank_RD.nbytes,
             programs=sum(
-                part.nbytes for part in (tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S, tables.span_S2)
+                part.nbytes
+                for part in (
+                    tables.entries_SLEW,
+                    tables.counts_SL,
+                    tables.keep_norm_S,
+                    tables.span_S2,
+                    tables.triggers_SJP,
+                    tables.num_triggers_S,
+                    tables.history_SHC,
+                    tables.measured_SQ,
+                    tables.bounds_SQ2,
+                )
             ),
-            routing=tables.slot_T.nbytes + tables.pos_T.nbytes,
+            routing=tables.slot_T.nbytes + tables.pos_T.nbytes + tables.windows_TJ.nbytes,
             capture=sum(part.nbytes for part in (tables.capture_T, tables.captured_LCD) if part is not None),
         )
 
@@ -91,6 +107,7 @@ class EngineRuntime:
         device: torch.device,
         max_requests: int,
         max_tokens: int,
+        num_drafts: int,
         use_triton: bool,
         elsewhere: tuple[int, ...] = (),
     ) -> None:
@@ -112,6 +129,7 @@ class EngineRuntime:
             device=device,
             max_requests=max_requests,
             max_tokens=max_tokens,
+            num_drafts=num_drafts,
             captures=bool(capture_blocks),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
@@ -134,8 +152,14 @@ class EngineRuntime:
         """Device memory of all buffers."""
         return Footprint.of(self.tables).total
 
-    def admit(self, slot: int, program: Program) -> None:
-        self.programs.admit(slot, program)
+    def admit(self, slot: int, program: Program, tokens: Sequence[int] = (), measured: Sequence[float] = ()) -> None:
+        """See `Programs.admit`."""
+        self.programs.admit(slot, program, tokens, measured)
+
+    def measured(self, slots: Sequence[int]) -> torch.Tensor:
+        """float64 [slots, Q]: a copy of what has been measured for the conditions of these slots, on the device."""
+        index = torch.tensor(slots, dtype=torch.int64, device=self.tables.measured_SQ.device)
+        return self.tables.measured_SQ.index_select(0, index)
 
     def release(self, slot: int) -> None:
         self.programs.release(slot)
@@ -143,22 +167,44 @@ class EngineRuntime:
         self._plan = None
 
     def route(
-        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor, num_tokens: int
+        self,
+        query_start_loc_B1: torch.Tensor,
+        idx_mapping_B: torch.Tensor,
+        positions_T: torch.Tensor,
+        input_ids_T: torch.Tensor,
+        num_tokens: int,
     ) -> None:
         """Write which program applies to each token row of the coming step, on the device.
 
-        query_start_loc_B1: first row of each request. idx_mapping_B: batch position -> slot - 1 (-1 = unsteered). Rows
-        from `num_tokens` on are unsteered.
+        query_start_loc_B1: first row of each request. idx_mapping_B: batch position -> slot - 1 (-1 = unsteered).
+        input_ids_T: the token of each row. Rows from `num_tokens` on are unsteered.
         """
         if not self.programs.steered_slots:
             self.idle()
-        elif self.use_triton:
+            return
+        if self.programs.trigger_slots:
+            self._advance_triggers(query_start_loc_B1, idx_mapping_B, positions_T, input_ids_T)
+        if self.use_triton:
             from steer_kernels.route_rows import route_rows
 
             route_rows(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
         elif not self._plan_continues(query_start_loc_B1, idx_mapping_B, positions_T):
             route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, self.tables, num_tokens)
             self._make_plan(query_start_loc_B1, idx_mapping_B, positions_T)
+
+    def _advance_triggers(
+        self,
+        query_start_loc_B1: torch.Tensor,
+        idx_mapping_B: torch.Tensor,
+        positions_T: torch.Tensor,
+        input_ids_T: torch.Tensor,
+    ) -> None:
+        if self.use_triton:
+            from steer_kernels.advance_triggers import advance_triggers
+
+            advance_triggers(query_start_loc_B1, idx_mapping_B, positions_T, input_ids_T, self.tables)
+        else:
+            advance_triggers_reference(query_start_loc_B1, idx_mapping_B, positions_T, input_ids_T, self.tables)
 
     def idle(self) -> None:
         """The coming forward pass is a dummy: it steers and captures nothing."""
@@ -223,11 +269,17 @@ class EngineRuntime:
             capture=self._can_capture,
         )
 
-    def _plan_continues(self, *routed: torch.Tensor) -> bool:
+    def _plan_continues(
+        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor
+    ) -> bool:
         """Whether the last step's plan fits the coming step: the same rows, with only positions advanced."""
         decoding = None if self._plan is None else self._plan.decoding
         # A capture goes through the reference, which needs positions.
-        return decoding is not None and not self._can_capture and decoding.continues(*routed)
+        return (
+            decoding is not None
+            and not self._can_capture
+            and decoding.continues(query_start_loc_B1, idx_mapping_B, positions_T, self.tables.windows_TJ)
+        )
 
     def _make_plan(
         self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor
@@ -237,7 +289,8 @@ class EngineRuntime:
         rows_N = slot_T.nonzero().squeeze(1)
         self._rows_N = rows_N if rows_N.numel() else None
         self._plan = None
-        if self._rows_N is not None and not self.programs.need_reference(slot_T):
+        pos_T = self.tables.pos_T[: positions_T.shape[0]]
+        if self._rows_N is not None and not self.programs.need_reference(slot_T, pos_T):
             self._plan = StepPlan.of_step(self.tables, rows_N, query_start_loc_B1, idx_mapping_B, positions_T)
 
     def _stop_capturing(self) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import Against, Condition, Unit
-from steer_engine.spec import parse_blocks
+from steer_engine.fields import parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
 
 Score = Literal["accuracy", "share_correct"]

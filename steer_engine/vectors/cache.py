@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, VectorFileError
+from steer_engine.fields import InlineVector
 from steer_engine.settings import ApiLimits
-from steer_engine.spec import EditSpec, InlineVector, SteeringSpec
+from steer_engine.spec import SteeringSpec, with_vectors
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.control_vector import ControlVector
 
@@ -77,18 +78,20 @@ class InlineVectors:
             SteeringRequestError: inline vectors are switched off, or one is not a control vector.
             PayloadTooLargeError: more than `max_request_bytes`.
         """
-        if spec.edits is None or not any(isinstance(edit.vector, InlineVector) for edit in spec.edits):
+        if spec.edits is None:
             return spec
         bytes_left = self._max_request_bytes
-        edits: list[EditSpec] = []
-        for i, edit in enumerate(spec.edits):
-            if isinstance(edit.vector, InlineVector):
-                vector, size = self._decode(edit.vector, bytes_left, f"steering.edits[{i}].vector")
-                bytes_left -= size
-                self._cache.put(vector.digest, vector, vector.num_bytes)
-                edit = edit.model_copy(update={"vector": vector.digest})
-            edits.append(edit)
-        return spec.model_copy(update={"edits": edits})
+
+        def registered(vector: str | InlineVector, param: str) -> str:
+            nonlocal bytes_left
+            if isinstance(vector, str):
+                return vector
+            decoded, size = self._decode(vector, bytes_left, f"{param}.vector")
+            bytes_left -= size
+            self._cache.put(decoded.digest, decoded, decoded.num_bytes)
+            return decoded.digest
+
+        return with_vectors(spec, registered)
 
     def find(self, digest: str) -> ControlVector | None:
         """The inline vector with that digest, if it is still cached."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steer_engine.errors import ModelMismatchError, UnusableVectorError, VectorFileError
-from steer_engine.spec import shown
+from steer_engine.fields import shown
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata
 
 Direction = npt.NDArray[np.float32]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import SteeringRequestError, UnreadableFileError, VectorFileError
-from steer_engine.spec import parse_spec
+from steer_engine.parse import parse_spec
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import SUFFIXES, load
 from steer_engine.vectors.storage import FileSignature, file_signature, read_file

@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from steer_engine.errors import VectorFileError
-from steer_engine.spec import shown
+from steer_engine.fields import shown
 from steer_engine.vectors.control_vector import ControlVector, Direction
 from steer_engine.vectors.gguf_keys import METADATA_KEY, Keys, glp_values, use_of
 from steer_engine.vectors.metadata import (

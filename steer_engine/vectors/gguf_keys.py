@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steer_engine.errors import VectorFileError
-from steer_engine.spec import shown
+from steer_engine.fields import shown
 
 Keys = Literal["added", "understood", "ignored"]
 """Which files a reader takes.

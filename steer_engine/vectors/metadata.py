@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steer_engine.errors import VectorFileError
-from steer_engine.spec import shown
+from steer_engine.fields import shown
 
 MAX_BLOCKS = 1024
 """More blocks than any known model has. Limits block numbers, headers and allocations."""

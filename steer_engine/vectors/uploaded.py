@@ -26,8 +26,8 @@ from steer_engine.errors import (
     UnknownVectorError,
     VectorFileError,
 )
+from steer_engine.fields import shown
 from steer_engine.settings import RegistryLimits
-from steer_engine.spec import shown
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.manifest import (

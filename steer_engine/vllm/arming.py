@@ -97,6 +97,7 @@ def arm(runner: Any) -> EngineRuntime | None:
         device=runner.device,
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=most_rows(vllm_config),
+        num_drafts=num_drafts(vllm_config),
         use_triton=vllm_config.use_v2_model_runner or runner.device.type != "cpu",
         elsewhere=tuple(block for block in requested if block not in armed),
     )
@@ -149,6 +150,12 @@ def most_rows(vllm_config: VllmConfig) -> int:
     """Token rows of the largest batch, padding included."""
     captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
     return int(max(vllm_config.scheduler_config.max_num_batched_tokens, *captured)) + 1
+
+
+def num_drafts(vllm_config: VllmConfig) -> int:
+    """Draft tokens of a request in one step, at most."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens or 0)
 
 
 def _edited(original: Callable[..., Any], form: StreamForm, site: int) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from steer_engine.engine.runtime import Footprint, allocate_tables
 from steer_engine.errors import SteerError
 from steer_engine.settings import CONFIG_KEY, EngineLimits, SteeringConfig
 from steer_engine.vllm import engine_client, launch, symbols
-from steer_engine.vllm.arming import most_rows
+from steer_engine.vllm.arming import most_rows, num_drafts
 from steer_engine.vllm.fused_norm import reason_not_to_fuse
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import hide_kernel_folder, register
@@ -218,6 +218,7 @@ def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
         device="meta",
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=most_rows(vllm_config),
+        num_drafts=num_drafts(vllm_config),
         captures=config.capture != (),
     )
     return Footprint.of(tables)

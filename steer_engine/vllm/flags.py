@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import RegistryError, UnsupportedEngineError
+from steer_engine.fields import parse_blocks
 from steer_engine.models import resolve_model
 from steer_engine.settings import (
     CONFIG_KEY,
@@ -30,7 +31,7 @@ from steer_engine.settings import (
     SteeringConfig,
     mirror_seconds,
 )
-from steer_engine.spec import Op, parse_blocks
+from steer_engine.spec import Op
 from steer_engine.vectors.mirror import Mirror
 from steer_engine.vectors.registry import Registry
 

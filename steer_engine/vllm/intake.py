@@ -30,6 +30,7 @@ from steer_engine.settings import SteeringConfig
 from steer_engine.vllm.engine_client import ship, ship_sync
 from steer_engine.vllm.patching import Patch, Symbol, apply
 from steer_engine.vllm.supported import PROMPT_LOGPROBS, check_supported, model_shape, refuses_prompt_logprobs
+from steer_engine.vllm.tags import make_vocabulary
 
 logger = logging.getLogger("steer_engine.requests")
 
@@ -55,6 +56,8 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         # First: a configuration that cannot be armed is refused before anything starts.
         self.steering = _make_frontend(vllm_config)
         original(self, vllm_config, *args, **kwargs)
+        if self.steering.armed:
+            self.steering.vocabulary = make_vocabulary(self.tokenizer, vllm_config)
 
     return __init__
 
@@ -94,6 +97,8 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
         extra_args = frontend.compile(sampling.extra_args, prompt_len)
         if PROGRAM_KEY in extra_args and resumable:
             raise SteeringRequestError("Streaming input cannot be steered: its prompt length changes.", "steering")
+        if request.prompt_token_ids is None and "triggers" in extra_args.get(PROGRAM_KEY, ()):
+            raise SteeringRequestError("A prompt of embeddings has no tokens for triggers.", "steering")
     except UnknownVectorError as error:
         raise VLLMNotFoundError(error.message) from error
     except SteeringRequestError as error:
@@ -101,8 +106,8 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
     program = extra_args.get(PROGRAM_KEY)
     if program is not None:
         _log(logging.INFO if frontend.log_requests else logging.DEBUG, request.request_id, program)
-        if "capture" in program:
-            # A position that comes from the cache is never computed, so it could not be captured.
+        if "capture" in program or program.get("measures_prompt"):
+            # A position that comes from the cache is never computed, so it could not be captured or measured.
             sampling.skip_reading_prefix_cache = True
     return extra_args
 

@@ -107,7 +107,7 @@ def _end(scheduler: Any, scheduler_output: Any, broken: list[str]) -> list[Any]:
             blocks.update(() if name in ended else _free_blocks(scheduler))
         elif edits := _edits_of(request):
             steered.append(name)
-            first = min(start for _, start, _ in edits)
+            first = min(start for _, start, *_ in edits)
             blocks.update(_blocks_from(scheduler, request, first) or _free_blocks(scheduler))
             logger.error("Request %s ended with an error: its numbers are not finite. Its edits: %s", name, edits)
     requests: list[Any] = scheduler.finish_requests(steered, RequestStatus.FINISHED_ERROR)
@@ -119,7 +119,7 @@ def _end(scheduler: Any, scheduler_output: Any, broken: list[str]) -> list[Any]:
 
 
 def _edits_of(request: Any) -> list[Any]:
-    """(edit digest, start, end) of a steered request's edits; empty for a plain request."""
+    """Where a steered request's edits apply, as in `Program.identity`; empty for a plain request."""
     extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
     program = extra_args.get(PROGRAM_KEY) if extra_args else None
     return [] if program is None else program["identity"]

@@ -114,6 +114,7 @@ class SteerEndpointPlugin:
         from steer_engine.api.registry_routes import Uploads
         from steer_engine.vllm.engine_client import handshake, in_flight, num_waiting
         from steer_engine.vllm.intake import frontend_of
+        from steer_engine.vllm.tags import make_vocabulary
 
         frontend = frontend_of(engine_client)
         if frontend is None:
@@ -129,6 +130,8 @@ class SteerEndpointPlugin:
         state.steering_uploads = Uploads(limits.max_upload_bytes, limits.max_uploads)
         state.steering_in_flight = partial(in_flight, engine_client)
         if frontend.armed:
+            processor = engine_client.input_processor
+            frontend.vocabulary = make_vocabulary(processor.tokenizer, engine_client.vllm_config, args.tool_call_parser)
             # The first reply may wait for the engine's first step; a probe's own timeout would be too short.
             await handshake(engine_client)
             if frontend.default_preset is not None:

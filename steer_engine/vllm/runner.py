@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from steer_engine.engine.decisions import Decisions
 from steer_engine.engine.outputs import CaptureBuffer, Scores, count_non_finite
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import PROGRAM_KEY, Program
@@ -22,11 +23,14 @@ class RunnerAdapter:
         self.runtime = runtime
         self.captures = CaptureBuffer(runtime)
         self.scores = Scores()
+        self.decisions = Decisions(runtime)
         self.runner_name = f"{type(runner).__module__}.{type(runner).__qualname__}"
         self._runner = runner
 
     def after_forward(self, hidden_TD: torch.Tensor, query_start_loc_B1: torch.Tensor) -> torch.Tensor | None:
-        """Compute planned scores. Returns how many rows of each request are not finite; None if none is steered.
+        """Compute planned scores, keep what was measured.
+
+        Returns how many rows of each request are not finite; None if no request is steered.
 
         hidden_TD: final hidden states of the step. query_start_loc_B1: the first row of each request.
         """
@@ -35,6 +39,7 @@ class RunnerAdapter:
             logits_RV = self._runner.model.compute_logits(hidden_TD[rows])
             if logits_RV is not None:
                 self.scores.reduce(logits_RV)
+        self.decisions.copy()
         if not self.runtime.programs.steered_slots:
             return None
         return count_non_finite(hidden_TD, query_start_loc_B1)

@@ -22,7 +22,9 @@ USED: tuple[Symbol, ...] = ()
 
 
 class V1Adapter(RunnerAdapter):
-    """Preempted and skipped requests leave the batch and give up their slot; they get one again when they return."""
+    """Preempted requests give up their slot; they get one again when they return. Requests that a step skips leave the
+    batch too, but they keep their slot, and with it the state of their triggers and conditions.
+    """
 
     def __init__(self, runner: Any, runtime: EngineRuntime) -> None:
         super().__init__(runner, runtime)
@@ -43,17 +45,19 @@ class V1Adapter(RunnerAdapter):
         if not finished and not new and self._runner.input_batch.req_ids == self._routed:
             return
         self._routed = []
-        self._release_absent(finished)
-        self._admit([request.req_id for request in new])
-        self._admit(scheduler_output.scheduled_cached_reqs.req_ids)
-
-    def _release_absent(self, finished: set[str]) -> None:
-        batch = self._runner.input_batch.req_id_to_index
+        cached = scheduler_output.scheduled_cached_reqs
         # A request id that finished and came back in one step is another request.
-        for request_id in [known for known in self._slot_of if known not in batch or known in finished]:
+        self._release(finished.union(scheduler_output.preempted_req_ids or (), cached.resumed_req_ids))
+        self.decisions.forget(finished)
+        self._admit([request.req_id for request in new])
+        self._admit(cached.req_ids)
+
+    def _release(self, request_ids: set[str]) -> None:
+        for request_id in request_ids & self._slot_of.keys():
             slot = self._slot_of.pop(request_id)
             self._scored.pop(request_id, None)
             self.captures.stop(request_id)
+            self.decisions.stop(request_id)
             if slot:
                 self.runtime.release(slot)
                 self._free_slots.append(slot)
@@ -72,7 +76,9 @@ class V1Adapter(RunnerAdapter):
             if program.sites:
                 slot = self._free_slots.pop()
                 self._slot_of[request_id] = slot
-                self.runtime.admit(slot, program)
+                tokens = _computed_tokens(self._runner.requests[request_id]) if program.triggers else ()
+                self.runtime.admit(slot, program, tokens, self.decisions.measured(request_id))
+                self.decisions.start(request_id, slot, program)
 
     def route(self, num_scheduled_tokens: np.ndarray) -> None:
         runner = self._runner
@@ -90,10 +96,12 @@ class V1Adapter(RunnerAdapter):
             runner.query_start_loc.gpu[: num_requests + 1],
             mapping_B.gpu[:num_requests],
             runner.positions[:num_tokens],
+            runner.input_ids.gpu[:num_tokens],
             num_tokens,
         )
+        first_positions_B = runner.input_batch.num_computed_tokens_cpu[:num_requests]
+        self.decisions.plan(request_ids, first_positions_B, num_scheduled_tokens)
         if self.runtime.capture_blocks:
-            first_positions_B = runner.input_batch.num_computed_tokens_cpu[:num_requests]
             self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens)
         self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
 
@@ -130,6 +138,11 @@ class V1Adapter(RunnerAdapter):
             for place, name in enumerate(batch.req_ids)
             if whole_B[place] and name in self._scored
         }
+
+
+def _computed_tokens(request: Any) -> list[int]:
+    """The tokens before the first position that the coming step computes."""
+    return [*(request.prompt_token_ids or ()), *request.output_token_ids][: request.num_computed_tokens]
 
 
 def _adapter(runner: Any) -> V1Adapter | None:

@@ -35,10 +35,16 @@ class V2Adapter(RunnerAdapter):
         if program.score is not None:
             self._scored[request.req_id] = (program.score, len(request.prompt_token_ids or ()))
         self.captures.start(request.req_id, program.capture)
-        self.runtime.admit(self._runner.req_states.req_id_to_index[request.req_id] + 1, program)
+        slot = self._runner.req_states.req_id_to_index[request.req_id] + 1
+        # A request that was preempted comes with its generated tokens.
+        tokens = request.prefill_token_ids or request.prompt_token_ids or ()
+        measured = self.decisions.measured(request.req_id)
+        self.runtime.admit(slot, program, tokens[: request.num_computed_tokens], measured)
+        self.decisions.start(request.req_id, slot, program)
 
     def release(self, request_id: str) -> None:
         self.captures.stop(request_id)
+        self.decisions.stop(request_id)
         self._scored.pop(request_id, None)
         index = self._runner.req_states.req_id_to_index.get(request_id)
         if index is not None:
@@ -52,8 +58,10 @@ class V2Adapter(RunnerAdapter):
             batch.query_start_loc[: batch.num_reqs + 1],
             batch.idx_mapping.to(torch.int32),
             batch.positions[: batch.num_tokens],
+            batch.input_ids[: batch.num_tokens],
             batch.num_tokens,
         )
+        self.decisions.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
         self.scores.plan(self._scored_rows(batch) if self._scored else {})
         if self.runtime.capture_blocks:
             self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
@@ -79,6 +87,7 @@ def _add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
         clean_blocks(self, scheduler_output)
         original(self, scheduler_output)
         if (adapter := _adapter(self)) is not None:
+            adapter.decisions.forget(scheduler_output.finished_req_ids)
             for request in scheduler_output.scheduled_new_reqs:
                 adapter.admit(request)
 

@@ -18,6 +18,7 @@ from typing import Any
 from steer_engine.engine.admission import BankQueue
 from steer_engine.program import PROGRAM_KEY, Program, Row, block_key
 from steer_engine.settings import SteeringConfig
+from steer_engine.trigger import Trigger, Windows
 from steer_engine.vllm import non_finite
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
@@ -25,6 +26,8 @@ USED: tuple[Symbol, ...] = ()
 
 _QUEUE = "_steer_bank_queue"
 _ROWS = "_steer_bank_rows"
+_WINDOWS = "_steer_windows"
+"""Attribute of a request: the windows of its triggers over the tokens so far."""
 
 
 def num_waiting(scheduler: Any) -> int:
@@ -39,11 +42,16 @@ def rows_of(request: Any) -> frozenset[Row]:
     """The bank rows of a request, taken once from its program."""
     rows: frozenset[Row] | None = getattr(request, _ROWS, None)
     if rows is None:
-        params = request.sampling_params
-        wire = params.extra_args.get(PROGRAM_KEY) if params is not None and params.extra_args else None
+        wire = _program_of(request)
         rows = frozenset() if wire is None else Program.from_wire(wire).bank_rows
         setattr(request, _ROWS, rows)
     return rows
+
+
+def _program_of(request: Any) -> dict[str, Any] | None:
+    """A request's program in wire form; None if it is unsteered."""
+    params = request.sampling_params
+    return params.extra_args.get(PROGRAM_KEY) if params is not None and params.extra_args else None
 
 
 def _queue_of(scheduler: Any) -> BankQueue[Any] | None:
@@ -79,13 +87,27 @@ def _handle_blocked_waiting_request(original: Callable[..., Any]) -> Callable[..
     return _handle_blocked_waiting_request
 
 
+def _windows_of(request: Any, program: dict[str, Any], end: int) -> list[Windows]:
+    """The windows of the program's triggers over the request's tokens, up to `end` at least."""
+    if "triggers" not in program:
+        return []
+    windows: list[Windows] | None = getattr(request, _WINDOWS, None)
+    if windows is None:
+        windows = [Windows(Trigger.from_wire(trigger)) for trigger in program["triggers"]]
+        setattr(request, _WINDOWS, windows)
+    for each in windows:
+        if each.num_tokens < end:
+            each.extend(request.all_token_ids[each.num_tokens :])
+    return windows
+
+
 def _with_steering(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, ...] | None, int]:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx, *args, **kwargs)
-        if request.sampling_params is not None:
-            key = block_key(request.sampling_params.extra_args, start_token_idx, end_token_idx)
+        if (program := _program_of(request)) is not None:
+            key = block_key(program, _windows_of(request, program, end_token_idx), start_token_idx, end_token_idx)
             if key is not None:
                 keys = (*(keys or ()), key)
         return keys, next_mm_idx

@@ -70,4 +70,5 @@ def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
         dtype=str(model.dtype).removeprefix("torch."),
         bank_rows=config.bank_rows,
         capture_blocks=config.capture_blocks(num_blocks),
+        is_pipeline=vllm_config.parallel_config.pipeline_parallel_size > 1,
     )

@@ -19,6 +19,7 @@ from steer_engine.vllm import (
     runner_v1,
     runner_v2,
     scheduler,
+    tags,
     worker,
 )
 from steer_engine.vllm.patching import Symbol
@@ -44,7 +45,7 @@ def wrapped() -> tuple[Symbol, ...]:
 
 def engine_symbols() -> tuple[Symbol, ...]:
     """What every process needs."""
-    used = [module.USED for module in (*ENGINE_MODULES, arming, blocks, fused_norm, engine_client)]
+    used = [module.USED for module in (*ENGINE_MODULES, arming, blocks, fused_norm, engine_client, tags)]
     patched = [patch.symbol for module in ENGINE_MODULES for patch in module.PATCHES]
     return (*patched, *(symbol for symbols in used for symbol in symbols))
 

@@ -101,8 +101,13 @@ def scores(adapter: RunnerAdapter, keys: list[str]) -> Reply:
     return {"ok": True, "numbers": adapter.scores.take(keys)}
 
 
+def measured(adapter: RunnerAdapter, request_ids: list[str]) -> Reply:
+    """What was measured for the conditions of requests, in their order; an empty list where nothing was."""
+    return {"ok": True, "numbers": [adapter.decisions.measured(request_id) for request_id in request_ids]}
+
+
 _ACTIONS: dict[str, Callable[..., Reply]] = {
-    action.__name__: action for action in (put, drop, status, fetch_capture, scores)
+    action.__name__: action for action in (put, drop, status, fetch_capture, scores, measured)
 }
 
 

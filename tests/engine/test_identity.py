@@ -11,8 +11,8 @@ from helpers.random_specs import VECTORS, covers, resolved, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steer_engine.parse import parse_spec
 from steer_engine.program import KEY_TAG, PROGRAM_KEY, Program, block_key
-from steer_engine.spec import parse_spec
 
 BLOCK = 4
 Key = tuple[Any, ...] | None

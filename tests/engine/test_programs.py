@@ -28,9 +28,9 @@ from steer_kernels.reference import edit_residual_reference, route_rows_referenc
 from steer_kernels.tables import Tables, decode_entry
 
 from steer_engine.engine.bank import Bank, Programs, Store
+from steer_engine.parse import parse_spec
 from steer_engine.program import Entry as ProgramEntry
 from steer_engine.program import Program, RowKey, Sites
-from steer_engine.spec import parse_spec
 
 U32 = 2.0**-24
 NUM_REQUESTS = 3

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.oracle_when import Decisions, covered, share
 from steer_engine.vectors import ControlVector
 
 
@@ -27,11 +28,25 @@ class Oracle:
     def logprobs(self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None) -> np.ndarray:
         """float64 [T, V]: log-softmax at every position, the stream edited as `spec` says."""
         prompt_len = len(tokens) if prompt_len is None else prompt_len
-        handles = []
-        if spec is not None:
-            blocks = self.model.model.layers
-            for number, block in enumerate(blocks):
-                handles.append(block.register_forward_hook(self._hook(number, spec, prompt_len)))
+        if spec is None:
+            return self._run(tokens, [])
+        decisions = None
+        if "when" in spec or any("when" in edit for edit in spec["edits"]):
+            # Over the prompt alone: a decision is made while its last token is computed.
+            decisions = self.decisions(tokens, spec, prompt_len)
+        return self._run(tokens, self._hooks(spec, tokens, prompt_len, decisions))
+
+    def decisions(self, tokens: Sequence[int], spec: dict[str, Any], prompt_len: int) -> Decisions:
+        """What the conditions of a spec measure in the prompt."""
+        decisions = Decisions(spec, prompt_len)
+        self._run(tokens[:prompt_len], self._hooks(spec, tokens[:prompt_len], prompt_len, decisions, measure=True))
+        return decisions
+
+    def _run(self, tokens: Sequence[int], hooks: Sequence[Any]) -> np.ndarray:
+        """With a hook per block."""
+        handles = [
+            block.register_forward_hook(hook) for block, hook in zip(self.model.model.layers, hooks, strict=False)
+        ]
         try:
             with torch.inference_mode():
                 logits_TV = self.model(torch.tensor([list(tokens)])).logits[0].double()
@@ -41,15 +56,37 @@ class Oracle:
         result: np.ndarray = torch.log_softmax(logits_TV, dim=-1).numpy()
         return result
 
-    def _hook(self, block: int, spec: dict[str, Any], prompt_len: int) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            stream = output[0] if isinstance(output, tuple) else output
-            x_TD = self.edited(stream.reshape(-1, stream.shape[-1]), block, spec, prompt_len).reshape(stream.shape)
-            return (x_TD, *output[1:]) if isinstance(output, tuple) else x_TD
+    def _hooks(
+        self,
+        spec: dict[str, Any],
+        tokens: Sequence[int],
+        prompt_len: int,
+        decisions: Decisions | None,
+        *,
+        measure: bool = False,
+    ) -> list[Any]:
+        def hook_of(block: int) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> Any:
+                stream = output[0] if isinstance(output, tuple) else output
+                x_TD = stream.reshape(-1, stream.shape[-1])
+                if measure and decisions is not None:
+                    decisions.measure(x_TD, block, self.vectors)
+                x_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions).reshape(stream.shape)
+                return (x_TD, *output[1:]) if isinstance(output, tuple) else x_TD
 
-        return hook
+            return hook
 
-    def edited(self, x_TD: torch.Tensor, block: int, spec: dict[str, Any], prompt_len: int) -> torch.Tensor:
+        return [hook_of(block) for block in range(len(self.model.model.layers))]
+
+    def edited(
+        self,
+        x_TD: torch.Tensor,
+        block: int,
+        spec: dict[str, Any],
+        tokens: Sequence[int],
+        prompt_len: int,
+        decisions: Decisions | None = None,
+    ) -> torch.Tensor:
         """The stream after one block, edited in float64."""
         before_TD = x_TD.double()
         x_TD = before_TD.clone()
@@ -60,12 +97,21 @@ class Oracle:
             chosen = vector.blocks if wanted == "all" else _blocks(wanted)
             if block not in chosen:
                 continue
-            covered_T = _covered(edit.get("scope", "all"), len(x_TD), prompt_len)
+            covered_T, first_T = covered(edit.get("scope", "all"), tokens, prompt_len)
             covered_T &= self._gate_open(edit, x_TD, block)
+            when = decisions.when_of(edit) if decisions is not None else None
+            if when is not None and decisions is not None:
+                early = block > decisions.decided_at(when, self.vectors)
+                covered_T &= torch.arange(len(x_TD)) >= (prompt_len - 1 if early else prompt_len)
+                if bool(covered_T.any()):
+                    covered_T &= decisions.holds(when)
+            share_T = share(edit.get("schedule"), torch.arange(len(x_TD)) - first_T)
+            covered_T &= share_T != 0
             v_D = torch.tensor(vector.directions[block].tolist(), dtype=torch.float64)
             if edit.get("unit") == "residual":
                 v_D = vector.metadata.residual_norms[block] * v_D / v_D.norm()
-            x_TD = torch.where(covered_T[:, None], _apply(edit, x_TD, v_D), x_TD)
+            change_TD = _apply(edit, x_TD, v_D) - x_TD
+            x_TD = torch.where(covered_T[:, None], x_TD + share_T[:, None] * change_TD, x_TD)
             touched_T |= covered_T
         if spec.get("preserve_norm"):
             rescaled_TD = x_TD * before_TD.norm(dim=1, keepdim=True) / x_TD.norm(dim=1, keepdim=True)
@@ -107,17 +153,3 @@ def _blocks(wanted: str | int | list[int]) -> list[int]:
         first, _, last = wanted.partition("-")
         return list(range(int(first), int(last or first) + 1))
     return [wanted] if isinstance(wanted, int) else wanted
-
-
-def _covered(scope: str | dict[str, int | None], num_tokens: int, prompt_len: int) -> torch.Tensor:
-    positions_T = torch.arange(num_tokens)
-    if isinstance(scope, dict):
-        start, end = scope.get("start"), scope.get("end")
-        first = 0 if start is None else start if start >= 0 else max(0, prompt_len + start)
-        last = num_tokens if end is None else end if end >= 0 else max(0, prompt_len + end)
-        return (positions_T >= first) & (positions_T < last)
-    if scope == "prompt":
-        return positions_T < prompt_len
-    if scope == "generation":
-        return positions_T >= prompt_len - 1
-    return positions_T >= 0

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from steer_engine.errors import UnknownVectorError
+from steer_engine.fields import parse_blocks
+from steer_engine.parse import parse_spec
 from steer_engine.program import Entry, Program, RowKey
 from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
+from steer_engine.scope import ScopeSpec
 from steer_engine.settings import Limits
-from steer_engine.spec import EditSpec, Op, Span, SteeringSpec, parse_blocks, parse_spec
+from steer_engine.spec import EditSpec, Op, SteeringSpec
 from steer_engine.vectors import ControlVector, VectorMetadata
 
 Array = NDArray[np.float64]
@@ -110,7 +113,7 @@ def specs(draw: st.DrawFn, max_edits: int = 6) -> dict[str, Any]:
 # What a spec computes, as written
 
 
-def covers(scope: str | Span, position: int, prompt_len: int) -> bool:
+def covers(scope: str | ScopeSpec, position: int, prompt_len: int) -> bool:
     """Straight from the words of the documentation."""
     if scope == "all":
         return True
@@ -118,7 +121,7 @@ def covers(scope: str | Span, position: int, prompt_len: int) -> bool:
         return position < prompt_len
     if scope == "generation":
         return position >= prompt_len - 1
-    assert isinstance(scope, Span)
+    assert isinstance(scope, ScopeSpec)
     start, end = scope.start or 0, scope.end
     start = max(0, prompt_len + start) if start < 0 else start
     if end is not None and end < 0:

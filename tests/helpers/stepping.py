@@ -31,6 +31,7 @@ def new_runtime(
         device=torch.device("cpu"),
         max_requests=3,
         max_tokens=MAX_TOKENS,
+        num_drafts=0,
         use_triton=False,
     )
     for vector in BY_DIGEST.values():
@@ -42,13 +43,14 @@ def program(*edits: dict[str, Any], prompt_len: int = 4, **rest: Any) -> Program
     return resolved({"edits": [{"vector": "a", **edit} for edit in edits], **rest}).template.at(prompt_len)
 
 
-def batch(*requests: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+def batch(*requests: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """What a step is routed from that has these requests, in row order: (slot or 0, first position, rows)."""
     counts = [count for _, _, count in requests]
     return (
         torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
         torch.tensor([slot - 1 for slot, _, _ in requests], dtype=torch.int32),
         torch.cat([torch.arange(first, first + count) for _, first, count in requests]),
+        torch.zeros(sum(counts), dtype=torch.int32),
         sum(counts),
     )
 

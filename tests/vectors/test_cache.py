@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
-from steer_engine.spec import SteeringSpec, parse_spec
+from steer_engine.parse import parse_spec
+from steer_engine.spec import SteeringSpec
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.cache import InlineVectors, VectorCache
 from steer_engine.vectors.safetensors_format import to_bytes

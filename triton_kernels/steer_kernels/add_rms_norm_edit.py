@@ -40,6 +40,9 @@ def add_rms_norm_edit_kernel(
     keep_norm_S,
     slot_T,
     pos_T,
+    windows_TJ,
+    measured_SQ,
+    bounds_SQ2,
     capture_T,
     captured_LCD,
     site,
@@ -78,11 +81,26 @@ def add_rms_norm_edit_kernel(
         num_entries = tl.load(counts_SL + place)
         pos = tl.load(pos_T + row)
         program = entries_SLEW + place * (NUM_ENTRIES * 16)
+        windows = windows_TJ + row * 8
         if ADDS_ONLY:
-            delta, _ = apply_adds(program, num_entries, pos, bank_RD, D, TILE)
+            delta, _ = apply_adds(program, num_entries, pos, windows, bank_RD, D, TILE)
         else:
-            keep_norm = keep_norm_S + slot
-            delta, _ = apply_edits(hidden, residual, program, num_entries, pos, keep_norm, bank_RD, D, TILE, True, HOLD)
+            delta, _ = apply_edits(
+                hidden,
+                residual,
+                program,
+                num_entries,
+                pos,
+                windows,
+                measured_SQ + slot * 8,
+                bounds_SQ2 + slot * 16,
+                keep_norm_S + slot,
+                bank_RD,
+                D,
+                TILE,
+                True,
+                HOLD,
+            )
     x = edited_row(hidden, residual, delta, D, TILE) if HOLD else ()
     total = tl.zeros([TILE], tl.float32)
     for i in tl.static_range(len(delta)):
@@ -131,6 +149,9 @@ def add_rms_norm_edit(
         tables.keep_norm_S,
         tables.slot_T,
         tables.pos_T,
+        tables.windows_TJ,
+        tables.measured_SQ,
+        tables.bounds_SQ2,
         tables.capture_T if capture else tables.slot_T,
         tables.captured_LCD if capture else residual_TD,
         site,

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction
 
 from steer_kernels.add_rms_norm_edit import add_rms_norm_edit_kernel
+from steer_kernels.advance_triggers import BLOCK as TRIGGER_BLOCK
+from steer_kernels.advance_triggers import OPTIONS as TRIGGER_OPTIONS
+from steer_kernels.advance_triggers import advance_triggers_kernel
 from steer_kernels.artifact import Artifact, inspect
 from steer_kernels.edit_residual import edit_residual_kernel
 from steer_kernels.launch_table import launch_for
 from steer_kernels.route_rows import BLOCK, OPTIONS, route_rows_kernel
+from steer_kernels.tables import MAX_TRIGGER_TOKENS, MAX_TRIGGERS, TRIGGER_WORDS
 
 TARGETS: Final[dict[str, GPUTarget]] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,6 +34,7 @@ _POINTERS: Final = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
 }
 
 
@@ -116,9 +122,28 @@ def compile_route_rows(target: str, *, positions_dtype: torch.dtype = torch.int6
     return inspect(compile_kernel(target, route_rows_kernel, types, constants, OPTIONS))
 
 
+def compile_advance_triggers(
+    target: str, *, positions_dtype: torch.dtype = torch.int64, num_positions: int = 9
+) -> Artifact:
+    """Compile `advance_triggers` as launched with `num_positions` positions of history."""
+    tensors = ("query_start_loc_B1", "idx_mapping_B", "input_ids_T", "triggers_SJP", "num_triggers_S", "history_SHC")
+    types = dict.fromkeys((*tensors, "windows_TJ"), "*i32") | {"positions_T": _POINTERS[positions_dtype]}
+    constants = {
+        "J": MAX_TRIGGERS,
+        "P": TRIGGER_WORDS,
+        "M": MAX_TRIGGER_TOKENS,
+        "H": num_positions,
+        "HISTORY_BLOCK": triton.next_power_of_2(num_positions),
+        "BLOCK": TRIGGER_BLOCK,
+    }
+    return inspect(compile_kernel(target, advance_triggers_kernel, types, constants, TRIGGER_OPTIONS))
+
+
 def _table_types(dtype: torch.dtype, bank_dtype: torch.dtype | None, capture: bool) -> dict[str, str]:
-    tables = ("entries_SLEW", "counts_SL", "keep_norm_S", "slot_T", "pos_T", "capture_T")
+    tables = ("entries_SLEW", "counts_SL", "keep_norm_S", "slot_T", "pos_T", "windows_TJ", "capture_T")
     return dict.fromkeys(tables, "*i32") | {
+        "measured_SQ": "*fp64",
+        "bounds_SQ2": "*fp64",
         "bank_RD": _POINTERS[bank_dtype or dtype],
         "captured_LCD": _POINTERS[torch.float32 if capture else dtype],
         "site": "i32",

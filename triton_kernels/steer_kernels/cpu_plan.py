@@ -1,8 +1,9 @@
 """The edit plan of a CPU engine: the edits of one step at all sites, computed once and reused until the batch changes.
 
 On a CPU the host can read the routing buffers without a device sync. With a plan, a site needs a few torch calls on
-the steered rows; the reference needs about forty. Steps with gates, kept norms or captures use the reference. Plan and
-reference round identically, bit for bit, so a row never depends on what other requests in the batch use.
+the steered rows; the reference needs about forty. Steps with gates, kept norms, captures or rows that are measured use
+the reference. Plan and reference round identically, bit for bit, so a row never depends on what other requests in the
+batch use.
 
 Legend: N steered rows (or 1, for values that all of them share), L sites, E entries per site, T rows of the batch,
 B requests of the batch, D hidden size, W words per entry, X span bounds of all entries of a program, C coefficients.
@@ -18,6 +19,7 @@ import torch
 
 from steer_kernels import tables as tb
 from steer_kernels.reference import rows_view
+from steer_kernels.shares import covers, have_details, is_fading, shares_of
 from steer_kernels.tables import MAX_POSITION, Tables
 
 MAX_GATHERED_NUMBERS = 2**18
@@ -72,13 +74,17 @@ class Step:
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """A batch with exactly one row per request, and for each request the positions [since, until) for which its plan
-    is valid: no entry of its program begins or ends between them. A new program in a slot also invalidates the plan.
+    is valid: no entry of its program begins or ends between them, and its triggers' windows are the same. A new program
+    in a slot also invalidates the plan.
     """
 
     query_start_loc_B1: np.ndarray
     idx_mapping_B: np.ndarray
     since_B: np.ndarray
     until_B: np.ndarray
+    with_triggers: np.ndarray
+    """The rows of requests with triggers, and their windows."""
+    windows: np.ndarray
 
     @classmethod
     def of_step(
@@ -89,19 +95,27 @@ class Decoding:
         if positions_B.shape[0] != num_requests or bool((query_start_loc_B1.diff() != 1).any()):
             return None
         # Include requests outside their program's span: they are not routed now, but will be when they enter it.
-        bounds_BX = tables.entries_SLEW[..., tb.START : tb.END + 1][(idx_mapping_B + 1).long()].flatten(1)
+        slot_B = (idx_mapping_B + 1).long()
+        bounds_BX = tables.entries_SLEW[..., tb.START : tb.END + 1][slot_B].flatten(1) & MAX_POSITION
         passed_BX = bounds_BX <= positions_B.unsqueeze(1)
+        with_triggers = tables.num_triggers_S[slot_B].nonzero().squeeze(1).numpy()
         return cls(
             query_start_loc_B1=query_start_loc_B1.numpy().copy(),
             idx_mapping_B=idx_mapping_B.numpy().copy(),
             since_B=torch.where(passed_BX, bounds_BX, 0).amax(1).numpy(),
             until_B=torch.where(passed_BX, MAX_POSITION, bounds_BX).amin(1).numpy(),
+            with_triggers=with_triggers,
+            windows=tables.windows_TJ.numpy()[with_triggers],
         )
 
     def continues(
-        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor
+        self,
+        query_start_loc_B1: torch.Tensor,
+        idx_mapping_B: torch.Tensor,
+        positions_B: torch.Tensor,
+        windows_TJ: torch.Tensor,
     ) -> bool:
-        """Whether the plan of this batch is also valid for the given step."""
+        """Whether the plan of this batch is also valid for the given step, whose triggers have been advanced."""
         # Runs in every step, with cold caches: numpy calls take half as long as torch calls.
         if idx_mapping_B.shape[0] != len(self.idx_mapping_B) or positions_B.shape[0] != len(self.since_B):
             return False
@@ -111,6 +125,7 @@ class Decoding:
             and (self.query_start_loc_B1 == query_start_loc_B1.numpy()).all()
             and (self.since_B <= at_B).all()
             and (at_B < self.until_B).all()
+            and (not len(self.windows) or np.array_equal(self.windows, windows_TJ.numpy()[self.with_triggers]))
         )
 
 
@@ -119,7 +134,7 @@ class StepPlan:
     """The edits at all sites for the steered rows of one engine step."""
 
     decoding: Decoding | None
-    """None = not every request has exactly one row (prefill), so the plan cannot be reused."""
+    """None = not every request has exactly one row (prefill), or a schedule is running: the plan cannot be reused."""
     rows_N: torch.Tensor
     """int64: indices of the steered rows in the batch."""
     all_rows: bool
@@ -148,11 +163,17 @@ class StepPlan:
         if bool((slot_N == slot_N[0]).all()):
             slot_N = slot_N[:1]  # the rows of one request share its entries
         most = int(tables.counts_SL[slot_N].max())
-        entries = _Entries.of(tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N])
+        words_NLEW, pos_N = tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N]
+        share_NLE, fading = covers(words_NLEW, pos_N).float(), False
+        if have_details(words_NLEW):
+            windows_NJ = tables.windows_TJ[rows_N]
+            share_NLE *= shares_of(words_NLEW, pos_N, windows_NJ, slot_N, tables)
+            fading = bool(is_fading(words_NLEW, pos_N, windows_NJ).any())
+        entries = _Entries.of(words_NLEW, share_NLE)
         gathered_LEND = entries.bank_rows(tables.bank_RD)
         delta_LND = None if gathered_LEND is None or not entries.only_add else entries.added(gathered_LEND)
         return cls(
-            decoding=Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T),
+            decoding=None if fading else Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T),
             rows_N=rows_N,
             all_rows=rows_N.shape[0] == positions_T.shape[0],
             edits_L=entries.applies_LEN1.flatten(1).any(1).tolist(),
@@ -205,23 +226,23 @@ class _Entries:
     applies_LEN1: torch.Tensor
 
     @classmethod
-    def of(cls, words_NLEW: torch.Tensor, pos_N: torch.Tensor) -> _Entries:
+    def of(cls, words_NLEW: torch.Tensor, share_NLE: torch.Tensor) -> _Entries:
         """words_NLEW: one per row, or a single one for all rows. In the second case the result has one row too,
         unless an entry applies only to some of the rows.
+
+        share_NLE: by how much each entry applies, in every row.
         """
-        pos_N11 = pos_N.view(-1, 1, 1)
-        applies_NLE = (words_NLEW[..., tb.START] <= pos_N11) & (pos_N11 < words_NLEW[..., tb.END])
-        if words_NLEW.shape[0] == 1 and bool((applies_NLE == applies_NLE[0]).all()):
-            applies_NLE = applies_NLE[:1]
-        applies_LEN1 = applies_NLE.permute(1, 2, 0).contiguous().unsqueeze(-1)
+        if words_NLEW.shape[0] == 1 and bool((share_NLE == share_NLE[0]).all()):
+            share_NLE = share_NLE[:1]
+        share_LEN1 = share_NLE.permute(1, 2, 0).contiguous().unsqueeze(-1)
         floats_NLEC = words_NLEW[..., tb.C0 : tb.HI + 1]
         floats_LECN1 = floats_NLEC.permute(1, 2, 3, 0).contiguous().view(torch.float32).unsqueeze(-1)
-        coefficients_LECN1 = floats_LECN1[:, :, :4] * applies_LEN1.unsqueeze(2)
+        coefficients_LECN1 = floats_LECN1[:, :, :4] * share_LEN1.unsqueeze(2)
         bounds_LECN1 = floats_LECN1[:, :, 4:].expand(*coefficients_LECN1.shape[:2], 2, *coefficients_LECN1.shape[3:])
         return cls(
             row_LEN=words_NLEW[..., tb.ROW].permute(1, 2, 0).contiguous().long(),
             floats_LECN1=torch.cat([coefficients_LECN1, bounds_LECN1], dim=2),
-            applies_LEN1=applies_LEN1,
+            applies_LEN1=share_LEN1 != 0,
         )
 
     @property

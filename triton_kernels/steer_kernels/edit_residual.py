@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steer_kernels.details import add_measured, load_float, share_of
 from steer_kernels.launch_table import BACKEND, launch_for
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import Tables
@@ -20,13 +21,7 @@ from steer_kernels.tiles import load_row, load_stream_tile, load_tile, store_til
 
 
 @triton.jit
-def load_float(words, index):
-    """Load the word at `index` and reinterpret its bits as float32."""
-    return tl.load(words + index).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def apply_adds(program, num_entries, pos, bank_RD, D: tl.constexpr, TILE: tl.constexpr):
+def apply_adds(program, num_entries, pos, windows, bank_RD, D: tl.constexpr, TILE: tl.constexpr):
     """Returns delta, the sum of c0 * w over the entries in range, and their number. Never reduces over D."""
     delta = zero_row(D, TILE)
     applied = 0
@@ -36,9 +31,13 @@ def apply_adds(program, num_entries, pos, bank_RD, D: tl.constexpr, TILE: tl.con
         start = tl.load(entry + 1)
         end = tl.load(entry + 2)
         c0 = load_float(entry, 3)
-        if (start <= pos) & (pos < end):
-            delta = add_scaled(delta, c0, w, D, TILE, False)
-            applied += 1
+        first = start & 0x7FFFFFFF
+        if (first <= pos) & (pos < end):
+            if start < 0:
+                c0 *= share_of(entry, first, pos, windows, windows, windows, False)
+            if (start >= 0) | (c0 != 0.0):
+                delta = add_scaled(delta, c0, w, D, TILE, False)
+                applied += 1
     return delta, applied
 
 
@@ -95,6 +94,9 @@ def apply_edits(
     program,
     num_entries,
     pos,
+    windows,
+    measured,
+    bounds,
     keep_norm,
     bank_RD,
     D: tl.constexpr,
@@ -102,7 +104,7 @@ def apply_edits(
     HAS_HIDDEN: tl.constexpr,
     HOLD: tl.constexpr,
 ):
-    """All operations, gates and kept norms. Returns delta with x' = x + delta, and how many entries applied.
+    """All operations, gates, conditions, kept norms. Returns delta with x' = x + delta, and how many entries applied.
 
     x is loaded only for entries that need a sum over D; repeated loads come from cache. So an add in an engine armed
     for all operations moves no more bytes than in one armed for adds. HOLD keeps w in registers between the sum and
@@ -114,10 +116,20 @@ def apply_edits(
         entry = program + e * 16
         start = tl.load(entry + 1)
         end = tl.load(entry + 2)
-        if (start <= pos) & (pos < end):
+        first = start & 0x7FFFFFFF
+        if (first <= pos) & (pos < end):
             gate_row = tl.load(entry + 9).to(tl.int64)
             holds = True
-            if gate_row >= 0:
+            share = tl.full((), 1.0, tl.float32)
+            if start < 0:
+                when = tl.load(entry + 12)
+                if ((when >> 18) & 3) != 0:
+                    measure_row(entry, when, measured, hidden, carried, delta, bank_RD, D, TILE, HAS_HIDDEN)
+                    share = 0.0
+                else:
+                    share = share_of(entry, first, pos, windows, measured, bounds, True)
+                holds = share != 0.0
+            if holds & (gate_row >= 0):
                 min_cos = load_float(entry, 10)
                 max_cos = load_float(entry, 11)
                 gate_at = bank_RD + gate_row * D
@@ -126,10 +138,10 @@ def apply_edits(
                 holds = (min_cos <= cos) & (cos <= max_cos)
             if holds:
                 row = bank_RD + tl.load(entry).to(tl.int64) * D
-                g = load_float(entry, 3)
-                c1 = load_float(entry, 4)
-                c2 = load_float(entry, 5)
-                c3 = load_float(entry, 6)
+                g = load_float(entry, 3) * share
+                c1 = load_float(entry, 4) * share
+                c2 = load_float(entry, 5) * share
+                c3 = load_float(entry, 6) * share
                 w = load_row(row, D, TILE) if HOLD else row
                 if c1 != 0.0:
                     g += c1 * norm_of(hidden, carried, delta, D, TILE, HAS_HIDDEN)
@@ -146,6 +158,28 @@ def apply_edits(
         if after > 0.0:
             delta = rescaled(hidden, carried, delta, tl.div_rn(before, after), D, TILE, HAS_HIDDEN)
     return delta, applied
+
+
+@triton.jit
+def measure_row(
+    entry,
+    when,
+    measured,
+    hidden,
+    carried,
+    delta,
+    bank_RD,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+):
+    """Add what the entry measures in this row to its condition."""
+    row = bank_RD + tl.load(entry).to(tl.int64) * D
+    if ((when >> 18) & 3) == 2:
+        number = cosine_with(row, hidden, carried, delta, D, TILE, HAS_HIDDEN, False)
+    else:
+        number = dot_with(row, hidden, carried, delta, D, TILE, HAS_HIDDEN, False)
+    add_measured(measured, when, number)
 
 
 @triton.jit
@@ -209,6 +243,9 @@ def edit_residual_kernel(
     keep_norm_S,
     slot_T,
     pos_T,
+    windows_TJ,
+    measured_SQ,
+    bounds_SQ2,
     capture_T,
     captured_LCD,
     site,
@@ -228,8 +265,8 @@ def edit_residual_kernel(
 
         capture_T[t] = k > 0:   captured[site, k - 1] = round(x)
         capture_T[t] = -k < 0:  captured[site, k - 1] = round(hidden[t] + carried[t]), after the edit
-        for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end and the gate is open:
-            x += (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
+        for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end, share != 0 and the gate is open:
+            x += share * (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
         if keep_norm[s] and any applied:  x *= |x before| / |x|
         if any applied:  carried[t] = round(float32(carried[t]) + (x - x before))
 
@@ -254,13 +291,27 @@ def edit_residual_kernel(
         return
     pos = tl.load(pos_T + row)
     program = entries_SLEW + place * (NUM_ENTRIES * 16)
+    windows = windows_TJ + row * 8
     if ADDS_ONLY:
         # Loaded before the loop over the entries, so that its latency overlaps with theirs and the bank rows'.
         before = load_row(carried, D, TILE) if HOLD else ()
-        delta, applied = apply_adds(program, num_entries, pos, bank_RD, D, TILE)
+        delta, applied = apply_adds(program, num_entries, pos, windows, bank_RD, D, TILE)
     else:
         delta, applied = apply_edits(
-            hidden, carried, program, num_entries, pos, keep_norm_S + slot, bank_RD, D, TILE, HAS_HIDDEN, HOLD
+            hidden,
+            carried,
+            program,
+            num_entries,
+            pos,
+            windows,
+            measured_SQ + slot * 8,
+            bounds_SQ2 + slot * 16,
+            keep_norm_S + slot,
+            bank_RD,
+            D,
+            TILE,
+            HAS_HIDDEN,
+            HOLD,
         )
     if applied > 0:
         for i in tl.static_range(len(delta)):
@@ -287,7 +338,7 @@ def edit_residual(
 ) -> None:
     """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone if hidden is None.
 
-    adds_only: no entry uses more than its first 16 bytes, and no slot preserves the norm.
+    adds_only: every entry is an add without a gate or conditions, and no slot preserves the norm.
     Safe in a CUDA graph: there is no host sync, and values that change between steps are in the device tables.
     """
     carried_TD = rows_view(carried)
@@ -306,6 +357,9 @@ def edit_residual(
         tables.keep_norm_S,
         tables.slot_T,
         tables.pos_T,
+        tables.windows_TJ,
+        tables.measured_SQ,
+        tables.bounds_SQ2,
         tables.capture_T if capture else tables.slot_T,
         tables.captured_LCD if capture else carried_TD,
         site,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from steer_kernels import tables as tb
+from steer_kernels.shares import add_measured, covers, field, have_details, shares_of
 from steer_kernels.tables import Tables
 
 
@@ -53,17 +54,19 @@ def edit_residual_reference(
         here_N = count_N.nonzero().squeeze(1)
         rows_N, slot_N, count_N = rows_N[here_N], slot_N[here_N], count_N[here_N]
     words_NEW = tables.entries_SLEW[slot_N, site, :num_entries]
-    pos_N1 = tables.pos_T[rows_N].unsqueeze(1)
     order_E = torch.arange(num_entries, dtype=torch.int32, device=count_N.device)
-    applies_NE = (words_NEW[..., tb.START] <= pos_N1) & (pos_N1 < words_NEW[..., tb.END])
-    applies_NE &= order_E < count_N.unsqueeze(1)
-    if adds_only:
-        delta_ND = _add(words_NEW, applies_NE, tables.bank_RD)
-        touched_N = applies_NE.any(1)
+    covered_NE = covers(words_NEW, tables.pos_T[rows_N]) & (order_E < count_N.unsqueeze(1))
+    x_ND = None if adds_only else _stream(hidden_TD, carried_TD, rows_N)
+    share_NE = covered_NE.float()
+    if have_details(words_NEW):
+        if x_ND is not None:
+            _measure(x_ND, words_NEW, covered_NE, slot_N, tables)
+        share_NE *= shares_of(words_NEW, tables.pos_T[rows_N], tables.windows_TJ[rows_N], slot_N, tables)
+    if x_ND is None:
+        delta_ND = _add(words_NEW, share_NE, tables.bank_RD)
+        touched_N = (share_NE != 0).any(1)
     else:
-        delta_ND, touched_N = _edit(
-            _stream(hidden_TD, carried_TD, rows_N), words_NEW, applies_NE, tables.bank_RD, tables.keep_norm_S[slot_N]
-        )
+        delta_ND, touched_N = _edit(x_ND, words_NEW, share_NE, tables.bank_RD, tables.keep_norm_S[slot_N])
     if not bool(touched_N.all()):
         chosen_N = touched_N.nonzero().squeeze(1)
         rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
@@ -93,9 +96,21 @@ def _capture(
         tables.captured_LCD[site, index_T[rows_N].abs().long() - 1] = x_ND.to(tables.captured_LCD.dtype)
 
 
-def _add(words_NEW: torch.Tensor, applies_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
-    """Sum of c0 * w over the entries that apply, in order. Returns float32 [N, D]."""
-    scale_NE = words_NEW[..., tb.C0].view(torch.float32) * applies_NE
+def _measure(
+    x_ND: torch.Tensor, words_NEW: torch.Tensor, covered_NE: torch.Tensor, slot_N: torch.Tensor, tables: Tables
+) -> None:
+    """What the entries at the start of a program measure in x, before it is edited."""
+    kind_NE = field(words_NEW[..., tb.WHEN], tb.MEASURE) * (covered_NE & (words_NEW[..., tb.START] < 0))
+    for e in kind_NE.any(0).nonzero().squeeze(1).tolist():
+        words_NW, kind_N = words_NEW[:, e], kind_NE[:, e]
+        row_ND = tables.bank_RD[words_NW[:, tb.ROW].long()].float()
+        number_N = torch.where(kind_N == tb.COSINE, _cosine(x_ND, row_ND), (x_ND * row_ND).sum(1))
+        add_measured(number_N, kind_N > 0, words_NW[:, tb.WHEN], slot_N, tables)
+
+
+def _add(words_NEW: torch.Tensor, share_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
+    """Sum of share * c0 * w over the entries, in order. Returns float32 [N, D]."""
+    scale_NE = words_NEW[..., tb.C0].view(torch.float32) * share_NE
     row_NE = words_NEW[..., tb.ROW].long()
     delta_ND = bank_RD[row_NE[:, 0]].float() * scale_NE[:, :1]
     for e in range(1, row_NE.shape[1]):
@@ -106,18 +121,19 @@ def _add(words_NEW: torch.Tensor, applies_NE: torch.Tensor, bank_RD: torch.Tenso
 def _edit(
     x_ND: torch.Tensor,
     words_NEW: torch.Tensor,
-    applies_NE: torch.Tensor,
+    share_NE: torch.Tensor,
     bank_RD: torch.Tensor,
     keep_norm_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All operations, gates and kept norms. Returns x' - x as float32 [N, D], and bool [N]: an entry applied."""
     delta_ND = torch.zeros_like(x_ND)
-    touched_N = torch.zeros_like(applies_NE[:, 0])
-    for e in range(applies_NE.shape[1]):
+    touched_N = share_NE[:, 0] < 0  # no row
+    for e in range(share_NE.shape[1]):
         words_NW = words_NEW[:, e]
-        c0, c1, c2, c3, lo, hi = words_NW[:, tb.C0 : tb.HI + 1].view(torch.float32).unbind(1)
+        c0, c1, c2, c3 = (words_NW[:, tb.C0 : tb.C3 + 1].view(torch.float32) * share_NE[:, e : e + 1]).unbind(1)
+        lo, hi = words_NW[:, tb.LO : tb.HI + 1].view(torch.float32).unbind(1)
         now_ND = x_ND + delta_ND
-        applies_N = applies_NE[:, e] & _gate(now_ND, words_NW, bank_RD)
+        applies_N = (share_NE[:, e] != 0) & _gate(now_ND, words_NW, bank_RD)
         w_ND = bank_RD[words_NW[:, tb.ROW].long()].float()
         dot_N = (now_ND * w_ND).sum(1)
         clipped_N = torch.minimum(torch.maximum(dot_N, lo), hi)
@@ -140,10 +156,14 @@ def _gate(x_ND: torch.Tensor, words_NW: torch.Tensor, bank_RD: torch.Tensor) -> 
     if bool(open_N.all()):
         return open_N
     low_N, high_N = words_NW[:, tb.GATE_MIN : tb.GATE_MAX + 1].view(torch.float32).unbind(1)
-    gate_ND = bank_RD[row_N.clamp(min=0).long()].float()
-    size_N = x_ND.norm(dim=1) * gate_ND.norm(dim=1)
-    cos_N = torch.where(size_N > 0, (x_ND * gate_ND).sum(1) / size_N, 0.0)
+    cos_N = _cosine(x_ND, bank_RD[row_N.clamp(min=0).long()].float())
     return open_N | ((cos_N >= low_N) & (cos_N <= high_N))
+
+
+def _cosine(x_ND: torch.Tensor, row_ND: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: cos(x, row); 0 if either is zero."""
+    size_N = x_ND.norm(dim=1) * row_ND.norm(dim=1)
+    return torch.where(size_N > 0, (x_ND * row_ND).sum(1) / size_N, 0.0)
 
 
 def add_rms_norm_edit_reference(

@@ -1,16 +1,21 @@
 """The persistent buffers that all kernels use, and the binary format of one entry of a program.
 
 Legend: T tokens, S slots, L sites (armed blocks), E entries per site, W words per entry, R bank rows, D hidden size,
-C capture rows. An entry is one step of a program at one site:
+C capture rows, J triggers of a slot, P words per trigger, H positions of history, Q conditions of a slot. An entry is
+one step of a program at one site:
 
-    x' = x + g(x) * w        g(x) = c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)
+    x' = x + share * g(x) * w        g(x) = c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)
 
-It applies to rows at positions start <= p < end whose cosine with the gate row is in [min_cos, max_cos].
+It applies to rows at positions start <= p < end whose cosine with the gate row is in [min_cos, max_cos]. An entry with
+details is limited further: to the windows of a trigger (see `triggers`), to positions outside another trigger's
+windows, to slots whose conditions hold; and its schedule sets the share, which is 1 otherwise. An entry that measures
+edits nothing: it adds <x,w> or cos(x,w) to a condition's total, or keeps the largest.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -23,9 +28,43 @@ NUM_WORDS: Final = 16
 MAX_POSITION: Final = 2**31 - 1
 """The `end` of an open span. Position 2**31 - 1 itself cannot be edited."""
 
-# An add uses only the first 16 bytes (4 words). Words 12 to 15 are zero.
-ROW, START, END, C0, C1, C2, C3, LO, HI, GATE_ROW, GATE_MIN, GATE_MAX = range(12)
-_FORMAT: Final = struct.Struct("=3i6fi2f16x")
+# An add without details uses only the first 16 bytes (4 words). The sign bit of START says that WHEN to TO are used.
+ROW, START, END, C0, C1, C2, C3, LO, HI, GATE_ROW, GATE_MIN, GATE_MAX, WHEN, OVER, SLOPE, TO = range(16)
+_FORMAT: Final = struct.Struct("=3i6fi2f2i2f")
+DETAILS: Final = -(2**31)
+"""The sign bit of START."""
+
+MAX_TRIGGERS: Final = 8
+"""Triggers of a slot."""
+MAX_TRIGGER_TOKENS: Final = 8
+"""Tokens of one sequence that opens or closes a window."""
+MAX_CONDITIONS: Final = 8
+"""Conditions of a slot."""
+
+# The bit fields of WHEN: (first bit, number of bits).
+TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST = (
+    (0, 4),
+    (4, 4),
+    (8, 8),
+    (16, 1),
+    (17, 1),
+    (18, 2),
+    (20, 3),
+    (23, 1),
+)
+DOT: Final = 1
+COSINE: Final = 2
+"""Values of MEASURE; 0 = the entry edits."""
+
+# Words of a trigger. The sequences are stored last token first.
+EACH, LENGTH, AFTER, UNTIL = 0, 1, 2, 2 + MAX_TRIGGER_TOKENS
+TRIGGER_WORDS: Final = 2 + 2 * MAX_TRIGGER_TOKENS
+ANY_TOKEN: Final = -2
+"""Matches every token, even one before the first: pads a sequence."""
+NO_TOKEN: Final = -3
+"""Matches nothing: the first token of an absent sequence."""
+NEVER: Final = -2
+"""In place of a position: a sequence that has not occurred."""
 
 
 class Entry(NamedTuple):
@@ -45,6 +84,29 @@ class Entry(NamedTuple):
     """Bank row whose cosine with x is tested; it may have any length. -1 = no gate."""
     min_cos: float = -np.inf
     max_cos: float = np.inf
+    trigger: int = -1
+    """Applies only in the windows of this trigger of the slot. -1 = everywhere."""
+    exclude: int = -1
+    """Does not apply in the windows of this trigger. -1 = no exception."""
+    conditions: int = 0
+    """Bit q: condition q of the slot is asked. 0 = unconditional."""
+    any_condition: bool = False
+    """One condition that holds is enough; otherwise all must hold."""
+    over: int = 0
+    """Tokens until the schedule has reached `to`; 0 = no schedule."""
+    slope: float = 0.0
+    """Linear: change of the share per token. Exponential: change of its binary logarithm."""
+    to: float = 0.0
+    """The share after `over` tokens."""
+    exponential: bool = False
+    measure: int = 0
+    """DOT or COSINE: add that number to condition `total` instead of editing."""
+    total: int = 0
+    largest: bool = False
+    """Keep the largest number instead of the sum."""
+
+
+_NO_DETAILS = Entry(row=0)[12:]
 
 
 def encode_entry(entry: Entry) -> np.ndarray:
@@ -52,12 +114,75 @@ def encode_entry(entry: Entry) -> np.ndarray:
 
     Raises struct.error or OverflowError if a number does not fit into int32 or float32.
     """
-    return np.frombuffer(bytearray(_FORMAT.pack(*entry)), dtype=np.int32)
+    start, when = entry.start, 0
+    if entry[12:] != _NO_DETAILS:
+        start |= DETAILS
+        fields = (
+            (TRIGGER, entry.trigger + 1),
+            (EXCEPT, entry.exclude + 1),
+            (CONDITIONS, entry.conditions),
+            (ANY, entry.any_condition),
+            (EXPONENTIAL, entry.exponential),
+            (MEASURE, entry.measure),
+            (TOTAL, entry.total),
+            (LARGEST, entry.largest),
+        )
+        for (first, bits), value in fields:
+            assert 0 <= value < 1 << bits, "a detail of an entry is out of range"
+            when |= int(value) << first
+    words = (entry.row, start, *entry[2:12], when, entry.over, entry.slope, entry.to)
+    return np.frombuffer(bytearray(_FORMAT.pack(*words)), dtype=np.int32)
 
 
 def decode_entry(words_W: np.ndarray) -> Entry:
     """Unpack what `encode_entry` packed; for tests, logs and introspection."""
-    return Entry(*_FORMAT.unpack(np.ascontiguousarray(words_W, dtype=np.int32).tobytes()))
+    row, start, *numbers, when, over, slope, to = _FORMAT.unpack(
+        np.ascontiguousarray(words_W, dtype=np.int32).tobytes()
+    )
+    end, c0, c1, c2, c3, lo, hi, gate_row, min_cos, max_cos = numbers
+
+    def field(place: tuple[int, int]) -> int:
+        return int(when) >> place[0] & (1 << place[1]) - 1
+
+    return Entry(
+        row=row,
+        start=start & MAX_POSITION,
+        end=end,
+        c0=c0,
+        c1=c1,
+        c2=c2,
+        c3=c3,
+        lo=lo,
+        hi=hi,
+        gate_row=gate_row,
+        min_cos=min_cos,
+        max_cos=max_cos,
+        trigger=field(TRIGGER) - 1,
+        exclude=field(EXCEPT) - 1,
+        conditions=field(CONDITIONS),
+        any_condition=bool(field(ANY)),
+        over=over,
+        slope=slope,
+        to=to,
+        exponential=bool(field(EXPONENTIAL)),
+        measure=field(MEASURE),
+        total=field(TOTAL),
+        largest=bool(field(LARGEST)),
+    )
+
+
+def encode_trigger(after: Sequence[int], until: Sequence[int], *, each: bool, length: int) -> np.ndarray:
+    """Pack a trigger into int32 [P], ready to be copied into `triggers_SJP[slot, j]`.
+
+    after, until: token ids; an empty `after` opens a window at position 0, an empty `until` never closes one.
+    each: open a window after every occurrence, otherwise after the first. length: tokens of a window at most.
+    """
+    words_P = np.full(TRIGGER_WORDS, ANY_TOKEN, dtype=np.int32)
+    words_P[EACH], words_P[LENGTH] = each, length
+    for place, sequence in ((AFTER, after), (UNTIL, until)):
+        assert len(sequence) <= MAX_TRIGGER_TOKENS, "a sequence of a trigger is too long"
+        words_P[place : place + max(1, len(sequence))] = list(reversed(sequence)) or [NO_TOKEN]
+    return words_P
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,6 +207,21 @@ class Tables:
     """int32 [max tokens]: slot whose program applies to the row; 0 = none. Written by `route_rows`."""
     pos_T: torch.Tensor
     """int32 [max tokens]: absolute position of the row's token; 0 on unsteered rows."""
+    triggers_SJP: torch.Tensor
+    """int32 [S, J, P]; see `encode_trigger`."""
+    num_triggers_S: torch.Tensor
+    """int32 [S]: how many of the J triggers are used."""
+    history_SHC: torch.Tensor
+    """int32 [S, H, 1 + 2J]: for position p at p % H, the token, and for each trigger the position where `after` last
+    (or first) ended before p and where `until` last ended up to p. It reaches back beyond draft tokens that were
+    rejected. See `triggers`."""
+    windows_TJ: torch.Tensor
+    """int32 [max tokens, J]: first position of the window that the row is in; MAX_POSITION = in none. Written by
+    `advance_triggers` for rows whose slot has triggers; entries of other rows never read it."""
+    measured_SQ: torch.Tensor
+    """float64 [S, Q]: the conditions' sums, or largest numbers."""
+    bounds_SQ2: torch.Tensor
+    """float64 [S, Q, 2]: condition q holds if its number is strictly between the two."""
     capture_T: torch.Tensor | None = None
     """int32 [max tokens]: 0 = not captured; k = store x before the edit in captured_LCD[site, k - 1]; -k = store x
     after the edit there."""
@@ -100,14 +240,22 @@ class Tables:
         max_tokens: int,
         bank_dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        num_drafts: int = 0,
         capture_rows: int = 0,
         capture_dtype: torch.dtype = torch.float32,
     ) -> Tables:
-        """Zeroed buffers, which steer and capture nothing. `num_slots` includes slot 0."""
+        """Zeroed buffers, which steer and capture nothing.
+
+        num_slots: includes slot 0. num_drafts: draft tokens of a request in one step, at most.
+        """
 
         def int32(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
+        def float64(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        num_positions = 1 + num_drafts + MAX_TRIGGER_TOKENS
         captured = torch.zeros(num_sites, capture_rows, hidden_size, dtype=capture_dtype, device=device)
         return cls(
             bank_RD=torch.zeros(num_rows, hidden_size, dtype=bank_dtype, device=device),
@@ -117,6 +265,12 @@ class Tables:
             span_S2=int32(num_slots, 2),
             slot_T=int32(max_tokens),
             pos_T=int32(max_tokens),
+            triggers_SJP=int32(num_slots, MAX_TRIGGERS, TRIGGER_WORDS),
+            num_triggers_S=int32(num_slots),
+            history_SHC=int32(num_slots, num_positions, 1 + 2 * MAX_TRIGGERS),
+            windows_TJ=int32(max_tokens, MAX_TRIGGERS),
+            measured_SQ=float64(num_slots, MAX_CONDITIONS),
+            bounds_SQ2=float64(num_slots, MAX_CONDITIONS, 2),
             capture_T=int32(max_tokens) if capture_rows else None,
             captured_LCD=captured if capture_rows else None,
         )

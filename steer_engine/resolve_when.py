@@ -1,0 +1,122 @@
+"""Resolving when an edit applies: scopes, schedules and conditions, checked against the model and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from steer_engine.edit import ALL, GENERATION, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Schedule, Scope, When
+from steer_engine.errors import SteeringRequestError
+from steer_engine.fields import parse_blocks
+from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeSpec, TriggerSpec, WhenField, conditions_of
+from steer_engine.settings import Limits
+from steer_engine.trigger import NO_END, Trigger
+from steer_engine.vectors import ControlVector
+from steer_engine.vocabulary import Vocabulary
+
+WORDS = {"all": ALL, "prompt": PROMPT, "generation": GENERATION, "last_prompt_token": LAST_PROMPT_TOKEN}
+
+Measurable = Callable[[str, tuple[int, ...] | None, str], tuple[ControlVector, tuple[int, ...]]]
+"""(name, blocks or None for all of the vector's, param) -> the vector, and blocks at which it can be measured."""
+
+
+def resolve_scope(scope: str | ScopeSpec, param: str, vocabulary: Vocabulary, limits: Limits) -> Scope:
+    """The positions of an edit.
+
+    Raises:
+        SteeringRequestError: a trigger is unknown or too long, or the scope contradicts itself.
+    """
+    if isinstance(scope, str):
+        return WORDS[scope] if scope in WORDS else ALL._replace(trigger=vocabulary.trigger(scope, param))
+    trigger = _trigger(scope, param, vocabulary, limits) if scope.is_trigger else None
+    exclude = None
+    if isinstance(scope.except_, str):
+        exclude = vocabulary.trigger(scope.except_, f"{param}.except")
+    elif scope.except_ is not None:
+        exclude = _trigger(scope.except_, f"{param}.except", vocabulary, limits)
+    if trigger is not None and trigger == exclude:
+        raise SteeringRequestError("The scope contradicts itself: 'except' is the whole scope.", f"{param}.except")
+    return _span(scope)._replace(trigger=trigger, exclude=exclude)
+
+
+def _span(scope: ScopeSpec) -> Scope:
+    if scope.from_ is None:
+        return Scope.span(scope.start, scope.end)
+    # Position P-1 selects generated token 0.
+    end = Bound(False, NO_END) if scope.end is None else Bound(True, scope.end - 1)
+    return Scope(Bound(True, (scope.start or 0) - 1), end)
+
+
+def _trigger(trigger: TriggerSpec, param: str, vocabulary: Vocabulary, limits: Limits) -> Trigger:
+    sides = []
+    for name, tokens in (("after", trigger.after), ("until", trigger.until)):
+        ids = () if tokens is None else vocabulary.sequence(tokens, f"{param}.{name}")
+        if len(ids) > limits.max_trigger_tokens:
+            raise SteeringRequestError(
+                f"{name} has {len(ids)} tokens; at most {limits.max_trigger_tokens} are allowed (max_trigger_tokens).",
+                f"{param}.{name}",
+            )
+        sides.append(ids)
+    after, until = sides
+    if after == until:
+        raise SteeringRequestError("after and until are the same tokens.", f"{param}.until")
+    tokens = NO_END if trigger.tokens is None else trigger.tokens
+    return Trigger(after, until, trigger.each, tokens)
+
+
+def resolve_schedule(schedule: ScheduleSpec | None) -> Schedule | None:
+    if schedule is None or schedule.to == 1.0:
+        return None
+    return Schedule(schedule.kind == "exponential", schedule.over, schedule.to)
+
+
+def resolve_when(when: WhenField | None, param: str, last_block: int, measurable: Measurable) -> When | None:
+    """The conditions of an edit whose last block is `last_block`.
+
+    Raises:
+        SteeringRequestError: a condition cannot be measured, or is decided too late for the edit.
+    """
+    if when is None:
+        return None
+    found = tuple(_condition(condition, f"{param}{path}", measurable) for path, condition in conditions_of(when))
+    resolved = When(found, any=isinstance(when, AnySpec))
+    if resolved.decided_at >= last_block:
+        raise SteeringRequestError(
+            f"The condition is decided at block {resolved.decided_at}, and the edit's last block is {last_block}: no "
+            "later block is left. Measure at an earlier block, or edit later ones.",
+            f"{param}.blocks",
+        )
+    return resolved
+
+
+def _condition(condition: ConditionSpec, param: str, measurable: Measurable) -> Condition:
+    assert isinstance(condition.vector, str), "inline vectors are registered and named by digest before"
+    given = None if condition.blocks is None else parse_blocks(condition.blocks)
+    vector, blocks = measurable(condition.vector, given, f"{param}.vector")
+    if not condition.is_bounded:
+        raise SteeringRequestError("The condition needs 'above' or 'below'.", f"{param}.above")
+    return Condition(
+        vector=vector.digest,
+        blocks=blocks,
+        measure=condition.measure or "cosine",
+        at=condition.at or "last_prompt_token",
+        above=condition.above,
+        below=condition.below,
+    )
+
+
+def check_counts(edits: Iterable[Edit], limits: Limits) -> None:
+    """Raises SteeringRequestError if the edits of a request have too many triggers or conditions."""
+    triggers: set[Trigger] = set()
+    conditions: set[Condition] = set()
+    for edit in edits:
+        triggers.update(trigger for trigger in (edit.scope.trigger, edit.scope.exclude) if trigger is not None)
+        conditions.update(edit.when.conditions if edit.when else ())
+    for what, count, most, name in (
+        ("triggers", len(triggers), limits.max_triggers, "max_triggers"),
+        ("conditions", len(conditions), limits.max_conditions, "max_conditions"),
+    ):
+        if count > most:
+            raise SteeringRequestError(
+                f"The edits have {count} different {what}; one request may have at most {most} ({name}).",
+                "steering.edits",
+            )

@@ -1,0 +1,84 @@
+"""When an edit applies: windows of the answer, triggers, schedules and conditions, each against the oracle.
+
+The oracle is forced through the sampled tokens, so that every position of the answer is compared. Triggers are tokens
+that the prompt has, or that the steered answer has: windows open and close in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.driving import edit, generate, sampled, steering, tokens
+from helpers.oracle import Oracle
+
+from steer_engine import LLM
+
+PROMPT = [*tokens(40, 12), 77, 78, *tokens(41, 6), 90, *tokens(42, 3), 77, 78, *tokens(43, 9)]
+SAMPLED = 16
+BOUND = 5e-5
+
+
+def forced(oracle: Oracle, prompt: list[int], answer: list[int], spec: Any) -> np.ndarray:
+    """float64 [T]: the logprobs of the answer's tokens."""
+    logprobs_TV = oracle.logprobs([*prompt, *answer], spec, len(prompt))
+    return np.array([logprobs_TV[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
+
+
+def assert_exact(llm: LLM, oracle: Oracle, spec: dict[str, Any], *, prompt: list[int] = PROMPT, **fields: Any) -> Any:
+    """The answer is the oracle's; returns vLLM's output and how far each token's logprob was moved."""
+    output = generate(llm, [prompt], [spec], max_tokens=SAMPLED, **fields)[0]
+    ids, logprobs = sampled(output)
+    expected_T = forced(oracle, prompt, ids, spec)
+    assert np.abs(np.subtract(logprobs, expected_T)).max() <= BOUND
+    return output, np.abs(expected_T - forced(oracle, prompt, ids, None))
+
+
+WINDOWS = {
+    "last prompt token": "last_prompt_token",
+    "first tokens of the answer": {"from": "generation", "start": 0, "end": 4},
+    "later tokens of the answer": {"from": "generation", "start": 5},
+    "after": {"after": 90},
+    "after a sequence": {"after": [77, 78]},
+    "after each": {"after": [77, 78], "each": True, "tokens": 3},
+    "between": {"after": [77, 78], "until": 90},
+    "until": {"until": 90},
+    "except": {"except": {"after": [77, 78], "until": 90, "each": True}},
+    "of the answer": {"after": 90, "from": "generation", "start": 2},
+    "in a span": {"after": 77, "start": 10, "end": -4},
+    "tokens": {"after": 77, "tokens": 5},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows(tiny: LLM, oracle: Oracle, name: str) -> None:
+    _, moved_T = assert_exact(tiny, oracle, steering(edit("r8", 2.0, scope=WINDOWS[name])))
+    assert moved_T.max() >= 1e-2
+
+
+SCHEDULES = [{"kind": "linear", "over": 8, "to": 0.0}, {"kind": "exponential", "over": 6, "to": 0.1}]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
+@pytest.mark.parametrize("scope", ["all", "generation", {"after": 90}, {"after": 77, "each": True}], ids=str)
+def test_schedules(tiny: LLM, oracle: Oracle, scope: Any, schedule: dict[str, Any]) -> None:
+    _, moved_T = assert_exact(tiny, oracle, steering(edit("r8", 2.0, scope=scope, schedule=schedule)))
+    assert moved_T.max() >= 1e-2
+
+
+PLACES = ["last_prompt_token", "mean_prompt", "max_prompt"]
+
+
+@pytest.mark.parametrize("measure", ["cosine", "dot"])
+@pytest.mark.parametrize("at", PLACES)
+def test_conditions(tiny: LLM, oracle: Oracle, at: str, measure: str) -> None:
+    """Just below and just above the value: the edit applies, or does not."""
+    condition = {"vector": "r9", "blocks": [0, 1], "measure": measure, "at": at}
+    probe = steering(edit("r8", 2.0), when=condition | {"above": 0.0})
+    value = oracle.decisions(PROMPT, probe, len(PROMPT)).value(condition | {"above": 0.0})
+    for above, holds in ((value - 1e-4, True), (value + 1e-4, False)):
+        _, moved_T = assert_exact(tiny, oracle, steering(edit("r8", 2.0), when=condition | {"above": above}))
+        assert (moved_T.max() >= 1e-2) == holds
+        if not holds:
+            assert not moved_T.any()

@@ -1,0 +1,104 @@
+"""The share of each entry in each row, and what entries measure, in plain torch. See `details` for the kernels' form.
+
+Legend: see `tables`. N selected rows. A CPU engine runs this too, so it depends on nothing but the tables.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from steer_kernels import tables as tb
+from steer_kernels.tables import Tables
+
+
+def field(when: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
+    """A bit field of WHEN."""
+    first, bits = place
+    return (when >> first) & ((1 << bits) - 1)
+
+
+def covers(words_NEW: torch.Tensor, pos_N: torch.Tensor) -> torch.Tensor:
+    """bool [N, E]: start <= p < end."""
+    pos_N1 = pos_N.view(-1, *[1] * (words_NEW.dim() - 2))
+    return ((words_NEW[..., tb.START] & tb.MAX_POSITION) <= pos_N1) & (pos_N1 < words_NEW[..., tb.END])
+
+
+def have_details(words_NEW: torch.Tensor) -> bool:
+    """Whether any entry has details."""
+    return bool((words_NEW[..., tb.START] < 0).any())
+
+
+def shares_of(
+    words_NEW: torch.Tensor, pos_N: torch.Tensor, windows_NJ: torch.Tensor, slot_N: torch.Tensor, tables: Tables
+) -> torch.Tensor:
+    """float32 [N, ..., E]: by how much each entry applies to its row: 1 without details, 0 = not at all.
+
+    words_NEW: [N, ..., E, W]. windows_NJ: the rows' part of `windows_TJ`. slot_N: their slots.
+    """
+    lead = (-1, *[1] * (words_NEW.dim() - 2))
+    pos_N1 = pos_N.view(lead)
+    detailed_NE = words_NEW[..., tb.START] < 0
+    when_NE = words_NEW[..., tb.WHEN]
+    # Window 0 stands for "no trigger"; entries of other rows may hold anything there.
+    windows_NE = torch.nn.functional.pad(windows_NJ, (1, 0))
+    trigger_NE, exclude_NE = field(when_NE, tb.TRIGGER), field(when_NE, tb.EXCEPT)
+    window_NE = _pick(windows_NE, trigger_NE)
+    excluded_NE = (exclude_NE > 0) & (_pick(windows_NE, exclude_NE) <= pos_N1)
+    inside_NE = (trigger_NE == 0) | (window_NE <= pos_N1)
+    share_NE = (inside_NE & ~excluded_NE & (field(when_NE, tb.MEASURE) == 0)).float()
+    over_NE = words_NEW[..., tb.OVER]
+    if bool((over_NE > 0).any()):
+        first_NE = torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)
+        since_NE = pos_N1 - first_NE
+        change_NE = words_NEW[..., tb.SLOPE].contiguous().view(torch.float32) * since_NE
+        now_NE = torch.where(field(when_NE, tb.EXPONENTIAL) != 0, torch.exp2(change_NE), 1.0 + change_NE)
+        now_NE = torch.where(since_NE >= over_NE, words_NEW[..., tb.TO].contiguous().view(torch.float32), now_NE)
+        share_NE = torch.where((over_NE > 0) & (share_NE != 0), share_NE * now_NE, share_NE)
+    asked_NE = field(when_NE, tb.CONDITIONS)
+    if bool((asked_NE != 0).any()):
+        held_N = _held(slot_N, tables).view(lead)
+        any_NE = field(when_NE, tb.ANY) != 0
+        enough_NE = torch.where(any_NE, (asked_NE & held_N) != 0, (asked_NE & ~held_N) == 0)
+        share_NE = share_NE * (enough_NE | (asked_NE == 0))
+    return torch.where(detailed_NE, share_NE, 1.0)
+
+
+def is_fading(words_NEW: torch.Tensor, pos_N: torch.Tensor, windows_NJ: torch.Tensor) -> torch.Tensor:
+    """bool [N, ..., E]: a schedule has not reached its end at the row's position, so the next position differs."""
+    pos_N1 = pos_N.view(-1, *[1] * (words_NEW.dim() - 2))
+    trigger_NE = field(words_NEW[..., tb.WHEN], tb.TRIGGER)
+    window_NE = _pick(torch.nn.functional.pad(windows_NJ, (1, 0)), trigger_NE)
+    first_NE = torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)
+    return (words_NEW[..., tb.OVER] > pos_N1 - first_NE) & (first_NE <= pos_N1)
+
+
+def add_measured(
+    number_N: torch.Tensor, measures_N: torch.Tensor, when_N: torch.Tensor, slot_N: torch.Tensor, tables: Tables
+) -> None:
+    """Add each row's number to a condition of its slot, or keep the largest.
+
+    measures_N: bool, the rows that count. number_N: float32.
+    """
+    rows_N = measures_N.nonzero().squeeze(1)
+    number_N, when_N = number_N[rows_N].double(), when_N[rows_N]
+    place_N = slot_N[rows_N] * tb.MAX_CONDITIONS + field(when_N, tb.TOTAL)
+    largest_N = field(when_N, tb.LARGEST) != 0
+    total_X = tables.measured_SQ.view(-1)
+    total_X.index_add_(0, place_N[~largest_N], number_N[~largest_N])
+    total_X.scatter_reduce_(0, place_N[largest_N], number_N[largest_N], "amax")
+
+
+def _held(slot_N: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """int32 [N]: bit q is set if condition q of the row's slot holds."""
+    number_NQ, bounds_NQ2 = tables.measured_SQ[slot_N], tables.bounds_SQ2[slot_N]
+    holds_NQ = (bounds_NQ2[..., 0] < number_NQ) & (number_NQ < bounds_NQ2[..., 1])
+    weight_Q = 1 << torch.arange(tb.MAX_CONDITIONS, dtype=torch.int32, device=slot_N.device)
+    return (holds_NQ * weight_Q).sum(1, dtype=torch.int32)
+
+
+def _pick(values_NJ: torch.Tensor, index_NE: torch.Tensor) -> torch.Tensor:
+    """values[n, index[n, ...]]"""
+    flat_NX = index_NE.reshape(index_NE.shape[0], -1).long()
+    values_NJ = values_NJ.expand(max(values_NJ.shape[0], flat_NX.shape[0]), -1)
+    flat_NX = flat_NX.expand(values_NJ.shape[0], -1)
+    return values_NJ.gather(1, flat_NX).view(-1, *index_NE.shape[1:])
