@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import fsum, prod
 
-from steer_engine.edit import Edit
+from steer_engine.edit import LARGEST, Edit
 from steer_engine.errors import SteeringRequestError
-from steer_engine.program import LARGEST
 from steer_engine.settings import Limits
 from steer_engine.spec import Op
 from steer_engine.vectors import ControlVector

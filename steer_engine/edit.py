@@ -71,6 +71,9 @@ class Scope(NamedTuple):
         return min(self.start.at(prompt_len), NO_END), min(self.end.at(prompt_len), NO_END)
 
 
+LARGEST = 3.4028234663852886e38
+"""An open bound: float32's largest number, since JSON has no infinity."""
+
 ALL = Scope.span(None, None)
 PROMPT = Scope(Bound(False, 0), Bound(True, 0))
 GENERATION = Scope.span(-1, None)
@@ -91,6 +94,17 @@ class Schedule(NamedTuple):
         return (log2(self.to) if self.exponential else self.to - 1.0) / self.over
 
 
+class Measured(NamedTuple):
+    """A condition on the device: it holds if the sum of its numbers, or the largest, is strictly between two bounds."""
+
+    low: float
+    high: float
+    largest: bool
+
+    def holds(self, number: float) -> bool:
+        return self.low < number < self.high
+
+
 class Condition(NamedTuple):
     """A number about the prompt, measured before the edits of its blocks, and the bounds strictly between which it
     must be.
@@ -106,8 +120,18 @@ class Condition(NamedTuple):
     above: float | None = None
     below: float | None = None
 
-    def holds(self, value: float) -> bool:
-        return (self.above is None or value > self.above) and (self.below is None or value < self.below)
+    def measured_at(self, prompt_len: int) -> Measured:
+        """The bounds of the sum (or of the largest number) for a prompt."""
+        count = self.numbers(prompt_len)
+        low = -LARGEST if self.above is None else self.above * count
+        high = LARGEST if self.below is None else self.below * count
+        return Measured(low, high, self.at == "max_prompt")
+
+    def report(self) -> dict[str, Any]:
+        """This condition in the `steering` object of an answer."""
+        bounds = {"above": self.above, "below": self.below}
+        body = {"vector": self.vector, "blocks": list(self.blocks), "measure": self.measure, "at": self.at}
+        return body | {key: bound for key, bound in bounds.items() if bound is not None}
 
     def numbers(self, prompt_len: int) -> int:
         """How many numbers are added up for a prompt; 1 where the largest is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from steer_engine.applied import Applied
 from steer_engine.capture import WORDS, CaptureRequest
 from steer_engine.errors import SteeringRequestError
 from steer_engine.models import resolve_model
@@ -26,7 +28,7 @@ import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM
 
 from steer_engine.api.frontend import STEERING_KEY, Frontend  # noqa: E402
 from steer_engine.api.request_field import is_absent, parsed_null  # noqa: E402
-from steer_engine.vllm import engine_client  # noqa: E402
+from steer_engine.vllm import engine_client, measured  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
@@ -114,6 +116,38 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
     def capture_blocks(self) -> tuple[int, ...]:
         """The blocks on the first axis of `capture`, ascending."""
         return tuple(sorted({block for worker in self._status["workers"] for block in worker["capture_blocks"]}))
+
+    def generate(self, prompts: Any, sampling_params: Any = None, *args: Any, **kwargs: Any) -> list[Any]:
+        """As in vLLM. Each output of a steered prompt has one more attribute, `steering`: what was applied, with the
+        fields of a server's answers (`applied_tokens` of each edit, `value` and `held` of each condition).
+        """
+        single = not isinstance(sampling_params, Sequence)
+        given = [sampling_params] if single else list(sampling_params)
+        resolved = [self._resolved(params) for params in given]
+        params = [
+            params if spec is None else self._with_steering(params, spec)
+            for params, spec in zip(given, resolved, strict=True)
+        ]
+        outputs: list[Any] = super().generate(prompts, params[0] if single else params, *args, **kwargs)
+        for output, spec in zip(outputs, resolved * len(outputs) if single else resolved, strict=True):
+            numbers = measured.take(output)
+            if spec is not None and spec.edits and output.prompt_token_ids is not None:
+                output.steering = spec.report()
+                applied = Applied(spec, output.steering)
+                for choice in output.outputs:
+                    applied.add(output.prompt_token_ids, choice.token_ids, numbers)
+        return outputs
+
+    def _resolved(self, params: Any) -> ResolvedSpec | None:
+        extra_args = getattr(params, "extra_args", None) or {}
+        requested = extra_args.get(STEERING_KEY)
+        return None if requested is None else self._frontend.resolve(requested)
+
+    @staticmethod
+    def _with_steering(params: Any, resolved: ResolvedSpec) -> Any:
+        params = copy.copy(params)
+        params.extra_args = {**params.extra_args, STEERING_KEY: resolved}
+        return params
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM. Raises SteeringRequestError if `params` request steering: its steps would be unsteered."""

@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from steer_engine.capture import CaptureRequest
-from steer_engine.edit import LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Scope, sha256_of
+from steer_engine.edit import LARGEST, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Measured, Scope, sha256_of
 from steer_engine.spec import Op
 from steer_engine.trigger import Trigger, Windows
 
@@ -32,9 +32,6 @@ Row = tuple["RowKey", int]
 
 MEASURES = {"dot": 1, "cosine": 2}
 """The numbers of measures on the device."""
-
-LARGEST = 3.4028234663852886e38
-"""An open bound of a clamp: float32's largest number, since JSON has no infinity."""
 
 
 class RowKey(NamedTuple):
@@ -133,14 +130,6 @@ class Covered(NamedTuple):
         if self.exclude < 0:
             return parts
         return [rest for part in parts for rest in _without(part, windows[self.exclude].within(*part))]
-
-
-class Measured(NamedTuple):
-    """A condition on the device: it holds if the sum of its numbers, or the largest, is strictly between two bounds."""
-
-    low: float
-    high: float
-    largest: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +231,7 @@ class ProgramTemplate:
     @classmethod
     def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
         """Compile `edits`, which are in canonical order."""
-        scopes = [edit.scope for edit in edits]
-        triggers = _unique(trigger for scope in scopes for trigger in (scope.trigger, scope.exclude) if trigger)
+        triggers = triggers_of(edits)
         conditions = _unique(condition for edit in edits if edit.when for condition in edit.when.conditions)
         places = Places(triggers, conditions)
         # Most blocks get the same entries, which are made once: `alike` is all that they depend on.
@@ -306,29 +294,31 @@ class ProgramTemplate:
             vectors=self.vectors if identity else (),
             identity=identity,
             triggers=self.triggers,
-            conditions=tuple(_measured(condition, prompt_len) for condition in self.conditions),
+            conditions=tuple(condition.measured_at(prompt_len) for condition in self.conditions),
             prompt_len=prompt_len if self.conditions else 0,
             keep_norm=self.keep_norm,
         )
 
     def covered(self, prompt_len: int) -> tuple[Covered, ...]:
         """Where each edit applies, without the edits that cover no position."""
-        found = []
-        for edit in self.edits:
-            start, end = edit.scope.at(prompt_len)
-            start = max(start, prompt_len - 1) if edit.when else start
-            if start < end:
-                trigger, exclude = edit.scope.trigger, edit.scope.exclude
-                found.append(
-                    Covered(
-                        edit.digest,
-                        start,
-                        end,
-                        -1 if trigger is None else self.triggers.index(trigger),
-                        -1 if exclude is None else self.triggers.index(exclude),
-                    )
-                )
-        return tuple(found)
+        found = (covered_by(edit, self.triggers, prompt_len) for edit in self.edits)
+        return tuple(covered for covered in found if covered is not None)
+
+
+def covered_by(edit: Edit, triggers: Sequence[Trigger], prompt_len: int) -> Covered | None:
+    """Where an edit applies; None = nowhere. triggers: those of the edit are among them."""
+    start, end = edit.scope.at(prompt_len)
+    start = max(start, prompt_len - 1) if edit.when else start
+    if start >= end:
+        return None
+    trigger, exclude = edit.scope.trigger, edit.scope.exclude
+    return Covered(
+        edit.digest,
+        start,
+        end,
+        -1 if trigger is None else triggers.index(trigger),
+        -1 if exclude is None else triggers.index(exclude),
+    )
 
 
 class Places(NamedTuple):
@@ -354,6 +344,11 @@ class Places(NamedTuple):
         return None if details == Details() else details
 
 
+def triggers_of(edits: Iterable[Edit]) -> tuple[Trigger, ...]:
+    """The triggers of the edits, each once."""
+    return _unique(trigger for edit in edits for trigger in (edit.scope.trigger, edit.scope.exclude) if trigger)
+
+
 def _unique(items: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(items))
 
@@ -371,13 +366,6 @@ def _measuring(condition: Condition, number: int) -> Placed:
     row = RowKey(terms=((condition.vector, 1.0),))
     scope = LAST_PROMPT_TOKEN if condition.at == "last_prompt_token" else PROMPT
     return Placed(Entry(row=row, details=details), scope)
-
-
-def _measured(condition: Condition, prompt_len: int) -> Measured:
-    count = condition.numbers(prompt_len)
-    low = -LARGEST if condition.above is None else condition.above * count
-    high = LARGEST if condition.below is None else condition.below * count
-    return Measured(low, high, condition.at == "max_prompt")
 
 
 def _entries_of(doses: Sequence[tuple[Edit, float, bool]], places: Places) -> list[Placed]:

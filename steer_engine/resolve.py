@@ -112,11 +112,20 @@ class ResolvedSpec:
         return self.template.digest
 
     def report(self) -> dict[str, Any]:
-        """The `steering` object of an answer. Edits without effect are left out."""
+        """The `steering` object of an answer. Edits without effect are left out.
+
+        `applied.Applied` adds what was done: `applied_tokens` of each edit, `value` and `held` of each condition.
+        """
         body: dict[str, Any] = {"digest": self.digest}
         if self.preset is not None:
             body["preset"] = self.preset
         body["edits"] = [edit.report() for edit in self.edits if not edit.edit.does_nothing]
+        if conditions := self.template.conditions:
+            body["conditions"] = [condition.report() for condition in conditions]
+            for entry, edit in zip(body["edits"], (e.edit for e in self.edits if not e.edit.does_nothing), strict=True):
+                if edit.when is not None:
+                    asked = [conditions.index(each) for each in edit.when.conditions if each in conditions]
+                    entry["when"] = {"any" if edit.when.any else "all": asked}
         return body if self.capture is None else body | {"capture": self.capture.report()}
 
 

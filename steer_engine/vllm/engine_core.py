@@ -15,7 +15,7 @@ from steer_engine.engine.admission import ResidentVectors
 from steer_engine.errors import CapacityError, SteeringRequestError
 from steer_engine.program import PROGRAM_KEY, Program
 from steer_engine.settings import SteeringConfig
-from steer_engine.vllm import non_finite, scheduler
+from steer_engine.vllm import measured, non_finite, scheduler
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
 Reply = dict[str, Any]
@@ -188,6 +188,7 @@ def _check_steering(core: Any, request: Any) -> None:
     if absent:
         raise CapacityError(f"The engine does not hold vector {absent[0]}; send the request again.")
     resident.touch(named, time.monotonic())
+    measured.watch(core, request)
 
 
 PREPROCESS = Symbol("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from steer_engine.program import PROGRAM_KEY
+from steer_engine.vllm import measured
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
 logger = logging.getLogger("steer_engine.requests")
@@ -88,6 +89,7 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
 
             for request in ended:
                 outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(_error(request))
+        measured.attach(self, outputs)
         return outputs
 
     return update_from_output

@@ -20,7 +20,7 @@ from typing import Any
 
 from steer_engine.api.answers import current_note
 from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
-from steer_engine.vllm import capture_fetch
+from steer_engine.vllm import capture_fetch, telling
 from steer_engine.vllm.intake import frontend_of
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
@@ -167,7 +167,7 @@ PATCHES = (
     Patch(Symbol(f"{_ASYNC_LLM}.shutdown", ("timeout",)), _draining),
     Patch(
         Symbol(f"{_ASYNC_LLM}.generate", ("prompt", "sampling_params", "request_id")),
-        lambda original: _ending_with_503(capture_fetch.fetching(original)),
+        lambda original: _ending_with_503(telling.telling(capture_fetch.fetching(original))),
     ),
 )
 

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
 from steer_kernels.tables import Tables, decode_entry
 
-from steer_engine.engine.bank import Bank, Programs, Store
+from steer_engine.engine.bank import Bank, Store
+from steer_engine.engine.programs import Programs
 from steer_engine.parse import parse_spec
 from steer_engine.program import Entry as ProgramEntry
 from steer_engine.program import Program, RowKey, Sites

@@ -35,7 +35,8 @@ def share_of(entry, first, pos, windows, measured, bounds, CONDITIONS: tl.conste
     if exclude > 0:
         share = tl.where(tl.load(windows + exclude - 1) <= pos, 0.0, share)
     if over > 0:
-        since = pos - first
+        # Before its window a row has share 0; the bound keeps its unused number finite.
+        since = tl.maximum(pos - first, 0)
         change = load_float(entry, 14) * since.to(tl.float32)
         now = tl.where((when & (1 << 17)) != 0, tl.exp2(change), 1.0 + change)
         share *= tl.where(since >= over, load_float(entry, 15), now)

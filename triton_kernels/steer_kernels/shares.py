@@ -49,7 +49,7 @@ def shares_of(
     over_NE = words_NEW[..., tb.OVER]
     if bool((over_NE > 0).any()):
         first_NE = torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)
-        since_NE = pos_N1 - first_NE
+        since_NE = (pos_N1 - first_NE).clamp(min=0)
         change_NE = words_NEW[..., tb.SLOPE].contiguous().view(torch.float32) * since_NE
         now_NE = torch.where(field(when_NE, tb.EXPONENTIAL) != 0, torch.exp2(change_NE), 1.0 + change_NE)
         now_NE = torch.where(since_NE >= over_NE, words_NEW[..., tb.TO].contiguous().view(torch.float32), now_NE)

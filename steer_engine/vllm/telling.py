@@ -1,0 +1,50 @@
+"""What steering did, on its way into an answer.
+
+`telling` goes around `AsyncLLM.generate` (`shutdown` wraps it). When a sequence of a steered request finishes, the
+number of tokens that each edit covered, and what was measured for its conditions, enter the report of the answer. Known
+for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
+
+from steer_engine.api.answers import current_note
+from steer_engine.applied import Applied
+from steer_engine.vllm import measured
+from steer_engine.vllm.intake import checked_steering
+from steer_engine.vllm.patching import Symbol
+
+USED = (Symbol("vllm.sampling_params:RequestOutputKind.DELTA"),)
+
+
+def telling(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        stream = original(self, *args, **kwargs)
+        params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
+        resolved, note = checked_steering(getattr(params, "extra_args", None)), current_note.get()
+        if params is None or resolved is None or note is None or note.report is None or not resolved.edits:
+            return stream
+        return _telling(stream, Applied(resolved, note.report), is_delta=params.output_kind == RequestOutputKind.DELTA)
+
+    return generate
+
+
+async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGenerator[Any, None]:
+    tokens: dict[int, list[int]] = {}
+    numbers: list[float] = []
+    async with aclosing(stream):
+        async for output in stream:
+            numbers = measured.take(output) or numbers
+            for choice in output.outputs:
+                if is_delta:
+                    tokens.setdefault(choice.index, []).extend(choice.token_ids)
+                # A prompt of embeddings has no length here.
+                if choice.finish_reason is not None and output.prompt_token_ids is not None:
+                    answer = tokens.get(choice.index, []) if is_delta else choice.token_ids
+                    applied.add(output.prompt_token_ids, answer, numbers)
+            yield output
