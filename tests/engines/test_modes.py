@@ -17,7 +17,7 @@ import pytest
 from helpers.driving import tokens
 from helpers.engines import RUNNER
 from helpers.oracle import Oracle
-from helpers.traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, run
+from helpers.traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, marked, run
 
 from steer_engine import LLM
 
@@ -69,9 +69,7 @@ def test_preemption_and_recomputation(start: Start, oracle: Oracle) -> None:
     """A KV cache of a few blocks: requests are thrown out in the middle of their answers and computed again."""
     llm = start(num_gpu_blocks_override=14, max_num_seqs=8, max_model_len=256, enable_prefix_caching=False)
     num, length = (12, 40) if RUNNER == "v1" else (6, 8)
-    requested = [Ask(tokens(900 + i, 28 if RUNNER == "v2" else 60), SPECS[i % len(SPECS)], length) for i in range(num)]
-    if RUNNER == "v2":
-        requested = [Ask([*ask.prompt, *tokens(950 + i, 34)], ask.spec, length) for i, ask in enumerate(requested)]
+    requested = [Ask(marked(tokens(900 + i, 60)), SPECS[i % len(SPECS)], length) for i in range(num)]
     with counting(core_of(llm).scheduler, "_preempt_request") as preempted:
         outputs = run(llm, requested)
     assert_right(oracle, requested, outputs)
@@ -226,7 +224,7 @@ def test_prompt_logprobs(start: Start, oracle: Oracle) -> None:
 
 def test_nothing_in_the_matrix_is_plain(oracle: Oracle) -> None:
     """Every spec of the traffic moves the next token's logprobs by far more than any bound here."""
-    prompt = tokens(1, 40)
+    prompt = marked(tokens(1, 40))
     plain = oracle.logprobs(prompt, None)[-1]
     for spec in SPECS:
         moved = abs(oracle.logprobs(prompt, spec, prompt_len=len(prompt))[-1] - plain).max()

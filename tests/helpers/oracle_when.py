@@ -73,7 +73,10 @@ def share(schedule: dict[str, Any] | None, since_T: torch.Tensor) -> torch.Tenso
 
 
 def conditions_of(when: dict[str, Any]) -> list[dict[str, Any]]:
-    return when.get("any") or when.get("all") or [when]
+    for key in ("any", "all"):
+        if key in when:
+            return list(when[key])
+    return [when]
 
 
 class Decisions:

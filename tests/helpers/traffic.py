@@ -22,17 +22,30 @@ class Start(Protocol):
 BOUND = 1e-4
 """Of a float32 logprob against the oracle; edits make the stream a few times larger than its own rounding assumes."""
 
+OPEN, CLOSE = 300, 301
+"""Tokens that every prompt has: triggers."""
+
+_HOLDS = {"vector": "r10", "blocks": [0], "above": -1.0, "at": "mean_prompt"}
+_FAILS = {"vector": "r10", "blocks": [0, 1], "above": 0.9, "at": "max_prompt"}
+
 SPECS: tuple[dict[str, Any] | None, ...] = (
     None,
     steering(edit("r0", 1.5)),
     steering(edit("r1", 1.5, scope="generation")),
-    None,
+    steering(edit("r8", 2.0, scope={"after": OPEN, "until": CLOSE, "each": True}), edit("r9", 0.5, scope="generation")),
     steering(edit("r2", 1.5, scope="prompt"), edit("r3", -1.0, blocks=1)),
     steering(edit("r4", op="ablate"), edit("r5", 1.0, scope={"start": 3, "end": -2})),
-    steering({"vector": "r6", "op": "set", "target": 4.0, "scope": {"start": -5}}),
+    steering(edit("r11", 2.0, when=_HOLDS), edit("r12", 2.0, blocks=2, when={"any": [_FAILS]})),
     steering({"vector": "r7", "op": "add_relative", "scale": 0.3}, preserve_norm=True),
+    None,
+    steering({"vector": "r6", "op": "set", "target": 4.0, "scope": {"start": -5}}),
+    steering(edit("r13", 3.0, scope="last_prompt_token"), edit("r14", 2.0, blocks=2, when={"all": [_HOLDS, _FAILS]})),
+    steering(
+        edit("r15", 2.0, scope={"from": "generation", "end": 6}, schedule={"kind": "linear", "over": 4, "to": 0.0}),
+        edit("r9", 0.6, op="ablate", scope={"except": {"after": OPEN, "tokens": 5}}),
+    ),
 )
-"""Every kind of scope, sums over D, and plain requests in between."""
+"""Every kind of scope, sums over D, conditions that hold and that do not, and plain requests in between."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +55,18 @@ class Ask:
     max_tokens: int
 
 
+def marked(prompt: list[int]) -> list[int]:
+    """With the triggers: open near the start, closed in the middle, open again near the end."""
+    middle = len(prompt) // 2
+    return [*prompt[:1], OPEN, *prompt[1:middle], CLOSE, *prompt[middle:-1], OPEN, *prompt[-1:]]
+
+
 def asks(num: int, *, shared: int = 40, longest: int = 60, max_tokens: int = 8, seed: int = 0) -> list[Ask]:
     """`num` requests over SPECS, every second one behind a prefix of `shared` tokens that they have in common."""
-    prefix = tokens(7_000 + seed, shared)
+    prefix = marked(tokens(7_000 + seed, shared))[:shared]
     return [
         Ask(
-            prompt=[*(prefix if i % 2 else []), *tokens(8_000 + 100 * seed + i, 5 + (11 * i) % longest)],
+            prompt=[*(prefix if i % 2 else []), *marked(tokens(8_000 + 100 * seed + i, 5 + (11 * i) % longest))],
             spec=SPECS[i % len(SPECS)],
             max_tokens=1 + (3 * i + max_tokens - 1) % max_tokens,
         )

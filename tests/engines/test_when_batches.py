@@ -1,0 +1,184 @@
+"""Random batches that mix all scopes, triggers, schedules and conditions: each answer is the oracle's, whatever runs
+beside it.
+
+Prompts have a small alphabet, so that windows open and close many times; answers open more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.engines import RUNNER
+from helpers.oracle import Oracle
+from helpers.random_batches import Answer, Request, run_together
+from helpers.traffic import Start
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError
+
+ALPHABET = (300, 301, 302, 303)
+LARGEST, LONGEST, EXAMPLES = (64, 10, 4) if RUNNER == "v1" else (6, 3, 1)
+BOUND = 1e-4
+NEAR = 1e-4
+"""A number so near the bound of its condition that rounding may decide; such a request is compared with nothing."""
+
+names = st.sampled_from([f"r{seed}" for seed in range(8)])
+numbers = st.none() | st.integers(-12, 20)
+sequences = st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=3)
+
+
+def fields(**optional: Any) -> Any:
+    return st.fixed_dictionaries({}, optional=optional)
+
+
+lengths = st.integers(1, 6)
+triggers = st.one_of(
+    st.fixed_dictionaries({"after": sequences}, optional={"each": st.booleans(), "tokens": lengths}),
+    st.tuples(sequences, sequences, st.booleans())
+    .filter(lambda sides: sides[0] != sides[1])
+    .map(lambda sides: {"after": sides[0], "until": sides[1], "each": sides[2]}),
+    st.fixed_dictionaries({"until": sequences}),
+)
+spans = st.one_of(
+    fields(start=numbers, end=numbers),
+    st.integers(0, 5).flatmap(lambda start: st.just({"from": "generation", "start": start, "end": start + 3})),
+)
+scopes = st.one_of(
+    st.sampled_from(["all", "prompt", "generation", "last_prompt_token"]),
+    spans,
+    triggers,
+    st.builds(lambda trigger, span: {**trigger, **span}, triggers, spans),
+    st.builds(lambda span, hole: {**span, "except": hole}, spans, triggers),
+)
+schedules = st.builds(
+    lambda kind, over, to: {"kind": kind, "over": over, "to": to},
+    st.sampled_from(["linear", "exponential"]),
+    st.integers(1, 12),
+    st.sampled_from([0.25, 0.5, 2.0]),
+)
+conditions = st.builds(
+    lambda vector, blocks, side, bound, measure, at: (
+        {"vector": vector, "blocks": blocks, side: bound, "measure": measure, "at": at}
+    ),
+    names,
+    st.sampled_from([[0], [1], [0, 1]]),
+    st.sampled_from(["above", "below"]),
+    st.sampled_from([-0.4, -0.05, 0.0, 0.05, 0.4]),
+    st.sampled_from(["cosine", "dot"]),
+    st.sampled_from(["last_prompt_token", "mean_prompt", "max_prompt"]),
+)
+whens = st.one_of(
+    conditions,
+    st.lists(conditions, min_size=1, max_size=3).map(lambda each: {"any": each}),
+    st.lists(conditions, min_size=1, max_size=3).map(lambda each: {"all": each}),
+)
+operations = st.sampled_from(
+    [
+        {"op": "add", "scale": 1.5},
+        {"op": "add", "scale": -2.0},
+        {"op": "add_relative", "scale": 0.3},
+        {"op": "ablate", "scale": 1.0},
+        {"op": "clamp", "lo": 1.0},
+        {"op": "set", "target": 2.0},
+    ]
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> dict[str, Any]:
+    edits = []
+    for _ in range(draw(st.integers(1, 3))):
+        edit = {"vector": draw(names), "scope": draw(scopes), **draw(operations)}
+        if draw(st.booleans()):
+            edit["when"] = draw(whens)
+        if edit["scope"] != "last_prompt_token" and edit["op"] not in ("clamp", "set") and draw(st.booleans()):
+            edit["schedule"] = draw(schedules)
+        edits.append(edit)
+    return {"edits": edits, "preserve_norm": draw(st.integers(0, 3)) == 0}
+
+
+def batch_of(llm: LLM, pool: list[dict[str, Any]], seed: int) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    allowed: list[dict[str, Any] | None] = [None]
+    for spec in pool:
+        try:
+            llm.llm_engine.input_processor.steering.resolve(spec)
+        except SteeringRequestError:  # the mix needs more rows, or a condition is decided too late
+            spec = {"edits": [{key: value for key, value in spec["edits"][0].items() if key != "when"}]}
+        allowed.append(spec)
+    shared = [int(token) for token in rng.choice(ALPHABET, 40)]
+    batch = []
+    for number in range(int(rng.integers(LARGEST // 2, LARGEST + 1))):
+        tail = [int(token) for token in rng.choice([*ALPHABET, *range(40)], int(rng.integers(1, 50)))]
+        max_tokens = 1 + int(rng.integers(LONGEST))
+        batch.append(
+            Request(
+                prompt=[*(shared if number % 3 == 0 else []), *tail],
+                spec=allowed[number % len(allowed)],
+                max_tokens=max_tokens,
+                wait=int(rng.integers(3)),
+                abort=1 if max_tokens > 2 and rng.integers(8) == 0 else None,
+                scores_prompt=False,
+            )
+        )
+    return batch
+
+
+def compare(oracle: Oracle, request: Request, answer: Answer) -> None:
+    prompt_len = len(request.prompt)
+    whole = [*request.prompt, *answer.ids]
+    rows = np.arange(prompt_len - 1, len(whole) - 1)
+    if request.spec is not None and near(oracle, request, prompt_len):
+        return
+    expected, plain = (
+        oracle.logprobs(whole, spec, prompt_len)[rows, whole[prompt_len:]] for spec in (request.spec, None)
+    )
+    assert np.abs(answer.logprobs - expected).max() <= BOUND * max(1.0, np.abs(expected).max() / 10), request
+    if request.spec is not None:
+        EFFECTS.append(float(np.abs(expected - plain).max()))
+
+
+def near(oracle: Oracle, request: Request, prompt_len: int) -> bool:
+    assert request.spec is not None
+    asked = [edit["when"] for edit in request.spec["edits"] if "when" in edit]
+    if not asked:
+        return False
+    decisions = oracle.decisions(request.prompt, request.spec, prompt_len)
+    each = [one for when in asked for one in (when.get("any") or when.get("all") or [when])]
+    return any(abs(decisions.value(one) - one.get("above", one.get("below"))) < NEAR for one in each)
+
+
+EFFECTS: list[float] = []
+
+
+@pytest.fixture(scope="module")
+def llm(start: Start) -> LLM:
+    """Prompts are split, requests wait for others, and some are thrown out and computed again."""
+    return start(max_num_seqs=40, max_num_batched_tokens=64, num_gpu_blocks_override=64)
+
+
+@pytest.mark.timeout(900)
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(drawn=st.tuples(st.lists(specs(), min_size=16, max_size=24), st.integers(0, 2**32 - 1)))
+def test_each_is_as_the_oracle_says(llm: LLM, oracle: Oracle, drawn: tuple[list[dict[str, Any]], int]) -> None:
+    batch = batch_of(llm, *drawn)
+    llm.llm_engine.reset_prefix_cache()
+    for request, answer in zip(batch, run_together(llm, batch), strict=True):
+        assert np.isfinite(answer.logprobs).all()
+        compare(oracle, request, answer)
+
+
+def test_the_batches_were_worth_it() -> None:
+    assert len(EFFECTS) >= EXAMPLES * LARGEST // 4
+    visible = np.array(EFFECTS) >= 100 * BOUND
+    assert 0.4 <= visible.mean() < 1.0  # some windows never open, and some conditions do not hold
