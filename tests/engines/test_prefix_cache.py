@@ -121,3 +121,99 @@ def test_reading_is_never_shortened_by_the_cache(llm: LLM) -> None:
     rows = llm.capture([PROMPT], "all")[0]
     assert rows.shape[1] == len(PROMPT)
     assert np.abs(rows).max(axis=2).min() > 0
+
+
+OPEN, CLOSE = 300, 301
+
+
+def marked(at: int, closed: int | None = None) -> list[int]:
+    """PROMPT with a token that opens a window at one position, and one that closes it at another."""
+    prompt = list(PROMPT)
+    prompt[at] = OPEN
+    if closed is not None:
+        prompt[closed] = CLOSE
+    return prompt
+
+
+WINDOW = {"after": OPEN, "until": CLOSE, "each": True}
+
+
+def test_a_prompt_without_a_trigger_shares_with_plain_traffic(llm: LLM) -> None:
+    plain = ask(llm, None)[1]
+    cached, steered = ask(llm, steering(edit("r0", 1.5, scope=WINDOW)))
+    assert cached == FULL
+    assert np.abs(np.subtract(steered[1], plain[1])).max() <= 1e-5
+
+
+def test_blocks_before_a_trigger_are_plain_and_those_in_its_window_are_not(llm: LLM) -> None:
+    prompt = marked(BLOCK + 7)
+    spec = steering(edit("r0", 1.5, scope=WINDOW))
+    assert ask(llm, None, prompt)[0] == 0
+    cached, steered = ask(llm, spec, prompt)
+    assert cached == BLOCK
+    assert ask(llm, spec, prompt)[0] == FULL
+    cached, plain = ask(llm, None, prompt)
+    assert cached == FULL
+    assert steered != plain
+    # The same positions in other words.
+    same = steering(edit("r0", 1.5, scope={"start": BLOCK + 8}))
+    cached, answer = ask(llm, same, prompt)
+    assert cached == FULL
+    assert np.abs(np.subtract(answer[1], steered[1])).max() <= 1e-5
+    # Another prompt with the window elsewhere in the second block.
+    assert ask(llm, spec, marked(BLOCK + 9))[0] == BLOCK
+
+
+def test_windows_of_the_answer_are_keyed_by_what_was_sampled(llm: LLM) -> None:
+    """An answer that becomes a prompt: the window that one of its tokens opened is found in its blocks again."""
+    prompt = PROMPT[: BLOCK + 3]
+    plain = generate(llm, [prompt], [None], max_tokens=BLOCK + 2)[0].outputs[0].token_ids
+    trigger = {"after": plain[1]}
+    llm.llm_engine.reset_prefix_cache()
+    spec = steering(edit("r0", 1.5, scope=trigger))
+    answer = generate(llm, [prompt], [spec], max_tokens=BLOCK + 2)[0].outputs[0].token_ids
+    assert answer[:2] == plain[:2]
+    assert answer != plain
+    grown = [*prompt, *answer]
+    assert ask(llm, None, grown)[0] == BLOCK
+    cached, again = ask(llm, spec, grown)
+    assert cached == 2 * BLOCK
+    llm.llm_engine.reset_prefix_cache()
+    assert np.abs(np.subtract(ask(llm, spec, grown)[1][1], again[1])).max() <= 1e-5
+
+
+def test_schedules_share_only_what_they_edit_alike(llm: LLM) -> None:
+    def fading(over: int) -> dict[str, Any]:
+        schedule = {"kind": "linear", "over": over, "to": 0.0}
+        return steering(edit("r0", 1.5, scope={"start": BLOCK}, schedule=schedule))
+
+    assert ask(llm, fading(40))[0] == 0
+    assert ask(llm, fading(40))[0] == FULL
+    assert ask(llm, fading(50))[0] == BLOCK
+    assert ask(llm, steering(edit("r0", 1.5, scope={"start": BLOCK})))[0] == BLOCK
+
+
+@pytest.mark.parametrize("above", [-1.0, 0.9], ids=["holds", "does not hold"])
+def test_a_condition_has_its_own_key_where_it_could_have_held(llm: LLM, above: float) -> None:
+    condition = {"vector": "r9", "blocks": [0], "above": above}
+    spec = steering(edit("r0", 1.5, when=condition))
+    prompt = PROMPT[: 2 * BLOCK + 3]
+    ask(llm, None, prompt)
+    answer = generate(llm, [prompt], [spec], max_tokens=BLOCK)[0]
+    assert answer.num_cached_tokens == 2 * BLOCK, "before the last prompt token, nothing is edited"
+    assert answer.steering["conditions"][0]["held"] == (above < 0)
+    covered = len(answer.outputs[0].token_ids) if above < 0 else 0
+    assert answer.steering["edits"][0]["applied_tokens"] == covered
+    grown = [*prompt, *answer.outputs[0].token_ids]
+    assert ask(llm, None, grown)[0] == 2 * BLOCK
+
+
+def test_a_condition_on_the_whole_prompt_measures_it_whole(llm: LLM) -> None:
+    condition = {"vector": "r9", "blocks": [0], "above": -1.0, "at": "mean_prompt"}
+    spec = steering(edit("r0", 1.5, when=condition))
+    values = []
+    for _ in ("cold", "warm"):
+        output = generate(llm, [PROMPT], [spec], max_tokens=1)[0]
+        assert output.num_cached_tokens == 0
+        values.append(output.steering["conditions"][0]["value"])
+    assert abs(values[0] - values[1]) <= 1e-7
