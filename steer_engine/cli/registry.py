@@ -132,7 +132,8 @@ class Remote:
                 return Answer(answer.status, answer.read(MAX_ANSWER_BYTES), digest)
         except urllib.error.HTTPError as error:
             kind = _NotFound if error.code == 404 else RegistryError
-            raise kind(f"{method} {url}: {error.code}: {_reason(error)}") from None
+            with error:  # it holds the connection
+                raise kind(f"{method} {url}: {error.code}: {_reason(error)}") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise RegistryError(f"{url} is unreachable ({reason}); set --url or {URL_ENV}.") from None

@@ -221,5 +221,8 @@ def _is_ready(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        return False
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False

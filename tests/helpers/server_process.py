@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ SMALL += ("--dtype", "float32")
 STEERED = 'steer_engine_requests_total{outcome="steered"}'
 FINISHED = "vllm:request_success_total"
 """Requests, as /metrics counts them: those that were steered, and those that the engine has finished."""
+STEPS = "vllm:iteration_tokens_total_count"
+"""Steps of the engine in which a request got a token. Unlike seconds, they do not depend on the machine."""
+
+CAN_PAUSE = {"VLLM_SERVER_DEV_MODE": "1"}
+"""Environment of a server that `paused` can pause."""
 
 
 class Server:
@@ -129,6 +135,26 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """The engine runs no step meanwhile: requests arrive and wait, however late the processes get their time.
+
+    vLLM's processes poll while the engine runs. On two cores, a client beside them may get no time until the engine has
+    nothing to do, so that its requests come one after the other.
+    """
+    answer = server.client.post("/pause", params={"mode": "keep"})
+    assert answer.status_code == 200, answer.text
+    try:
+        yield
+    finally:
+        assert server.client.post("/resume").status_code == 200
+
+
+def num_waiting(server: Server) -> int:
+    """Steered requests in the engine that do not run."""
+    return int(server.get("/v1/steering/stats").json()["engine"]["waiting"])
 
 
 def wait_until_nothing_is_held(server: Server) -> None:

@@ -17,7 +17,8 @@ import httpx
 import numpy as np
 import pytest
 from helpers.living import HIDDEN_SIZE, NUM_BLOCKS, along
-from helpers.server_process import Server, steer_engine_serve
+from helpers.server_process import CAN_PAUSE, STEPS, Server, num_waiting, paused, steer_engine_serve
+from helpers.server_process import STEERED as STEERED_REQUESTS
 from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 
@@ -41,6 +42,7 @@ CAPTURES: dict[str, tuple[str, Any, Any, bool]] = {
 }
 """Name -> prompt, positions, steering, after the edit."""
 
+MAX_CAPTURES = 2
 MAX_BYTES = NUM_BLOCKS * HIDDEN_SIZE * 4 * len(PROMPTS["long"])
 
 
@@ -72,9 +74,9 @@ def capturing(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFa
         tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(vector.parent), "--enable-scale-out",
         "--max-num-batched-tokens", str(CHUNK), "--block-size", str(BLOCK), "--enable-prompt-tokens-details",
         "--steering-capture", "all", "--steering-limit", f"max_capture_bytes={MAX_BYTES}",
-        "--steering-limit", "max_captures=2",
+        "--steering-limit", f"max_captures={MAX_CAPTURES}",
     )  # fmt: skip
-    running = Server(command, tmp_path_factory.mktemp("capturing") / "server.log")
+    running = Server(command, tmp_path_factory.mktemp("capturing") / "server.log", env=CAN_PAUSE)
     yield running
     running.kill()
 
@@ -249,18 +251,25 @@ def test_the_key_of_the_engine_is_not_for_clients(capturing: Server, key: str) -
 
 @pytest.mark.slow
 async def test_more_captures_than_the_limit_wait_and_all_are_answered(capturing: Server) -> None:
-    most = 0
-    # Rows are kept until the answer is complete: long answers give the time to see them.
-    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
-    body |= {"steering": {"capture": {"positions": "all"}}}
+    most, num_requests, num_tokens = 0, 8, 400
+    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": num_tokens, "ignore_eos": True}
+    body |= {"steering": {"capture": {"positions": "all"}} | STEERED}
+    steps, steered = (capturing.metric(name) for name in (STEPS, STEERED_REQUESTS))
     async with httpx.AsyncClient(base_url=capturing.url, timeout=120) as client:
-        asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(8)]
+        with paused(capturing):
+            asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(num_requests)]
+            deadline = time.monotonic() + 60
+            while capturing.metric(STEERED_REQUESTS) < steered + num_requests or num_waiting(capturing) != MAX_CAPTURES:
+                assert time.monotonic() < deadline, f"{num_waiting(capturing)} requests reached the engine"
+                await asyncio.sleep(0.05)
         while not all(task.done() for task in asking):
             stats = (await client.get("/v1/steering/stats")).json()
             most = max(most, *(worker["captured_bytes"] for worker in stats["engine"]["workers"]))
         answers = [await task for task in asking]
     assert {rows_of(answer).shape for answer in answers} == {(NUM_BLOCKS, len(PROMPTS["long"]), HIDDEN_SIZE)}
-    assert 0 < most <= 2 * MAX_BYTES
+    assert most <= MAX_CAPTURES * MAX_BYTES
+    # Each gets a token in a step: no more of them ran at once.
+    assert capturing.metric(STEPS) - steps >= num_requests * num_tokens / MAX_CAPTURES
     assert captured_bytes(capturing) == 0
 
 
@@ -280,6 +289,7 @@ async def test_captured_rows_of_an_aborted_request_are_dropped(capturing: Server
             # A busy server may have answered both at once; then the next request is tried.
             num_aborted += kept > 0 and not asking.done()
             asking.cancel()
+            await asyncio.wait({asking})
         wait_until(lambda: captured_bytes(capturing) == 0)
     assert ask(capturing, PROMPTS["short"], {"capture": {}}).status_code == 200
     wait_until(lambda: steered_slots(capturing) == 0)

@@ -161,5 +161,6 @@ def test_a_server_that_ends_leaves_no_process(tiny_llama: str, tmp_path: Path, s
         _, left = psutil.wait_procs(engines, timeout=SECONDS)
         assert left == []
     finally:
+        server.client.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.process.pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,10 @@ def test_who_is_steered_by_a_vector_that_is_deleted_is_so_to_the_end(server: Ser
 def test_a_client_that_hangs_up_stops_its_answer(server: Server, stream: bool) -> None:
     wait_until_running(server, 0)
     before = server.metric("vllm:generation_tokens_total")
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
     body = json.dumps(completion("lasting", stream=stream, n=2, temperature=1))
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    wait_until_running(server, 2)
-    connection.close()
+    with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as connection:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        wait_until_running(server, 2)
     wait_until_running(server, 0)
     written = server.metric("vllm:generation_tokens_total") - before
     assert 0 < written < LONG
