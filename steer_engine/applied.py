@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from steer_engine.edit import Condition
-from steer_engine.program import covered_by, triggers_of
 from steer_engine.resolve import ResolvedSpec
+from steer_engine.template import covered_by, triggers_of
 from steer_engine.trigger import Windows
 
 

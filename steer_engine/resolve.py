@@ -17,11 +17,11 @@ from steer_engine.containment import check_dose, check_growth, check_representab
 from steer_engine.edit import Edit, GateBounds, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.fields import parse_blocks, shown
-from steer_engine.program import ProgramTemplate
 from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
 from steer_engine.scope import WhenField
 from steer_engine.settings import Limits
 from steer_engine.spec import CaptureSpec, EditSpec, Op, SteeringSpec
+from steer_engine.template import ProgramTemplate
 from steer_engine.vectors import ControlVector
 from steer_engine.vocabulary import Vocabulary
 

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from steer_engine.capture import CaptureRequest
 from steer_engine.edit import NO_END
 from steer_engine.parse import parse_spec
-from steer_engine.program import LARGEST, Entry, Program, ProgramTemplate, RowKey
+from steer_engine.program import LARGEST, Covered, Entry, Program, RowKey
 from steer_engine.resolve import ResolvedSpec
+from steer_engine.template import ProgramTemplate
 
 A, B = VECTORS["a"].digest, VECTORS["b"].digest
 U64 = 2.0**-53
@@ -202,8 +203,8 @@ def test_what_covers_no_position_vanishes() -> None:
 def test_identity_lists_edits_with_positions_in_canonical_order() -> None:
     spec = requested({"scope": "generation", "scale": 2}, {"op": "ablate", "scope": "prompt"})
     assert spec.template.at(9).identity == (
-        (spec.edits[0].edit.digest, 8, NO_END),
-        (spec.edits[1].edit.digest, 0, 9),
+        Covered(spec.edits[0].edit.digest, 8, NO_END),
+        Covered(spec.edits[1].edit.digest, 0, 9),
     )
     swapped = requested({"op": "ablate", "scope": "prompt"}, {"scope": "generation", "scale": 2})
     assert swapped.template.at(9).identity == spec.template.at(9).identity[::-1]
@@ -251,7 +252,7 @@ def test_a_wire_is_this() -> None:
     assert compiled.to_wire() == {
         "sites": [[[1], [[[[[A, 1.0]], True], [0.0, 0.0, -2.0, 0.0, -LARGEST, LARGEST], 1, 3, None]]]],
         "vectors": [A],
-        "identity": [[compiled.identity[0][0], 1, 3]],
+        "identity": [[compiled.identity[0].edit, 1, 3, -1, -1]],
         "keep_norm": True,
     }
 

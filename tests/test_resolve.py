@@ -351,8 +351,8 @@ def test_as_many_edits_as_allowed_do_not_overflow_together() -> None:
     spec = parse_spec({"edits": [edit] * 8})
     assert spec is not None
     template = resolve(spec, {"v": vector_of(100.0)}.__getitem__, shape(dtype="float16"), LIMITS).template
-    (_, ((entry, _),)) = template.sites[0]
-    assert abs(entry.c0) * 100.0 <= 65504
+    (_, (placed,)) = template.sites[0]
+    assert abs(placed.entry.c0) * 100.0 <= 65504
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 2.0**-16), ("float32", 1e-44), ("bfloat16", 1e-39)])

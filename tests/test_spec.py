@@ -194,7 +194,7 @@ def test_the_last_of_repeated_keys_counts() -> None:
 
 def test_the_schema_is_published_in_full() -> None:
     schema = SteeringSpec.model_json_schema()
-    assert set(schema["properties"]) == {"edits", "preserve_norm", "preset", "capture"}
+    assert set(schema["properties"]) == {"edits", "preserve_norm", "when", "preset", "capture"}
     assert set(schema["$defs"]["EditSpec"]["properties"]) == set(EditSpec.model_fields)
     assert not schema["$defs"]["EditSpec"]["additionalProperties"]
 
@@ -391,7 +391,7 @@ def test_a_refusal_says_value_and_what_is_valid() -> None:
         "safetensors file}, not 5."
     )
     assert refused(one(scope={"begin": 0})).message == (
-        "steering.edits[0].scope: unknown field 'begin'; valid fields: start, end."
+        "steering.edits[0].scope: unknown field 'begin'; valid fields: after, until, each, tokens, from, start, end, except."
     )
     assert refused(one(gate="sad")).message == "steering.edits[0].gate: must be an object, not 'sad'."
 
@@ -497,7 +497,7 @@ def test_many_mistakes_cost_no_more_than_one(raw: Any) -> None:
 def test_an_unknown_field_among_many() -> None:
     error = refused({f"k{i}": 1 for i in range(MAX_FIELDS + 1)})
     assert error.param == "steering"
-    assert "valid fields: edits, preserve_norm, preset" in error.message
+    assert "valid fields: edits, preserve_norm, when, preset" in error.message
 
 
 # Nothing but SteeringRequestError comes out

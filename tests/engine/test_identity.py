@@ -7,21 +7,29 @@ import time
 from typing import Any
 
 import pytest
+from helpers.oracle_when import covered
 from helpers.random_specs import VECTORS, covers, resolved, specs
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steer_engine.parse import parse_spec
-from steer_engine.program import KEY_TAG, PROGRAM_KEY, Program, block_key
+from steer_engine.program import KEY_TAG, Program, block_key
+from steer_engine.trigger import Windows
 
 BLOCK = 4
 Key = tuple[Any, ...] | None
 
 
-def keys_of(raw: Any, prompt_len: int, num_positions: int = 24) -> list[Key]:
-    """The keys of the request's blocks of BLOCK positions each."""
-    extra_args = {PROGRAM_KEY: resolved(raw).template.at(prompt_len).to_wire()}
-    return [block_key(extra_args, start, start + BLOCK) for start in range(0, num_positions, BLOCK)]
+def keys_of(raw: Any, prompt_len: int, tokens: list[int] | None = None) -> list[Key]:
+    """The keys of the request's blocks of BLOCK positions each, as the scheduler asks for them: block by block."""
+    tokens = list(range(24)) if tokens is None else tokens
+    program = resolved(raw).template.at(prompt_len)
+    wire, windows, keys = program.to_wire(), [Windows(trigger) for trigger in program.triggers], []
+    for start in range(0, len(tokens), BLOCK):
+        for each in windows:
+            each.extend(tokens[start : start + BLOCK])
+        keys.append(block_key(wire, windows, start, start + BLOCK))
+    return keys
 
 
 def one(**fields: Any) -> dict[str, Any]:
@@ -32,9 +40,8 @@ def digest(**fields: Any) -> str:
     return resolved(one(**fields)).edits[0].edit.digest
 
 
-@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}, {PROGRAM_KEY: Program().to_wire()}])
-def test_unsteered_blocks_have_no_key(extra_args: Any) -> None:
-    assert block_key(extra_args, 0, BLOCK) is None
+def test_unsteered_blocks_have_no_key() -> None:
+    assert block_key(Program().to_wire(), [], 0, BLOCK) is None
 
 
 def test_a_covered_block_names_the_edit_and_its_offsets() -> None:
@@ -143,12 +150,104 @@ def test_a_key_says_exactly_where_each_edit_is_applied(raw: Any, prompt_len: int
             assert key is None
 
 
+# Triggers, schedules and conditions
+
+OPEN, CLOSE = 90, 91
+
+
+def with_tokens(**places: int) -> list[int]:
+    """24 tokens that are no triggers, except at some places."""
+    tokens = list(range(24))
+    for name, place in places.items():
+        tokens[place] = {"opened": OPEN, "again": OPEN, "closed": CLOSE}[name]
+    return tokens
+
+
+def test_blocks_before_the_first_trigger_are_shared_with_plain_traffic() -> None:
+    key = digest(scope={"after": OPEN})
+    assert keys_of(one(scope={"after": OPEN}), 6, with_tokens(opened=9)) == [
+        None,
+        None,
+        (KEY_TAG, ((key, 2, 3),)),
+        *[(KEY_TAG, ((key, 0, 3),))] * 3,
+    ]
+    assert keys_of(one(scope={"after": OPEN}), 6, with_tokens()) == [None] * 6
+
+
+def test_a_window_that_closes_and_opens_again_is_named_in_parts() -> None:
+    scope = {"after": OPEN, "until": CLOSE, "each": True}
+    key = digest(scope=scope)
+    keys = keys_of(one(scope=scope), 6, with_tokens(opened=4, closed=6, again=10))
+    assert keys[:3] == [None, (KEY_TAG, ((key, 1, 1),)), (KEY_TAG, ((key, 3, 3),))]
+
+
+def test_an_exception_is_left_out() -> None:
+    scope = {"except": {"after": OPEN, "until": CLOSE}}
+    key = digest(scope=scope)
+    keys = keys_of(one(scope=scope), 6, with_tokens(opened=4, closed=14))
+    assert keys[:4] == [
+        (KEY_TAG, ((key, 0, 3),)),
+        (KEY_TAG, ((key, 0, 0),)),
+        None,
+        (KEY_TAG, ((key, 2, 3),)),
+    ]
+
+
+def test_a_condition_keeps_the_prompt_shared() -> None:
+    """The edit begins at the last prompt token, whatever its scope."""
+    when = {"vector": "c", "blocks": 0, "above": 0.1}
+    keys = keys_of(one(blocks="1-3", when=when), 10)
+    assert keys[:2] == [None, None]
+    assert keys[2] == (KEY_TAG, ((digest(blocks="1-3", when=when), 1, 3),))
+    assert keys[2] != keys_of(one(blocks="1-3", when=when | {"above": 0.2}), 10)[2]
+    assert keys[2] != keys_of(one(blocks="1-3", scope="generation"), 10)[2]
+
+
+def test_schedules_differ() -> None:
+    schedules = [None, *({"kind": kind, "over": over, "to": 0.5} for kind in ("linear", "exponential") for over in (4, 5))]
+    keys = [keys_of(one(schedule=schedule), 6)[0] for schedule in schedules]
+    assert len(set(keys)) == len(keys)
+    assert keys_of(one(schedule={"kind": "linear", "over": 4, "to": 1}), 6)[0] == keys[0]
+
+
+SEQUENCES = [[OPEN], [CLOSE], [OPEN, 1], [1, OPEN], [0, 0]]
+triggers = st.fixed_dictionaries(
+    {"after": st.sampled_from(SEQUENCES[:3])},
+    optional={
+        "until": st.sampled_from(SEQUENCES[3:]),
+        "each": st.booleans(),
+        "tokens": st.integers(1, 6),
+    },
+)
+windows = st.fixed_dictionaries({}, optional={"except": triggers, "start": st.integers(-8, 8)}).flatmap(
+    lambda rest: triggers.map(lambda trigger: rest | trigger)
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(windows, st.integers(1, 20), st.lists(st.sampled_from([0, 1, OPEN, CLOSE]), min_size=24, max_size=24))
+def test_a_key_names_the_covered_positions_of_a_trigger(scope: Any, prompt_len: int, tokens: list[int]) -> None:
+    """Against the definition, which looks at each position on its own."""
+    assume(scope.get("except") != {name: scope[name] for name in scope.keys() & {"after", "until", "each", "tokens"}})
+    covered_T = covered(scope, tokens, prompt_len)[0]
+    for number, key in enumerate(keys_of(one(scope=scope), prompt_len, tokens)):
+        named = {offset for _, first, last in (key[1] if key else ()) for offset in range(first, last + 1)}
+        inside = covered_T[number * BLOCK : (number + 1) * BLOCK]
+        assert named == set(inside.nonzero().flatten().tolist())
+
+
 def test_a_key_is_cheap() -> None:
     """It is made for every block of every request, in the scheduler."""
     edits = [{"vector": "a", "scale": 0.5, "scope": {"start": i}} for i in range(4)]
-    steered = {PROGRAM_KEY: resolved({"edits": edits}).template.at(100).to_wire()}
-    for extra_args, microseconds in ((steered, 50), ({"other": 1}, 5), (None, 5)):
+    spans = resolved({"edits": edits}).template.at(100)
+    scope = {"after": 1, "until": 2, "each": True, "except": {"after": 3, "tokens": 2}}
+    triggered = resolved({"edits": [{"vector": "a", "scope": scope}]}).template.at(100)
+    for program, microseconds in ((spans, 50), (triggered, 150)):
+        wire, windows = program.to_wire(), [Windows(trigger) for trigger in program.triggers]
+        tokens = [number % 7 for number in range(16_000)]
         started = time.process_time()
         for start in range(0, 16_000, 16):
-            block_key(extra_args, start, start + 16)
+            for each in windows:
+                each.extend(tokens[start : start + 16])
+            block_key(wire, windows, start, start + 16)
         assert (time.process_time() - started) / 1000 < microseconds * 1e-6

@@ -1,0 +1,224 @@
+"""A program before the prompt length is known: compiled once per spec, and completed for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from steer_engine.edit import LARGEST, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Scope, sha256_of
+from steer_engine.program import MEASURES, Covered, Details, Entry, Program, RowKey, Sites, keys_of
+from steer_engine.spec import Op
+from steer_engine.trigger import Trigger
+
+
+class Placed(NamedTuple):
+    """An entry before the prompt length is known. not_before: a position that it must not precede."""
+
+    entry: Entry
+    scope: Scope
+    not_before: Bound = Bound(False, 0)
+
+    def at(self, prompt_len: int) -> Entry | None:
+        """The entry for a prompt; None if it covers no position."""
+        start, end = self.scope.at(prompt_len)
+        start = max(start, self.not_before.at(prompt_len))
+        return self.entry._replace(start=start, end=end) if start < end else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramTemplate:
+    """A program before the prompt length is known: entries with symbolic scopes, blocks with equal entries grouped."""
+
+    sites: tuple[tuple[tuple[int, ...], tuple[Placed, ...]], ...]
+    edits: tuple[Edit, ...]
+    triggers: tuple[Trigger, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    keep_norm: bool = False
+    vectors: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
+        """Compile `edits`, which are in canonical order."""
+        triggers = triggers_of(edits)
+        conditions = _unique(condition for edit in edits if edit.when for condition in edit.when.conditions)
+        places = Places(triggers, conditions)
+        # Most blocks get the same entries, which are made once: `alike` is all that they depend on.
+        scales_of = [dict(zip(edit.blocks, edit.scales, strict=True)) for edit in edits]
+        early = [edit.when.decided_at if edit.when else None for edit in edits]
+        measured = [frozenset(condition.blocks) for condition in conditions]
+        blocks_of: dict[tuple[Any, ...], list[int]] = {}
+        for block in sorted({block for edit in edits for block in edit.blocks}.union(*measured)):
+            doses = tuple(scale_at.get(block) for scale_at in scales_of)
+            decided = tuple(last is None or block > last for last in early)
+            alike = (doses, decided, tuple(block in blocks for blocks in measured))
+            blocks_of.setdefault(alike, []).append(block)
+        by_entries: dict[tuple[Placed, ...], list[int]] = {}
+        for (doses, decided, measures), blocks in blocks_of.items():
+            given = [
+                (edit, scale, known)
+                for edit, scale, known in zip(edits, doses, decided, strict=True)
+                if scale is not None
+            ]
+            measuring = [_measuring(condition, q) for q, condition in enumerate(conditions) if measures[q]]
+            if entries := (*measuring, *_entries_of(given, places)):
+                by_entries.setdefault(entries, []).extend(blocks)
+        return cls(
+            sites=tuple((tuple(sorted(blocks)), entries) for entries, blocks in by_entries.items()),
+            edits=tuple(edits),
+            triggers=triggers,
+            conditions=conditions,
+            keep_norm=keep_norm,
+            vectors=tuple(sorted(set().union(*(edit.vectors for edit in edits)))),
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that the spec changes, whatever its vectors are called."""
+        placed = [[edit.digest, edit.scope.wire] for edit in self.edits]
+        return sha256_of([placed, self.keep_norm and bool(placed)])
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows or entries at the block that needs most."""
+        return max((_rows_of(entries) for _, entries in self.sites), default=0)
+
+    @cached_property
+    def num_bank_rows(self) -> int:
+        """Bank rows that a request needs at most, over all blocks."""
+        return sum(len(blocks) * len(keys_of(placed.entry for placed in entries)) for blocks, entries in self.sites)
+
+    def at(self, prompt_len: int) -> Program:
+        """The program for a prompt of `prompt_len` tokens, without the edits that cover no position."""
+        sites = []
+        for blocks, placed in self.sites:
+            entries = tuple(entry for each in placed if (entry := each.at(prompt_len)) is not None)
+            if entries:
+                sites.append(Sites(blocks=blocks, entries=entries))
+        identity = self.covered(prompt_len)
+        return Program(
+            sites=tuple(sites) if identity else (),
+            vectors=self.vectors if identity else (),
+            identity=identity,
+            triggers=self.triggers,
+            conditions=tuple(condition.measured_at(prompt_len) for condition in self.conditions),
+            prompt_len=prompt_len if self.conditions else 0,
+            keep_norm=self.keep_norm,
+        )
+
+    def covered(self, prompt_len: int) -> tuple[Covered, ...]:
+        """Where each edit applies, without the edits that cover no position."""
+        found = (covered_by(edit, self.triggers, prompt_len) for edit in self.edits)
+        return tuple(covered for covered in found if covered is not None)
+
+
+def covered_by(edit: Edit, triggers: Sequence[Trigger], prompt_len: int) -> Covered | None:
+    """Where an edit applies; None = nowhere. triggers: those of the edit are among them."""
+    start, end = edit.scope.at(prompt_len)
+    start = max(start, prompt_len - 1) if edit.when else start
+    if start >= end:
+        return None
+    trigger, exclude = edit.scope.trigger, edit.scope.exclude
+    return Covered(
+        edit.digest,
+        start,
+        end,
+        -1 if trigger is None else triggers.index(trigger),
+        -1 if exclude is None else triggers.index(exclude),
+    )
+
+
+class Places(NamedTuple):
+    """The numbers of triggers and conditions in a program: their order here."""
+
+    triggers: tuple[Trigger, ...]
+    conditions: tuple[Condition, ...]
+
+    def details(self, edit: Edit) -> Details | None:
+        """None for an edit whose scope is a span, without a schedule and conditions."""
+        scope, schedule, when = edit.scope, edit.schedule, edit.when
+        details = Details(
+            trigger=-1 if scope.trigger is None else self.triggers.index(scope.trigger),
+            exclude=-1 if scope.exclude is None else self.triggers.index(scope.exclude),
+        )
+        if schedule is not None:
+            details = details._replace(
+                over=schedule.over, slope=schedule.slope, to=schedule.to, exponential=schedule.exponential
+            )
+        if when is not None:
+            asked = sum(1 << self.conditions.index(condition) for condition in set(when.conditions))
+            details = details._replace(conditions=asked, any_condition=when.any)
+        return None if details == Details() else details
+
+
+def triggers_of(edits: Iterable[Edit]) -> tuple[Trigger, ...]:
+    """The triggers of the edits, each once."""
+    return _unique(trigger for edit in edits for trigger in (edit.scope.trigger, edit.scope.exclude) if trigger)
+
+
+def _unique(items: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(items))
+
+
+def _measuring(condition: Condition, number: int) -> Placed:
+    """The entry that measures a condition at one of its blocks. Before all edits, so that it reads the unedited x."""
+    largest = condition.at == "max_prompt"
+    details = Details(measure=MEASURES[condition.measure], total=number, largest=largest)
+    row = RowKey(terms=((condition.vector, 1.0),))
+    scope = LAST_PROMPT_TOKEN if condition.at == "last_prompt_token" else PROMPT
+    return Placed(Entry(row=row, details=details), scope)
+
+
+def _entries_of(doses: Sequence[tuple[Edit, float, bool]], places: Places) -> list[Placed]:
+    """The entries of one block. In a run of adds that always apply in full, those of one scope are summed into one row.
+
+    doses: an edit, its scale, and whether its conditions have been decided before this block is computed.
+    """
+    entries: list[Placed] = []
+    for commutes, run in groupby(doses, key=lambda dose: dose[0].commutes):
+        if not commutes:
+            for edit, scale, decided in run:
+                not_before = Bound(True, -1 if decided else 0) if edit.when else Bound(False, 0)
+                entry = _entry_of(edit, scale)._replace(details=places.details(edit))
+                entries.append(Placed(entry, edit.scope, not_before))
+            continue
+        sums: dict[Scope, dict[str, float]] = {}
+        details: dict[Scope, Details | None] = {}
+        for edit, scale, _ in run:
+            details[edit.scope] = places.details(edit)
+            terms = sums.setdefault(edit.scope, {})
+            terms[edit.vector] = terms.get(edit.vector, 0.0) + scale
+        for scope, terms in sorted(sums.items(), key=lambda item: item[0].order):
+            weighted = tuple(sorted((vector, scale) for vector, scale in terms.items() if scale))
+            if len(weighted) == 1:
+                # A single vector: the row holds it unscaled, so that all its scales share the row.
+                entry = Entry(row=RowKey(terms=((weighted[0][0], 1.0),)), c0=weighted[0][1], details=details[scope])
+                entries.append(Placed(entry, scope))
+            elif weighted:
+                entries.append(Placed(Entry(row=RowKey(terms=weighted), c0=1.0, details=details[scope]), scope))
+    return entries
+
+
+def _entry_of(edit: Edit, scale: float) -> Entry:
+    whole = RowKey(terms=((edit.vector, 1.0),))
+    unit = RowKey(terms=((edit.vector, 1.0),), unit=True)
+    gate = None
+    if edit.gate is not None:
+        gate = (RowKey(terms=((edit.gate.vector, 1.0),), unit=True), edit.gate.min_cos, edit.gate.max_cos)
+    match edit.op:
+        case Op.ADD:
+            return Entry(row=whole, c0=scale, gate=gate)
+        case Op.ADD_RELATIVE:
+            return Entry(row=unit, c1=scale, gate=gate)
+        case Op.ABLATE:
+            return Entry(row=unit, c2=-scale, gate=gate)
+        case Op.CLAMP | Op.SET:
+            lo = -LARGEST if edit.lo is None else edit.lo
+            hi = LARGEST if edit.hi is None else edit.hi
+            return Entry(row=unit, c3=1.0, lo=lo, hi=hi, gate=gate)
+
+
+def _rows_of(entries: Sequence[Placed]) -> int:
+    return max(len(entries), len(keys_of(placed.entry for placed in entries)))
