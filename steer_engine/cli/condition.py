@@ -163,7 +163,7 @@ def _print(found: ConditionFit) -> None:
     """The table of all blocks, the quality of the chosen ones, and warnings, on standard error."""
     from rich.table import Table
 
-    table = Table("block", "AUROC", "F1", "held-out AUROC", "held-out F1", "holds", "", title="training | held-out")
+    table = Table("block", "training AUROC", "training F1", "held-out AUROC", "held-out F1", "holds", "")
     rows: list[Candidate] = list(found.by_block.values())
     if found.chosen not in rows:
         rows.append(found.chosen)

@@ -33,6 +33,7 @@ class Prompts:
     """The different prompts of one class in the order of their file. repeated: prompts that were left out."""
 
     items: tuple[Text, ...]
+    label: str
     source: str
     repeated: int = 0
 
@@ -56,7 +57,7 @@ def load_prompts(name_or_path: str | os.PathLike[str], label: str) -> Prompts:
     for text in texts:
         unique.setdefault((text.prompt, text.text), text)
     require_enough(len(unique), label, source)
-    return Prompts(items=tuple(unique.values()), source=source, repeated=len(texts) - len(unique))
+    return Prompts(items=tuple(unique.values()), label=label, source=source, repeated=len(texts) - len(unique))
 
 
 def require_disjoint(positive: Prompts, negative: Prompts) -> None:
@@ -172,7 +173,7 @@ def fit_condition(
 def _values(run: Capturing, prompts: Prompts, readout: Readout) -> Array:
     """Values of the prompts of a class, `[N, L]`."""
     parts = []
-    with run.shown.counting("capturing", total=len(prompts.items), unit=f"prompts of {prompts.source}") as advance:
+    with run.shown.counting("capturing", total=len(prompts.items), unit=f"{prompts.label} prompts") as advance:
         for part_NL in run.engines.condition_values(prompts.items, readout, prompts.source):
             parts.append(part_NL)
             advance(len(part_NL))

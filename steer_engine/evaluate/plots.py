@@ -135,7 +135,7 @@ def flips(verdict: Verdict) -> str:
 
 
 def condition(fit: ConditionFit, suffix: str) -> bytes:
-    """The values of both classes at the chosen blocks with the threshold, and the AUROC of each block.
+    """The values of all prompts at the chosen blocks with the threshold, and the AUROC of each block.
 
     suffix: `.svg` or `.png`, the format of the returned file.
     """
@@ -149,7 +149,7 @@ def condition(fit: ConditionFit, suffix: str) -> bytes:
     side = "above" if cut.above else "below"
     values.axvline(cut.threshold, color="black", lw=1.2, ls="--", label=f"holds {side} {cut.threshold:.4g}")
     values.set_xlabel(f"{fit.measure}, {fit.at}")
-    values.set_ylabel("prompts", fontsize=9)
+    values.set_ylabel("prompts, training and held-out", fontsize=9)
     values.set_title(f"block {', '.join(map(str, chosen.blocks))}: held-out F1 {chosen.held_out.f1:.3f}")
     values.legend(fontsize=8, frameon=False)
     blocks = list(fit.by_block)
@@ -160,8 +160,9 @@ def condition(fit: ConditionFit, suffix: str) -> bytes:
     areas.axhline(0.5, color=GREY, lw=0.8, ls=":")
     for block in chosen.blocks:
         areas.axvline(block, color="black", lw=0.8, ls="--")
-    areas.set_ylim(min(0.45, *held_out), 1.02)
-    areas.xaxis.get_major_locator().set_params(integer=True)
+    areas.set_ylim(min(0.5, *held_out) - 0.05, 1.02)
+    areas.set_xlim(blocks[0] - 1, blocks[-1] + 1)
+    areas.set_xticks(blocks[:: 1 + len(blocks) // 12])
     areas.set_xlabel("block")
     areas.set_title("AUROC; 0.5 is chance")
     areas.legend(fontsize=8, frameon=False)
