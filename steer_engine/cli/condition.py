@@ -51,7 +51,12 @@ def fit(
     measure: Annotated[
         str, typer.Option(help="Number of a token: `cosine` of stream and direction, or their `dot` product.")
     ] = "cosine",
-    blocks: Annotated[str, typer.Option(help="Candidates among the vector's blocks: `all`, `8-22`, `14`.")] = "all",
+    blocks: Annotated[
+        str,
+        typer.Option(
+            help="Candidates among the vector's blocks: `all`, `8-22`, `14`. Take some before the last one to steer."
+        ),
+    ] = "all",
     num_blocks: Annotated[
         int, typer.Option(min=1, help="Best blocks to combine: their mean, or for max_prompt their largest value.")
     ] = 1,

@@ -20,7 +20,7 @@ from steer_engine.derive.make_pairs import read_words
 from steer_engine.derive.moments import Array
 from steer_engine.derive.texts import Text, load_texts
 from steer_engine.errors import DerivationError
-from steer_engine.spec import parse_blocks
+from steer_engine.fields import parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import At, Measure
 

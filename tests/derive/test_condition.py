@@ -21,6 +21,7 @@ from steer_engine.derive.condition import (
     split,
 )
 from steer_engine.errors import DerivationError
+from steer_engine.scope import ConditionSpec
 
 # Few different values, so that ties are common; and any finite ones.
 scores = st.one_of(
@@ -179,6 +180,7 @@ def test_the_best_block_is_chosen_on_training_prompts() -> None:
     assert condition.when("calm") == {
         "vector": "calm", "blocks": [5], "measure": "cosine", "at": "mean_prompt", "above": fit.chosen.cut.threshold,
     }  # fmt: skip
+    assert ConditionSpec.model_validate(condition.when("calm")).is_bounded  # what a request takes
     assert condition.held_out == {"positive": 12, "negative": 12}
     # Without the best block, the one that holds below its threshold.
     below = choose(*(side[:, [0, 3]] for side in classes()), (2, 9), measure="dot", at="mean_prompt").condition
