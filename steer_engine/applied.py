@@ -47,7 +47,9 @@ class Applied:
         held: dict[Condition, bool] = {}
         if len(measured) != len(self._conditions):
             return held
-        for entry, condition, number in zip(self._report.get("conditions", ()), self._conditions, measured, strict=True):
+        for entry, condition, number in zip(
+            self._report.get("conditions", ()), self._conditions, measured, strict=True
+        ):
             held[condition] = condition.measured_at(prompt_len).holds(number)
             _append(entry, "value", number / condition.numbers(prompt_len))
             _append(entry, "held", held[condition])

@@ -270,6 +270,7 @@ def _vector_body(vector: ControlVector) -> dict[str, Any]:
         "residual_norms": {str(block): norms[block] for block in vector.blocks if block in norms},
         "model": about.model,
         "method": about.method,
+        "condition": None if about.condition is None else about.condition.model_dump(mode="json", exclude_none=True),
         "notes": about.notes,
     }
 

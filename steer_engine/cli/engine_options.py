@@ -1,4 +1,4 @@
-"""Command-line options of the engine that a command starts, shared by `derive`, `dump`, `pairs answers` and `eval`.
+"""Command-line options of the engine that a command starts, shared by the commands that start one.
 
 Each name is a type for one parameter of a typer command; its default stands in the command:
 

@@ -171,9 +171,10 @@ def status(
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, *, stderr: bool = False) -> None:
     """Print a table. If the output is piped, it is as wide as the table, so that no cell is cut or wrapped."""
-    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    Console(stderr=stderr, width=None if is_terminal else PIPED_WIDTH).print(table)
 
 
 def short_digest(digest: str) -> str:

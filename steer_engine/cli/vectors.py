@@ -191,6 +191,7 @@ def _show_file(vector: ControlVector) -> None:
         "method": about.method,
         "position": about.position,
         "data set": about.dataset_digest,
+        "condition": "" if about.condition is None else str(about.condition),
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(about.created_with.items())),
         "notes": about.notes,
     }

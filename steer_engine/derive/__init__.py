@@ -5,9 +5,21 @@
 
 from __future__ import annotations
 
+from steer_engine.derive.condition_fit import fit_condition
 from steer_engine.derive.derivation import derive
 from steer_engine.derive.dump_fitter import fit_dump
 from steer_engine.derive.dump_writer import dump
 from steer_engine.derive.texts import Pair, Pairs, Text, Texts, load_pairs, load_texts
 
-__all__ = ["Pair", "Pairs", "Text", "Texts", "derive", "dump", "fit_dump", "load_pairs", "load_texts"]
+__all__ = [
+    "Pair",
+    "Pairs",
+    "Text",
+    "Texts",
+    "derive",
+    "dump",
+    "fit_condition",
+    "fit_dump",
+    "load_pairs",
+    "load_texts",
+]

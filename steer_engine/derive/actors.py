@@ -15,7 +15,8 @@ from typing import Any
 
 from steer_engine.derive.capture_config import CAPTURE_ENV, CaptureConfig, Position
 from steer_engine.derive.capture_engine import CapturedText, CaptureEngine, EngineFacts
-from steer_engine.derive.moments import Chunk
+from steer_engine.derive.condition import Readout
+from steer_engine.derive.moments import Array, Chunk
 from steer_engine.derive.progress import Progress
 from steer_engine.derive.texts import Pair, Text
 from steer_engine.errors import DerivationError, SteerError
@@ -149,6 +150,12 @@ class CapturePool(Workers):
     def capture_texts(self, chunks: Sequence[Sequence[Text]], position: Position) -> Iterator[list[CapturedText]]:
         """Rows of all texts, chunk by chunk, in order."""
         return self.ordered("capture_texts", [(list(chunk), position) for chunk in chunks])
+
+    def condition_values(self, texts: Sequence[Text], readout: Readout, source: str) -> Iterator[Array]:
+        """Values of all prompts, chunk by chunk `[N, L]`, in order. source: their file, for messages."""
+        starts = range(0, len(texts), 2 * PAIRS_PER_CHUNK)
+        calls = [(list(texts[start : start + 2 * PAIRS_PER_CHUNK]), readout, source) for start in starts]
+        return self.ordered("condition_values", calls)
 
     def text_errors(self, texts: Sequence[Text], position: Position) -> list[str]:
         """One sentence, with the line, for each text that cannot be captured. Nothing is captured."""

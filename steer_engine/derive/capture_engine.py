@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steer_engine.derive.capture_config import CaptureConfig, Position
+from steer_engine.derive.condition import Readout
 from steer_engine.derive.moments import Array, Chunk, Rows, Sample, summarise
 from steer_engine.derive.texts import Pair, Text
 from steer_engine.errors import DerivationError
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
+
+MAX_CAPTURE_BYTES = 256 << 20
+"""Rows that a call of the engine captures at most, when all tokens of its prompts are captured only to be reduced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +147,49 @@ class CaptureEngine:
                 found.append(error.message)
         return found
 
+    def condition_values(
+        self, texts: Sequence[Text], readout: Readout, source: str, max_bytes: int = MAX_CAPTURE_BYTES
+    ) -> Array:
+        """The value of each prompt at each block, `[N, L]`. Rows are reduced to numbers as soon as they are captured.
+
+        source: file of the texts, for messages. max_bytes: of the rows of all tokens that exist at a time.
+
+        Raises:
+            DerivationError: as `capture_pairs`.
+        """
+        prompts = [self._tokens(text.prompt, text.text, text.line, Position("last"), source) for text in texts]
+        if readout.at == "last_prompt_token":
+            numbers = [readout.numbers(rows_L1D) for rows_L1D in self._llm.capture(prompts, position="last")]
+        else:
+            num_blocks, hidden_size = readout.directions_LD.shape
+            max_rows = max(1, max_bytes // (num_blocks * hidden_size * np.dtype(np.float32).itemsize))
+            numbers = list(self._numbers_of_all_tokens(prompts, readout, max_rows))
+        return np.stack([readout.value(numbers_LT) for numbers_LT in numbers])
+
+    def _numbers_of_all_tokens(self, prompts: list[list[int]], readout: Readout, max_rows: int) -> Iterator[Array]:
+        """`[L, T]` for each prompt. A prompt of more than `max_rows` tokens is run once per window of its tokens."""
+        batch: list[list[int]] = []
+        for index, prompt in enumerate(prompts):
+            if len(prompt) > max_rows:
+                starts = range(0, len(prompt), max_rows)
+                windows = [list(range(start, min(start + max_rows, len(prompt)))) for start in starts]
+                captured = (self._llm.capture([prompt], position=window)[0] for window in windows)
+                yield np.concatenate([readout.numbers(rows_LTD) for rows_LTD in captured], axis=1)
+                continue
+            batch.append(prompt)
+            following = len(prompts[index + 1]) if index + 1 < len(prompts) else max_rows
+            if sum(map(len, batch)) + following > max_rows:
+                yield from map(readout.numbers, self._llm.capture(batch, position="all"))
+                batch = []
+
     def _sample(self, rows_LTD: Rows, line: int, position: Position) -> Sample:
         try:
             return summarise(rows_LTD, skip_first=position.includes_first)
         except DerivationError as error:
             raise DerivationError(f"{self._where(line)}: {error.message}") from None
 
-    def _tokens(self, prompt: str, text: str, line: int, position: Position) -> list[int]:
-        """Token ids of one text.
+    def _tokens(self, prompt: str, text: str, line: int, position: Position, source: str = "") -> list[int]:
+        """Token ids of one text. source: its file, if it is not that of the configuration.
 
         With `chat`, a text without a prompt is the user's message, followed by the start of the model's turn. A text
         with a prompt is the beginning of the answer to the prompt.
@@ -167,16 +206,18 @@ class CaptureEngine:
         tokens = [int(token) for token in self._tokenizer.encode(text, add_special_tokens=not self._config.chat)]
         if not position.fits(len(tokens)):
             raise DerivationError(
-                f"{self._where(line)}: the text has {len(tokens)} token(s), too few for position {position}."
+                f"{self._where(line, source)}: the text has {len(tokens)} token(s), too few for position {position}."
             )
         if len(tokens) > self._max_tokens:
             raise DerivationError(
-                f"{self._where(line)}: the text has {len(tokens)} tokens; this model takes at most {self._max_tokens}."
+                f"{self._where(line, source)}: the text has {len(tokens)} tokens; "
+                f"this model takes at most {self._max_tokens}."
             )
         return tokens
 
-    def _where(self, line: int) -> str:
-        return f"{self._config.source}:{line}" if line else self._config.source
+    def _where(self, line: int, source: str = "") -> str:
+        source = source or self._config.source
+        return f"{source}:{line}" if line else source
 
 
 _SAMPLED_BYTES = 1 << 20

@@ -54,10 +54,10 @@ def from_template(
             yield Pair(positive=template.replace(SLOT, good), negative=template.replace(SLOT, bad))
 
 
-def read_words(path: Path) -> list[tuple[int, str]]:
-    """Line number and content of each line that is not empty."""
+def read_words(path: Path, what: str = "word or phrase") -> list[tuple[int, str]]:
+    """Line number and content of each line that is not empty. what: what a line is, for messages."""
     try:
-        lines = read_bytes(path, "Give a file with one word or phrase a line.").decode("utf-8-sig").split("\n")
+        lines = read_bytes(path, f"Give a file with one {what} a line.").decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise DerivationError(f"{path}: not UTF-8.") from None
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -29,6 +29,12 @@ class Sample:
     norm_count: int
 
 
+def require_finite(rows: Rows) -> None:
+    """Raise DerivationError if captured rows contain NaN or infinity."""
+    if not np.isfinite(rows).all():
+        raise DerivationError("The model's residual stream is not finite here; another dtype (bfloat16) may help.")
+
+
 def summarise(rows_LTD: Rows, *, skip_first: bool) -> Sample:
     """Mean over the token rows of a text, and the sum of their norms, in float64.
 
@@ -38,8 +44,7 @@ def summarise(rows_LTD: Rows, *, skip_first: bool) -> Sample:
     Raises:
         DerivationError: a row is not finite.
     """
-    if not np.isfinite(rows_LTD).all():
-        raise DerivationError("The model's residual stream is not finite here; another dtype (bfloat16) may help.")
+    require_finite(rows_LTD)
     rows = rows_LTD.astype(np.float64)
     counted = rows[:, 1:] if skip_first and rows.shape[1] > 1 else rows
     norms_LT = np.linalg.norm(counted, axis=-1)

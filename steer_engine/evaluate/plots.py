@@ -1,4 +1,4 @@
-"""Draws the figures of a report as SVG text, with matplotlib (extra `report`)."""
+"""Draws the figures of a report as SVG text, and that of a condition, with matplotlib (extra `report`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from steer_engine.derive.condition import ConditionFit
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.outcome import Outcome, Point, Verdict
 
@@ -131,6 +132,45 @@ def flips(verdict: Verdict) -> str:
     axis.set_title("test items")
     axis.legend(fontsize=8, frameon=False)
     return _svg(figure)
+
+
+def condition(fit: ConditionFit, suffix: str) -> bytes:
+    """The values of all prompts at the chosen blocks with the threshold, and the AUROC of each block.
+
+    suffix: `.svg` or `.png`, the format of the returned file.
+    """
+    figure, axes = _figure(1, 2, height=3.4, width=9.0)
+    values, areas = axes[0]
+    chosen, cut = fit.chosen, fit.chosen.cut
+    edges = np.histogram_bin_edges(np.concatenate([chosen.positive_N, chosen.negative_N]), bins=30)
+    sides = (("positive", chosen.positive_N, COLOURS[0]), ("negative", chosen.negative_N, COLOURS[1]))
+    for name, value_N, colour in sides:
+        values.hist(value_N, edges, color=colour, alpha=0.55, label=f"{name} ({len(value_N)})")
+    side = "above" if cut.above else "below"
+    values.axvline(cut.threshold, color="black", lw=1.2, ls="--", label=f"holds {side} {cut.threshold:.4g}")
+    values.set_xlabel(f"{fit.measure}, {fit.at}")
+    values.set_ylabel("prompts, training and held-out", fontsize=9)
+    values.set_title(f"block {', '.join(map(str, chosen.blocks))}: held-out F1 {chosen.held_out.f1:.3f}")
+    values.legend(fontsize=8, frameon=False)
+    blocks = list(fit.by_block)
+    trained = [each.auroc for each in fit.by_block.values()]
+    held_out = [each.held_out.auroc for each in fit.by_block.values()]
+    areas.plot(blocks, trained, "o-", color=COLOURS[5], ms=3, lw=1.2, label="training prompts")
+    areas.plot(blocks, held_out, "o-", color=COLOURS[4], ms=3, lw=1.2, label="held-out prompts")
+    areas.axhline(0.5, color=GREY, lw=0.8, ls=":")
+    for block in chosen.blocks:
+        areas.axvline(block, color="black", lw=0.8, ls="--")
+    areas.set_ylim(min(0.5, *held_out) - 0.05, 1.02)
+    areas.set_xlim(blocks[0] - 1, blocks[-1] + 1)
+    areas.set_xticks(blocks[:: 1 + len(blocks) // 12])
+    areas.set_xlabel("block")
+    areas.set_title("AUROC; 0.5 is chance")
+    areas.legend(fontsize=8, frameon=False)
+    if suffix == ".svg":
+        return _svg(figure).encode()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()
 
 
 def _band(axis: Any, line: Sequence[Point], metric: str, colour: str, label: str) -> None:

@@ -118,12 +118,19 @@ class ControlVector:
         kept = {block: v for block, v in self.directions.items() if block in wanted}
         if not kept:
             raise VectorFileError(f"None of the blocks {sorted(wanted)} has a direction; it has {list(self.blocks)}.")
-        return ControlVector(directions=kept, metadata=self.metadata)
+        condition = self.metadata.condition
+        lost = condition is not None and not set(condition.blocks) <= kept.keys()
+        return ControlVector(directions=kept, metadata=self._unconditional if lost else self.metadata)
 
     def with_metadata(self, **fields: Any) -> ControlVector:
         """The same directions with some metadata fields replaced (validated)."""
         metadata = VectorMetadata.checked({**self.metadata.model_dump(), **fields})
         return ControlVector(directions=self.directions, metadata=metadata)
+
+    @property
+    def _unconditional(self) -> VectorMetadata:
+        """The metadata without the condition, which was fitted for other directions than those of the result."""
+        return self.metadata.model_copy(update={"condition": None})
 
     def __add__(self, other: ControlVector) -> ControlVector:
         if not isinstance(other, ControlVector):
@@ -138,7 +145,9 @@ class ControlVector:
         return ControlVector(directions=summed, metadata=self.metadata.joined(other.metadata))
 
     def __neg__(self) -> ControlVector:
-        return ControlVector(directions={b: np.negative(v) for b, v in self.directions.items()}, metadata=self.metadata)
+        return ControlVector(
+            directions={b: np.negative(v) for b, v in self.directions.items()}, metadata=self._unconditional
+        )
 
     def __sub__(self, other: ControlVector) -> ControlVector:
         return self + (-other) if isinstance(other, ControlVector) else NotImplemented
@@ -148,7 +157,7 @@ class ControlVector:
             return NotImplemented
         with np.errstate(over="ignore", invalid="ignore"):  # the constructor rejects an overflow
             scaled = {b: (v * np.float64(scale)).astype(np.float32) for b, v in self.directions.items()}
-        return ControlVector(directions=scaled, metadata=self.metadata)
+        return ControlVector(directions=scaled, metadata=self._unconditional)
 
     __rmul__ = __mul__
 
@@ -159,7 +168,7 @@ class ControlVector:
             raise ZeroDivisionError("A control vector cannot be divided by 0.")
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = {b: (v / np.float64(divisor)).astype(np.float32) for b, v in self.directions.items()}
-        return ControlVector(directions=scaled, metadata=self.metadata)
+        return ControlVector(directions=scaled, metadata=self._unconditional)
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, ControlVector) else NotImplemented

@@ -6,9 +6,9 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
@@ -31,6 +31,62 @@ MAX_EXTRA = 64
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Key = Annotated[str, Field(min_length=1, max_length=128)]
 Block = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+Measure = Literal["cosine", "dot"]
+"""The number of one prompt token: cos(x, v), or <x, v> with v as it is in the file."""
+
+At = Literal["last_prompt_token", "mean_prompt", "max_prompt"]
+"""Which prompt tokens the value of a condition covers: the last one, the mean over all, or the largest of all."""
+
+
+class FittedCondition(BaseModel):
+    """When to steer: a threshold on the projection of the prompt's residual stream, fitted to prompts of two classes.
+
+    It holds for a prompt if the value is above `above` and below `below`. It is valid for exactly these directions.
+
+    blocks: where the value is measured, ascending; each has a direction. f1, precision, recall, accuracy, auroc:
+        measured on held-out prompts that neither the blocks nor the threshold were chosen on.
+    held_out: class -> number of those prompts. chat: the prompts were in the model's chat template.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1, max_length=MAX_BLOCKS)]
+    measure: Measure
+    at: At
+    above: Number | None = None
+    below: Number | None = None
+    f1: Share | None = None
+    precision: Share | None = None
+    recall: Share | None = None
+    accuracy: Share | None = None
+    auroc: Share | None = None
+    held_out: dict[Literal["positive", "negative"], Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=dict)
+    chat: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> FittedCondition:
+        if list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"the blocks {shown(str(list(self.blocks)))} are not ascending")
+        if self.above is None and self.below is None:
+            raise ValueError("a condition needs above or below")
+        if self.above is not None and self.below is not None and self.above >= self.below:
+            raise ValueError(f"nothing is above {self.above:g} and below {self.below:g}")
+        return self
+
+    def when(self, vector: str) -> dict[str, Any]:
+        """The value of `when` in a request. vector: the vector's name on the server."""
+        fields = self.model_dump(include={"measure", "at", "above", "below"}, exclude_none=True)
+        return {"vector": vector, "blocks": list(self.blocks), **fields}
+
+    def __str__(self) -> str:
+        bounds = [f"{name} {value:g}" for name in ("above", "below") if (value := getattr(self, name)) is not None]
+        blocks = f"block{'s' if len(self.blocks) > 1 else ''} {', '.join(map(str, self.blocks))}"
+        known = "" if self.f1 is None else f"; held-out F1 {self.f1:.3f}"
+        counts = f" of {sum(self.held_out.values())} prompts" if known and self.held_out else ""
+        return f"{self.measure} {' and '.join(bounds)} at {self.at}, {blocks}{known}{counts}"
 
 
 class VectorMetadata(BaseModel):
@@ -41,6 +97,7 @@ class VectorMetadata(BaseModel):
     separation: block -> AUROC of the direction on pairs it was not derived from: how often it ranked a positive above a
         negative (0.5 is chance).
     explained_variance: block -> share of the squared differences of the pairs that lies along the direction.
+    condition: when to steer, fitted to prompts by `steer-engine condition fit`; None if it was not.
     dataset_digest: "sha256:..." of the contrast pairs.
     created_with: package -> version.
     extra: keys of other tools, unchanged.
@@ -55,8 +112,9 @@ class VectorMetadata(BaseModel):
     method: Text = ""
     position: Text = ""
     residual_norms: dict[Block, float] = Field(default_factory=dict)
-    separation: dict[Block, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
-    explained_variance: dict[Block, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    separation: dict[Block, Share] = Field(default_factory=dict)
+    explained_variance: dict[Block, Share] = Field(default_factory=dict)
+    condition: FittedCondition | None = None
     dataset_digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     created_with: Annotated[dict[Key, Text], Field(max_length=MAX_EXTRA)] = Field(default_factory=dict)
     notes: Annotated[str, Field(max_length=MAX_NOTES)] = ""
@@ -89,6 +147,7 @@ class VectorMetadata(BaseModel):
         """Metadata of a sum of two vectors; symmetric. Equal fields stay, other fields become unknown.
 
         Residual norms that both have for a block are averaged, because both estimate the same property of the model.
+        A condition is left out, because the sum has other directions than those that it was fitted for.
         """
         mine, theirs = self.residual_norms, other.residual_norms
         norms = {
@@ -120,7 +179,7 @@ FORMAT = "control-vector"
 FORMAT_VERSION = "1"
 
 BLOCK_FIELDS = ("residual_norms", "separation", "explained_variance")
-JSON_FIELDS = (*BLOCK_FIELDS, "created_with", "extra")
+JSON_FIELDS = (*BLOCK_FIELDS, "condition", "created_with", "extra")
 NUMBER_FIELDS = ("hidden_size", "num_blocks")
 TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
 
@@ -128,12 +187,12 @@ TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", 
 def metadata_to_text(metadata: VectorMetadata) -> dict[str, str]:
     """The `__metadata__` map, text to text. Unknown fields are left out; mappings are written as JSON."""
     text = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    for name, value in metadata.model_dump().items():
+    for name, value in metadata.model_dump(exclude_none=True).items():
         if name in JSON_FIELDS:
             if value:
                 entries = {str(key): entry for key, entry in value.items()}
                 text[name] = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
-        elif value not in (None, ""):
+        elif value != "":
             text[name] = str(value)
     return text
 

@@ -82,6 +82,7 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
         "method": about.method,
         "position": about.position,
         "data set": about.dataset_digest,
+        "condition": "" if about.condition is None else str(about.condition),
         "made with": ", ".join(f"{key} {value}" for key, value in about.created_with.items()),
         "notes": about.notes,
         "suggestion": suggestion,

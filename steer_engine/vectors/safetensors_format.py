@@ -28,6 +28,7 @@ from steer_engine.vectors.metadata import (
     MAX_BLOCKS,
     MAX_HIDDEN_SIZE,
     NUMBER_FIELDS,
+    FittedCondition,
     VectorMetadata,
     metadata_from_text,
     metadata_to_text,
@@ -224,6 +225,7 @@ def _metadata_schema() -> dict[str, Any]:
     }
     for name, field in VectorMetadata.model_json_schema()["properties"].items():
         if name in JSON_FIELDS:
+            field = FittedCondition.model_json_schema() if name == "condition" else field
             content = {key: value for key, value in field.items() if key not in ("title", "description")}
             properties[name] = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
         elif name in NUMBER_FIELDS:
@@ -249,6 +251,7 @@ _DESCRIPTIONS = {
     "residual_norms": "Block -> mean Euclidean norm of a token row of the stream at its output. Part of the digest.",
     "separation": "Block -> AUROC of the direction on texts that it was not derived from; 0.5 is chance.",
     "explained_variance": "Block -> share of the squared differences of the pairs that lies along the direction.",
+    "condition": "When to steer: a threshold on the projection of the prompt's stream, and its held-out quality.",
     "dataset_digest": "SHA-256 of the texts it was derived from.",
     "created_with": "Package -> version.",
     "notes": "Free text.",

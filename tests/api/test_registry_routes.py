@@ -20,6 +20,7 @@ from helpers.registry_app import ADMIN, KEY, app_of
 from steer_engine.api.routing import HEADER, AdminKeys
 from steer_engine.settings import ADMIN_KEYS_ENV, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
+from steer_engine.vectors.metadata import FittedCondition
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
 
 
@@ -89,6 +90,18 @@ async def test_each_name_answers_with_its_own_metadata(client: httpx.AsyncClient
     assert (newer.status_code, newer.json()["notes"]) == (200, "newer")
     assert (await client.get("/v1/steering/vectors/mine")).json()["notes"] == "newer"
     assert (await client.get("/v1/steering/vectors/theirs")).json()["notes"] == notes["theirs"]
+
+
+async def test_a_fitted_condition_is_shown_and_stays_in_the_file(client: httpx.AsyncClient) -> None:
+    fields = {"blocks": [1], "measure": "cosine", "at": "max_prompt", "below": 0.5, "f1": 0.875}
+    condition = FittedCondition(**fields)  # type: ignore[arg-type]
+    shown = (await put(client, "detector", to_bytes(one(1).with_metadata(condition=condition)))).json()
+    assert shown["condition"] == {**fields, "held_out": {}, "chat": False}
+    assert (await client.get("/v1/steering/vectors/detector")).json() == shown
+    assert shown["digest"] == one(1).digest
+    file = await client.get("/v1/steering/vectors/detector?download")
+    assert from_bytes(file.content).metadata.condition == condition
+    assert (await put(client, "plain", to_bytes(one(2)))).json()["condition"] is None
 
 
 async def test_a_long_precondition_is_not_repeated(client: httpx.AsyncClient) -> None:

@@ -15,6 +15,7 @@ from steer_engine import __version__
 from steer_engine.cli import registry
 from steer_engine.settings import ADMIN_KEY_ENV
 from steer_engine.vectors import ControlVector, VectorMetadata, save
+from steer_engine.vectors.metadata import FittedCondition
 
 SCRIPT = Path(sys.executable).with_name("steer-engine")
 
@@ -95,6 +96,15 @@ def test_vectors_show_a_file(tmp_path: Path, vector: ControlVector) -> None:
     assert vector.digest in done.stdout
     assert "2.8284" in done.stdout  # |v|
     assert "28.3%" in done.stdout  # of the mean residual norm of block 2
+
+
+def test_vectors_show_the_condition_of_a_file(tmp_path: Path, vector: ControlVector) -> None:
+    condition = FittedCondition(
+        blocks=(3,), measure="cosine", at="max_prompt", above=0.125, f1=0.9, held_out={"positive": 7, "negative": 8}
+    )
+    save(vector.with_metadata(condition=condition), tmp_path / "calm.safetensors")
+    done = run("vectors", "show", str(tmp_path / "calm.safetensors"))
+    assert "condition  cosine above 0.125 at max_prompt, block 3; held-out F1 0.900 of 15 prompts" in done.stdout
 
 
 def test_vectors_show_a_folder_names_the_broken_file(tmp_path: Path, vector: ControlVector) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from steer_engine.vectors import ControlVector, VectorMetadata
+from steer_engine.vectors.metadata import FittedCondition
 
 
 @pytest.fixture
@@ -23,6 +24,19 @@ def vector() -> ControlVector:
             residual_norms={2: 10.5, 3: 11.25, 7: 0.1},
             separation={3: 0.75, 2: 1.0},
             explained_variance={7: 0.25, 3: 0.5},
+            condition=FittedCondition(
+                blocks=(2, 7),
+                measure="cosine",
+                at="mean_prompt",
+                above=0.125,
+                f1=0.9,
+                precision=1.0,
+                recall=0.8,
+                accuracy=0.85,
+                auroc=0.97,
+                held_out={"positive": 12, "negative": 13},
+                chat=True,
+            ),
             dataset_digest="sha256:" + "ab" * 32,
             created_with={"steer-engine": "0.1.0"},
             notes="A sample with an umlaut: ü.",

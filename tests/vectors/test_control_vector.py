@@ -172,7 +172,21 @@ def test_metadata_of_a_sum_keeps_equal_fields(vector: ControlVector) -> None:
     assert joined.model == "example/tiny"
     assert joined.method == ""
     assert joined.residual_norms == {2: 10.5, 3: 12.0, 7: 0.1, 8: 4.0}
-    assert (vector + vector).metadata == vector.metadata
+    assert (vector + vector).metadata == vector.with_metadata(condition=None).metadata
+
+
+def test_a_condition_is_not_kept_for_other_directions(vector: ControlVector) -> None:
+    # Its threshold would be wrong: -v and a sum point elsewhere, and 2 * v has twice the dot product.
+    assert vector.metadata.condition is not None
+    for other in (-vector, vector * 2, 2 * vector, vector / 2, vector + vector, vector - vector * 0.5):
+        assert other.metadata.condition is None
+        assert other.metadata.model == vector.metadata.model
+    assert vector.restrict([2, 7]).metadata.condition == vector.metadata.condition
+    assert vector.restrict([2, 3]).metadata.condition is None  # it needs block 7
+
+
+def test_a_condition_is_not_part_of_the_digest(vector: ControlVector) -> None:
+    assert vector.with_metadata(condition=None).digest == vector.digest
 
 
 def test_restrict(vector: ControlVector) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import VectorMetadata
+from steer_engine.vectors.metadata import FittedCondition, metadata_from_text, metadata_to_text
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,53 @@ def test_it_is_frozen_and_residual_norms_are_sorted() -> None:
     assert list(metadata.residual_norms) == [2, 5]
     with pytest.raises(ValidationError):
         metadata.model = "other"  # type: ignore[misc]
+
+
+CONDITION = {"blocks": [3, 5], "measure": "cosine", "at": "mean_prompt", "above": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("{}", "condition.blocks"),
+        ('{"blocks": []}', "condition.blocks"),
+        ('{"blocks": [true]}', "condition.blocks.0"),
+        ('{"blocks": [1024]}', "condition.blocks.0"),
+        ('{"blocks": "14"}', "condition.blocks"),
+        ('{"blocks": [5, 3]}', "condition"),
+        ('{"blocks": [3, 3]}', "condition"),
+        ('{"measure": "euclid"}', "condition.measure"),
+        ('{"at": "last"}', "condition.at"),
+        ('{"above": "0.2"}', "condition.above"),
+        ('{"above": 1e999}', "condition.above"),
+        ('{"above": null}', "condition"),
+        ('{"below": 0.25}', "condition"),
+        ('{"f1": 1.01}', "condition.f1"),
+        ('{"held_out": {"neutral": 3}}', "condition.held_out.neutral"),
+        ('{"held_out": {"positive": -3}}', "condition.held_out.positive"),
+        ('{"chat": "yes"}', "condition.chat"),
+        ('{"vector": "other"}', "condition.vector"),
+    ],
+)
+def test_a_damaged_condition_is_named(text: str, where: str) -> None:
+    fields = {**CONDITION, **json.loads(text)} if text != "{}" else {}
+    damaged = {**metadata_to_text(VectorMetadata()), "condition": json.dumps(fields).replace("Infinity", "1e999")}
+    with pytest.raises(VectorFileError, match=f"metadata field '{where}"):
+        metadata_from_text(damaged)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", '{"above": 1, "above": 2}', '{"above": NaN}'])
+def test_a_condition_that_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(VectorFileError, match="[Tt]he metadata field condition"):
+        metadata_from_text({**metadata_to_text(VectorMetadata()), "condition": text})
+
+
+def test_a_condition_is_what_a_request_takes() -> None:
+    condition = FittedCondition(**CONDITION, f1=0.5, held_out={"positive": 3, "negative": 4})  # type: ignore[arg-type]
+    assert condition.when("calm") == {"vector": "calm", **CONDITION}
+    assert str(condition) == "cosine above 0.25 at mean_prompt, blocks 3, 5; held-out F1 0.500 of 7 prompts"
+    both = FittedCondition(blocks=(3,), measure="dot", at="max_prompt", above=-1.0, below=2.0)
+    assert both.when("x") == {
+        "vector": "x", "blocks": [3], "measure": "dot", "at": "max_prompt", "above": -1.0, "below": 2.0,
+    }  # fmt: skip
+    assert str(both) == "dot above -1 and below 2 at max_prompt, block 3"
