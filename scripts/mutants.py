@@ -29,7 +29,7 @@ TIMEOUT_S = 900
 class Mutant:
     name: str
     file: str
-    """Path under steer_engine/."""
+    """Path under steer_engine/, or steer_kernels/... for the kernels."""
     right: str
     wrong: str
     test: str
@@ -118,6 +118,41 @@ MUTANTS = (
         wrong="scheduler.kv_cache_manager.evict_blocks(set())",
         test="engines/test_non_finite.py::test_cleaned_blocks_leave_the_prefix_cache",
     ),
+    Mutant(
+        name="a window opens one token late",
+        file="steer_kernels/trigger_windows.py",
+        right="np.where(open_NJ, opened_NJ + 1, MAX_POSITION)",
+        wrong="np.where(open_NJ, opened_NJ + 2, MAX_POSITION)",
+        test="engines/test_when.py::test_windows[after]",
+    ),
+    Mutant(
+        name="a rejected draft token leaves its window open",
+        file="steer_kernels/trigger_windows.py",
+        right="before_NC = history_SHC[slots_N, (pos_N - offset_N - 1) % num_positions]",
+        wrong="before_NC = history_SHC[slots_N].max(axis=1)",
+        test="engines/test_when_drafts.py::test_windows_follow_accepted_tokens_only",
+    ),
+    Mutant(
+        name="a condition counts what the slot's last owner measured",
+        file="engine/programs.py",
+        right="        _write(self._tables.measured_SQ[slot, : len(start_Q)], np.array(start_Q))",
+        wrong="        pass",
+        test="engines/test_when.py::test_conditions",
+    ),
+    Mutant(
+        name="a schedule counts from the first token of the prompt",
+        file="steer_kernels/shares.py",
+        right="        since_NE = (pos_N1 - first_NE).clamp(min=0)",
+        wrong="        since_NE = (pos_N1 - 0 * first_NE).clamp(min=0)",
+        test="engines/test_when.py::test_schedules",
+    ),
+    Mutant(
+        name="prefix-cache keys ignore triggers",
+        file="program.py",
+        right="parts = [(start, end)] if self.trigger < 0 else windows[self.trigger].within(start, end)",
+        wrong="parts = [(start, end)] if self.trigger < 0 else []",
+        test="engines/test_prefix_cache.py::test_blocks_before_a_trigger_are_plain_and_those_in_its_window_are_not",
+    ),
 )
 
 
@@ -153,8 +188,13 @@ def copied_code() -> Iterator[Path]:
         yield copy
 
 
+def source_of(mutant: Mutant) -> str:
+    """The path of a mutant's file under the folder that holds both packages."""
+    return mutant.file if mutant.file.startswith("steer_kernels/") else f"steer_engine/{mutant.file}"
+
+
 def apply(mutant: Mutant, copy: Path) -> None:
-    file = copy / "code" / "steer_engine" / mutant.file
+    file = copy / "code" / source_of(mutant)
     text = file.read_text()
     assert mutant.right in text, f"{mutant.file} no longer contains {mutant.right!r}: update the mutant"
     file.write_text(text.replace(mutant.right, mutant.wrong))

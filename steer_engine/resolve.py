@@ -282,7 +282,8 @@ def _resolve_edit(
             requested.when or when,
             f"{param}.when" if requested.when else "steering.when",
             blocks[-1],
-            lambda name, blocks, param: _measurable(name, blocks, param, vectors, model),
+            lambda name, param: _measurable(name, param, vectors, model),
+            lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         ),
     )
     if edit.op is not Op.ADD:
@@ -304,19 +305,18 @@ def _gate(
     return GateBounds(vector=vector.digest, **{key: value for key, value in bounds.items() if value is not None})
 
 
-def _measurable(
-    name: str, blocks: tuple[int, ...] | None, param: str, vectors: VectorSource, model: ModelShape
-) -> tuple[ControlVector, tuple[int, ...]]:
-    """The vector of a condition, and the blocks at which it is measured."""
+def _measurable(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
+    """The vector of a condition."""
     if model.ops == (Op.ADD,):
         raise SteeringRequestError("Conditions need more than op 'add' armed (--steering-ops).", param)
     if model.is_pipeline:
         raise SteeringRequestError("Conditions are not supported with pipeline parallelism.", param)
-    vector = _lookup(name, param, vectors, model)
-    blocks = blocks or vector.blocks
+    return _lookup(name, param, vectors, model)
+
+
+def _check_measured(vector: ControlVector, blocks: tuple[int, ...], param: str, model: ModelShape) -> None:
     _check_blocks(blocks, vector, param, model)
     _check_direction(vector, blocks, param)
-    return vector, blocks
 
 
 def _lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:

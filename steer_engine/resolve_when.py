@@ -15,8 +15,10 @@ from steer_engine.vocabulary import Vocabulary
 
 WORDS = {"all": ALL, "prompt": PROMPT, "generation": GENERATION, "last_prompt_token": LAST_PROMPT_TOKEN}
 
-Measurable = Callable[[str, tuple[int, ...] | None, str], tuple[ControlVector, tuple[int, ...]]]
-"""(name, blocks or None for all of the vector's, param) -> the vector, and blocks at which it can be measured."""
+Lookup = Callable[[str, str], ControlVector]
+"""(name, param) -> a vector that can be measured on this engine."""
+CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
+"""(vector, blocks, param): raises SteeringRequestError where it cannot be measured at the blocks."""
 
 
 def resolve_scope(scope: str | ScopeSpec, param: str, vocabulary: Vocabulary, limits: Limits) -> Scope:
@@ -69,7 +71,9 @@ def resolve_schedule(schedule: ScheduleSpec | None) -> Schedule | None:
     return Schedule(schedule.kind == "exponential", schedule.over, schedule.to)
 
 
-def resolve_when(when: WhenField | None, param: str, last_block: int, measurable: Measurable) -> When | None:
+def resolve_when(
+    when: WhenField | None, param: str, last_block: int, lookup: Lookup, check_blocks: CheckBlocks
+) -> When | None:
     """The conditions of an edit whose last block is `last_block`.
 
     Raises:
@@ -77,7 +81,9 @@ def resolve_when(when: WhenField | None, param: str, last_block: int, measurable
     """
     if when is None:
         return None
-    found = tuple(_condition(condition, f"{param}{path}", measurable) for path, condition in conditions_of(when))
+    found = tuple(
+        _condition(condition, f"{param}{path}", lookup, check_blocks) for path, condition in conditions_of(when)
+    )
     resolved = When(found, any=isinstance(when, AnySpec))
     if resolved.decided_at >= last_block:
         raise SteeringRequestError(
@@ -88,20 +94,35 @@ def resolve_when(when: WhenField | None, param: str, last_block: int, measurable
     return resolved
 
 
-def _condition(condition: ConditionSpec, param: str, measurable: Measurable) -> Condition:
-    assert isinstance(condition.vector, str), "inline vectors are registered and named by digest before"
-    given = None if condition.blocks is None else parse_blocks(condition.blocks)
-    vector, blocks = measurable(condition.vector, given, f"{param}.vector")
-    if not condition.is_bounded:
-        raise SteeringRequestError("The condition needs 'above' or 'below'.", f"{param}.above")
-    return Condition(
-        vector=vector.digest,
-        blocks=blocks,
-        measure=condition.measure or "cosine",
-        at=condition.at or "last_prompt_token",
-        above=condition.above,
-        below=condition.below,
-    )
+def _condition(requested: ConditionSpec, param: str, lookup: Lookup, check_blocks: CheckBlocks) -> Condition:
+    assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
+    vector = lookup(requested.vector, f"{param}.vector")
+    if requested.is_bounded:
+        found = Condition(
+            vector=vector.digest,
+            blocks=(None if requested.blocks is None else parse_blocks(requested.blocks)) or vector.blocks,
+            measure=requested.measure or "cosine",
+            at=requested.at or "last_prompt_token",
+            above=requested.above,
+            below=requested.below,
+        )
+    else:
+        found = _fitted(requested, vector, param)
+    check_blocks(vector, found.blocks, f"{param}.vector" if requested.blocks is None else f"{param}.blocks")
+    return found
+
+
+def _fitted(requested: ConditionSpec, vector: ControlVector, param: str) -> Condition:
+    """The condition in the vector's file, for a request that names the vector only."""
+    fitted = vector.metadata.condition
+    given = [name for name in ("blocks", "measure", "at") if getattr(requested, name) is not None]
+    if fitted is None or given:
+        reason = f"it has its own {given[0]}" if given else "the vector's file has no condition"
+        raise SteeringRequestError(
+            f"The condition needs 'above' or 'below': {reason} ('steer-engine condition fit' stores one).",
+            f"{param}.above",
+        )
+    return Condition(vector.digest, fitted.blocks, fitted.measure, fitted.at, fitted.above, fitted.below)
 
 
 def check_counts(edits: Iterable[Edit], limits: Limits) -> None:

@@ -23,9 +23,34 @@ class Placed(NamedTuple):
 
     def at(self, prompt_len: int) -> Entry | None:
         """The entry for a prompt; None if it covers no position."""
-        start, end = self.scope.at(prompt_len)
-        start = max(start, self.not_before.at(prompt_len))
-        return self.entry._replace(start=start, end=end) if start < end else None
+        first, end = self.scope.at(prompt_len)
+        start = max(first, self.not_before.at(prompt_len))
+        if start >= end:
+            return None
+        entry = _advanced(self.entry, start - first)
+        return None if entry is None else entry._replace(start=start, end=end)
+
+
+def _advanced(entry: Entry, tokens: int) -> Entry | None:
+    """The entry as its schedule has it after `tokens`, since the device counts from the entry's own first position.
+
+    None if it has faded to nothing. A schedule that counts from the windows of a trigger stays as it is.
+    """
+    details = entry.details
+    if details is None or not details.over or details.trigger >= 0 or not tokens:
+        return entry
+    if tokens >= details.over:
+        share, details = details.to, details._replace(over=0, slope=0.0, to=0.0, exponential=False)
+    elif details.exponential:
+        share = 2.0 ** (details.slope * tokens)
+        details = details._replace(over=details.over - tokens, to=details.to / share)
+    else:
+        share = 1.0 + details.slope * tokens
+        details = details._replace(over=details.over - tokens, slope=details.slope / share, to=details.to / share)
+    if share == 0.0:
+        return None
+    coefficients = {name: share * getattr(entry, name) for name in ("c0", "c1", "c2", "c3")}
+    return entry._replace(**coefficients, details=details)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,10 @@ def test_a_condition_keeps_the_prompt_shared() -> None:
 
 
 def test_schedules_differ() -> None:
-    schedules = [None, *({"kind": kind, "over": over, "to": 0.5} for kind in ("linear", "exponential") for over in (4, 5))]
+    schedules = [
+        None,
+        *({"kind": kind, "over": over, "to": 0.5} for kind in ("linear", "exponential") for over in (4, 5)),
+    ]
     keys = [keys_of(one(schedule=schedule), 6)[0] for schedule in schedules]
     assert len(set(keys)) == len(keys)
     assert keys_of(one(schedule={"kind": "linear", "over": 4, "to": 1}), 6)[0] == keys[0]
