@@ -31,7 +31,7 @@ def run_step(runtime: EngineRuntime, *requests: tuple[int, int, int]) -> None:
     route(runtime, *requests)
     hidden, carried = stream(rows=ROWS)
     actual = [edited(runtime, hidden, carried, site) for site in range(len(runtime.armed_blocks))]
-    query_start_loc_B1, idx_mapping_B, positions_T, num_tokens = batch(*requests)
+    query_start_loc_B1, idx_mapping_B, positions_T, _, num_tokens = batch(*requests)
     route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, runtime.tables, num_tokens)
     for site, after in enumerate(actual):
         expected = carried.clone()

@@ -176,7 +176,8 @@ def run_compiled(process: Process, target: str, case: Case) -> tuple[Kernel, lis
             artifact.text,
             [
                 *(hidden, residual, weight_D, tables.bank_RD, tables.entries_SLEW, tables.counts_SL),
-                *(tables.keep_norm_S, tables.slot_T, tables.pos_T, torch.zeros(1, dtype=torch.int32)),
+                *(tables.keep_norm_S, tables.slot_T, tables.pos_T, tables.windows_TJ),
+                *(tables.measured_SQ, tables.bounds_SQ2, torch.zeros(1, dtype=torch.int32)),
                 *(torch.zeros(1, 1, 1, dtype=residual.dtype), SITE, EPSILON),
             ],
         )

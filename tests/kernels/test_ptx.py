@@ -36,7 +36,8 @@ def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor)
     )
     hidden = torch.zeros(1, 1, dtype=carried.dtype) if case.hidden is None else case.hidden
     arguments = (hidden, carried, tables.bank_RD, tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S)
-    return Machine(artifact.text, [*arguments, tables.slot_T, tables.pos_T, capture_T, captured_LCD, SITE])
+    when = (tables.slot_T, tables.pos_T, tables.windows_TJ, tables.measured_SQ, tables.bounds_SQ2)
+    return Machine(artifact.text, [*arguments, *when, capture_T, captured_LCD, SITE])
 
 
 def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[dict[int, Traffic]]]:

@@ -9,20 +9,79 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from steer_kernels.tables import MAX_POSITION, NUM_WORDS, Entry, Tables, decode_entry, encode_entry
+from steer_kernels import tables as tb
+from steer_kernels.tables import (
+    ANY_TOKEN,
+    MAX_POSITION,
+    NO_TOKEN,
+    NUM_WORDS,
+    Entry,
+    Tables,
+    decode_entry,
+    encode_entry,
+    encode_trigger,
+)
 
 int32s = st.integers(-(2**31), 2**31 - 1)
+positions = st.integers(0, MAX_POSITION)
 floats = st.floats(width=32, allow_nan=False)
+triggers = st.integers(-1, tb.MAX_TRIGGERS - 1)
+details = st.fixed_dictionaries(
+    {},
+    optional={
+        "trigger": triggers,
+        "exclude": triggers,
+        "conditions": st.integers(0, 2**tb.MAX_CONDITIONS - 1),
+        "any_condition": st.booleans(),
+        "over": positions,
+        "slope": floats,
+        "to": floats,
+        "exponential": st.booleans(),
+        "measure": st.sampled_from([0, tb.DOT, tb.COSINE]),
+        "total": st.integers(0, tb.MAX_CONDITIONS - 1),
+        "largest": st.booleans(),
+    },
+)
+PLAIN = Entry(7, 1, 2, 0.5, -1.0, 2.0, 3.0, -4.0, 5.0, 6, -0.25, 0.75)
 
 
 def test_bytes_of_an_entry() -> None:
-    entry = Entry(7, 1, 2, 0.5, -1.0, 2.0, 3.0, -4.0, 5.0, 6, -0.25, 0.75)
-    words_W = encode_entry(entry)
+    words_W = encode_entry(PLAIN)
     assert words_W.dtype == np.int32
     assert words_W.shape == (NUM_WORDS,)
     assert words_W.tolist() == [
         *(7, 1, 2, 0x3F000000, -0x40800000, 0x40000000, 0x40400000, -0x3F800000, 0x40A00000),
         *(6, -0x41800000, 0x3F400000, 0, 0, 0, 0),
+    ]
+
+
+def test_bytes_of_the_details() -> None:
+    """The sign bit of START, then every bit field of WHEN at its place, and the schedule."""
+    limited = PLAIN._replace(trigger=4, exclude=6, conditions=0b1000_0001, any_condition=True, over=9, slope=0.5, to=2.0)
+    measuring = PLAIN._replace(exponential=True, measure=tb.COSINE, total=5, largest=True)
+    plain_W, limited_W, measuring_W = map(encode_entry, (PLAIN, limited, measuring))
+    for words_W in (limited_W, measuring_W):
+        assert words_W[tb.START] == -(2**31) + 1
+        assert (words_W[:12] != plain_W[:12]).nonzero()[0].tolist() == [tb.START]
+    assert limited_W[12:].tolist() == [5 | 7 << 4 | 0b1000_0001 << 8 | 1 << 16, 9, 0x3F000000, 0x40000000]
+    assert measuring_W[12:].tolist() == [1 << 17 | 2 << 18 | 5 << 20 | 1 << 23, 0, 0, 0]
+
+
+def test_without_the_sign_bit_there_are_no_details() -> None:
+    """As in the kernels, which do not load those words then."""
+    words_W = encode_entry(PLAIN)
+    words_W[tb.WHEN :] = -1
+    assert decode_entry(words_W) == PLAIN
+
+
+def test_bytes_of_a_trigger() -> None:
+    """The sequences last token first, padded with what matches every token; an absent one matches nothing."""
+    words_P = encode_trigger((5, 6, 7), (), each=True, length=40)
+    assert words_P.dtype == np.int32
+    assert words_P.tolist() == [1, 40, 7, 6, 5, *[ANY_TOKEN] * 5, NO_TOKEN, *[ANY_TOKEN] * 7]
+    assert encode_trigger((), range(8), each=False, length=1).tolist() == [
+        *(0, 1, NO_TOKEN, *[ANY_TOKEN] * 7),
+        *reversed(range(8)),
     ]
 
 
@@ -37,14 +96,15 @@ def test_defaults_are_an_open_span_and_no_gate() -> None:
     assert (entry.gate_row, entry.min_cos, entry.max_cos) == (-1, -np.inf, np.inf)
 
 
-@given(st.builds(Entry, *[int32s] * 3, *[floats] * 6, int32s, floats, floats))
-def test_decode_inverts_encode(entry: Entry) -> None:
+@given(st.tuples(int32s, positions, int32s, *[floats] * 6, int32s, floats, floats), details)
+def test_decode_inverts_encode(numbers: tuple[float, ...], details: dict[str, object]) -> None:
+    entry = Entry(*numbers, **details)  # type: ignore[arg-type]
     assert decode_entry(encode_entry(entry)) == entry
 
 
-@given(st.lists(int32s, min_size=12, max_size=12))
+@given(st.lists(int32s, min_size=NUM_WORDS, max_size=NUM_WORDS))
 def test_decode_accepts_any_words(words: list[int]) -> None:
-    decode_entry(np.array(words + [0] * 4, dtype=np.int32))
+    decode_entry(np.array(words, dtype=np.int32))
 
 
 @pytest.mark.parametrize("entry", [Entry(row=2**31), Entry(row=0, end=2**31), Entry(row=0, c0=1e39)])
@@ -62,5 +122,8 @@ def test_allocated_tables_steer_and_capture_nothing() -> None:
     assert tables.entries_SLEW.shape == (3, 2, 4, NUM_WORDS)
     assert tables.capture_T is None
     assert tables.captured_LCD is None
-    for name in ("bank_RD", "entries_SLEW", "counts_SL", "keep_norm_S", "span_S2", "slot_T", "pos_T"):
-        assert not getattr(tables, name).any()
+    assert tables.history_SHC.shape == (3, 9, 17)
+    assert tables.bounds_SQ2.dtype == torch.float64
+    for name in Tables.__dataclass_fields__:
+        part = getattr(tables, name)
+        assert part is None or not part.any()

@@ -140,6 +140,8 @@ def decode_entry(words_W: np.ndarray) -> Entry:
         np.ascontiguousarray(words_W, dtype=np.int32).tobytes()
     )
     end, c0, c1, c2, c3, lo, hi, gate_row, min_cos, max_cos = numbers
+    if start >= 0:
+        when, over, slope, to = 0, 0, 0.0, 0.0
 
     def field(place: tuple[int, int]) -> int:
         return int(when) >> place[0] & (1 << place[1]) - 1
