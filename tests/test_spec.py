@@ -391,7 +391,8 @@ def test_a_refusal_says_value_and_what_is_valid() -> None:
         "safetensors file}, not 5."
     )
     assert refused(one(scope={"begin": 0})).message == (
-        "steering.edits[0].scope: unknown field 'begin'; valid fields: after, until, each, tokens, from, start, end, except."
+        "steering.edits[0].scope: unknown field 'begin'; valid fields: after, until, each, tokens, from, start, end, "
+        "except."
     )
     assert refused(one(gate="sad")).message == "steering.edits[0].gate: must be an object, not 'sad'."
 
