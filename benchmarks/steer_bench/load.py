@@ -16,6 +16,12 @@ class Steering(StrEnum):
     NONE = "none"
     ADD = "add"
     DIRECTIONAL = "directional"
+    TRIGGERS = "triggers"
+    """Adds from the second token of each prompt on, wherever it comes again, up to another token."""
+    CONDITIONS = "conditions"
+    """Adds under a condition on the whole prompt, which holds."""
+    SCHEDULES = "schedules"
+    """Adds that fade over the first 64 tokens."""
 
 
 DIRECTIONAL = ("ablate", "clamp", "add_relative")
@@ -65,7 +71,9 @@ class Load:
     @property
     def ops(self) -> tuple[str, ...]:
         """Operations of the steered requests, used in rotation."""
-        return {Steering.NONE: (), Steering.ADD: ("add",), Steering.DIRECTIONAL: DIRECTIONAL}[self.steering]
+        if self.steering is Steering.NONE:
+            return ()
+        return DIRECTIONAL if self.steering is Steering.DIRECTIONAL else ("add",)
 
     def op_of(self, request: int) -> str:
         return self.ops[request % len(self.ops)]

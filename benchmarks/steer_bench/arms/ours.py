@@ -9,7 +9,7 @@ import numpy as np
 
 from steer_bench.arms.drive import drive
 from steer_bench.arms.stock import engine_facts, sampling
-from steer_bench.load import Load, vector
+from steer_bench.load import Load, Steering, vector
 from steer_bench.settings import Settings
 from steer_bench.timing import Timing
 
@@ -59,14 +59,15 @@ class Ours:
         from vllm import SamplingParams
 
         made = []
-        for request in range(load.num_requests):
-            spec = self.spec(load, request)
+        prompts = load.prompts(self.engine.vllm_config.model_config.get_vocab_size())
+        for request, prompt in enumerate(prompts):
+            spec = self.spec(load, request, prompt)
             extra = {} if spec is None else {"extra_args": {"steering": spec}}
             made.append(SamplingParams(**sampling(load, check), **extra))
         return made
 
-    def spec(self, load: Load, request: int) -> dict[str, Any] | None:
-        """The `steering` field of a request; None = not steered."""
+    def spec(self, load: Load, request: int, prompt: list[int]) -> dict[str, Any] | None:
+        """The `steering` field of a request with the tokens `prompt`; None = not steered."""
         number = load.vector_of(request)
         if number is None:
             return None
@@ -78,6 +79,13 @@ class Ours:
             edit["scale"] = RELATIVE_SCALE
         elif op == "clamp":
             edit |= {"lo": 2.0, "hi": 4.0}
+        match load.steering:
+            case Steering.TRIGGERS:
+                edit["scope"] = {"after": prompt[1], "until": prompt[1] + 1, "each": True}
+            case Steering.CONDITIONS:
+                edit["when"] = {"vector": f"v{number}", "blocks": 0, "above": -1.0, "at": "mean_prompt"}
+            case Steering.SCHEDULES:
+                edit["schedule"] = {"kind": "linear", "over": 64, "to": 0.5}
         return {"edits": [edit]}
 
     def run(self, load: Load, *, check: bool = False) -> Timing:

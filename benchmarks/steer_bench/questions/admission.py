@@ -21,7 +21,10 @@ TARGET_US = Target(at_most=150.0)
 CONCURRENCY = 128
 
 
-KINDS = {"idle": Steering.NONE, "distinct vectors": Steering.ADD, "directional": Steering.DIRECTIONAL}
+KINDS = {
+    "idle": Steering.NONE, "distinct vectors": Steering.ADD, "directional": Steering.DIRECTIONAL,
+    "triggers": Steering.TRIGGERS, "conditions": Steering.CONDITIONS, "schedules": Steering.SCHEDULES,
+}  # fmt: skip
 
 SUBMITTED = {"named": "a named", "inline": "an inline"}
 """Kinds of vector in a submitted request."""
