@@ -163,7 +163,7 @@ class Quality:
         return 2.0 * self.num_positive / (2.0 * self.num_positive + self.num_negative)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
     """Blocks with the threshold that was chosen on the training prompts, and its quality on the held-out ones.
 
@@ -178,9 +178,9 @@ class Candidate:
     negative_N: Array
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ConditionFit:
-    """The chosen condition, and every single block. blocks that give all training prompts one value are left out."""
+    """The chosen condition, and every single block. Blocks that give all training prompts one value are left out."""
 
     measure: Measure
     at: At
@@ -320,9 +320,9 @@ def choose(
         )
     ranked = sorted(singles, key=lambda column: (-singles[column].auroc, -singles[column].cut.margin, blocks[column]))
     chosen = singles[ranked[0]]
-    if num_blocks > 1:
-        same_side = [column for column in ranked if singles[column].cut.above == chosen.cut.above]
-        chosen = candidate(same_side[:num_blocks]) or chosen
+    combined = [column for column in ranked if singles[column].cut.above == chosen.cut.above][:num_blocks]
+    if len(combined) > 1:
+        chosen = candidate(combined) or chosen
     by_block = {blocks[column]: each for column, each in singles.items()}
     return ConditionFit(measure=measure, at=at, chosen=chosen, by_block=by_block)
 

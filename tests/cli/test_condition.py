@@ -187,3 +187,17 @@ def test_labels_and_pairs_choose_the_prompts_of_a_class(tmp_path: Path) -> None:
     (tmp_path / "labels.jsonl").write_text(only)
     with pytest.raises(DerivationError, match=r"labels\.jsonl: 0 negative prompt\(s\)"):
         load_prompts(tmp_path / "labels.jsonl", "negative")
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_the_table_marks_the_chosen_blocks(num_blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    from steer_engine.cli.condition import _print
+
+    positive_NL, negative_NL = np.random.default_rng(2).normal(size=(2, 50, 3))
+    _print(choose(positive_NL + 3, negative_NL, (4, 5, 9), measure="dot", at="mean_prompt", num_blocks=num_blocks))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    rows = [line for line in printed.err.splitlines() if line.startswith("│")]
+    assert len(rows) == 3 + (num_blocks > 1)  # the combination has a row of its own
+    assert [line.count(",") for line in rows if "chosen" in line] == [num_blocks - 1]
+    assert "On 15 positive and 15 negative held-out prompts: F1 " in printed.err

@@ -219,6 +219,9 @@ def test_several_blocks_are_those_on_the_side_of_the_best() -> None:
     positive_NL, _ = classes()
     assert np.array_equal(fit.chosen.positive_N, positive_NL[:, [1, 2]].mean(axis=1))
     assert fit.condition.blocks == (5, 6)
+    # The only other block is on the other side, so the best one stays alone.
+    alone = choose(*(side[:, [1, 3]] for side in classes()), (5, 9), measure="dot", at="mean_prompt", num_blocks=2)
+    assert alone.chosen is alone.by_block[5]
     with pytest.raises(DerivationError, match="choose 1 to 4"):
         choose(*classes(), (2, 5, 6, 9), measure="dot", at="mean_prompt", num_blocks=5)
 
