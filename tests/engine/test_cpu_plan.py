@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.stepping import batch, edited, new_runtime, program, route, stream
@@ -26,22 +28,27 @@ def plans_made(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     return plans
 
 
-def run_step(runtime: EngineRuntime, *requests: tuple[int, int, int]) -> None:
+def run_step(runtime: EngineRuntime, *requests: tuple[int, int, int], tokens: Sequence[int] = ()) -> None:
     """Run a step of these (slot, position, rows) and compare every site with the reference on freshly routed tables."""
-    route(runtime, *requests)
+    measured_SQ = runtime.tables.measured_SQ
+    before_SQ = measured_SQ.clone()
+    route(runtime, *requests, tokens=tokens)
     hidden, carried = stream(rows=ROWS)
     actual = [edited(runtime, hidden, carried, site) for site in range(len(runtime.armed_blocks))]
     query_start_loc_B1, idx_mapping_B, positions_T, _, num_tokens = batch(*requests)
+    actual_SQ = measured_SQ.clone()
+    measured_SQ.copy_(before_SQ)
     route_rows_reference(query_start_loc_B1, idx_mapping_B, positions_T, runtime.tables, num_tokens)
     for site, after in enumerate(actual):
         expected = carried.clone()
         edit_residual_reference(hidden, expected, runtime.tables, site, adds_only=False)
         assert torch.equal(after, expected)
+    assert torch.equal(actual_SQ, measured_SQ)
 
 
-def decode(runtime: EngineRuntime, position: int, *slots: int) -> None:
+def decode(runtime: EngineRuntime, position: int, *slots: int, tokens: Sequence[int] = ()) -> None:
     """A step in which each slot has one row."""
-    run_step(runtime, *((slot, position, 1) for slot in slots))
+    run_step(runtime, *((slot, position, 1) for slot in slots), tokens=tokens)
 
 
 def test_decoding_steps_share_one_plan(plans_made: list[StepPlan]) -> None:
@@ -148,3 +155,132 @@ def test_gates_and_preserved_norms_use_the_reference(plans_made: list[StepPlan])
     assert not plans_made
     decode(runtime, 5, 3)
     assert len(plans_made) == 1
+
+
+# When an entry applies
+
+OPEN, CLOSE, OTHER = 5, 6, 1
+WINDOW = {"after": OPEN, "until": CLOSE, "each": True}
+
+
+@pytest.mark.parametrize("scope", [WINDOW, {"except": WINDOW}], ids=["inside", "outside"])
+@pytest.mark.parametrize("op", ["add", "ablate"])
+def test_a_plan_lasts_until_a_window_opens_or_closes(plans_made: list[StepPlan], op: str, scope: Any) -> None:
+    runtime = new_runtime()
+    runtime.admit(1, program({"vector": "b"}))
+    runtime.admit(2, program({"op": op, "scope": scope}))
+    made = []
+    tokens = [OTHER, OPEN, OTHER, OTHER, CLOSE, OTHER, OPEN, CLOSE, OTHER, OPEN, OPEN, OTHER]
+    for position, token in enumerate(tokens, start=5):
+        decode(runtime, position, 1, 0, 2, tokens=[OPEN, CLOSE, token])
+        made.append(len(plans_made))
+    # The window begins after OPEN and ends before CLOSE. Another OPEN begins a new one.
+    assert made == [1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 4, 5]
+
+
+def test_a_window_that_reaches_its_limit_makes_a_new_plan(plans_made: list[StepPlan]) -> None:
+    runtime = new_runtime()
+    runtime.admit(1, program({"scope": {"after": OPEN, "tokens": 2}}), tokens=[OTHER, OPEN])
+    for position in range(2, 8):
+        decode(runtime, position, 1, tokens=[OTHER])
+    assert len(plans_made) == 2
+
+
+SCHEDULES = [{"kind": "linear", "over": 4, "to": 0.25}, {"kind": "exponential", "over": 4, "to": 0.25}]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
+@pytest.mark.parametrize("op", ["add", "ablate"])
+def test_a_plan_is_not_reused_while_a_schedule_runs(plans_made: list[StepPlan], op: str, schedule: Any) -> None:
+    runtime = new_runtime()
+    runtime.admit(1, program({"op": op, "scope": {"start": 7}, "schedule": schedule}))
+    runtime.admit(2, program({}))
+    made = []
+    for position in range(5, 14):
+        decode(runtime, position, 1, 2)
+        made.append(len(plans_made))
+    assert made == [1, 1, 2, 3, 4, 5, 6, 6, 6]
+
+
+def test_a_schedule_starts_again_in_each_window(plans_made: list[StepPlan]) -> None:
+    runtime = new_runtime()
+    runtime.admit(1, program({"scope": {"after": OPEN, "each": True}, "schedule": SCHEDULES[0]}))
+    made = []
+    for position, token in enumerate([OPEN, *[OTHER] * 6, OPEN, *[OTHER] * 6]):
+        decode(runtime, position, 1, tokens=[token])
+        made.append(len(plans_made))
+    assert made == [1, 2, 3, 4, 5, 6, 6, 6, 7, 8, 9, 10, 11, 11]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize("at", ["last_prompt_token", "mean_prompt", "max_prompt"])
+def test_a_request_that_is_measured_uses_the_reference(plans_made: list[StepPlan], at: str, holds: bool) -> None:
+    runtime = new_runtime()
+    when = {"vector": "c", "measure": "cosine", "at": at, "above": -1.5 if holds else 1.5, "blocks": [0, 1]}
+    runtime.admit(1, program({}, when=when, prompt_len=PROMPT_LEN))
+    runtime.admit(2, program({"vector": "b"}))
+    run_step(runtime, (1, 0, PROMPT_LEN - 1), (2, 5, 1))
+    decode(runtime, PROMPT_LEN - 1, 1, 2)
+    # Before its last token, a request that is measured only there has plans as any other.
+    assert len(plans_made) == (at == "last_prompt_token")
+    assert bool(runtime.tables.measured_SQ[1, 0] != 0)
+    plans_made.clear()
+    for position in range(PROMPT_LEN, 8):
+        decode(runtime, position, 1, 2)
+    assert len(plans_made) == 1
+    hidden, carried = stream(rows=ROWS)
+    changed_T = (edited(runtime, hidden, carried, 2) != carried).any(1)
+    assert changed_T.tolist() == [holds, True, *[False] * 4]
+
+
+def test_a_request_that_was_measured_before_is_not_measured_again(plans_made: list[StepPlan]) -> None:
+    """After preemption its prompt is computed again, with the numbers from before."""
+    runtime = new_runtime()
+    when = {"vector": "c", "at": "mean_prompt", "above": 0.5, "blocks": 0}
+    runtime.admit(1, program({}, when=when, prompt_len=PROMPT_LEN), measured=[40.0])
+    run_step(runtime, (1, 0, PROMPT_LEN))
+    decode(runtime, PROMPT_LEN, 1)
+    assert len(plans_made) == 2
+    assert runtime.tables.measured_SQ[1, 0] == 40.0
+
+
+EDITS: list[dict[str, Any]] = [
+    {},
+    {"vector": "b", "op": "ablate", "scope": WINDOW},
+    {"vector": "c", "scope": {"after": [OTHER, OTHER], "until": OPEN, "start": 3}, "schedule": SCHEDULES[1]},
+    {"vector": "a", "op": "add_relative", "scope": "generation", "schedule": SCHEDULES[0]},
+    {"vector": "b", "scope": {"except": WINDOW}, "scale": -2.0},
+    {"vector": "d", "op": "set", "target": 1.5, "scope": {"after": CLOSE, "each": True, "tokens": 2}},
+    {"op": "ablate", "when": {"vector": "c", "at": "mean_prompt", "above": 0.0, "blocks": 0}},
+    {
+        "when": {
+            "any": [
+                {"vector": "c", "above": 0.3, "blocks": 0},
+                {"vector": "b", "below": 0.0, "at": "max_prompt", "blocks": 1},
+            ]
+        }
+    },
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_steps_round_as_the_reference(plans_made: list[StepPlan], seed: int) -> None:
+    """Requests with random edits are prefilled in chunks, decode and leave; tokens that open and close are frequent."""
+    rng = np.random.default_rng(seed)
+    runtime = new_runtime()
+    at = {1: -1, 2: -1, 3: -1}
+    for _ in range(60):
+        for slot in at:
+            if at[slot] < 0:
+                chosen = rng.choice(len(EDITS), size=3, replace=False)
+                runtime.admit(slot, program(*(EDITS[i] for i in chosen), prompt_len=PROMPT_LEN))
+                at[slot] = 0
+        counts = {slot: min(2, PROMPT_LEN - at[slot]) if at[slot] < PROMPT_LEN else 1 for slot in at}
+        tokens = rng.choice([OPEN, CLOSE, OTHER], size=sum(counts.values()), p=[0.1, 0.1, 0.8])
+        run_step(runtime, *((slot, at[slot], counts[slot]) for slot in at), tokens=tokens.tolist())
+        for slot in at:
+            at[slot] += counts[slot]
+            if at[slot] > PROMPT_LEN and rng.random() < 0.03:
+                runtime.release(slot)
+                at[slot] = -1
+    assert 10 < len(plans_made) < 60

@@ -6,13 +6,22 @@ Legend: see `steer_kernels.tables`. Rows 0 to 3 of the bank are raw, 4 to 7 unit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
+from math import log2, sqrt
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from steer_kernels.tables import MAX_POSITION, Entry, Tables, encode_entry
+from steer_kernels.tables import (
+    COSINE,
+    DOT,
+    MAX_CONDITIONS,
+    MAX_POSITION,
+    MAX_TRIGGERS,
+    Entry,
+    Tables,
+    encode_entry,
+)
 
 NUM_RAW = 4
 NUM_ROWS = 8
@@ -38,6 +47,14 @@ class Step:
     span: tuple[int, int] = (0, MAX_POSITION)
     gate: tuple[int, float, float] | None = None
     """vector, min_cos, max_cos."""
+    trigger: int = -1
+    exclude: int = -1
+    conditions: int = 0
+    any_condition: bool = False
+    schedule: tuple[int, float, bool] | None = None
+    """Tokens, the share at their end, and whether it gets there exponentially."""
+    measure: tuple[int, int, bool] | None = None
+    """DOT or COSINE of the unit row, the condition that counts it, and whether it keeps the largest."""
 
     def entry(self, hidden_size: int) -> Entry:
         start, end = self.span
@@ -53,7 +70,18 @@ class Step:
         }
         row = self.vector if self.op == "add" else unit
         gate = {"gate_row": gate_row, "min_cos": min_cos, "max_cos": max_cos}
-        return Entry(row=row, start=start, end=end, **coefficients[self.op], **gate)  # type: ignore[arg-type]
+        return Entry(row=row, start=start, end=end, **coefficients[self.op], **gate, **self._details())  # type: ignore[arg-type]
+
+    def _details(self) -> dict[str, float]:
+        over, to, exponential = self.schedule or (0, 0.0, False)
+        slope = (log2(to) if exponential else to - 1.0) / over if over else 0.0
+        measure, total, largest = self.measure or (0, 0, False)
+        return {
+            "trigger": self.trigger, "exclude": self.exclude,
+            "conditions": self.conditions, "any_condition": self.any_condition,
+            "over": over, "slope": slope, "to": to, "exponential": exponential,
+            "measure": measure, "total": total, "largest": largest,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +170,69 @@ def build(
     stream_TD = weights @ bank_RD[NUM_RAW:] * sqrt(hidden_size)
     carried = (stream_TD + 0.5 * normal(num_tokens, hidden_size)).to(dtype)
     hidden = (0.5 * normal(num_tokens, hidden_size)).to(dtype) if split else None
+    _decide(tables, generator)
     if batched:
         carried, hidden = carried[None], hidden if hidden is None else hidden[None]
     return Case(hidden=hidden, carried=carried, tables=tables, adds_only=adds_only, capture=capture)
+
+
+def _decide(tables: Tables, generator: torch.Generator) -> None:
+    """Half of the rows are in a window of each trigger; conditions hold or not, as HOLDS says."""
+    first_TJ = (torch.rand(tables.windows_TJ.shape, generator=generator) * (tables.pos_T[:, None] + 1)).int()
+    inside_TJ = torch.rand(tables.windows_TJ.shape, generator=generator) < 0.5
+    tables.windows_TJ.copy_(torch.where(inside_TJ, first_TJ, MAX_POSITION))
+    number_SQ = torch.randn(tables.measured_SQ.shape, generator=generator, dtype=torch.float64)
+    tables.measured_SQ.copy_(number_SQ)
+    inf = np.inf
+    low_Q = torch.tensor([-1, 1, -inf, 0, -1, -inf, -inf, -1], dtype=torch.float64)
+    high_Q = torch.tensor([inf, inf, 1, inf, 1, 0, -1, inf], dtype=torch.float64)
+    tables.bounds_SQ2.copy_(torch.stack([number_SQ + low_Q, number_SQ + high_Q], dim=-1))
+
+
+HOLDS = (True, False, True, False, True, False, False, True)
+"""By condition. Numbers 3 and 5 are equal to a bound, which does not hold."""
+
+
+def each_detail(*, adds_only: bool = False) -> list[Program]:
+    """Each detail alone and several together, on an add that changes a row by its own size."""
+    plain = [
+        {"trigger": 0},
+        {"exclude": MAX_TRIGGERS - 1},
+        {"trigger": 1, "exclude": 2},
+        {"schedule": (30, 0.25, False)},
+        {"schedule": (30, 0.25, True)},
+        {"schedule": (3, 0.0, False)},
+        {"trigger": 3, "schedule": (9, 2.0, True), "span": (2, MAX_POS - 2)},
+    ]
+    decided = [
+        {"conditions": 0b1001_0101},
+        {"conditions": 0b1001_0111},
+        {"conditions": 0b0000_1000},
+        {"conditions": 0b0010_0000},
+        {"conditions": 0b0111_0010, "any_condition": True},
+        {"conditions": 0b0110_1010, "any_condition": True},
+        {"trigger": 7, "conditions": 0b0000_0100, "schedule": (20, 0.5, False)},
+    ]
+    steps = plain if adds_only else plain + decided
+    return [Program(steps=[Step(op="add", scale=8.0, **step)]) for step in steps]  # type: ignore[arg-type]
+
+
+def each_measure() -> list[Program]:
+    """The sum and the largest of dot products and cosines: 0 to 3, in this order, are the conditions that count them.
+
+    The slots take turns with two programs, whose second entry measures another row.
+    """
+    kinds = [(DOT, 0, False), (COSINE, 1, False), (DOT, 2, True), (COSINE, 3, True)]
+    half = (0, MAX_POS // 2)
+    return [
+        Program(
+            steps=[
+                Step(op="ablate", vector=vector, measure=kind, span=half if vector else (0, MAX_POSITION))
+                for vector, kind in enumerate(chosen)
+            ]
+        )
+        for chosen in (kinds[:2], kinds[2:], kinds[:1], kinds[3:])
+    ]
 
 
 def single_operations() -> list[Program]:
@@ -171,26 +259,70 @@ positions = st.integers(0, MAX_POS)
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> Step:
-    """One operation with a range and, one time in three, a gate."""
+def steps(draw: st.DrawFn, ops: Sequence[str] = OPS, conditions: int = 0) -> Step:
+    """One operation with a range and, one time in three, a gate; half of them have details.
+
+    ops: without others than "add", there is no gate. conditions: those that the step may ask.
+    """
     low = draw(st.sampled_from([-3.0, -1.0, 0.0, 0.5]))
     start = draw(st.one_of(st.just(0), positions))
     end = draw(st.one_of(st.just(MAX_POSITION), positions))
     threshold = draw(st.sampled_from([-0.5, -0.1, 0.0, 0.1, 0.5]))
     bounds = draw(st.sampled_from([(threshold, np.inf), (-np.inf, threshold), (-0.6, 0.6)]))
-    gate = (draw(st.integers(0, NUM_ROWS - 1)), *bounds) if draw(st.integers(0, 2)) == 0 else None
+    gated = len(ops) > 1 and draw(st.integers(0, 2)) == 0
+    details = {}
+    if draw(st.booleans()):
+        details = draw(
+            st.fixed_dictionaries(
+                {},
+                optional={"trigger": triggers, "exclude": triggers, "schedule": schedules}
+                | ({"conditions": asked(conditions), "any_condition": st.booleans()} if conditions else {}),
+            )
+        )
     return Step(
-        op=draw(st.sampled_from(OPS)),
+        op=draw(st.sampled_from(ops)),
         vector=draw(vectors),
         scale=draw(scales),
         bounds=(low, low + draw(st.sampled_from([0.0, 0.5, 4.0]))),
         span=(start, end),
-        gate=gate,
+        gate=(draw(st.integers(0, NUM_ROWS - 1)), *bounds) if gated else None,
+        **details,  # type: ignore[arg-type]
     )
 
 
+triggers = st.integers(-1, MAX_TRIGGERS - 1)
+schedules = st.tuples(st.integers(1, MAX_POS), st.sampled_from([0.25, 0.5, 2.0]), st.booleans()) | st.just(
+    (5, 0.0, False)
+)
+
+
+def asked(conditions: int) -> st.SearchStrategy[int]:
+    """Some of these conditions."""
+    return st.integers(0, 2**MAX_CONDITIONS - 1).map(lambda some: some & conditions)
+
+
 @st.composite
-def mixes(draw: st.DrawFn) -> list[Program]:
-    """One to five programs of 0 to 4 steps in random order."""
-    program = st.builds(Program, steps=st.lists(steps(), max_size=NUM_ENTRIES), keep_norm=st.booleans())
-    return draw(st.lists(program, min_size=1, max_size=5))
+def programs(draw: st.DrawFn) -> Program:
+    """0 to 4 steps in random order. The first ones may measure, for conditions that the others do not ask."""
+    counted = draw(st.integers(0, MAX_CONDITIONS - 1))
+    measuring = st.builds(
+        Step,
+        op=st.just("ablate"),
+        vector=vectors,
+        span=st.tuples(st.just(0), positions),
+        measure=st.tuples(st.sampled_from([DOT, COSINE]), st.just(counted), st.booleans()),
+    )
+    first = draw(st.lists(measuring, max_size=2))
+    # One condition is either a sum or the largest number.
+    first = [replace(step, measure=first[0].measure) for step in first]
+    rest = steps(conditions=(2**MAX_CONDITIONS - 1) & ~(1 << counted))
+    return Program(steps=first + draw(st.lists(rest, max_size=NUM_ENTRIES - len(first))), keep_norm=draw(st.booleans()))
+
+
+mixes = st.lists(programs(), min_size=1, max_size=5)
+"""One to five programs."""
+
+only_adds = st.builds(Program, steps=st.lists(steps(ops=("add",)), max_size=NUM_ENTRIES))
+
+batches = st.tuples(mixes, st.just(False)) | st.tuples(st.lists(only_adds, min_size=1, max_size=5), st.just(True))
+"""One to five programs, and whether they only add."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from steer_kernels.reference import rows_view
 
-from helpers.cases import SITE, Case
+from helpers.cases import HOLDS, SITE, Case, each_detail
 from helpers.kernel_oracle import Expected, expect, store_error, to_float64
 
 # An effect must exceed the bound of its error by this factor, or the comparison would show nothing. An edit as large as
@@ -35,11 +37,46 @@ def assert_matches(case: Case, edited: torch.Tensor, expected: Expected, *, ulps
     assert not wrong_TD.any(), f"rows {np.flatnonzero(wrong_TD.any(1))} are beyond their bound"
     silent_T = torch.from_numpy(expected.decided_T & ~expected.touched_T)
     assert torch.equal(before_TD[silent_T], edited_TD[silent_T]), "a row without an edit has changed"
+    assert_measured(case, expected)
     if case.capture:
         after_TD = edited_TD.float() if case.hidden is None else rows_view(case.hidden).float() + edited_TD.float()
         assert_captured(case, expected, after_TD, ulps=ulps)
     shown_T = expected.decided_T & expected.touched_T
     return np.abs(expected.delta_TD[shown_T]).max(1) / bound_TD[shown_T].max(1)
+
+
+def assert_measured(case: Case, expected: Expected) -> None:
+    """The numbers of all conditions, after the edit."""
+    number_SQ = to_float64(case.tables.measured_SQ)
+    near_SQ = np.abs(np.nan_to_num(number_SQ) - np.nan_to_num(expected.measured_SQ)) <= expected.measured_error_SQ
+    wrong_SQ = ~(near_SQ | (number_SQ == expected.measured_SQ))
+    assert not wrong_SQ.any(), f"(slot, condition) {np.argwhere(wrong_SQ).tolist()} are beyond their bound"
+
+
+def assert_each_detail_shows(case: Case, expected: Expected) -> None:
+    """In each slot of `each_detail`, the detail leaves out some rows or weakens them; conditions decide for all."""
+    slot_T = case.tables.slot_T[: len(expected.touched_T)].numpy()
+    size_T = np.abs(expected.delta_TD).max(1)
+    for slot, program in enumerate(each_detail(adds_only=case.adds_only), start=1):
+        step, size_N = program.steps[0], size_T[slot_T == slot]
+        answers = [holds for q, holds in enumerate(HOLDS) if step.conditions >> q & 1]
+        if not (any(answers) if step.any_condition else all(answers)):
+            assert size_N.max() == 0, f"the conditions of slot {slot} do not hold"
+        elif step == replace(step, trigger=-1, exclude=-1, schedule=None):
+            assert size_N.min() > 0, f"the conditions of slot {slot} hold"
+        else:
+            assert size_N.min() <= size_N.max() / 2, f"the detail of slot {slot} has no visible effect"
+            assert size_N.max() > 0, f"slot {slot} is never edited"
+
+
+def assert_each_measure_shows(case: Case) -> None:
+    """Every condition of `each_measure` has a number, and no other has."""
+    shown_SQ = case.tables.measured_SQ[1:].isfinite() & (case.tables.measured_SQ[1:] != 0)
+    assert shown_SQ[:, :4].tolist() == [
+        [True, True, False, False], [False, False, True, True],
+        [True, False, False, False], [False, False, False, True],
+    ]  # fmt: skip
+    assert not shown_SQ[:, 4:].any()
 
 
 def assert_captured(case: Case, expected: Expected, after_TD: torch.Tensor, *, ulps: float) -> None:

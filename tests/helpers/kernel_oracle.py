@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from steer_kernels.tables import Entry, Tables, decode_entry
+from steer_kernels.tables import DOT, Entry, Tables, decode_entry
 
 Array = NDArray[np.float64]
 
@@ -46,6 +46,8 @@ class Expected:
     touched_T: NDArray[np.bool_]
     decided_T: NDArray[np.bool_]
     """False: a gate lies within rounding of its threshold, so that either outcome is right."""
+    measured_SQ: Array
+    measured_error_SQ: Array
 
 
 @dataclass
@@ -71,26 +73,79 @@ def _gate(x_D: Array, error_D: Array, entry: Entry, bank_RD: Array) -> tuple[boo
     """Whether the gate holds, and whether that is beyond rounding."""
     if entry.gate_row < 0:
         return True, True
-    gate_D = bank_RD[entry.gate_row]
-    dot, norm, length = _dot(x_D, error_D, gate_D), _norm(x_D, error_D), _norm(gate_D, np.zeros_like(gate_D))
+    cos = _cosine(x_D, error_D, bank_RD[entry.gate_row])
+    sure = cos.error == 0 or min(abs(cos.value - entry.min_cos), abs(cos.value - entry.max_cos)) > cos.error
+    return entry.min_cos <= cos.value <= entry.max_cos, sure
+
+
+def _cosine(x_D: Array, error_D: Array, row_D: Array) -> _Sum:
+    """cos(x, row), or 0 if either is zero."""
+    dot, norm, length = _dot(x_D, error_D, row_D), _norm(x_D, error_D), _norm(row_D, np.zeros_like(row_D))
     if norm.value == 0 or length.value == 0:
-        return entry.min_cos <= 0 <= entry.max_cos, norm.error == 0
+        return _Sum(0.0, 1.0 if norm.error else 0.0)
     cos = dot.value / (norm.value * length.value)
     error = (dot.error / length.value + abs(cos) * norm.error) / norm.value + abs(cos) * length.error / length.value
-    error += 4 * U32 * abs(cos)
-    sure = min(abs(cos - entry.min_cos), abs(cos - entry.max_cos)) > error
-    return entry.min_cos <= cos <= entry.max_cos, sure
+    return _Sum(cos, error + 4 * U32 * abs(cos))
 
 
-def _factor(x_D: Array, error_D: Array, w_D: Array, entry: Entry) -> _Sum:
-    """g(x) with its error."""
+def _share(entry: Entry, pos: int, first_J: NDArray[np.int32], number_Q: Array, bounds_Q2: Array) -> _Sum:
+    """By how much an entry applies at a position that its span covers. 0 with error 0: not at all.
+
+    first_J: where the windows begin that the row is in. number_Q, bounds_Q2: of the conditions of its slot.
+    """
+    first = entry.start
+    if entry.trigger >= 0:
+        first = int(first_J[entry.trigger])
+        if first > pos:
+            return _Sum(0.0, 0.0)
+    if entry.exclude >= 0 and first_J[entry.exclude] <= pos:
+        return _Sum(0.0, 0.0)
+    holds = [low < number < high for number, (low, high) in zip(number_Q, bounds_Q2, strict=True)]
+    answers = [held for q, held in enumerate(holds) if entry.conditions >> q & 1]
+    if answers and not (any(answers) if entry.any_condition else all(answers)):
+        return _Sum(0.0, 0.0)
+    since = pos - first
+    if not entry.over:
+        return _Sum(1.0, 0.0)
+    if since >= entry.over:
+        return _Sum(entry.to, 0.0)
+    change = entry.slope * since
+    if not entry.exponential:
+        return _Sum(1.0 + change, U32 * (abs(change) + abs(1.0 + change)))
+    # The product rounds, which is a factor of the power; ex2.approx is good to 2 ** -22.
+    return _Sum(2.0**change, 2.0**change * (np.log(2) * abs(change) + 4) * U32)
+
+
+def _factor(x_D: Array, error_D: Array, w_D: Array, entry: Entry, share: _Sum) -> _Sum:
+    """share * g(x) with its error."""
     dot, norm = _dot(x_D, error_D, w_D), _norm(x_D, error_D)
     clipped = float(np.minimum(np.maximum(dot.value, entry.lo), entry.hi)) if entry.c3 else dot.value
     shift = clipped - dot.value
     terms = (entry.c0, entry.c1 * norm.value, entry.c2 * dot.value, entry.c3 * shift)
     error = abs(entry.c1) * norm.error + (abs(entry.c2) + 2 * abs(entry.c3)) * dot.error
     # Each term is rounded when it is made (the clip's difference once more) and in at most three sums.
-    return _Sum(sum(terms), error + 5 * U32 * (sum(map(abs, terms)) + abs(entry.c3) * error))
+    size = sum(map(abs, terms))
+    error += 5 * U32 * (size + abs(entry.c3) * error)
+    if entry.over:  # the coefficients are multiplied with the share first
+        error = abs(share.value) * error + (share.error + U32 * abs(share.value)) * (size + error)
+    return _Sum(share.value * sum(terms), error)
+
+
+class _Measured:
+    """What the rows add to the conditions of their slots, on a copy."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.total_SQ = to_float64(tables.measured_SQ).copy()
+        self.error_SQ = np.zeros_like(self.total_SQ)
+
+    def add(self, slot: int, entry: Entry, number: _Sum) -> None:
+        place = (slot, entry.total)
+        if entry.largest:
+            self.total_SQ[place] = max(self.total_SQ[place], number.value)
+            self.error_SQ[place] = max(self.error_SQ[place], number.error)
+        else:
+            self.total_SQ[place] += number.value
+            self.error_SQ[place] += number.error + 2.0**-52 * abs(self.total_SQ[place])
 
 
 def expect(
@@ -103,6 +158,9 @@ def expect(
     x_error_TD = np.zeros_like(x_TD) if hidden_TD is None else U32 * np.abs(x_TD)
     delta_TD, error_TD = np.zeros_like(x_TD), np.zeros_like(x_TD)
     touched_T, decided_T = np.zeros(len(x_TD), dtype=bool), np.ones(len(x_TD), dtype=bool)
+    # A launch does not ask a condition that it measures: all of them have the numbers from before.
+    number_SQ, bounds_SQ2, windows_TJ = tables.measured_SQ.numpy(), tables.bounds_SQ2.numpy(), tables.windows_TJ.numpy()
+    measured = _Measured(tables)
     for t in range(len(x_TD)):
         slot, pos = int(tables.slot_T[t]), int(tables.pos_T[t])
         if slot == 0:
@@ -114,12 +172,19 @@ def expect(
                 continue
             now_D = x_TD[t] + delta_D
             now_error_D = x_error_TD[t] + error_D + U32 * np.abs(now_D)
+            if entry.measure:
+                number = (_dot if entry.measure == DOT else _cosine)(now_D, now_error_D, bank_RD[entry.row])
+                measured.add(slot, entry, number)
+                continue
+            share = _share(entry, pos, windows_TJ[t], number_SQ[slot], bounds_SQ2[slot])
+            if not share.value:
+                continue
             holds, sure = _gate(now_D, now_error_D, entry, bank_RD)
             decided_T[t] &= sure
             if not holds:
                 continue
             w_D = bank_RD[entry.row]
-            g = _factor(now_D, now_error_D, w_D, entry)
+            g = _factor(now_D, now_error_D, w_D, entry, share)
             touched_T[t] = True
             delta_D += g.value * w_D
             # The product rounds, then the sum; a step whose delta was 0 rounds once, which this covers.
@@ -135,6 +200,8 @@ def expect(
         delta_TD=delta_TD,
         touched_T=touched_T,
         decided_T=decided_T,
+        measured_SQ=measured.total_SQ,
+        measured_error_SQ=measured.error_SQ,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,21 +44,26 @@ def program(*edits: dict[str, Any], prompt_len: int = 4, **rest: Any) -> Program
     return resolved({"edits": [{"vector": "a", **edit} for edit in edits], **rest}).template.at(prompt_len)
 
 
-def batch(*requests: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """What a step is routed from that has these requests, in row order: (slot or 0, first position, rows)."""
+def batch(
+    *requests: tuple[int, int, int], tokens: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """What a step is routed from that has these requests, in row order: (slot or 0, first position, rows).
+
+    tokens: one for each row; 0 everywhere if there are none.
+    """
     counts = [count for _, _, count in requests]
     return (
         torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
         torch.tensor([slot - 1 for slot, _, _ in requests], dtype=torch.int32),
         torch.cat([torch.arange(first, first + count) for _, first, count in requests]),
-        torch.zeros(sum(counts), dtype=torch.int32),
+        torch.tensor([*tokens] or [0] * sum(counts), dtype=torch.int32),
         sum(counts),
     )
 
 
-def route(runtime: EngineRuntime, *requests: tuple[int, int, int]) -> None:
+def route(runtime: EngineRuntime, *requests: tuple[int, int, int], tokens: Sequence[int] = ()) -> None:
     """The coming step has these requests: see `batch`."""
-    runtime.route(*batch(*requests))
+    runtime.route(*batch(*requests, tokens=tokens))
 
 
 def stream(

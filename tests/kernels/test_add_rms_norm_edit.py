@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -16,11 +16,13 @@ from helpers.cases import (
     Case,
     Program,
     adds,
+    batches,
     build,
-    mixes,
+    each_detail,
+    each_measure,
     single_operations,
 )
-from helpers.kernel_check import FAR_ABOVE, assert_captured, oracle_of
+from helpers.kernel_check import FAR_ABOVE, assert_captured, assert_each_detail_shows, assert_measured, oracle_of
 from helpers.kernel_oracle import rms_norm, store_error, to_float64
 from helpers.kernel_process import Process
 from helpers.ptx_machine import Machine, Traffic
@@ -60,6 +62,7 @@ def check(case: Case, kernel: Kernel, *, ulps: float) -> None:
         allowed_TD = store_error(value_TD, bound_TD, tensor.dtype, ulps=ulps)
         wrong_TD = np.abs(to_float64(rows_view(tensor)) - value_TD) > allowed_TD
         assert not wrong_TD[decided_T].any(), f"rows {np.flatnonzero(wrong_TD.any(1))} of the {name} are wrong"
+    assert_measured(case, expected)
     if case.capture:
         assert_captured(case, expected, rows_view(residual).float(), ulps=ulps)
     shown_T = expected.touched_T & decided_T
@@ -100,6 +103,16 @@ def cases(dtype: torch.dtype, hidden_size: int, num_tokens: int) -> list[Case]:
     return [every, only_adds]
 
 
+def detailed_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Each detail in its own slot, in the general kernel and, without conditions, in the one for adds."""
+    for adds_only in (False, True):
+        programs = [*each_detail(adds_only=adds_only), *([] if adds_only else each_measure())]
+        num_tokens = 12 * (len(programs) + 1)
+        case = build(programs, hidden_size=63, dtype=dtype, num_tokens=num_tokens, seed=7, adds_only=adds_only)
+        assert_each_detail_shows(case, oracle_of(case))
+        yield case
+
+
 @pytest.mark.parametrize("hidden_size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(dtype: torch.dtype, hidden_size: int) -> None:
@@ -114,18 +127,37 @@ def test_interpreted(interpreted: Process, dtype: torch.dtype, hidden_size: int)
         check(case, interpreted_kernel(interpreted), ulps=INTERPRETED_ULPS[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_detail_in_the_reference(dtype: torch.dtype) -> None:
+    for case in detailed_cases(dtype):
+        check(case, reference, ulps=0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_detail_interpreted(interpreted: Process, dtype: torch.dtype) -> None:
+    for case in detailed_cases(dtype):
+        check(case, interpreted_kernel(interpreted), ulps=INTERPRETED_ULPS[dtype])
+
+
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    programs=mixes(),
+    batch=batches,
     dtype=st.sampled_from(DTYPES),
     hidden_size=st.sampled_from([63, 576]),
     seed=st.integers(0, 2**16),
     batched=st.booleans(),
 )
 def test_random_mixes(
-    interpreted: Process, programs: list[Program], dtype: torch.dtype, hidden_size: int, seed: int, batched: bool
+    interpreted: Process,
+    batch: tuple[list[Program], bool],
+    dtype: torch.dtype,
+    hidden_size: int,
+    seed: int,
+    batched: bool,
 ) -> None:
-    case = build(programs, hidden_size=hidden_size, dtype=dtype, num_tokens=12, seed=seed, batched=batched)
+    programs, adds_only = batch
+    sizes = {"hidden_size": hidden_size, "dtype": dtype, "num_tokens": 12}
+    case = build(programs, **sizes, seed=seed, batched=batched, adds_only=adds_only)  # type: ignore[arg-type]
     hidden, residual = (torch.empty_like(case.carried) for _ in range(2))
     for kernel, ulps in ((reference, 0.5), (interpreted_kernel(interpreted), INTERPRETED_ULPS[dtype])):
         assert case.hidden is not None
@@ -138,6 +170,7 @@ def test_random_mixes(
         wrong_TD = np.abs(to_float64(rows_view(residual)) - value_TD) > bound_TD
         assert not wrong_TD[expected.decided_T].any()
         assert torch.isfinite(hidden.float()).all()
+        assert_measured(case, expected)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import DTYPES, NUM_ENTRIES, SITE, SIZES, Case, Program, Step, adds, build, mixes, single_operations
-from helpers.kernel_check import FAR_ABOVE, assert_matches, oracle_of
+from helpers.cases import (
+    DTYPES,
+    NUM_ENTRIES,
+    SITE,
+    SIZES,
+    Case,
+    Program,
+    Step,
+    adds,
+    batches,
+    build,
+    each_detail,
+    each_measure,
+    single_operations,
+)
+from helpers.kernel_check import (
+    FAR_ABOVE,
+    assert_each_detail_shows,
+    assert_each_measure_shows,
+    assert_matches,
+    assert_measured,
+    oracle_of,
+)
 from helpers.kernel_process import Process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -60,7 +81,7 @@ def test_zero_to_four_adds_per_slot(
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    programs=mixes(),
+    batch=batches,
     dtype=st.sampled_from(DTYPES),
     hidden_size=st.sampled_from([1, 63, 576]),
     seed=st.integers(0, 2**16),
@@ -70,7 +91,7 @@ def test_zero_to_four_adds_per_slot(
 )
 def test_random_mixes(
     interpreted: Process,
-    programs: list[Program],
+    batch: tuple[list[Program], bool],
     dtype: torch.dtype,
     hidden_size: int,
     seed: int,
@@ -78,8 +99,10 @@ def test_random_mixes(
     batched: bool,
     capture: bool,
 ) -> None:
+    programs, adds_only = batch
     case = build(
         programs,
+        adds_only=adds_only,
         hidden_size=hidden_size,
         dtype=dtype,
         num_tokens=12,
@@ -89,7 +112,32 @@ def test_random_mixes(
         batched=batched,
         capture=capture,
     )
-    assert_matches(case, edit(interpreted, case), oracle_of(case), ulps=INTERPRETED_ULPS[dtype])
+    expected = oracle_of(case)
+    assert_matches(case, edit(interpreted, case), expected, ulps=INTERPRETED_ULPS[dtype])
+
+
+@pytest.mark.parametrize("adds_only", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_detail_alone(interpreted: Process, dtype: torch.dtype, adds_only: bool) -> None:
+    """Triggers, exceptions, schedules and conditions; each edits some rows of its slot and not others."""
+    programs = each_detail(adds_only=adds_only)
+    num_tokens = 12 * (len(programs) + 1)
+    case = build(programs, hidden_size=63, dtype=dtype, num_tokens=num_tokens, seed=7, adds_only=adds_only)
+    expected = oracle_of(case)
+    assert assert_matches(case, edit(interpreted, case), expected, ulps=INTERPRETED_ULPS[dtype]).max() > FAR_ABOVE
+    assert_each_detail_shows(case, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_entries_measure(interpreted: Process, dtype: torch.dtype) -> None:
+    """Sums and largest numbers of dot products and cosines, of the rows in the span, which are not edited."""
+    case = build(each_measure(), hidden_size=576, dtype=dtype, num_tokens=60, seed=8)
+    case.tables.measured_SQ[:] = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0, 0.0])
+    expected = oracle_of(case)
+    edited = edit(interpreted, case)
+    assert torch.equal(edited, case.carried)
+    assert_measured(case, expected)
+    assert_each_measure_shows(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -57,7 +57,9 @@ def test_bytes_of_an_entry() -> None:
 
 def test_bytes_of_the_details() -> None:
     """The sign bit of START, then every bit field of WHEN at its place, and the schedule."""
-    limited = PLAIN._replace(trigger=4, exclude=6, conditions=0b1000_0001, any_condition=True, over=9, slope=0.5, to=2.0)
+    limited = PLAIN._replace(
+        trigger=4, exclude=6, conditions=0b1000_0001, any_condition=True, over=9, slope=0.5, to=2.0
+    )
     measuring = PLAIN._replace(exponential=True, measure=tb.COSINE, total=5, largest=True)
     plain_W, limited_W, measuring_W = map(encode_entry, (PLAIN, limited, measuring))
     for words_W in (limited_W, measuring_W):

@@ -1,0 +1,77 @@
+"""`Windows` against the definition of a window, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from helpers.oracle_when import window_at
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from steer_engine.trigger import NEVER, NO_END, Trigger, Windows
+
+AHEAD = 9
+"""Positions after the known tokens that are looked at too."""
+OTHER = 0
+"""A token that is in no sequence."""
+
+texts = st.lists(st.integers(1, 2), max_size=60) | st.lists(st.integers(1, 3), max_size=12)
+sequences = st.lists(st.integers(1, 2), max_size=4).map(tuple)
+limits = st.just(NO_END) | st.integers(1, 6)
+
+
+@st.composite
+def triggers(draw: st.DrawFn) -> Trigger:
+    after = draw(sequences)
+    return Trigger(after, draw(sequences), each=bool(after) and draw(st.booleans()), tokens=draw(limits))
+
+
+def grown(trigger: Trigger, tokens: Sequence[int], cuts: Sequence[int]) -> Windows:
+    """The windows after these tokens, which arrive in parts."""
+    windows = Windows(trigger)
+    edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
+    for start, end in pairwise(edges):
+        windows.extend(tokens[start:end])
+    assert windows.num_tokens == len(tokens)
+    return windows
+
+
+def is_inside(trigger: Trigger, tokens: Sequence[int], position: int) -> bool:
+    scope = {"each": trigger.each, "tokens": trigger.tokens}
+    scope |= {name: list(part) for name, part in (("after", trigger.after), ("until", trigger.until)) if part}
+    return window_at(scope, tokens, position) is not None
+
+
+def places_of(sequence: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """Where the sequence ends."""
+    size = len(sequence)
+    return [end - 1 for end in range(size, len(tokens) + 1) if size and list(tokens[end - size : end]) == [*sequence]]
+
+
+@given(triggers(), texts, st.lists(st.integers(0, 60), max_size=5), st.integers(0, 60), st.integers(0, 60))
+def test_within(trigger: Trigger, tokens: list[int], cuts: list[int], start: int, length: int) -> None:
+    """Positions after the last token are inside if its window stays open."""
+    known = [*tokens, *[OTHER] * AHEAD]
+    start = min(start, len(known))
+    end = min(start + length, len(known))
+    found = [p for first, last in grown(trigger, tokens, cuts).within(start, end) for p in range(first, last)]
+    expected = [p for p in range(start, end) if is_inside(trigger, known, p)]
+    event(f"inside {bool(expected)}, outside {len(expected) < end - start}")
+    assert found == expected
+
+
+@given(triggers(), texts, st.lists(st.integers(0, 60), max_size=5))
+def test_state(trigger: Trigger, tokens: list[int], cuts: list[int]) -> None:
+    opened = places_of(trigger.after, tokens[:-1]) if trigger.after else [-1]
+    closed = places_of(trigger.until, tokens)
+    place = -1 if trigger.each else 0
+    expected = (opened[place] if opened else NEVER, closed[-1] if closed else NEVER)
+    assert grown(trigger, tokens, cuts).state == expected
+
+
+@pytest.mark.parametrize("trigger", [Trigger((1, 2), (3,), each=True, tokens=7), Trigger((), (5, 6)), Trigger((4,))])
+def test_the_wire_form_is_plain_and_complete(trigger: Trigger) -> None:
+    assert Trigger.from_wire(trigger.to_wire()) == trigger
+    assert all(type(part) in (list, bool, int) for part in trigger.to_wire())
