@@ -335,7 +335,8 @@ def test_an_unknown_field_lists_the_valid_ones(raw: Any, valid: str) -> None:
 def test_a_refusal_says_what_is_valid() -> None:
     assert "'last_prompt_token', 'thinking'" in refused(one(scope=5)).message
     assert refused(one(scope={"after": 1.5})).message == (
-        "steering.edits[0].scope.after: must be text, a token id, or a list of token ids that follow each other, not 1.5."
+        "steering.edits[0].scope.after: must be text, a token id, or a list of token ids that follow each other, not "
+        "1.5."
     )
     assert "'tool_calls', or {'after': tokens" in refused(one(scope={"except": 5})).message
     assert "{'any': [...]} or {'all': [...]}" in refused(one(when=5)).message
