@@ -22,6 +22,7 @@ from steer_engine.spec import Op
 from steer_engine.trigger import NO_END, Trigger
 from steer_engine.vectors import ControlVector, VectorMetadata
 from steer_engine.vectors.cache import InlineVectors
+from steer_engine.vectors.metadata import FittedCondition
 from steer_engine.vectors.safetensors_format import to_bytes
 from steer_engine.vocabulary import Tags, Vocabulary
 
@@ -290,6 +291,21 @@ def test_wrong_conditions(when: dict[str, Any], param: str) -> None:
     assert refused({}, when=when).param == f"steering.when{param}"
 
 
+def test_a_vector_with_a_condition_of_its_own() -> None:
+    fitted = FittedCondition(blocks=(0, 1), measure="dot", at="mean_prompt", above=2.0)
+    vector = replace(VECTORS["c"], metadata=VectorMetadata(condition=fitted))
+    vectors = {**VECTORS, "fitted": vector}.__getitem__
+    written = {"vector": "fitted", "blocks": "0-1", "measure": "dot", "at": "mean_prompt", "above": 2.0}
+    suggested = resolved({"when": {"vector": "fitted"}}, vectors=vectors)
+    assert suggested.digest == resolved({"when": written}, vectors=vectors).digest
+    for given in ({"blocks": 0}, {"measure": "cosine"}, {"at": "max_prompt"}):
+        error = refused({"when": {"vector": "fitted", **given}}, vectors=vectors)
+        assert error.param == "steering.edits[0].when.above"
+        assert f"it has its own {next(iter(given))}" in error.message
+    late = refused({"when": {"vector": "fitted"}, "blocks": "0-1"}, vectors=vectors)
+    assert late.param == "steering.edits[0].when.blocks"
+
+
 def test_a_condition_must_leave_a_block() -> None:
     resolved({"blocks": 2, "when": HOLDS})
     for blocks in (0, 1, "0-1"):
@@ -303,9 +319,9 @@ def test_a_condition_of_another_model() -> None:
     wide = ControlVector(directions={0: np.ones(HIDDEN_SIZE * 2, np.float32)}, metadata=VectorMetadata())
     flat = ControlVector(directions={0: np.zeros(HIDDEN_SIZE, np.float32)}, metadata=VectorMetadata())
     vectors = {**VECTORS, "wide": wide, "flat": flat}
-    for name, says in (("wide", "it was made for another model"), ("flat", "it has no direction there")):
+    for name, field, says in (("wide", "vector", "made for another model"), ("flat", "blocks", "no direction there")):
         error = refused({"when": {"vector": name, "blocks": 0, "above": 0}}, vectors=vectors.__getitem__)
-        assert error.param == "steering.edits[0].when.vector"
+        assert error.param == f"steering.edits[0].when.{field}"
         assert says in error.message
 
 
