@@ -6,7 +6,7 @@ All of it follows from the tokens and from what the engine measured, so nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from steer_engine.edit import Condition
 from steer_engine.resolve import ResolvedSpec
@@ -14,20 +14,38 @@ from steer_engine.template import covered_by, triggers_of
 from steer_engine.trigger import Windows
 
 
-class Applied:
-    """Adds up the sequences of one answer, and writes the totals into its report (`ResolvedSpec.report`)."""
+class Decided(NamedTuple):
+    """How a condition was decided for one sequence. value: a mean, or the largest number."""
 
-    def __init__(self, resolved: ResolvedSpec, report: dict[str, Any]) -> None:
+    value: float
+    held: bool
+
+
+Decisions = dict[tuple[int, int], list[Decided]]
+"""(number of the prompt, number of its choice) -> its conditions, in the order of the report."""
+
+
+class Applied:
+    """Adds up the sequences of one prompt, and writes the totals into the report of its answer (`ResolvedSpec.report`).
+
+    number: of the prompt in the answer. decisions: shared by the prompts of the answer, which finish in any order.
+    """
+
+    def __init__(
+        self, resolved: ResolvedSpec, report: dict[str, Any], number: int = 0, decisions: Decisions | None = None
+    ) -> None:
+        self._number = number
+        self._decisions: Decisions = {} if decisions is None else decisions
         self._conditions = resolved.template.conditions
         self._edits = [edit.edit for edit in resolved.edits if not edit.edit.does_nothing]
         self._triggers = triggers_of(self._edits)
         self._report = report
 
-    def add(self, prompt: Sequence[int], tokens: Sequence[int], measured: Sequence[float]) -> None:
+    def add(self, prompt: Sequence[int], tokens: Sequence[int], measured: Sequence[float], choice: int = 0) -> None:
         """Add a finished sequence.
 
         prompt, tokens: of the prompt and of the answer. measured: the sums, or largest numbers, of the conditions, in
-        the order of the program; empty if the engine returned none.
+        the order of the program; empty if the engine returned none. choice: number of the sequence.
         """
         prompt_len = len(prompt)
         # The last token was sampled, and never computed.
@@ -35,32 +53,32 @@ class Applied:
         windows = [Windows(trigger) for trigger in self._triggers]
         for each in windows:
             each.extend([*prompt, *tokens])
-        held = self._decide(prompt_len, measured)
+        held = self._decide(prompt_len, measured, choice)
         for entry, edit in zip(self._report["edits"], self._edits, strict=True):
-            applies = edit.when is None or edit.when.holds([held.get(each, False) for each in edit.when.conditions])
+            if edit.when is not None and not held:
+                continue  # unknown
+            applies = edit.when is None or edit.when.holds([held[each] for each in edit.when.conditions])
             covered = covered_by(edit, self._triggers, prompt_len) if applies else None
             parts = [] if covered is None else covered.within(0, num_computed, windows)
             entry["applied_tokens"] = entry.get("applied_tokens", 0) + sum(last - first for first, last in parts)
 
-    def _decide(self, prompt_len: int, measured: Sequence[float]) -> dict[Condition, bool]:
+    def _decide(self, prompt_len: int, measured: Sequence[float], choice: int) -> dict[Condition, bool]:
         """Whether each condition held; empty if that is unknown. Written into the report as well."""
-        held: dict[Condition, bool] = {}
         if len(measured) != len(self._conditions):
-            return held
-        for entry, condition, number in zip(
-            self._report.get("conditions", ()), self._conditions, measured, strict=True
-        ):
-            held[condition] = condition.measured_at(prompt_len).holds(number)
-            _append(entry, "value", number / condition.numbers(prompt_len))
-            _append(entry, "held", held[condition])
-        return held
+            return {}
+        decided = [
+            Decided(number / condition.numbers(prompt_len), condition.measured_at(prompt_len).holds(number))
+            for condition, number in zip(self._conditions, measured, strict=True)
+        ]
+        self._decisions[self._number, choice] = decided
+        of_sequences = [self._decisions[key] for key in sorted(self._decisions)]
+        for number, entry in enumerate(self._report.get("conditions", ())):
+            found = [sequence[number] for sequence in of_sequences]
+            entry["value"] = _single([each.value for each in found])
+            entry["held"] = _single([each.held for each in found])
+        return {condition: each.held for condition, each in zip(self._conditions, decided, strict=True)}
 
 
-def _append(entry: dict[str, Any], key: str, value: Any) -> None:
+def _single(values: list[Any]) -> Any:
     """The value of one sequence as it is; those of several as a list."""
-    if key not in entry:
-        entry[key] = value
-    elif isinstance(entry[key], list):
-        entry[key].append(value)
-    else:
-        entry[key] = [entry[key], value]
+    return values[0] if len(values) == 1 else values

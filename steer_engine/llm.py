@@ -135,7 +135,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 output.steering = spec.report()
                 applied = Applied(spec, output.steering)
                 for choice in output.outputs:
-                    applied.add(output.prompt_token_ids, choice.token_ids, numbers)
+                    applied.add(output.prompt_token_ids, choice.token_ids, numbers, choice.index)
         return outputs
 
     def _resolved(self, params: Any) -> ResolvedSpec | None:

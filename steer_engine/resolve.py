@@ -306,12 +306,12 @@ def _gate(
 
 
 def _measurable(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
-    """The vector of a condition."""
+    """The vector of a condition. param: path of the condition."""
     if model.ops == (Op.ADD,):
         raise SteeringRequestError("Conditions need more than op 'add' armed (--steering-ops).", param)
     if model.is_pipeline:
         raise SteeringRequestError("Conditions are not supported with pipeline parallelism.", param)
-    return _lookup(name, param, vectors, model)
+    return _lookup(name, f"{param}.vector", vectors, model)
 
 
 def _check_measured(vector: ControlVector, blocks: tuple[int, ...], param: str, model: ModelShape) -> None:

@@ -16,7 +16,7 @@ from steer_engine.vocabulary import Vocabulary
 WORDS = {"all": ALL, "prompt": PROMPT, "generation": GENERATION, "last_prompt_token": LAST_PROMPT_TOKEN}
 
 Lookup = Callable[[str, str], ControlVector]
-"""(name, param) -> a vector that can be measured on this engine."""
+"""(name, path of the condition) -> a vector that can be measured on this engine."""
 CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
 """(vector, blocks, param): raises SteeringRequestError where it cannot be measured at the blocks."""
 
@@ -28,11 +28,11 @@ def resolve_scope(scope: str | ScopeSpec, param: str, vocabulary: Vocabulary, li
         SteeringRequestError: a trigger is unknown or too long, or the scope contradicts itself.
     """
     if isinstance(scope, str):
-        return WORDS[scope] if scope in WORDS else ALL._replace(trigger=vocabulary.trigger(scope, param))
+        return WORDS[scope] if scope in WORDS else ALL._replace(trigger=_word(scope, param, vocabulary, limits))
     trigger = _trigger(scope, param, vocabulary, limits) if scope.is_trigger else None
     exclude = None
     if isinstance(scope.except_, str):
-        exclude = vocabulary.trigger(scope.except_, f"{param}.except")
+        exclude = _word(scope.except_, f"{param}.except", vocabulary, limits)
     elif scope.except_ is not None:
         exclude = _trigger(scope.except_, f"{param}.except", vocabulary, limits)
     if trigger is not None and trigger == exclude:
@@ -48,15 +48,26 @@ def _span(scope: ScopeSpec) -> Scope:
     return Scope(Bound(True, (scope.start or 0) - 1), end)
 
 
+def _word(word: str, param: str, vocabulary: Vocabulary, limits: Limits) -> Trigger:
+    trigger = vocabulary.trigger(word, param)
+    for ids in (trigger.after, trigger.until):
+        _check_length(f"A tag of {word!r}", ids, param, limits)
+    return trigger
+
+
+def _check_length(what: str, ids: tuple[int, ...], param: str, limits: Limits) -> None:
+    if len(ids) > limits.max_trigger_tokens:
+        raise SteeringRequestError(
+            f"{what} has {len(ids)} tokens; at most {limits.max_trigger_tokens} are allowed (max_trigger_tokens).",
+            param,
+        )
+
+
 def _trigger(trigger: TriggerSpec, param: str, vocabulary: Vocabulary, limits: Limits) -> Trigger:
     sides = []
     for name, tokens in (("after", trigger.after), ("until", trigger.until)):
         ids = () if tokens is None else vocabulary.sequence(tokens, f"{param}.{name}")
-        if len(ids) > limits.max_trigger_tokens:
-            raise SteeringRequestError(
-                f"{name} has {len(ids)} tokens; at most {limits.max_trigger_tokens} are allowed (max_trigger_tokens).",
-                f"{param}.{name}",
-            )
+        _check_length(name, ids, f"{param}.{name}", limits)
         sides.append(ids)
     after, until = sides
     if after == until:
@@ -81,22 +92,24 @@ def resolve_when(
     """
     if when is None:
         return None
-    found = tuple(
-        _condition(condition, f"{param}{path}", lookup, check_blocks) for path, condition in conditions_of(when)
-    )
-    resolved = When(found, any=isinstance(when, AnySpec))
-    if resolved.decided_at >= last_block:
-        raise SteeringRequestError(
-            f"The condition is decided at block {resolved.decided_at}, and the edit's last block is {last_block}: no "
-            "later block is left. Measure at an earlier block, or edit later ones.",
-            f"{param}.blocks",
-        )
-    return resolved
+    found = []
+    for path, condition in conditions_of(when):
+        resolved = _condition(condition, f"{param}{path}", lookup, check_blocks)
+        if resolved.blocks[-1] >= last_block:
+            raise SteeringRequestError(
+                f"The condition is decided at block {resolved.blocks[-1]}, and the edit's last block is {last_block}: "
+                "no later block is left. Measure at an earlier block, or edit later ones.",
+                f"{param}{path}.blocks",
+            )
+        found.append(resolved)
+    # Each once and in a fixed order, so that equal meaning has an equal digest.
+    unique = tuple(sorted(set(found), key=repr))
+    return When(unique, any=isinstance(when, AnySpec) and len(unique) > 1)
 
 
 def _condition(requested: ConditionSpec, param: str, lookup: Lookup, check_blocks: CheckBlocks) -> Condition:
     assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
-    vector = lookup(requested.vector, f"{param}.vector")
+    vector = lookup(requested.vector, param)
     if requested.is_bounded:
         found = Condition(
             vector=vector.digest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -157,6 +157,17 @@ class SteeringSpec(Strict):
         return self
 
 
+def vectors_in(spec: SteeringSpec) -> Iterator[str | InlineVector]:
+    """Every vector that a spec names or contains, in its edits, gates and conditions."""
+    for holder in (spec, *(spec.edits or ())):
+        if isinstance(holder, EditSpec):
+            yield holder.vector
+            if holder.gate is not None:
+                yield holder.gate.vector
+        if holder.when is not None:
+            yield from (condition.vector for _, condition in conditions_of(holder.when))
+
+
 def with_vectors(spec: SteeringSpec, name_of: Callable[[str | InlineVector, str], str]) -> SteeringSpec:
     """`spec` with every vector of its edits and conditions replaced by a name.
 
@@ -170,15 +181,10 @@ def with_vectors(spec: SteeringSpec, name_of: Callable[[str | InlineVector, str]
         replaced = [conditions(each, f"{param}.{name}[{number}]") for number, each in enumerate(getattr(when, name))]
         return when.model_copy(update={name: replaced})
 
-    def has_inline(holder: Any) -> bool:
-        named = [] if holder.when is None else [condition.vector for _, condition in conditions_of(holder.when)]
-        return any(isinstance(vector, InlineVector) for vector in [*named, getattr(holder, "vector", None)])
-
-    edits = spec.edits or []
-    if not any(has_inline(holder) for holder in (spec, *edits)):
+    if not any(isinstance(vector, InlineVector) for vector in vectors_in(spec)):
         return spec
     replaced = []
-    for number, edit in enumerate(edits):
+    for number, edit in enumerate(spec.edits or ()):
         param = f"steering.edits[{number}]"
         update: dict[str, Any] = {"vector": name_of(edit.vector, param)}
         if edit.when is not None:

@@ -58,13 +58,20 @@ class Vocabulary:
             )
         return ids
 
+    def has_tags(self, word: str) -> bool:
+        """Whether "thinking", "answer" or "tool_calls" can be found here."""
+        return isinstance(self._tags_of(word), Tags)
+
+    def _tags_of(self, word: str) -> Tags | str:
+        return self._tags("thinking" if word == "answer" else word)
+
     def trigger(self, word: str, param: str) -> Trigger:
         """The windows of "thinking", "answer" or "tool_calls".
 
         Raises:
             SteeringRequestError: the server's parsers have no such tags.
         """
-        tags = self._tags("thinking" if word == "answer" else word)
+        tags = self._tags_of(word)
         if isinstance(tags, str):
             raise SteeringRequestError(f"{word!r} has no tags here: {tags}", param)
         start = self.sequence(tags.start, param)

@@ -6,7 +6,7 @@ An error is `{"error": {"message", "type", "param", "code"}}`.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -40,6 +40,7 @@ class RequestNote:
     body_model: the model name in the request's body, on a path that loses it before the check (SageMaker).
     retry_after: seconds for a `Retry-After` header.
     captured: rows of this request are being captured; a second prompt is refused.
+    num_prompts: prompts that entered the engine. decisions: how their conditions were decided (`applied.Decisions`).
     """
 
     searched: bool = False
@@ -49,6 +50,8 @@ class RequestNote:
     body_model: str | None = None
     retry_after: float | None = None
     captured: bool = False
+    num_prompts: int = 0
+    decisions: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
 
 
 current_note: ContextVar[RequestNote | None] = ContextVar("steer_engine_note", default=None)

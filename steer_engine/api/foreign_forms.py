@@ -4,8 +4,8 @@
     vllm_xargs.hotwire                   hotwire: JSON text, {id, layer, scale} or a list of them
     steering.vectors                     EasySteer: {vectors: [{source, scale, layers, apply, ...}], conflict}
 
-All three add to the output of a block, as op `add` does. Their generation phase begins one position later than the
-scope `generation`, so requests for generated positions only are refused.
+All three add to the output of a block, as op `add` does. The generation phase of EasySteer and hotwire begins one
+position later than the scope `generation`: at the position of the first generated token, which selects the second.
 
 The limits of a request hold for these forms too. They are checked against what a form declares, before anything is
 decoded: a few hundred kilobytes of compressed zeros can declare gigabytes.
@@ -29,6 +29,9 @@ from steer_engine.vectors import safetensors_format, vllm_lens_format
 VLLM_LENS, HOTWIRE = "apply_steering_vectors", "hotwire"
 XARGS_FORMS = (VLLM_LENS, HOTWIRE)
 EASYSTEER = "vectors"
+
+DECODING = {"from": "generation", "start": 1}
+"""The scope of other servers' generation phase."""
 
 BASE64_FLOAT64 = 8 / 4 * 4 / 3
 """Characters per byte of a float32 vector: vllm-lens may send float64, in base64."""
@@ -100,7 +103,7 @@ def _easysteer_edit(vector: Any, param: str) -> dict[str, Any]:
     return edit | {"scope": _easysteer_scope(vector.get("apply"), f"{param}.apply")}
 
 
-def _easysteer_scope(apply: Any, param: str) -> str:
+def _easysteer_scope(apply: Any, param: str) -> str | dict[str, Any]:
     if not isinstance(apply, dict):
         raise SteeringRequestError("apply is required: an object with phases, or with prompt and generation.", param)
     if set(apply) == {"phases"} and isinstance(apply["phases"], list):
@@ -109,17 +112,15 @@ def _easysteer_scope(apply: Any, param: str) -> str:
         phases = set(apply)
     else:
         raise SteeringRequestError(
-            'Only whole phases are supported; use an edit with "scope": {"start", "end"}.', param
+            "Only whole phases are supported; use 'steering.edits' with a scope (documentation: Serving).", param
         )
     if phases == {"prompt", "generation"}:
         return "all"
     if phases == {"prompt"}:
         return "prompt"
-    raise SteeringRequestError(
-        "EasySteer's generation phase begins one position later than the scope 'generation'; use an edit with "
-        "an explicit scope.",
-        param,
-    )
+    if phases == {"generation"}:
+        return DECODING
+    raise SteeringRequestError("apply needs the phase prompt, generation or both.", param)
 
 
 def from_hotwire(text: Any, limits: Limits) -> dict[str, Any]:
@@ -130,12 +131,6 @@ def from_hotwire(text: Any, limits: Limits) -> dict[str, Any]:
         raise SteeringRequestError("Expected {id, layer, scale}, or a list of such objects.", param)
     for entry in entries:
         _check_fields(entry, {"id", "layer", "scale", "decode_only"}, param)
-        if entry.get("decode_only"):
-            raise SteeringRequestError(
-                "decode_only begins one position later than the scope 'generation'; use the field 'steering' with an "
-                "explicit scope.",
-                param,
-            )
     layers = [entry.get("layer") for entry in entries]
     if not all(type(layer) is int for layer in layers):
         raise SteeringRequestError("layer must be a whole number.", param)
@@ -146,6 +141,7 @@ def from_hotwire(text: Any, limits: Limits) -> dict[str, Any]:
     return {
         "edits": [
             {"vector": _name(entry.get("id"), param), "scale": entry.get("scale"), "blocks": [entry["layer"]]}
+            | ({"scope": DECODING} if entry.get("decode_only") else {})
             for entry in entries
         ]
     }

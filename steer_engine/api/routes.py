@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -13,11 +13,13 @@ from starlette.responses import Response
 
 import steer_engine
 from steer_engine.api import metrics
+from steer_engine.api.frontend import Frontend
 from steer_engine.api.registry_routes import SPEC_BODY, read_json
 from steer_engine.api.request_field import FIELD, steering_of
 from steer_engine.api.routing import SteeringRoute, failed, frontend_of
 from steer_engine.containment import largest_dose
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.scope import ScopeWord, TriggerWord
 from steer_engine.spec import Op, SteeringSpec
 
 router = APIRouter(tags=["steering"], route_class=SteeringRoute)
@@ -51,7 +53,7 @@ async def describe(request: Request) -> JSONResponse:
             "num_blocks": model.num_blocks,
             "armed_blocks": list(model.armed_blocks),
             "operations": [op.value for op in Op if op in model.ops],
-            "scopes": ["all", "prompt", "generation", {"start": "integer or null", "end": "integer or null"}],
+            "scopes": _scopes(frontend),
             "limits": limits
             | frontend.registry.limits.model_dump()
             | {"rows": model.rows, "bank_rows": model.bank_rows}
@@ -62,6 +64,15 @@ async def describe(request: Request) -> JSONResponse:
             "default_preset": frontend.default_preset,
         }
     )
+
+
+def _scopes(frontend: Frontend) -> list[Any]:
+    """The forms of a scope, with those of the words "thinking", "answer" and "tool_calls" that have tags here."""
+    span = {"start": "integer or null", "end": "integer or null"}
+    trigger = {"after": "tokens", "until": "tokens", "each": "true or false", "tokens": "integer"}
+    untagged = {word for word in get_args(TriggerWord) if not frontend.vocabulary.has_tags(word)}
+    words = [word for word in get_args(ScopeWord) if word not in untagged]
+    return [*words, span, {"from": "generation", **span}, trigger, {"except": trigger}]
 
 
 @router.post("/v1/steering/validate", openapi_extra=SPEC_BODY)

@@ -267,10 +267,12 @@ def list_presets(url: Url = DEFAULT_URL) -> None:
 
     Example: steer-engine presets list --url http://localhost:8000
     """
+    from steer_engine.vectors.manifest import vectors_of
+
     table = Table("name", "vectors", "digest")
     for entry in Remote(url).pages("presets"):
-        vectors = ", ".join(str(edit["vector"]) for edit in entry["spec"]["edits"])
-        table.add_row(entry["name"], vectors, short_digest(entry["digest"]))
+        vectors = sorted(vectors_of(entry["spec"]))
+        table.add_row(entry["name"], ", ".join(vectors), short_digest(entry["digest"]))
     print_table(table)
 
 

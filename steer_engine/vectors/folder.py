@@ -14,6 +14,7 @@ from typing import Any
 
 from steer_engine.errors import SteeringRequestError, UnreadableFileError, VectorFileError
 from steer_engine.parse import parse_spec
+from steer_engine.spec import vectors_in
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import SUFFIXES, load
 from steer_engine.vectors.storage import FileSignature, file_signature, read_file
@@ -364,7 +365,7 @@ def check_preset(spec: Any) -> dict[str, Any]:
     parsed = parse_spec(spec)
     if parsed is None or parsed.edits is None:
         raise SteeringRequestError("a preset must have edits of its own.", "edits")
-    if any(not isinstance(edit.vector, str) for edit in parsed.edits):
+    if any(not isinstance(vector, str) for vector in vectors_in(parsed)):
         raise SteeringRequestError("a preset must name its vectors; inline vectors belong in requests.", "edits")
     if parsed.capture is not None:
         raise SteeringRequestError("a preset cannot have a capture; captures belong in requests.", "capture")

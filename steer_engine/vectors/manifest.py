@@ -125,8 +125,10 @@ def preset_digest(spec: dict[str, Any]) -> str:
 
 
 def vectors_of(spec: dict[str, Any]) -> set[str]:
-    """The names and digests of the vectors that a spec's JSON uses."""
+    """The names and digests of the vectors that a spec's JSON uses: of edits, gates and conditions."""
     edits = [edit for edit in spec.get("edits") or () if isinstance(edit, dict)]
-    gates = [edit["gate"] for edit in edits if isinstance(edit.get("gate"), dict)]
-    named = [part.get("vector") for part in (*edits, *gates)]
+    gates = [edit.get("gate") for edit in edits]
+    whens = [when for holder in (spec, *edits) if isinstance(when := holder.get("when"), dict)]
+    listed = [each for when in whens for name in ("any", "all") for each in when.get(name) or ()]
+    named = [part.get("vector") for part in (*edits, *gates, *whens, *listed) if isinstance(part, dict)]
     return {name for name in named if isinstance(name, str)}

@@ -29,7 +29,9 @@ def telling(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...,
         resolved, note = checked_steering(getattr(params, "extra_args", None)), current_note.get()
         if params is None or resolved is None or note is None or note.report is None or not resolved.edits:
             return stream
-        return _telling(stream, Applied(resolved, note.report), is_delta=params.output_kind == RequestOutputKind.DELTA)
+        applied = Applied(resolved, note.report, note.num_prompts, note.decisions)
+        note.num_prompts += 1
+        return _telling(stream, applied, is_delta=params.output_kind == RequestOutputKind.DELTA)
 
     return generate
 
@@ -46,5 +48,5 @@ async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGen
                 # A prompt of embeddings has no length here.
                 if choice.finish_reason is not None and output.prompt_token_ids is not None:
                     answer = tokens.get(choice.index, []) if is_delta else choice.token_ids
-                    applied.add(output.prompt_token_ids, answer, numbers)
+                    applied.add(output.prompt_token_ids, answer, numbers, choice.index)
             yield output

@@ -22,6 +22,7 @@ from steer_engine.settings import ADMIN_KEYS_ENV, ApiLimits, EngineLimits, Limit
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
 from steer_engine.vectors.metadata import FittedCondition
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
+from steer_engine.vocabulary import Tags, Vocabulary
 
 
 def one(value: float, *, width: int = 8, block: int = 1) -> ControlVector:
@@ -350,6 +351,78 @@ async def test_validate_reads_what_a_request_may_say(client: httpx.AsyncClient) 
     assert error(path) == (400, "steering.vectors[0].source")
     for nothing in ("null", "false"):
         assert error(await client.post("/v1/steering/validate", content=nothing)) == (400, "steering")
+
+
+async def test_validate_says_when_each_edit_applies(client: httpx.AsyncClient) -> None:
+    await put(client, "calm", to_bytes(one(1)))
+    await put(client, "early", to_bytes(one(2, block=0)))
+    holds = {"vector": "early", "above": 0.25, "at": "mean_prompt"}
+    scope = {"after": [5, 6], "until": 7, "each": True, "except": {"after": 8, "tokens": 2}}
+    edits = [
+        {"vector": "calm", "scope": scope, "schedule": {"kind": "linear", "over": 4, "to": 0.5}},
+        {
+            "vector": "calm",
+            "scope": {"from": "generation", "start": 2},
+            "when": {"any": [holds, holds | {"below": 0.5}]},
+        },
+    ]
+    answer = await client.post("/v1/steering/validate", json={"edits": edits})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert [edit["scope"] for edit in found["edits"]] == [
+        {"start": None, "end": None, **scope},
+        {"start": 2, "end": None, "from": "generation"},
+    ]
+    assert found["edits"][0]["schedule"] == edits[0]["schedule"]
+    assert found["edits"][1]["when"] == {"any": [0, 1]}
+    condition = {
+        "vector": one(2, block=0).digest,
+        "blocks": [0],
+        "measure": "cosine",
+        "at": "mean_prompt",
+        "above": 0.25,
+    }
+    assert found["conditions"] == [condition | {"below": 0.5}, condition]
+    for wrong, param in (
+        ({"scope": {"after": 5, "until": [5]}}, ".scope.until"),
+        ({"scope": "thinking"}, ".scope"),
+        ({"scope": {"after": "a"}}, ".scope.after"),
+        ({"when": {"vector": "early"}}, ".when.above"),
+        ({"when": {"vector": "calm", "above": 0}}, ".when.blocks"),
+    ):
+        bad = await client.post("/v1/steering/validate", json={"edits": [{"vector": "calm", **wrong}]})
+        assert error(bad) == (400, f"steering.edits[0]{param}")
+    nobody = {"edits": [{"vector": "calm"}], "when": {"vector": "nobody", "above": 0}}
+    assert error(await client.post("/v1/steering/validate", json=nobody)) == (404, "steering.when.vector")
+
+
+async def test_a_preset_keeps_the_vectors_of_its_conditions(client: httpx.AsyncClient) -> None:
+    await put(client, "calm", to_bytes(one(1)))
+    await put(client, "early", to_bytes(one(2, block=0)))
+    spec: dict[str, Any] = {"edits": [{"vector": "calm"}], "when": {"all": [{"vector": "early", "above": 0.25}]}}
+    url = "/v1/steering/presets/soft"
+    assert (await client.put(url, json=spec, headers=ADMIN)).status_code == 201
+    assert error(await client.delete("/v1/steering/vectors/early", headers=ADMIN))[0] == 409
+    inline = {"vector": {"data": base64.b64encode(to_bytes(one(8, block=0))).decode()}, "above": 0.25}
+    validated = await client.post("/v1/steering/validate", json=spec | {"when": inline})
+    assert validated.status_code == 200
+    headers = ADMIN | {"If-Match": "*"}
+    assert error(await client.put(url, json=spec | {"when": inline}, headers=headers)) == (400, "edits")
+    passing = {"vector": one(8, block=0).digest, "above": 0.25}  # known from a request, and not for long
+    assert error(await client.put(url, json=spec | {"when": passing}, headers=headers))[0] == 422
+    assert (await client.delete(url, headers=ADMIN)).status_code == 200
+    assert (await client.delete("/v1/steering/vectors/early", headers=ADMIN)).status_code == 200
+
+
+async def test_the_description_lists_the_scopes(client: httpx.AsyncClient, app: FastAPI) -> None:
+    async def words() -> list[str]:
+        scopes = (await client.get("/v1/steering")).json()["scopes"]
+        return [scope for scope in scopes if isinstance(scope, str)]
+
+    assert await words() == ["all", "prompt", "generation", "last_prompt_token"]
+    frontend = app.state.steering_frontend
+    frontend.vocabulary = Vocabulary(None, 100, lambda name: Tags("a", "b") if name == "thinking" else "none.")
+    assert await words() == ["all", "prompt", "generation", "last_prompt_token", "thinking", "answer"]
 
 
 @pytest.mark.parametrize("path", ["vectors", "presets"])

@@ -281,6 +281,7 @@ def test_unusable_preset_files_are_logged_and_left_out(tmp_path: Path, caplog: p
         "null": "null",
         "large": " " * (MAX_PRESET_FILE_BYTES + 1),
         "inline": json.dumps({"edits": [{"vector": {"data": "AAAA"}}]}),
+        "inline-condition": json.dumps({"edits": [{"vector": "v", "when": {"any": [{"vector": {"data": "AAAA"}}]}}]}),
     }
     for name, text in bad.items():
         (tmp_path / f"{name}.preset.json").write_text(text)

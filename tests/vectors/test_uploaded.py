@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,28 @@ def test_presets(tmp_path: Path) -> None:
     with pytest.raises(UnknownVectorError):
         uploaded.delete_preset("calm")
     uploaded.delete("a")
+
+
+HOLDS = {"vector": "a", "above": 0.1}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        {"edits": [{"vector": "b", "when": HOLDS}]},
+        {"edits": [{"vector": "b", "when": {"any": [{"vector": "b", "above": 0}, HOLDS]}}]},
+        {"edits": [{"vector": "b"}], "when": {"all": [HOLDS]}},
+        {"edits": [{"vector": "b"}], "when": HOLDS},
+    ],
+)
+def test_a_vector_of_a_condition_is_in_use(tmp_path: Path, preset: dict[str, Any]) -> None:
+    uploaded = UploadedVectors(tmp_path)
+    uploaded.put("a", one(1))
+    with pytest.raises(RegistryConflictError, match="calm"):
+        uploaded.delete("a", file_presets={"calm": preset})
+    uploaded.put_preset("calm", preset)
+    with pytest.raises(RegistryConflictError, match="calm"):
+        uploaded.delete("a")
 
 
 def test_limits(tmp_path: Path) -> None:
