@@ -9,7 +9,7 @@ import torch
 from steer_kernels.cpu_plan import StepPlan
 from steer_kernels.reference import edit_residual_reference, route_rows_reference
 from steer_kernels.tables import Tables
-from steer_kernels.trigger_windows import advance_triggers_reference
+from steer_kernels.trigger_windows import QuietDecoding, advance_triggers_reference
 
 from steer_engine.engine.bank import Bank, Store
 from steer_engine.engine.programs import Programs
@@ -145,6 +145,7 @@ class EngineRuntime:
         self._can_capture = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
         self._plan: StepPlan | None = None
+        self._quiet: QuietDecoding | None = None
         self._capturing = False
 
     @property
@@ -154,6 +155,7 @@ class EngineRuntime:
 
     def admit(self, slot: int, program: Program, tokens: Sequence[int] = (), measured: Sequence[float] = ()) -> None:
         """See `Programs.admit`."""
+        self._quiet = None
         self.programs.admit(slot, program, tokens, measured)
 
     def measured(self, slots: Sequence[int]) -> torch.Tensor:
@@ -163,8 +165,8 @@ class EngineRuntime:
 
     def release(self, slot: int) -> None:
         self.programs.release(slot)
-        # The slot may get another program; the plan could not tell.
-        self._plan = None
+        # The slot may get another program; neither could tell.
+        self._plan = self._quiet = None
 
     def route(
         self,
@@ -203,8 +205,13 @@ class EngineRuntime:
             from steer_kernels.advance_triggers import advance_triggers
 
             advance_triggers(query_start_loc_B1, idx_mapping_B, positions_T, input_ids_T, self.tables)
-        else:
-            advance_triggers_reference(query_start_loc_B1, idx_mapping_B, positions_T, input_ids_T, self.tables)
+            return
+        step = (query_start_loc_B1, idx_mapping_B, positions_T)
+        if self._quiet is not None and self._quiet.advance(*step, input_ids_T, self.tables):
+            return
+        advance_triggers_reference(*step, input_ids_T, self.tables)
+        decodes = len(positions_T) == len(idx_mapping_B) and bool((query_start_loc_B1.diff() == 1).all())
+        self._quiet = QuietDecoding(*step, self.tables) if decodes else None
 
     def idle(self) -> None:
         """The coming forward pass is a dummy: it steers and captures nothing."""

@@ -89,6 +89,66 @@ def advance_triggers_reference(
     history_SHC[*at, 1 + tb.MAX_TRIGGERS : 1 + tb.MAX_TRIGGERS + num_triggers] = closed_NJ[kept_N]
 
 
+class QuietDecoding:
+    """A batch that decodes, whose triggers saw nothing in its last step: most steps of an answer.
+
+    While the same requests advance by one token, and neither the token before nor this one can end a sequence, only
+    the history moves on. That takes a third of the calls.
+    """
+
+    def __init__(
+        self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor, tables: Tables
+    ) -> None:
+        """After a step with these arguments, which `advance_triggers_reference` has just advanced."""
+        self._starts_B1 = query_start_loc_B1.numpy().copy()
+        self._idx_mapping_B = idx_mapping_B.numpy().copy()
+        slots_B = self._idx_mapping_B.astype(np.int64) + 1
+        self._rows_N = tables.num_triggers_S.numpy()[slots_B].nonzero()[0]
+        self._slots_N = slots_B[self._rows_N]
+        self._pos_N = positions_T.numpy()[self._rows_N].astype(np.int64)
+        count = int(tables.num_triggers_S.numpy()[self._slots_N].max(initial=0))
+        triggers_NJP = tables.triggers_SJP.numpy()[self._slots_N, :count]
+        self._opens_NJ, self._closes_NJ = triggers_NJP[..., tb.AFTER], triggers_NJP[..., tb.UNTIL]
+        used_NJ = np.arange(count) < tables.num_triggers_S.numpy()[self._slots_N, None]
+        self._opens_NJ = np.where(used_NJ, self._opens_NJ, tb.NO_TOKEN)
+        self._closes_NJ = np.where(used_NJ, self._closes_NJ, tb.NO_TOKEN)
+        windows_NJ = tables.windows_TJ.numpy()[self._rows_N, :count].astype(np.int64)
+        ends_NJ = np.where(used_NJ, windows_NJ + triggers_NJP[..., tb.LENGTH], 2 * MAX_POSITION)
+        self._until_N = ends_NJ.min(axis=1, initial=2 * MAX_POSITION)
+        """The first position at which a window has its full length."""
+        self._token_N = tables.history_SHC.numpy()[self._slots_N, self._pos_N % tables.history_SHC.shape[1], 0]
+
+    def advance(
+        self,
+        query_start_loc_B1: torch.Tensor,
+        idx_mapping_B: torch.Tensor,
+        positions_T: torch.Tensor,
+        input_ids_T: torch.Tensor,
+        tables: Tables,
+    ) -> bool:
+        """Advance the triggers, as `advance_triggers_reference` does; False if this step has to be advanced by it.
+
+        The caller makes a new object when a program enters or leaves a slot.
+        """
+        same = np.array_equal(self._idx_mapping_B, idx_mapping_B.numpy()) and np.array_equal(
+            self._starts_B1, query_start_loc_B1.numpy()
+        )
+        if not same or len(positions_T) != len(self._idx_mapping_B):
+            return False
+        pos_N, token_N = positions_T.numpy()[self._rows_N], input_ids_T.numpy()[self._rows_N]
+        if (pos_N != self._pos_N + 1).any() or (pos_N >= self._until_N).any():
+            return False
+        if (self._opens_NJ == self._token_N[:, None]).any() or (self._closes_NJ == token_N[:, None]).any():
+            return False
+        history_SHC = tables.history_SHC.numpy()
+        num_positions = history_SHC.shape[1]
+        now_NC = history_SHC[self._slots_N, self._pos_N % num_positions]
+        now_NC[:, 0] = token_N
+        history_SHC[self._slots_N, pos_N % num_positions] = now_NC
+        self._pos_N, self._token_N = pos_N.astype(np.int64), token_N
+        return True
+
+
 def _longest(triggers_NJP: Ints) -> int:
     """Tokens of the longest sequence. The rest of a sequence is padding, which matches every token."""
     padding_P = (triggers_NJP[..., tb.AFTER :] == tb.ANY_TOKEN).all(axis=(0, 1)).reshape(2, MAX_TRIGGER_TOKENS)
