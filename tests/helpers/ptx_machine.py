@@ -102,7 +102,10 @@ class Machine:
     def _read(self, operand: str, dtype: Any) -> Values:
         dtype = np.dtype(dtype)
         if operand.startswith("{"):
-            parts = [self._read(part.strip(), f"u{dtype.itemsize // 2}") for part in operand[1:-1].split(",")]
+            names = [part.strip() for part in operand[1:-1].split(",")]
+            # The compiler leaves the unused half of a pair undefined.
+            names = [name if name in self._registers or name[0] != "%" else "0" for name in names]
+            parts = [self._read(name, f"u{dtype.itemsize // 2}") for name in names]
             return np.ascontiguousarray(np.stack(parts, axis=1)).view(dtype)[:, 0]
         if operand in self._registers:
             value = self._registers[operand]
