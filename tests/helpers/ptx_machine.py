@@ -1,6 +1,6 @@
 """Runs one program of a compiled kernel, all threads in step, and counts what it asks of memory.
 
-No GPU is needed: the PTX of our kernels is some 75 instructions, uniform branches and one shared array. What is counted
+No GPU is needed: the PTX of our kernels is some 90 instructions, uniform branches and one shared array. What is counted
 are distinct bytes of distinct requests: 32 threads that read one word read 4 bytes; a masked lane reads none. An access
 outside of the tensors given, an unknown instruction or a branch on which threads differ is an error.
 """
@@ -102,7 +102,10 @@ class Machine:
     def _read(self, operand: str, dtype: Any) -> Values:
         dtype = np.dtype(dtype)
         if operand.startswith("{"):
-            parts = [self._read(part.strip(), f"u{dtype.itemsize // 2}") for part in operand[1:-1].split(",")]
+            names = [part.strip() for part in operand[1:-1].split(",")]
+            # The compiler leaves the unused half of a pair undefined.
+            names = [name if name in self._registers or name[0] != "%" else "0" for name in names]
+            parts = [self._read(name, f"u{dtype.itemsize // 2}") for name in names]
             return np.ascontiguousarray(np.stack(parts, axis=1)).view(dtype)[:, 0]
         if operand in self._registers:
             value = self._registers[operand]
@@ -145,6 +148,9 @@ class Machine:
         if name in ("ld", "st"):
             self._access(name, modifiers, instruction.operands, active)
             return
+        if name == "red":
+            self._reduce(modifiers, instruction.operands, active)
+            return
         target, *sources = instruction.operands
         with np.errstate(all="ignore"):
             self._write(target, self._compute(name, modifiers, sources), active)
@@ -159,12 +165,20 @@ class Machine:
         if name == "cvt":
             return self._convert(modifiers, sources)
         if name == "shfl":
-            lanes = np.arange(self._num_threads) ^ int(sources[1])
-            return self._read(sources[0], np.uint32)[lanes]
+            return self._shuffle(modifiers[1], sources)
+        if name == "redux":
+            value = self._read(sources[0], _dtype(kind)).reshape(-1, WARP)
+            return np.repeat(_REDUCTIONS[modifiers[1]].reduce(value, axis=1), WARP)
+        if name == "bfe":
+            value, first, count = (self._read(source, np.uint32) for source in sources)
+            return (value >> first) & ((np.uint32(1) << count) - np.uint32(1))
         if name in ("mul", "mad") and modifiers[0] == "wide":
             wide = "i8" if kind[0] == "s" else "u8"
             a, b = (self._read(source, _dtype(kind)).astype(wide) for source in sources[:2])
             return a * b if name == "mul" else a * b + self._read(sources[2], wide)
+        if name == "mul" and modifiers[0] == "hi":
+            a, b = (self._read(source, _dtype(kind)).astype("i8") for source in sources)
+            return ((a * b) >> 32).astype(_dtype(kind))
         if kind.endswith("x2"):  # two floats in a 64-bit register
             a, b = (self._read(source, np.uint64).view(np.float32) for source in sources)
             return _arithmetic(name, [a, b]).view(np.uint64)
@@ -187,11 +201,30 @@ class Machine:
         if target.endswith("x2"):  # the first operand becomes the upper half
             upper, lower = (_narrow(self._read(operand, np.float32), target[:-2]) for operand in sources)
             return np.ascontiguousarray(np.stack([lower, upper], axis=1)).view(np.uint32)[:, 0]
-        if source == "f32":
+        if source == "f32" and target in ("f16", "bf16"):
             return _narrow(self._read(sources[0], np.float32), target)
         if source in ("bf16", "f16"):
             return self._widen(sources[0], source)
         return self._read(sources[0], _dtype(source)).astype(_dtype(target))
+
+    def _shuffle(self, mode: str, sources: list[str]) -> Values:
+        """Each thread gets the value of another lane of its warp, or its own if there is no such lane."""
+        value = self._read(sources[0], np.uint32)
+        thread = np.arange(self._num_threads)
+        lane, other = thread % WARP, self._read(sources[1], np.int32).astype(np.int64)
+        taken = {"bfly": lane ^ other, "up": lane - other, "idx": other}[mode]
+        return value[thread - lane + np.where((taken >= 0) & (taken < WARP), taken, lane)]
+
+    def _reduce(self, modifiers: list[str], operands: tuple[str, ...], active: Values) -> None:
+        """An atomic operation without a result: one thread after the other."""
+        relation, kind = modifiers[-2], _dtype(modifiers[-1])
+        base, _, offset = operands[0][1:-1].replace(" ", "").partition("+")
+        where = self._read(base, np.uint64).astype(np.int64) + int(offset or 0)
+        memory, starts = self._find("red", where, kind.itemsize, active)
+        value = self._read(operands[1], kind)
+        for thread in np.flatnonzero(active):
+            place = memory[starts[thread] : starts[thread] + kind.itemsize].view(kind)
+            place[0] = _REDUCTIONS[relation](place[0], value[thread])
 
     def _access(self, name: str, modifiers: list[str], operands: tuple[str, ...], active: Values) -> None:
         space, kind = modifiers[0], _dtype(modifiers[-1])
@@ -260,6 +293,8 @@ def _narrow(value: Values, kind: str) -> Values:
     return torch.from_numpy(value).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
+_REDUCTIONS: Mapping[str, np.ufunc] = {"add": np.add, "max": np.maximum, "min": np.minimum}
+
 _OPERATIONS: Mapping[str, Callable[..., Values]] = {
     "mov": lambda a: a,
     "add": lambda a, b: a + b,
@@ -270,6 +305,7 @@ _OPERATIONS: Mapping[str, Callable[..., Values]] = {
     "neg": lambda a: -a,
     "abs": np.abs,
     "sqrt": np.sqrt,
+    "ex2": np.exp2,
     "min": np.fmin,
     "max": np.fmax,
     "and": lambda a, b: a & b,

@@ -1,11 +1,11 @@
-"""`advance_triggers`: interpreted kernel and NumPy reference against the definition, position by position.
+"""`advance_triggers`: interpreted and compiled kernel and NumPy reference against the definition, row by row.
 
 Random requests run side by side: chunks of any size, drafts that are rejected, steps without a request, preemption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.kernel_process import Process
 from helpers.oracle_when import window_at
+from helpers.ptx_machine import Machine
 from steer_kernels.tables import MAX_POSITION, MAX_TRIGGER_TOKENS, MAX_TRIGGERS, Tables
 from steer_kernels.trigger_windows import advance_triggers_reference
 
@@ -40,10 +41,38 @@ def program_of(triggers: Sequence[Trigger]) -> Program:
     return Program(sites=(Sites((0,), (entry,)),), triggers=tuple(triggers))
 
 
+Advance = Callable[[Sequence[torch.Tensor], Tables], None]
+
+
+def by_reference(batch: Sequence[torch.Tensor], tables: Tables) -> None:
+    advance_triggers_reference(*batch, tables)
+
+
+def interpreted_by(process: Process) -> Advance:
+    return lambda batch, tables: process.call("advance_triggers.advance_triggers", *batch, tables)
+
+
+def compiled_by(process: Process, target: str) -> Advance:
+    """The compiled code, in the emulator."""
+
+    def advance(batch: Sequence[torch.Tensor], tables: Tables) -> None:
+        artifact = process.call(
+            *("compile.compile_advance_triggers", target),
+            positions_dtype=batch[2].dtype,
+            num_positions=tables.history_SHC.shape[1],
+        )
+        written = (tables.triggers_SJP, tables.num_triggers_S, tables.history_SHC, tables.windows_TJ)
+        machine = Machine(artifact.text, [*batch, *written])
+        for request in range(len(batch[1])):
+            machine.run(request)
+
+    return advance
+
+
 class Side:
     """The tables of one implementation, and the programs in them."""
 
-    def __init__(self, num_drafts: int, process: Process | None) -> None:
+    def __init__(self, num_drafts: int, advance: Advance) -> None:
         self.tables = Tables.allocate(
             num_slots=NUM_SLOTS,
             num_sites=1,
@@ -56,14 +85,11 @@ class Side:
         )
         bank = Bank(self.tables.bank_RD, lambda key, block: np.ones(1, dtype=np.float32))
         self.programs = Programs(self.tables, bank, (0,))
-        self._process = process
+        self._advance = advance
 
     def advance(self, *batch: torch.Tensor) -> None:
         self.tables.windows_TJ.fill_(STALE)
-        if self._process is None:
-            advance_triggers_reference(*batch, self.tables)
-        else:
-            self._process.call("advance_triggers.advance_triggers", *batch, self.tables)
+        self._advance(batch, self.tables)
 
 
 @dataclass
@@ -78,8 +104,8 @@ class Running:
 class Engine:
     """The kernel and the reference side by side; every step is compared with the definition."""
 
-    def __init__(self, process: Process, num_drafts: int, positions: torch.dtype = torch.int64) -> None:
-        self.sides = (Side(num_drafts, process), Side(num_drafts, None))
+    def __init__(self, kernel: Advance, num_drafts: int, positions: torch.dtype = torch.int64) -> None:
+        self.sides = (Side(num_drafts, kernel), Side(num_drafts, by_reference))
         self._positions = positions
         self.inside = self.outside = 0
         """How many rows were in a window of a trigger, and how many were not."""
@@ -159,7 +185,7 @@ def windows_of(text: str) -> list[int]:
 def test_a_rule(interpreted: Process, name: str, chunk: int) -> None:
     text, trigger, windows = RULES[name]
     tokens = ["?abc".index(character) for character in text]
-    engine, request = Engine(interpreted, num_drafts=0), Running(1, [trigger])
+    engine, request = Engine(interpreted_by(interpreted), num_drafts=0), Running(1, [trigger])
     engine.admit(request)
     found = []
     for start in range(0, len(tokens), chunk):
@@ -242,24 +268,34 @@ def run_step(engine: Engine, requests: list[Running], draws: Draws, num_drafts: 
         engine.admit(request)
 
 
-@pytest.mark.parametrize("num_drafts", [0, 1, 3])
-@pytest.mark.parametrize("seed", range(4))
-def test_random_requests(interpreted: Process, seed: int, num_drafts: int) -> None:
+def run_random(kernel: Advance, seed: int, num_drafts: int, num_steps: int) -> None:
     draws = Draws(10 * seed + num_drafts)
-    engine = Engine(interpreted, num_drafts, torch.int32 if seed % 2 else torch.int64)
+    engine = Engine(kernel, num_drafts, torch.int32 if seed % 2 else torch.int64)
     requests = [draws.request(slot, draws.number(1, 3)) for slot in (1, 2, 4)]
     for request in requests:
         engine.admit(request)
-    for _ in range(14):
+    for _ in range(num_steps):
         run_step(engine, requests, draws, num_drafts)
-    assert engine.inside > 20
-    assert engine.outside > 20
+    assert engine.inside > num_steps
+    assert engine.outside > num_steps
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests(interpreted: Process, seed: int, num_drafts: int) -> None:
+    run_random(interpreted_by(interpreted), seed, num_drafts, num_steps=14)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_requests_in_compiled_code(compiled: Process, target: str, seed: int) -> None:
+    run_random(compiled_by(compiled, target), seed, num_drafts=3, num_steps=6)
 
 
 def test_a_chunk_of_several_blocks(interpreted: Process) -> None:
     """The kernel takes 128 rows at a time; and all triggers of a slot are in use."""
     draws = Draws(3)
-    engine, request = Engine(interpreted, 0), draws.request(5, MAX_TRIGGERS)
+    engine, request = Engine(interpreted_by(interpreted), 0), draws.request(5, MAX_TRIGGERS)
     request.triggers[:2] = [Trigger((1,), (2,), each=True), Trigger((1, 2), (3, 3))]
     request.tokens = []
     engine.admit(request)
@@ -272,7 +308,7 @@ def test_a_chunk_of_several_blocks(interpreted: Process) -> None:
 
 def test_a_slot_without_triggers_is_left_alone(interpreted: Process) -> None:
     """Also the slot of a request that had triggers and has left."""
-    engine, request = Engine(interpreted, 0), Running(1, [Trigger((1,))])
+    engine, request = Engine(interpreted_by(interpreted), 0), Running(1, [Trigger((1,))])
     engine.admit(request)
     engine.step((request, [1, 1]))
     for side in engine.sides:

@@ -65,6 +65,31 @@ def test_an_odd_size_compiles_without_spills(compiled: Process, target: str) -> 
     assert {access.width for access in artifact.accesses if access.of_a_row} == {2}
 
 
+@pytest.mark.parametrize("hidden_size", LAUNCH_TABLE)
+@pytest.mark.parametrize("adds_only", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_capture_at_every_size(compiled: Process, target: str, adds_only: bool, hidden_size: int) -> None:
+    artifact = compiled.call(
+        *("compile.compile_edit_residual", target, hidden_size, torch.bfloat16),
+        adds_only=adds_only,
+        capture=True,
+        num_capture_rows=64,
+    )
+    assert artifact.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("num_positions", [9, 12, 16])
+@pytest.mark.parametrize("positions_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_advance_triggers(compiled: Process, target: str, positions_dtype: torch.dtype, num_positions: int) -> None:
+    artifact = compiled.call(
+        "compile.compile_advance_triggers", target, positions_dtype=positions_dtype, num_positions=num_positions
+    )
+    assert artifact.spilled_bytes == 0
+    assert artifact.shared_bytes == 0, "one warp needs no shared memory"
+    assert not any(access.of_a_row for access in artifact.accesses)
+
+
 def test_the_table_covers_every_size() -> None:
     for hidden_size in (1, 511, 512, 513, 576, 4096, 4097, MAX_HIDDEN_SIZE):
         launch = launch_for(hidden_size)

@@ -7,11 +7,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import DTYPES, NUM_ENTRIES, NUM_SITES, SITE, Case, Program, Step, adds, build, single_operations
-from helpers.kernel_check import FAR_ABOVE, assert_matches, oracle_of
+from helpers.cases import (
+    DTYPES,
+    NUM_ENTRIES,
+    NUM_SITES,
+    SITE,
+    Case,
+    Program,
+    Step,
+    adds,
+    build,
+    each_detail,
+    each_measure,
+    single_operations,
+)
+from helpers.kernel_check import (
+    FAR_ABOVE,
+    assert_each_detail_shows,
+    assert_each_measure_shows,
+    assert_matches,
+    assert_measured,
+    oracle_of,
+)
 from helpers.kernel_process import Process
 from helpers.ptx_machine import Machine, Traffic
 from steer_kernels.reference import edit_residual_reference
+
+from .test_compile import SCALAR_BYTES
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
@@ -80,6 +102,32 @@ def test_every_operation(compiled: Process, hidden_size: int, dtype: torch.dtype
     assert assert_matches(case, edited, oracle_of(case), ulps=0.5).min() > 1
 
 
+@pytest.mark.parametrize("adds_only", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_detail(compiled: Process, target: str, dtype: torch.dtype, adds_only: bool) -> None:
+    programs = each_detail(adds_only=adds_only)
+    num_tokens = 6 * (len(programs) + 1)
+    case = build(programs, hidden_size=63, dtype=dtype, num_tokens=num_tokens, seed=7, adds_only=adds_only)
+    expected = oracle_of(case)
+    edited, _ = run(compiled, target, case)
+    assert assert_matches(case, edited, expected, ulps=0.5).max() > FAR_ABOVE
+    assert_each_detail_shows(case, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_entries_measure(compiled: Process, target: str, dtype: torch.dtype) -> None:
+    case = build(each_measure(), hidden_size=576, dtype=dtype, num_tokens=20, seed=8)
+    case.tables.measured_SQ[:] = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0, 0.0])
+    expected = oracle_of(case)
+    edited, rows = run(compiled, target, case)
+    assert torch.equal(edited, case.carried)
+    assert sum(tensor.stored for traffic in rows for tensor in traffic.values()) == 0
+    assert_measured(case, expected)
+    assert_each_measure_shows(case)
+
+
 @pytest.mark.parametrize("adds_only", [True, False])
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"), [(576, torch.bfloat16), (4096, torch.bfloat16), (576, torch.float32)]
@@ -88,7 +136,11 @@ def test_every_operation(compiled: Process, hidden_size: int, dtype: torch.dtype
 def test_an_add_moves_the_minimum(
     compiled: Process, target: str, hidden_size: int, dtype: torch.dtype, adds_only: bool
 ) -> None:
-    """In the general kernel too: it loads only what the entry needs."""
+    """In the general kernel too: it loads only what the entry needs, and no details of an entry that has none.
+
+    Besides rows: slot, count, position and the entry's first 16 bytes; in the general kernel also its gate row, three
+    coefficients and whether the norm is kept.
+    """
     case = build([adds(1)], hidden_size=hidden_size, dtype=dtype, num_tokens=4, seed=4, adds_only=adds_only)
     _, rows = run(compiled, target, case)
     floor = 3 * hidden_size * dtype.itemsize
@@ -98,7 +150,7 @@ def test_an_add_moves_the_minimum(
         if case.tables.slot_T[row] == 0:
             assert moved == 4, "an unsteered row loads only the 4 bytes of its slot"
         else:
-            assert floor <= moved <= 1.05 * floor
+            assert moved == floor + SCALAR_BYTES + (0 if adds_only else 5 * 4)
             assert traffic[bank].loaded == floor // 3
             assert traffic[bank].widths == {16}
 

@@ -24,11 +24,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from steer_kernels.add_rms_norm_edit import add_rms_norm_edit
-from steer_kernels.compile import TARGETS, compile_add_rms_norm_edit, compile_edit_residual, compile_route_rows
+from steer_kernels.advance_triggers import advance_triggers
+from steer_kernels.compile import (
+    TARGETS,
+    compile_add_rms_norm_edit,
+    compile_advance_triggers,
+    compile_edit_residual,
+    compile_route_rows,
+)
 from steer_kernels.edit_residual import edit_residual
 from steer_kernels.launch_table import MAX_NORMED_BYTES, launch_for
 from steer_kernels.route_rows import route_rows
-from steer_kernels.tables import Entry, Tables, encode_entry
+from steer_kernels.tables import MAX_POSITION, Entry, Tables, encode_entry, encode_trigger
 
 DTYPE = torch.bfloat16
 HIDDEN_SIZES = (576, 4096, 8192, 16384)
@@ -43,14 +50,15 @@ PROGRAMS: dict[str, list[Entry]] = {
     "4 adds": [Entry(row=0, c0=1e-3)] * 4,
     "ablate": [Entry(row=0, c2=-1e-3)],
     "add_relative": [Entry(row=0, c1=1e-6)],
+    "add in windows": [Entry(row=0, c0=1e-3, trigger=0, over=8, slope=-0.1, to=0.2)],
     "gated add": [Entry(row=0, c0=1e-3, gate_row=1, min_cos=-1.0, max_cos=1.0)],
 }
 """The entries of every row. Scales are small, so that values stay finite over a thousand launches."""
 
-ADDS = ("idle", "add", "4 adds")
+ADDS = ("idle", "add", "4 adds", "add in windows")
 """The programs that an engine armed only for adds can run."""
 
-STREAM_ROWS = {"idle": 0, "add": 3, "4 adds": 6, "ablate": 4, "add_relative": 4, "gated add": 6}
+STREAM_ROWS = {"idle": 0, "add": 3, "4 adds": 6, "add in windows": 3, "ablate": 4, "add_relative": 4, "gated add": 6}
 """Rows of D items that a steered token must move; see the cost model. Repeated loads of a row come from cache."""
 
 
@@ -126,6 +134,14 @@ def cases(hidden_size: int, num_tokens: int) -> Iterator[tuple[str, str, int, Ca
     positions = torch.arange(num_tokens, device="cuda")
     tables = tables_for(hidden_size, num_tokens, PROGRAMS["add"])
     yield "route_rows", "", 0, partial(route_rows, starts, mapping, positions, tables, num_tokens)
+    tokens = positions.to(torch.int32) % 4
+    trigger_P = torch.from_numpy(encode_trigger((1, 2), (3,), each=True, length=MAX_POSITION))
+    for num_triggers in (1, 8):
+        tables = tables_for(hidden_size, num_tokens, PROGRAMS["add"])
+        tables.triggers_SJP.copy_(trigger_P)
+        tables.num_triggers_S[1:] = num_triggers
+        call = partial(advance_triggers, starts, mapping, positions, tokens, tables)
+        yield "advance_triggers", f"{num_triggers} triggers", 0, call
 
 
 def copy_seconds(num_bytes: int) -> float:
@@ -158,11 +174,14 @@ def compiled(hidden_sizes: tuple[int, ...]) -> Iterator[Row]:
                 "registers": artifact.registers, "spilled": artifact.spilled_bytes, "shared": artifact.shared_bytes,
             }  # fmt: skip
     for target in TARGETS:
-        artifact = compile_route_rows(target)
-        yield {
-            "target": target, "kernel": "route_rows", "registers": artifact.registers,
-            "spilled": artifact.spilled_bytes, "shared": artifact.shared_bytes,
-        }  # fmt: skip
+        for name, artifact in (
+            ("route_rows", compile_route_rows(target)),
+            ("advance_triggers", compile_advance_triggers(target)),
+        ):
+            yield {
+                "target": target, "kernel": name, "registers": artifact.registers,
+                "spilled": artifact.spilled_bytes, "shared": artifact.shared_bytes,
+            }  # fmt: skip
 
 
 def show(rows: list[Row], title: str) -> None:
