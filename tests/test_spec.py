@@ -23,7 +23,7 @@ from steer_engine.fields import (
     shown,
 )
 from steer_engine.parse import parse_spec
-from steer_engine.scope import ScopeSpec
+from steer_engine.scope import AllSpec, AnySpec, ConditionSpec, ScheduleSpec, ScopeSpec
 from steer_engine.spec import MAX_EDITS, MAX_SPEC_CHARS, CaptureSpec, EditSpec, Gate, Op, SteeringSpec
 from steer_engine.vectors.metadata import MAX_BLOCKS
 
@@ -503,7 +503,8 @@ def test_an_unknown_field_among_many() -> None:
 
 # Nothing but SteeringRequestError comes out
 
-_FIELD_NAMES = [*SteeringSpec.model_fields, *EditSpec.model_fields, *Gate.model_fields, *ScopeSpec.model_fields, "data"]
+_OBJECTS = (SteeringSpec, EditSpec, Gate, ScopeSpec, ScheduleSpec, ConditionSpec, AnySpec, AllSpec)
+_FIELD_NAMES = [*(name for each in _OBJECTS for name in each.field_names()), "data"]
 _WORDS = ["all", "add", "clamp", "set", "generation", "residual", "8-22", "sha256:" + "0" * 64, "v", "", "\ud800", "\0"]
 scalars = (
     st.none()
@@ -522,11 +523,16 @@ json_like = st.recursive(
 )
 # Mostly the right fields with anything in them: plain JSON would seldom get past the outermost object.
 gates = json_like | st.dictionaries(st.sampled_from([*Gate.model_fields]), json_like, max_size=3)
-scopes = json_like | st.dictionaries(st.sampled_from([*ScopeSpec.model_fields]), json_like, max_size=2)
+scopes = json_like | st.dictionaries(st.sampled_from(ScopeSpec.field_names()), json_like, max_size=2)
+schedules = json_like | st.dictionaries(st.sampled_from(ScheduleSpec.field_names()), json_like, max_size=3)
+conditions = json_like | st.dictionaries(st.sampled_from(ConditionSpec.field_names()), json_like, max_size=3)
+whens = conditions | st.dictionaries(st.sampled_from(["any", "all"]), st.lists(conditions, max_size=2), max_size=2)
 edits = st.fixed_dictionaries(
     {"vector": st.just("v") | json_like},
-    optional={name: json_like for name in EditSpec.model_fields if name not in ("vector", "gate", "scope")}
-    | {"gate": gates, "scope": scopes},
+    optional={
+        name: json_like for name in EditSpec.model_fields if name not in ("vector", "gate", "scope", "schedule", "when")
+    }
+    | {"gate": gates, "scope": scopes, "schedule": schedules, "when": whens},
 )
 specs = (
     json_like
@@ -534,7 +540,8 @@ specs = (
     | st.builds(
         lambda edits, rest: {"edits": edits, **rest},
         st.lists(edits, max_size=3),
-        st.dictionaries(st.sampled_from(["preserve_norm", "preset"]), json_like, max_size=1),
+        st.dictionaries(st.sampled_from(["preserve_norm", "preset"]), json_like, max_size=1)
+        | st.builds(dict, when=whens),
     )
 )
 

@@ -20,6 +20,7 @@ from helpers.asking import MESSAGES, TOKENS_PATH
 from helpers.attack import PRESETS, VECTORS
 from helpers.living import HIDDEN_SIZE, along
 
+from steer_engine.vectors import ControlVector
 from steer_engine.vectors.safetensors_format import to_bytes
 
 MODEL, HOUSE = "tiny", "house"
@@ -74,6 +75,10 @@ def specs() -> tuple[dict[str, Any], ...]:
     """Valid values of the steering field, one for each form."""
     edit: dict[str, Any] = {"vector": HOUSE, "scale": 1.5}
     inline = base64.b64encode(to_bytes(along(7))).decode()
+    early = ControlVector(directions={0: along(9).directions[1]})
+    condition = {"vector": {"data": base64.b64encode(to_bytes(early)).decode()}, "above": 0.1, "at": "mean_prompt"}
+    trigger = {"after": "a", "until": [98, 99], "each": True, "tokens": 5, "except": {"after": 100}}
+    schedule = {"kind": "linear", "over": 4, "to": 0.5}
     return (
         {"edits": [edit]},
         {"preset": HOUSE},
@@ -85,6 +90,9 @@ def specs() -> tuple[dict[str, Any], ...]:
         {"edits": [edit | {"gate": {"vector": HOUSE, "min_cos": 0.1}}, edit | {"scope": "generation"}]},
         {"edits": [edit | {"vector": along(5).digest}]},
         {"edits": [edit | {"vector": {"data": inline}}]},
+        {"edits": [edit | {"scope": trigger, "schedule": schedule}, edit | {"scope": "last_prompt_token"}]},
+        {"edits": [edit | {"scope": {"from": "generation", "start": 0, "end": 2}, "when": condition}]},
+        {"edits": [edit], "when": {"any": [condition, condition | {"measure": "dot", "below": 0.5}]}},
         {"vectors": [{"source": HOUSE, "scale": 2.0, "layers": [1], "apply": {"phases": ["prompt"]}}]},
     )
 

@@ -23,10 +23,12 @@ def tiny_llama_path(
     vocab_size: int = 512,
     dtype: str = "float32",
     seed: int = 0,
+    tags: tuple[str, ...] = (),
     **config: Any,
 ) -> Path:
     """A checkpoint with byte-level tokenizer and chat template under `folder`; made once per set of arguments.
 
+    tags: further tokens of the vocabulary. The chat template opens an answer with the first of them.
     Weights are normal with standard deviation 0.1: large enough for logits that differ clearly between tokens.
     """
     import transformers
@@ -45,12 +47,12 @@ def tiny_llama_path(
         "eos_token_id": 258,
         **config,
     }
-    key = json.dumps([settings, dtype, seed, transformers.__version__], sort_keys=True)
+    key = json.dumps([settings, dtype, seed, transformers.__version__, *tags], sort_keys=True)
     final = folder / f"tiny-llama-{num_blocks}x{hidden_size}-{dtype}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if final.exists():
         return final
     staging = final.with_name(f".{final.name}-{os.getpid()}")
-    _save(staging, settings, dtype, seed)
+    _save(staging, settings, dtype, seed, tags)
     try:
         staging.rename(final)
     except OSError:  # another test process was quicker
@@ -70,7 +72,7 @@ def rescaled(source: Path, folder: Path, factors: dict[str, float]) -> Path:
     return folder
 
 
-def _save(folder: Path, settings: dict[str, Any], dtype: str, seed: int) -> None:
+def _save(folder: Path, settings: dict[str, Any], dtype: str, seed: int, tags: tuple[str, ...]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,22 +80,27 @@ def _save(folder: Path, settings: dict[str, Any], dtype: str, seed: int) -> None
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    _tokenizer(settings["vocab_size"]).save_pretrained(folder)
+    _tokenizer(settings["vocab_size"], tags).save_pretrained(folder)
 
 
-def _tokenizer(vocab_size: int) -> Any:
-    """One token a byte, special tokens 256-258, and named fillers up to `vocab_size`, so that every id decodes."""
+def _tokenizer(vocab_size: int, tags: tuple[str, ...]) -> Any:
+    """One token a byte, special tokens 256-258, tags, and fillers up to `vocab_size`, so that every id decodes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    fillers = [f"<{number}>" for number in range(vocab_size - len(alphabet) - len(special))]
-    vocab = {token: index for index, token in enumerate([*alphabet, *special, *fillers])}
+    fillers = [f"<{number}>" for number in range(vocab_size - len(alphabet) - len(special) - len(tags))]
+    vocab = {token: index for index, token in enumerate([*alphabet, *special, *tags, *fillers])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(list(tags))
+    template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", f"assistant\n{tags[0]}\n{{% endif %}}" if tags else "")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[2], chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[2],
+        chat_template=template if tags else CHAT_TEMPLATE,
     )

@@ -29,6 +29,31 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "scale a boolean": ({"steering": {"edits": [EDIT | {"scale": True}]}}, 400, "steering.edits[0].scale"),
     "unknown operation": ({"steering": {"edits": [EDIT | {"op": "multiply"}]}}, 400, "steering.edits[0].op"),
     "unknown scope": ({"steering": {"edits": [EDIT | {"scope": "answer"}]}}, 400, "steering.edits[0].scope"),
+    "scope without its tags": ({"steering": {"edits": [EDIT | {"scope": "thinking"}]}}, 400, "steering.edits[0].scope"),
+    "trigger beyond the vocabulary": (
+        {"steering": {"edits": [EDIT | {"scope": {"after": [1, 49152]}}]}}, 400, "steering.edits[0].scope.after",
+    ),
+    "trigger of another tokenisation": (
+        {"steering": {"edits": [EDIT | {"scope": {"until": "\n\n"}}]}}, 400, "steering.edits[0].scope.until",
+    ),
+    "negative answer window": (
+        {"steering": {"edits": [EDIT | {"scope": {"from": "generation", "start": -1}}]}},
+        400, "steering.edits[0].scope.start",
+    ),
+    "schedule of another kind": (
+        {"steering": {"edits": [EDIT | {"schedule": {"kind": "cosine", "over": 3, "to": 0}}]}},
+        400, "steering.edits[0].schedule.kind",
+    ),
+    "condition on an unknown vector": (
+        {"steering": {**STRONG, "when": {"vector": "nobody", "above": 0}}}, 404, "steering.when.vector",
+    ),
+    "condition on another hidden size": (
+        {"steering": {**STRONG, "when": {"any": [{"vector": "narrow", "above": 0}]}}},
+        400, "steering.when.any[0].vector",
+    ),
+    "condition decided too late": (
+        {"steering": {**STRONG, "when": {"vector": "west", "above": 0}}}, 400, "steering.when.blocks",
+    ),
     "unknown key of an edit": ({"steering": {"edits": [EDIT | {"layer": 3}]}}, 400, "steering.edits[0].layer"),
     "unknown key": ({"steering": {**STRONG, "vectors": []}}, 400, "steering.vectors"),
     "no edits": ({"steering": {"edits": []}}, 400, "steering.edits"),

@@ -16,6 +16,10 @@ from helpers.server_process import SMALL
 from steer_engine.vectors import ControlVector, save
 
 STEERING = {"edits": [{"vector": "east"}]}
+CONDITIONAL = {
+    "edits": [{"vector": "east", "scope": {"from": "generation", "end": 2}}],
+    "when": {"vector": "early", "above": -1.0, "at": "mean_prompt"},
+}
 SAMPLING = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | SAMPLING
 TEXT = {"prompt": "abc", "max_tokens": 4} | SAMPLING
@@ -27,6 +31,7 @@ LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("/v1/completions", TEXT),
     "text steered": ("/v1/completions", TEXT | {"steering": STEERING}),
     "response steered": ("/v1/responses", RESPONSE | {"steering": STEERING}),
+    "text conditional": ("/v1/completions", TEXT | {"steering": CONDITIONAL}),
     "unknown vector": ("/v1/completions", TEXT | {"steering": {"edits": [{"vector": "nobody"}]}}),
     "unknown url": ("/v1/embeddings", {"input": "x"}),
     "streamed": ("/v1/completions", TEXT | {"stream": True}),
@@ -41,7 +46,8 @@ def command(tiny_llama: str, tmp_path: Path) -> list[str]:
     direction = np.zeros(64, np.float32)
     direction[3] = 40.0
     (tmp_path / "vectors").mkdir()
-    save(ControlVector(directions={1: direction}), tmp_path / "vectors" / "east.safetensors")
+    for name, block in (("early", 0), ("east", 1)):
+        save(ControlVector(directions={block: direction}), tmp_path / "vectors" / f"{name}.safetensors")
     with (tmp_path / "in.jsonl").open("w") as file:
         for custom_id, (url, body) in LINES.items():
             file.write(json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}) + "\n")
@@ -57,7 +63,7 @@ def test_a_mixed_file(command: list[str], tmp_path: Path) -> None:
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert first.returncode == 0, first.stderr[-4000:]
-    assert "5 answered, 7 failed" in first.stderr
+    assert "6 answered, 7 failed" in first.stderr
     found = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert set(found) == {*LINES, None}
 
@@ -73,6 +79,9 @@ def test_a_mixed_file(command: list[str], tmp_path: Path) -> None:
         assert steered["steering"]["edits"][0]["name"] == "east"
         assert steered["choices"][0]["token_ids"] != plain["choices"][0]["token_ids"]
     assert answer("response steered")["steering"]["digest"] == answer("text steered")["steering"]["digest"]
+    conditional = answer("text conditional")["steering"]
+    assert conditional["edits"][0]["applied_tokens"] == 2
+    assert conditional["conditions"][0]["held"] is True
     unknown = found["unknown vector"]["response"]
     assert (unknown["status_code"], unknown["body"]["error"]["param"]) == (404, "steering.edits[0].vector")
     for custom_id in ("half a surrogate", "half a surrogate in a name", "not a number"):
@@ -83,7 +92,7 @@ def test_a_mixed_file(command: list[str], tmp_path: Path) -> None:
         assert found[custom_id]["error"]["message"]
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
-    assert (again.returncode, again.stderr.strip()) == (0, "0 answered, 0 failed, 12 already answered")
+    assert (again.returncode, again.stderr.strip()) == (0, "0 answered, 0 failed, 13 already answered")
 
 
 def test_usage_errors_are_one_line(command: list[str], tmp_path: Path) -> None:
