@@ -73,6 +73,22 @@ def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: st
             )
 
 
+def check_measurable(vector: ControlVector, blocks: Sequence[int], param: str, dtype: str) -> None:
+    """Check that the rows of a condition's vector neither overflow nor vanish on the device.
+
+    Raises:
+        SteeringRequestError: a row does; `param` names the vector.
+    """
+    lowest, highest = 256 * SMALLEST[dtype] / 2 * vector.hidden_size**0.5, LARGEST_FINITE[dtype]
+    for block in blocks:
+        if not lowest <= vector.norms[block] <= highest:
+            raise SteeringRequestError(
+                f"The vector's norm at block {block} is {vector.norms[block]:.3g}; {dtype} needs {lowest:.2g} to "
+                f"{highest:.2g}. Scale the vector itself.",
+                param,
+            )
+
+
 def check_dose(edit: Edit, vector: ControlVector, param: str, limits: Limits) -> None:
     """Check that the edit changes a row by at most `max_dose` norms: its own, or the block's mean norm if known.
 

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from steer_engine.capture import PARAM, CaptureRequest
-from steer_engine.containment import check_dose, check_growth, check_representable
+from steer_engine.containment import check_dose, check_growth, check_measurable, check_representable
 from steer_engine.edit import Edit, GateBounds, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.fields import parse_blocks, shown
@@ -317,6 +317,7 @@ def _measurable(name: str, param: str, vectors: VectorSource, model: ModelShape)
 def _check_measured(vector: ControlVector, blocks: tuple[int, ...], param: str, model: ModelShape) -> None:
     _check_blocks(blocks, vector, param, model)
     _check_direction(vector, blocks, param)
+    check_measurable(vector, blocks, param, model.dtype)
 
 
 def _lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:

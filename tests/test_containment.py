@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer_engine.containment import ASSUMED_PEAK, LARGEST_FINITE, MAX_STREAM_NORM
+from steer_engine.containment import ASSUMED_PEAK, LARGEST_FINITE, MAX_STREAM_NORM, check_measurable
 from steer_engine.errors import SteeringRequestError
 from steer_engine.parse import parse_spec
 from steer_engine.resolve import ModelShape, resolve
@@ -159,3 +159,15 @@ def test_no_accepted_spec_grows_the_largest_row_beyond_its_dtype(
                 assert np.linalg.norm(x) <= MAX_STREAM_NORM[dtype]
     assert np.abs(x).max() <= LARGEST_FINITE[dtype]
     assert np.isfinite(np.float32(x @ x)), "norms are computed in float32"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "norm", "fits"), [("float16", 1e5, False), ("float16", 1e-8, False), ("float32", 1e5, True)]
+)
+def test_a_condition_needs_a_vector_that_the_dtype_holds(dtype: str, norm: float, fits: bool) -> None:
+    if fits:
+        check_measurable(vector_of(norm), [0], "steering.when.vector", dtype)
+        return
+    with pytest.raises(SteeringRequestError, match="norm at block 0") as refused:
+        check_measurable(vector_of(norm), [0], "steering.when.vector", dtype)
+    assert refused.value.param == "steering.when.vector"
