@@ -224,7 +224,7 @@ def test_rows_that_one_request_may_need() -> None:
     assert error.param == "steering.edits"
     assert "need 3 rows" in error.message
     assert "room for 2" in error.message
-    assert "Each edit takes a row, and each gate vector one more" in error.message
+    assert "Each edit takes a row, each gate vector and each condition one more" in error.message
     assert refused({"gate": {"vector": "a", "min_cos": 0.0}}, model=shape(rows=1)).param == "steering.edits"
 
 
