@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from offline import CHEERFUL, GLOOMY
 from vllm import SamplingParams
 
 from steer_engine import LLM, ControlVector
+
+CHEERFUL = ["I love mornings.", "What a wonderful surprise!", "I am so proud of my team.", "Everything went right."]
+GLOOMY = ["I dread mornings.", "What a horrible shock!", "I am so ashamed of my team.", "Everything went wrong."]
 
 TURN = "<|im_start|>{role}\n{text}<|im_end|>\n"
 ANSWER = "<|im_start|>assistant\n"

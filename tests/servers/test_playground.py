@@ -70,6 +70,22 @@ def test_compare_plain_and_steered(server: Server, tmp_path: Path) -> None:
 
 
 @with_browser
+def test_other_fields_of_an_edit_are_kept(server: Server, tmp_path: Path) -> None:
+    edit = {"vector": "east", "scale": 60, "scope": {"from": "generation", "end": 2}}
+    shared = {"prompt": "x", "tokens": 4, "temperature": 0, "steering": {"edits": [edit]}}
+    with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:
+        page.wait_for("document.querySelectorAll('.edit').length === 1")
+        assert page.evaluate("JSON.stringify(steering().edits[0].scope)") == json.dumps(edit["scope"]).replace(" ", "")
+        assert "last_prompt_token" in page.evaluate("document.querySelector('.scope').textContent")
+        page.evaluate("document.getElementById('run').click()")
+        applied = page.wait_for("document.getElementById('applied').textContent")
+        assert applied.endswith("; tokens of each edit: 2")
+        page.evaluate("document.querySelector('.more').value = '[1]'")
+        page.evaluate("document.getElementById('run').click()")
+        assert "must be a JSON object" in page.wait_for("document.getElementById('error')?.textContent")
+
+
+@with_browser
 def test_an_error_is_shown_as_text(server: Server, tmp_path: Path) -> None:
     shared = {"prompt": "x", "tokens": 2, "steering": {"edits": [{"vector": "east", "scale": 1, "blocks": "8-99"}]}}
     with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:

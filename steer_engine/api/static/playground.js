@@ -2,7 +2,7 @@
 // One page, no build step. The API key stays in its input field: it is never put in the link, the copied code or storage.
 
 const $ = (id) => document.getElementById(id);
-const state = { model: "", vectors: [], presets: [], maxScale: 100, blocks: 0 };
+const state = { model: "", vectors: [], presets: [], scopes: [], maxScale: 100, blocks: 0 };
 let running = null;
 
 const headers = () => {
@@ -34,6 +34,7 @@ async function connect() {
     state.model = facts.model;
     state.blocks = facts.num_blocks;
     state.maxScale = facts.limits.max_abs_scale;
+    state.scopes = facts.scopes.filter((scope) => typeof scope === "string");
     state.vectors = vectors.data.map((each) => each.name);
     state.presets = presets.data.map((each) => each.name);
     $("about").textContent =
@@ -61,7 +62,13 @@ function addEdit(edit = {}) {
   part("scale").addEventListener("input", () => { part("slider").value = part("scale").value; });
   part("blocks").placeholder = `all, or 0-${Math.max(0, state.blocks - 1)}`;
   part("blocks").value = edit.blocks ?? "";
-  if (edit.scope) part("scope").value = edit.scope;
+  part("scope").replaceChildren(...state.scopes.map((word) => new Option(word, word)));
+  const { vector, scale, blocks, ...more } = edit;
+  if (state.scopes.includes(more.scope)) {
+    part("scope").value = more.scope;
+    delete more.scope;
+  }
+  if (Object.keys(more).length) part("more").value = JSON.stringify(more);
   part("remove").addEventListener("click", () => { row.remove(); changed(); });
   $("edits").append(row);
 }
@@ -70,10 +77,24 @@ function steering() {
   if ($("preset").value) return { preset: $("preset").value };
   const edits = [...document.querySelectorAll(".edit")].map((row) => {
     const value = (name) => row.querySelector(`.${name}`).value;
-    const blocks = value("blocks").trim();
-    return { vector: value("vector"), scale: Number(value("scale")), ...(blocks ? { blocks } : {}), scope: value("scope") };
+    const blocks = value("blocks").trim(), more = value("more").trim();
+    return {
+      vector: value("vector"), scale: Number(value("scale")), ...(blocks ? { blocks } : {}), scope: value("scope"),
+      ...(more ? moreFields(more) : {}),
+    };
   });
   return edits.length ? { edits } : false;
+}
+
+function moreFields(text) {
+  let fields = null;
+  try {
+    fields = JSON.parse(text);
+  } catch { /* reported below */ }
+  if (fields === null || typeof fields !== "object" || Array.isArray(fields)) {
+    throw new Error(`"More fields" must be a JSON object, not ${text}`);
+  }
+  return fields;
 }
 
 const body = (spec) => ({
@@ -111,18 +132,30 @@ async function compare(event) {
   running?.abort();
   running = new AbortController();
   const { signal } = running;
+  let spec = false;
+  try {
+    spec = steering();
+  } catch (error) {
+    return showError(error.message);
+  }
   showError("");
   for (const id of ["plain", "steered", "applied"]) $(id).textContent = "";
   $("stop").disabled = false;
   const results = await Promise.allSettled([
-    stream($("plain"), false, signal), stream($("steered"), steering(), signal),
+    stream($("plain"), false, signal), stream($("steered"), spec, signal),
   ]);
   if (signal.aborted) return;
   $("stop").disabled = true;
   const failed = results.find((each) => each.status === "rejected");
   if (failed) showError(failed.reason.message);
   const report = results[1].value;
-  $("applied").textContent = report ? `applied: ${report.digest}` : "";
+  $("applied").textContent = report ? `applied: ${report.digest}${detailsOf(report)}` : "";
+}
+
+function detailsOf(report) {
+  const tokens = report.edits.map((edit) => edit.applied_tokens ?? "?").join(", ");
+  const decided = (report.conditions ?? []).map((each) => `${each.value?.toFixed(3)} ${each.held ? "held" : "did not hold"}`);
+  return (tokens ? `; tokens of each edit: ${tokens}` : "") + (decided.length ? `; conditions: ${decided.join(", ")}` : "");
 }
 
 function curl() {
@@ -175,12 +208,17 @@ function restore() {
 }
 
 function changed() {
-  $("code").textContent = state.model ? curl() : "";
+  try {
+    $("code").textContent = state.model ? curl() : "";
+  } catch (error) {
+    $("code").textContent = error.message;
+  }
 }
 
-async function copy(text) {
-  $("code").textContent = text;
+async function copy(make) {
   try {
+    const text = make();
+    $("code").textContent = text;
     await navigator.clipboard.writeText(text);
     $("copied").textContent = "copied";
   } catch {
@@ -193,7 +231,7 @@ $("comparison").addEventListener("input", changed);
 $("add").addEventListener("click", () => { addEdit(); changed(); });
 $("stop").addEventListener("click", () => { running?.abort(); $("stop").disabled = true; });
 $("key").addEventListener("change", connect);
-$("copy-curl").addEventListener("click", () => copy(curl()));
-$("copy-python").addEventListener("click", () => copy(python()));
-$("copy-link").addEventListener("click", () => copy(link()));
+$("copy-curl").addEventListener("click", () => copy(curl));
+$("copy-python").addEventListener("click", () => copy(python));
+$("copy-link").addEventListener("click", () => copy(link));
 connect();
