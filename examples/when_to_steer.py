@@ -20,7 +20,7 @@ ANSWER = "<|im_start|>assistant\n"
 GOOD_DAY, BAD_DAY = "I passed all my exams today, I am so happy!", "I failed all my exams today, I am so sad."
 
 LINEAR = {"kind": "linear", "over": 24, "to": 0.0}
-SAD = {"vector": "cheerful", "blocks": 8, "below": 0.0}
+SAD = {"vector": "cheerful", "blocks": 8, "below": -0.038}
 """Holds if the last token of the prompt points away from the vector."""
 
 EDITS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def main() -> None:
         print(f"\n{day}")
         prompt = TURN.format(role="user", text=day) + ANSWER
         for name, fields in EDITS.items():
-            steering = {"edits": [{"vector": "cheerful", "scale": 0.2} | fields]}
+            steering = {"edits": [{"vector": "cheerful", "scale": 0.25} | fields]}
             params = SamplingParams(
                 temperature=0, max_tokens=24, repetition_penalty=1.1, extra_args={"steering": steering}
             )
