@@ -230,8 +230,8 @@ def _check_room(template: ProgramTemplate, model: ModelShape, limits: Limits) ->
     if template.rows > model.rows:
         raise SteeringRequestError(
             f"The edits need {template.rows} rows at one block; this server has room for {model.rows} "
-            "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; neighbouring edits "
-            "of op 'add' with the same scope share a row. Give edits of op 'add' the same scope, or fewer edits the "
+            "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; neighbouring "
+            "edits of op 'add' with the same scope share a row. Give edits of op 'add' the same scope, or fewer edits the "
             "same blocks.",
             "steering.edits",
         )
