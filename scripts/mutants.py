@@ -153,6 +153,20 @@ MUTANTS = (
         wrong="parts = [(start, end)] if self.trigger < 0 else []",
         test="engines/test_prefix_cache.py::test_blocks_before_a_trigger_are_plain_and_those_in_its_window_are_not",
     ),
+    Mutant(
+        name="the last sampled token counts as steered",
+        file="applied.py",
+        right="num_computed = prompt_len + max(0, len(tokens) - 1)",
+        wrong="num_computed = prompt_len + len(tokens)",
+        test="test_applied.py::test_counts_are_those_of_the_definitions",
+    ),
+    Mutant(
+        name="the vector of a preset's condition may be deleted",
+        file="vectors/manifest.py",
+        right="(*edits, *gates, *whens, *listed)",
+        wrong="(*edits, *gates)",
+        test="vectors/test_uploaded.py::test_a_vector_of_a_condition_is_in_use",
+    ),
 )
 
 

@@ -6,6 +6,7 @@ All of it follows from the tokens and from what the engine measured, so nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 from steer_engine.edit import Condition
@@ -15,9 +16,10 @@ from steer_engine.trigger import Windows
 
 
 class Decided(NamedTuple):
-    """How a condition was decided for one sequence. value: a mean, or the largest number."""
+    """How a condition was decided for one sequence. value: a mean, or the largest number; None if it is not finite,
+    since JSON has no such number."""
 
-    value: float
+    value: float | None
     held: bool
 
 
@@ -40,6 +42,11 @@ class Applied:
         self._edits = [edit.edit for edit in resolved.edits if not edit.edit.does_nothing]
         self._triggers = triggers_of(self._edits)
         self._report = report
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether `add` needs measured numbers."""
+        return bool(self._conditions)
 
     def add(self, prompt: Sequence[int], tokens: Sequence[int], measured: Sequence[float], choice: int = 0) -> None:
         """Add a finished sequence.
@@ -67,7 +74,10 @@ class Applied:
         if len(measured) != len(self._conditions):
             return {}
         decided = [
-            Decided(number / condition.numbers(prompt_len), condition.measured_at(prompt_len).holds(number))
+            Decided(
+                number / condition.numbers(prompt_len) if isfinite(number) else None,
+                condition.measured_at(prompt_len).holds(number),
+            )
             for condition, number in zip(self._conditions, measured, strict=True)
         ]
         self._decisions[self._number, choice] = decided

@@ -231,8 +231,8 @@ def _check_room(template: ProgramTemplate, model: ModelShape, limits: Limits) ->
         raise SteeringRequestError(
             f"The edits need {template.rows} rows at one block; this server has room for {model.rows} "
             "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; neighbouring "
-            "edits of op 'add' with the same scope share a row. Give edits of op 'add' the same scope, or fewer "
-            "edits the same blocks.",
+            "edits of op 'add' with the same scope share a row. Give edits of op 'add' the same scope, or fewer edits "
+            "the same blocks.",
             "steering.edits",
         )
     if model.bank_rows is not None and template.num_bank_rows > model.bank_rows:

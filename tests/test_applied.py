@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -130,6 +131,15 @@ def test_values_of_conditions(fields: dict[str, Any], number: float, value: floa
     (condition,) = report["conditions"]
     assert (condition["value"], condition["held"]) == (value, value > 0.25)
     assert counts(report) == [3 if value > 0.25 else 0], "from the last prompt token on"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_holds_no_condition(number: float) -> None:
+    report = report_of(resolved({"when": HOLDS}), (PROMPT, [8, 9], [number]))
+    (condition,) = report["conditions"]
+    assert (condition["value"], condition["held"]) == (None, False)
+    assert counts(report) == [0]
+    json.dumps(report, allow_nan=False)
 
 
 def test_any_and_all() -> None:

@@ -39,6 +39,8 @@ def telling(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...,
 async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGenerator[Any, None]:
     tokens: dict[int, list[int]] = {}
     numbers: list[float] = []
+    finished: list[tuple[Any, Any, int]] = []
+    """Sequences whose numbers have not come. vLLM merges outputs that wait, and then keeps the last one's numbers."""
     async with aclosing(stream):
         async for output in stream:
             numbers = measured.take(output) or numbers
@@ -48,5 +50,9 @@ async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGen
                 # A prompt of embeddings has no length here.
                 if choice.finish_reason is not None and output.prompt_token_ids is not None:
                     answer = tokens.get(choice.index, []) if is_delta else choice.token_ids
-                    applied.add(output.prompt_token_ids, answer, numbers, choice.index)
+                    finished.append((output.prompt_token_ids, answer, choice.index))
+            if numbers or output.finished or not applied.has_conditions:
+                for prompt, answer, index in finished:
+                    applied.add(prompt, answer, numbers, index)
+                finished.clear()
             yield output

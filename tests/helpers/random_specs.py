@@ -66,8 +66,14 @@ def resolved(raw: Any, model: ModelShape = MODEL, limits: Limits | None = None) 
 
 scales = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.25, 0.1, 1.0, 1.5])
 offsets = st.none() | st.integers(-12, 12)
-scopes = st.sampled_from(["all", "prompt", "generation"]) | st.fixed_dictionaries(
-    {}, optional={"start": offsets, "end": offsets}
+scopes = (
+    st.sampled_from(["all", "prompt", "generation", "last_prompt_token"])
+    | st.fixed_dictionaries({}, optional={"start": offsets, "end": offsets})
+    | st.builds(
+        lambda start, size: {"from": "generation", "start": start, "end": size and (start or 0) + size},
+        st.none() | st.integers(0, 4),
+        st.none() | st.integers(1, 6),
+    )
 )
 cosines = st.floats(-0.5, 0.5)
 
@@ -121,7 +127,12 @@ def covers(scope: str | ScopeSpec, position: int, prompt_len: int) -> bool:
         return position < prompt_len
     if scope == "generation":
         return position >= prompt_len - 1
+    if scope == "last_prompt_token":
+        return position == prompt_len - 1
     assert isinstance(scope, ScopeSpec)
+    if scope.from_ == "generation":
+        selects = position - (prompt_len - 1)  # the number of the generated token
+        return selects >= (scope.start or 0) and (scope.end is None or selects < scope.end)
     start, end = scope.start or 0, scope.end
     start = max(0, prompt_len + start) if start < 0 else start
     if end is not None and end < 0:
