@@ -19,7 +19,7 @@ from steer_engine.vllm import measured
 from steer_engine.vllm.intake import checked_steering
 from steer_engine.vllm.patching import Symbol
 
-USED = (Symbol("vllm.sampling_params:RequestOutputKind.DELTA"),)
+USED = (Symbol("vllm.sampling_params:RequestOutputKind"),)
 
 
 def telling(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:

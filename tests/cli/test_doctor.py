@@ -89,9 +89,13 @@ def test_memory_of_large_models_by_configuration(found: dict[str, tuple[int, str
     memory = shown["memory"]
     assert memory["bank"] == bank
     sites = len(shown["armed_blocks"])
-    # Per slot, slot 0 included: 16 words per entry and their number for each site, one flag, and two span bounds.
-    assert memory["programs"] == 4 * 257 * (sites * (16 * shown["rows"] + 1) + 1 + 2)
-    assert 2 * 4 * 2048 <= memory["routing"] <= 2 * 4 * 2064
+    # Per slot, slot 0 included: 16 words per entry and their number for each site, one flag, and two span bounds; 8
+    # triggers of 18 words, their number, and 9 positions of history with a token and two words per trigger; 8
+    # conditions of three float64.
+    limited = 8 * 18 + 1 + 9 * (1 + 2 * 8) + 8 * 3 * 2
+    assert memory["programs"] == 4 * 257 * (sites * (16 * shown["rows"] + 1) + 1 + 2 + limited)
+    # A slot, a position and the windows of 8 triggers.
+    assert 10 * 4 * 2048 <= memory["routing"] <= 10 * 4 * 2064
     assert memory["device"] == bank + memory["programs"] + memory["routing"]
     assert memory["host_vector"] == 4 * shown["hidden_size"] * shown["num_blocks"]
 
