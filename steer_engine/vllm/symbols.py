@@ -52,8 +52,11 @@ def engine_symbols() -> tuple[Symbol, ...]:
 
 def api_symbols() -> tuple[Symbol, ...]:
     """What a process that serves needs as well."""
+    from steer_engine.vllm import telling
+
     patched = [patch.symbol for module in api_modules() for patch in module.PATCHES]
-    return (ASYNC_LLM_INIT, *patched, *(symbol for module in api_modules() for symbol in module.USED))
+    used = [module.USED for module in (*api_modules(), telling)]
+    return (ASYNC_LLM_INIT, *patched, *(symbol for symbols in used for symbol in symbols))
 
 
 def vllm_version() -> str:
