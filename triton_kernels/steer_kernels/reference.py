@@ -55,21 +55,23 @@ def edit_residual_reference(
         rows_N, slot_N, count_N = rows_N[here_N], slot_N[here_N], count_N[here_N]
     words_NEW = tables.entries_SLEW[slot_N, site, :num_entries]
     order_E = torch.arange(num_entries, dtype=torch.int32, device=count_N.device)
-    covered_NE = covers(words_NEW, tables.pos_T[rows_N]) & (order_E < count_N.unsqueeze(1))
-    x_ND = None if adds_only else _stream(hidden_TD, carried_TD, rows_N)
-    share_NE = covered_NE.float()
+    share_NE = (covers(words_NEW, tables.pos_T[rows_N]) & (order_E < count_N.unsqueeze(1))).float()
+    rows_N, slot_N, words_NEW, share_NE = _used(share_NE, rows_N, slot_N, words_NEW)
     if have_details(words_NEW):
-        if x_ND is not None:
-            _measure(x_ND, words_NEW, covered_NE, slot_N, tables)
-        share_NE *= shares_of(words_NEW, tables.pos_T[rows_N], tables.windows_TJ[rows_N], slot_N, tables)
-    if x_ND is None:
+        if not adds_only:
+            _measure(hidden_TD, carried_TD, rows_N, words_NEW, share_NE, slot_N, tables)
+        share_NE = share_NE * shares_of(words_NEW, tables.pos_T[rows_N], tables.windows_TJ[rows_N], slot_N, tables)
+        rows_N, slot_N, words_NEW, share_NE = _used(share_NE, rows_N, slot_N, words_NEW)
+    if rows_N.numel() == 0:
+        return
+    if adds_only:
         delta_ND = _add(words_NEW, share_NE, tables.bank_RD)
-        touched_N = (share_NE != 0).any(1)
     else:
+        x_ND = _stream(hidden_TD, carried_TD, rows_N)
         delta_ND, touched_N = _edit(x_ND, words_NEW, share_NE, tables.bank_RD, tables.keep_norm_S[slot_N])
-    if not bool(touched_N.all()):
-        chosen_N = touched_N.nonzero().squeeze(1)
-        rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
+        if not bool(touched_N.all()):
+            chosen_N = touched_N.nonzero().squeeze(1)
+            rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
     carried_TD[rows_N] = (carried_TD[rows_N].float() + delta_ND).to(carried_TD.dtype)
     if capture:
         _capture(hidden_TD, carried_TD, tables, site, late=True)
@@ -96,16 +98,37 @@ def _capture(
         tables.captured_LCD[site, index_T[rows_N].abs().long() - 1] = x_ND.to(tables.captured_LCD.dtype)
 
 
+def _used(
+    share_NE: torch.Tensor, rows_N: torch.Tensor, slot_N: torch.Tensor, words_NEW: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rows_N, slot_N, words_NEW and share_NE of the rows to which an entry applies."""
+    used_N = (share_NE != 0).any(1)
+    if bool(used_N.all()):
+        return rows_N, slot_N, words_NEW, share_NE
+    here_N = used_N.nonzero().squeeze(1)
+    return rows_N[here_N], slot_N[here_N], words_NEW[here_N], share_NE[here_N]
+
+
 def _measure(
-    x_ND: torch.Tensor, words_NEW: torch.Tensor, covered_NE: torch.Tensor, slot_N: torch.Tensor, tables: Tables
+    hidden_TD: torch.Tensor | None,
+    carried_TD: torch.Tensor,
+    rows_N: torch.Tensor,
+    words_NEW: torch.Tensor,
+    share_NE: torch.Tensor,
+    slot_N: torch.Tensor,
+    tables: Tables,
 ) -> None:
-    """What the entries at the start of a program measure in x, before it is edited."""
-    kind_NE = field(words_NEW[..., tb.WHEN], tb.MEASURE) * (covered_NE & (words_NEW[..., tb.START] < 0))
+    """What entries measure in x, before it is edited."""
+    kind_NE = field(words_NEW[..., tb.WHEN], tb.MEASURE) * ((share_NE != 0) & (words_NEW[..., tb.START] < 0))
     for e in kind_NE.any(0).nonzero().squeeze(1).tolist():
-        words_NW, kind_N = words_NEW[:, e], kind_NE[:, e]
-        row_ND = tables.bank_RD[words_NW[:, tb.ROW].long()].float()
-        number_N = torch.where(kind_N == tb.COSINE, _cosine(x_ND, row_ND), (x_ND * row_ND).sum(1))
-        add_measured(number_N, kind_N > 0, words_NW[:, tb.WHEN], slot_N, tables)
+        for kind in (tb.DOT, tb.COSINE):
+            here_N = (kind_NE[:, e] == kind).nonzero().squeeze(1)
+            if here_N.numel():
+                words_NW = words_NEW[here_N, e]
+                x_ND = _stream(hidden_TD, carried_TD, rows_N[here_N])
+                row_ND = tables.bank_RD[words_NW[:, tb.ROW].long()].float()
+                number_N = _cosine(x_ND, row_ND) if kind == tb.COSINE else (x_ND * row_ND).sum(1)
+                add_measured(number_N, words_NW[:, tb.WHEN], slot_N[here_N], tables)
 
 
 def _add(words_NEW: torch.Tensor, share_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:

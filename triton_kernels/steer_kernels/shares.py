@@ -72,16 +72,10 @@ def is_fading(words_NEW: torch.Tensor, pos_N: torch.Tensor, windows_NJ: torch.Te
     return (words_NEW[..., tb.OVER] > pos_N1 - first_NE) & (first_NE <= pos_N1)
 
 
-def add_measured(
-    number_N: torch.Tensor, measures_N: torch.Tensor, when_N: torch.Tensor, slot_N: torch.Tensor, tables: Tables
-) -> None:
-    """Add each row's number to a condition of its slot, or keep the largest.
-
-    measures_N: bool, the rows that count. number_N: float32.
-    """
-    rows_N = measures_N.nonzero().squeeze(1)
-    number_N, when_N = number_N[rows_N].double(), when_N[rows_N]
-    place_N = slot_N[rows_N] * tb.MAX_CONDITIONS + field(when_N, tb.TOTAL)
+def add_measured(number_N: torch.Tensor, when_N: torch.Tensor, slot_N: torch.Tensor, tables: Tables) -> None:
+    """Add each row's number to a condition of its slot, or keep the largest. number_N: float32."""
+    number_N = number_N.double()
+    place_N = slot_N * tb.MAX_CONDITIONS + field(when_N, tb.TOTAL)
     largest_N = field(when_N, tb.LARGEST) != 0
     total_X = tables.measured_SQ.view(-1)
     total_X.index_add_(0, place_N[~largest_N], number_N[~largest_N])
