@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -121,6 +121,16 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         """As in vLLM. Each output of a steered prompt has one more attribute, `steering`: what was applied, with the
         fields of a server's answers (`applied_tokens` of each edit, `value` and `held` of each condition).
         """
+        run = super().generate
+        return self._telling(sampling_params, lambda params: run(prompts, params, *args, **kwargs))
+
+    def chat(self, messages: Any, sampling_params: Any = None, *args: Any, **kwargs: Any) -> list[Any]:
+        """As in vLLM, with `steering` as in `generate`."""
+        run = super().chat
+        return self._telling(sampling_params, lambda params: run(messages, params, *args, **kwargs))
+
+    def _telling(self, sampling_params: Any, run: Callable[[Any], list[Any]]) -> list[Any]:
+        """Runs with the steering of each prompt resolved, and adds to the outputs what was applied."""
         single = not isinstance(sampling_params, Sequence)
         given = [sampling_params] if single else list(sampling_params)
         resolved = [self._resolved(params) for params in given]
@@ -128,7 +138,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
             params if spec is None else self._with_steering(params, spec)
             for params, spec in zip(given, resolved, strict=True)
         ]
-        outputs: list[Any] = super().generate(prompts, params[0] if single else params, *args, **kwargs)
+        outputs = run(params[0] if single else params)
         for output, spec in zip(outputs, resolved * len(outputs) if single else resolved, strict=True):
             numbers = measured.take(output)
             if spec is not None and spec.edits and output.prompt_token_ids is not None:

@@ -33,10 +33,13 @@ def test_a_generated_request_is_resolved_once(tiny: LLM, kind: str, repeat: str)
     assert sampled(steered) != sampled(plain)
 
 
-def test_each_prompt_of_a_list_is_a_request(tiny: LLM) -> None:
+def test_a_list_of_prompts_resolves_each_of_its_parameters_once(tiny: LLM) -> None:
     inputs: Any = [{"prompt_token_ids": PROMPT[:length]} for length in (5, 6, 7)]
     with counted_resolving() as calls:
         tiny.generate(inputs, params(NAMED, max_tokens=1), use_tqdm=False)
+    assert len(calls) == 1
+    with counted_resolving() as calls:
+        tiny.generate(inputs, [params(NAMED, max_tokens=1) for _ in inputs], use_tqdm=False)
     assert len(calls) == 3
 
 

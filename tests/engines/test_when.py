@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.driving import edit, generate, sampled, steering, tokens
+from helpers.driving import edit, generate, params, sampled, steering, tokens
 from helpers.oracle import Oracle
 
 from steer_engine import LLM
@@ -82,3 +82,19 @@ def test_conditions(tiny: LLM, oracle: Oracle, at: str, measure: str) -> None:
         assert (moved_T.max() >= 1e-2) == holds
         if not holds:
             assert not moved_T.any()
+
+
+def test_a_chat_offline_says_what_was_applied(tiny: LLM) -> None:
+    condition = {"vector": "r9", "blocks": [0], "above": -1.0}
+    spec = steering(edit("r8", 2.0, when=condition), edit("r7", 1.0, scope={"after": 511}))
+    outputs = tiny.chat(
+        [[{"role": "user", "content": "abc"}], [{"role": "user", "content": "de"}]],
+        [params(spec, max_tokens=3), params(None, max_tokens=3)],
+        use_tqdm=False,
+        chat_template="{{ messages[0].content }}",
+    )
+    report = outputs[0].steering
+    assert [entry["applied_tokens"] for entry in report["edits"]] == [3, 0]
+    assert report["conditions"][0]["held"] is True
+    assert not hasattr(outputs[1], "steering")
+    assert outputs[0].kv_transfer_params is None
