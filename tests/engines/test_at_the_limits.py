@@ -66,12 +66,18 @@ def at_the_limit(llm: LLM, edits: list[dict[str, Any]], **fields: Any) -> dict[s
 
 
 def drawn_edits(rng: np.random.Generator) -> list[dict[str, Any]]:
-    """One to four edits of any kind, at all blocks or some, of relative sizes over six orders of magnitude."""
+    """One to four edits of any kind, at all blocks or some, of relative sizes over six orders of magnitude.
+
+    A third of them grow or fade while they apply.
+    """
     edits = []
     for _ in range(rng.integers(1, 5)):
         edit = sized(SIZED[rng.integers(len(SIZED))], rng.uniform(-6, 0))
         some = sorted(rng.choice(TINY_BLOCKS, rng.integers(1, TINY_BLOCKS + 1), replace=False).tolist())
-        edits.append({**edit, "vector": f"r{rng.integers(32)}", "blocks": some})
+        edit = {**edit, "vector": f"r{rng.integers(32)}", "blocks": some}
+        if rng.integers(3) == 0:
+            edit["schedule"] = {"kind": "linear", "over": 20, "to": 3.0 if "scale" in edit else 0.5}
+        edits.append(edit)
     return edits
 
 
