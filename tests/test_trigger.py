@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 from helpers.oracle_when import window_at
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from steer_engine import trigger as trigger_module
 from steer_engine.trigger import NEVER, NO_END, Trigger, Windows
 
 AHEAD = 9
@@ -61,6 +63,21 @@ def test_within(trigger: Trigger, tokens: list[int], size: int, length: int) -> 
         end = min(start + length, len(known))
         found = [p for first, last in windows.within(start, end) for p in range(first, last)]
         assert found == [p for p in range(start, end) if inside[p]]
+
+
+@pytest.mark.parametrize("few", [0, trigger_module.FEW_TOKENS], ids=["NumPy", "Python"])
+def test_all_short_texts_in_parts(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Sequences that overlap each other and the edges of parts; both ways of searching."""
+    monkeypatch.setattr(trigger_module, "FEW_TOKENS", few)
+    words = [word for size in range(1, 4) for word in product((1, 2), repeat=size)]
+    for after, until in product(words, words):
+        trigger = Trigger(after, until, each=True)
+        for tokens in product((1, 2), repeat=5):
+            inside = [is_inside(trigger, tokens, p) for p in range(5)]
+            for size in (2, 3):
+                spans = grown(trigger, tokens, size).within(0, 5)
+                found = [p for first, last in spans for p in range(first, last)]
+                assert found == [p for p in range(5) if inside[p]], (trigger, tokens, size)
 
 
 @settings(max_examples=400)
