@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import product
 
 import pytest
 from helpers.oracle_when import window_at
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from steer_engine import trigger as trigger_module
 from steer_engine.trigger import NEVER, NO_END, Trigger, Windows
 
 AHEAD = 9
@@ -19,6 +20,7 @@ OTHER = 0
 
 texts = st.lists(st.integers(1, 2), max_size=60) | st.lists(st.integers(1, 3), max_size=12)
 sequences = st.lists(st.integers(1, 2), max_size=4).map(tuple)
+sizes = st.integers(1, 4) | st.integers(1, 60)
 limits = st.just(NO_END) | st.integers(1, 6)
 
 
@@ -28,12 +30,11 @@ def triggers(draw: st.DrawFn) -> Trigger:
     return Trigger(after, draw(sequences), each=bool(after) and draw(st.booleans()), tokens=draw(limits))
 
 
-def grown(trigger: Trigger, tokens: Sequence[int], cuts: Sequence[int]) -> Windows:
-    """The windows after these tokens, which arrive in parts."""
+def grown(trigger: Trigger, tokens: Sequence[int], size: int) -> Windows:
+    """The windows after these tokens, which arrive in parts of this size."""
     windows = Windows(trigger)
-    edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
-    for start, end in pairwise(edges):
-        windows.extend(tokens[start:end])
+    for start in range(0, len(tokens), size):
+        windows.extend(tokens[start : start + size])
     assert windows.num_tokens == len(tokens)
     return windows
 
@@ -50,25 +51,43 @@ def places_of(sequence: Sequence[int], tokens: Sequence[int]) -> list[int]:
     return [end - 1 for end in range(size, len(tokens) + 1) if size and list(tokens[end - size : end]) == [*sequence]]
 
 
-@given(triggers(), texts, st.lists(st.integers(0, 60), max_size=5), st.integers(0, 60), st.integers(0, 60))
-def test_within(trigger: Trigger, tokens: list[int], cuts: list[int], start: int, length: int) -> None:
-    """Positions after the last token are inside if its window stays open."""
+@settings(max_examples=400)
+@given(triggers(), texts, sizes, st.integers(0, 8))
+def test_within(trigger: Trigger, tokens: list[int], size: int, length: int) -> None:
+    """From every position on. Positions after the last token are inside if its window stays open."""
     known = [*tokens, *[OTHER] * AHEAD]
-    start = min(start, len(known))
-    end = min(start + length, len(known))
-    found = [p for first, last in grown(trigger, tokens, cuts).within(start, end) for p in range(first, last)]
-    expected = [p for p in range(start, end) if is_inside(trigger, known, p)]
-    event(f"inside {bool(expected)}, outside {len(expected) < end - start}")
-    assert found == expected
+    windows = grown(trigger, tokens, size)
+    inside = [is_inside(trigger, known, p) for p in range(len(known))]
+    event(f"inside {any(inside)}, outside {not all(inside)}")
+    for start in range(len(known)):
+        end = min(start + length, len(known))
+        found = [p for first, last in windows.within(start, end) for p in range(first, last)]
+        assert found == [p for p in range(start, end) if inside[p]]
 
 
-@given(triggers(), texts, st.lists(st.integers(0, 60), max_size=5))
-def test_state(trigger: Trigger, tokens: list[int], cuts: list[int]) -> None:
+@pytest.mark.parametrize("few", [0, trigger_module.FEW_TOKENS], ids=["NumPy", "Python"])
+def test_all_short_texts_in_parts(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Sequences that overlap each other and the edges of parts; both ways of searching."""
+    monkeypatch.setattr(trigger_module, "FEW_TOKENS", few)
+    words = [word for size in range(1, 4) for word in product((1, 2), repeat=size)]
+    for after, until in product(words, words):
+        trigger = Trigger(after, until, each=True)
+        for tokens in product((1, 2), repeat=5):
+            inside = [is_inside(trigger, tokens, p) for p in range(5)]
+            for size in (2, 3):
+                spans = grown(trigger, tokens, size).within(0, 5)
+                found = [p for first, last in spans for p in range(first, last)]
+                assert found == [p for p in range(5) if inside[p]], (trigger, tokens, size)
+
+
+@settings(max_examples=400)
+@given(triggers(), texts, sizes)
+def test_state(trigger: Trigger, tokens: list[int], size: int) -> None:
     opened = places_of(trigger.after, tokens[:-1]) if trigger.after else [-1]
     closed = places_of(trigger.until, tokens)
     place = -1 if trigger.each else 0
     expected = (opened[place] if opened else NEVER, closed[-1] if closed else NEVER)
-    assert grown(trigger, tokens, cuts).state == expected
+    assert grown(trigger, tokens, size).state == expected
 
 
 @pytest.mark.parametrize("trigger", [Trigger((1, 2), (3,), each=True, tokens=7), Trigger((), (5, 6)), Trigger((4,))])

@@ -194,7 +194,10 @@ HOLDS = (True, False, True, False, True, False, False, True)
 
 
 def each_detail(*, adds_only: bool = False) -> list[Program]:
-    """Each detail alone and several together, on an add that changes a row by its own size."""
+    """Each detail alone and several together, on an add that changes a row by its own size.
+
+    Then a schedule on each other operation.
+    """
     plain = [
         {"trigger": 0},
         {"exclude": MAX_TRIGGERS - 1},
@@ -213,8 +216,12 @@ def each_detail(*, adds_only: bool = False) -> list[Program]:
         {"conditions": 0b0110_1010, "any_condition": True},
         {"trigger": 7, "conditions": 0b0000_0100, "schedule": (20, 0.5, False)},
     ]
-    steps = plain if adds_only else plain + decided
-    return [Program(steps=[Step(op="add", scale=8.0, **step)]) for step in steps]  # type: ignore[arg-type]
+    adding = plain if adds_only else plain + decided
+    steps = [Step(op="add", scale=8.0, **step) for step in adding]  # type: ignore[arg-type]
+    others = [] if adds_only else [program.steps[0] for program in single_operations()[1:]]
+    return [
+        Program(steps=[step]) for step in (*steps, *(replace(step, schedule=(MAX_POS, 0.1, False)) for step in others))
+    ]
 
 
 def each_measure() -> list[Program]:

@@ -306,6 +306,20 @@ def test_a_chunk_of_several_blocks(interpreted: Process) -> None:
     assert engine.inside > 100
 
 
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_the_longest_sequences_across_rejected_drafts(interpreted: Process, num_drafts: int) -> None:
+    """In each step all drafts are rejected: the history reaches back over them, and over a whole sequence."""
+    tokens = [1, 2, 1, 1, 2, 2, 1, 2, 3, 3, 1, 2, 2, 1, 2, 1, 1, 3, 3]
+    trigger = Trigger(tuple(tokens[:MAX_TRIGGER_TOKENS]), tuple(tokens[-2 - MAX_TRIGGER_TOKENS : -2]))
+    engine, request = Engine(interpreted_by(interpreted), num_drafts), Running(3, [trigger])
+    engine.admit(request)
+    for token in tokens:
+        engine.step((request, [token, *[3] * num_drafts]))
+        request.tokens.append(token)
+    firsts = [expected_window(trigger, tokens, p) for p in range(len(tokens))]
+    assert firsts == [MAX_POSITION] * 8 + [8] * 8 + [MAX_POSITION] * 3
+
+
 def test_a_slot_without_triggers_is_left_alone(interpreted: Process) -> None:
     """Also the slot of a request that had triggers and has left."""
     engine, request = Engine(interpreted_by(interpreted), 0), Running(1, [Trigger((1,))])
