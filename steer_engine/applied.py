@@ -62,10 +62,12 @@ class Applied:
             each.extend([*prompt, *tokens])
         held = self._decide(prompt_len, measured, choice)
         for entry, edit in zip(self._report["edits"], self._edits, strict=True):
-            if edit.when is not None and not held:
-                continue  # unknown
-            applies = edit.when is None or edit.when.holds([held[each] for each in edit.when.conditions])
-            covered = covered_by(edit, self._triggers, prompt_len) if applies else None
+            covered = covered_by(edit, self._triggers, prompt_len)
+            if edit.when is not None and covered is not None:
+                if not held:
+                    continue  # unknown
+                if not edit.when.holds([held[each] for each in edit.when.conditions]):
+                    covered = None
             parts = [] if covered is None else covered.within(0, num_computed, windows)
             entry["applied_tokens"] = entry.get("applied_tokens", 0) + sum(last - first for first, last in parts)
 

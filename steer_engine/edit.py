@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from math import fsum, log2
+from math import fsum, inf, log2
 from typing import Any, NamedTuple
 
 from steer_engine.spec import Op
@@ -123,8 +123,8 @@ class Condition(NamedTuple):
     def measured_at(self, prompt_len: int) -> Measured:
         """The bounds of the sum (or of the largest number) for a prompt."""
         count = self.numbers(prompt_len)
-        low = -LARGEST if self.above is None else self.above * count
-        high = LARGEST if self.below is None else self.below * count
+        low = -inf if self.above is None else self.above * count
+        high = inf if self.below is None else self.below * count
         return Measured(low, high, self.at == "max_prompt")
 
     def report(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ MAX_TOKENS = 64
 MAX_CONDITIONS = 4
 """Conditions in a list."""
 MAX_SCHEDULE_TOKENS = 2**24
+MAX_FACTOR = 1000.0
+"""Of a schedule. The product with the scale has a limit of its own."""
 
 _EXPECTED_SCOPE = (
     "'all', 'prompt', 'generation', 'last_prompt_token', 'thinking', 'answer', 'tool_calls', {'start': a, 'end': b}, "
@@ -143,7 +145,7 @@ class ScheduleSpec(Strict):
 
     kind: Literal["linear", "exponential"]
     over: Annotated[int, Field(ge=1, le=MAX_SCHEDULE_TOKENS)]
-    to: Annotated[Finite, Field(ge=0)]
+    to: Annotated[Finite, Field(ge=0, le=MAX_FACTOR)]
 
     @model_validator(mode="after")
     def _check_content(self) -> ScheduleSpec:

@@ -128,8 +128,8 @@ class ProgramTemplate:
             vectors=self.vectors if identity else (),
             identity=identity,
             triggers=self.triggers,
-            conditions=tuple(condition.measured_at(prompt_len) for condition in self.conditions),
-            prompt_len=prompt_len if self.conditions else 0,
+            conditions=tuple(each.measured_at(prompt_len) for each in self.conditions) if identity else (),
+            prompt_len=prompt_len if self.conditions and identity else 0,
             keep_norm=self.keep_norm,
         )
 
@@ -146,8 +146,12 @@ def covered_by(edit: Edit, triggers: Sequence[Trigger], prompt_len: int) -> Cove
     if start >= end:
         return None
     trigger, exclude = edit.scope.trigger, edit.scope.exclude
+    name = edit.digest
+    if edit.schedule is not None and trigger is None and edit.scope.start.from_end:
+        # It counts from a position that depends on the prompt's length, and that an exception may hide.
+        name += f"@{edit.scope.at(prompt_len)[0]}"
     return Covered(
-        edit.digest,
+        name,
         start,
         end,
         -1 if trigger is None else triggers.index(trigger),
@@ -191,7 +195,8 @@ def _measuring(condition: Condition, number: int) -> Placed:
     """The entry that measures a condition at one of its blocks. Before all edits, so that it reads the unedited x."""
     largest = condition.at == "max_prompt"
     details = Details(measure=MEASURES[condition.measure], total=number, largest=largest)
-    row = RowKey(terms=((condition.vector, 1.0),))
+    # The squares of a very long or short row would leave float32's range; a unit row is as good for a cosine.
+    row = RowKey(terms=((condition.vector, 1.0),), unit=condition.measure == "cosine")
     scope = LAST_PROMPT_TOKEN if condition.at == "last_prompt_token" else PROMPT
     return Placed(Entry(row=row, details=details), scope)
 

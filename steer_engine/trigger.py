@@ -7,6 +7,8 @@ slot whose request begins in the middle.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,8 +57,10 @@ class Windows:
         self._tail: list[int] = []
         """The tokens that a sequence which ends later may begin with."""
         self.num_tokens = 0
-        self._spans: list[list[int]] = []
-        """[first, end) of each window; NO_END while a window is open."""
+        self._first = array("q")
+        self._end = array("q")
+        """[first, end) of each window, ascending; NO_END while a window is open. Arrays, since a client chooses how
+        many there are."""
         self._opened = NEVER
         self._opened_before = NEVER
         self._closed = NEVER
@@ -89,12 +93,18 @@ class Windows:
         """The parts [first, end) of the windows between two positions, ascending. A window that may still close is
         taken as open."""
         found = []
-        for first, last in reversed(self._spans):
-            if last <= start:
+        for place in range(max(0, bisect_right(self._first, start) - 1), len(self._first)):
+            first, last = max(self._first[place], start), min(self._end[place], end)
+            if self._first[place] >= end:
                 break
-            if first < min(last, end):
-                found.append((max(first, start), min(last, end)))
-        return found[::-1]
+            if first < last:
+                found.append((first, last))
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the windows."""
+        return len(self._first) * self._first.itemsize + len(self._end) * self._end.itemsize
 
     @property
     def state(self) -> tuple[int, int]:
@@ -105,11 +115,12 @@ class Windows:
 
     def _open(self, first: int) -> None:
         end = NO_END if self._trigger.tokens == NO_END else first + self._trigger.tokens
-        self._spans.append([first, end])
+        self._first.append(first)
+        self._end.append(end)
 
     def _close(self, end: int) -> None:
-        if self._spans:
-            self._spans[-1][1] = max(self._spans[-1][0], min(self._spans[-1][1], end))
+        if self._first:
+            self._end[-1] = max(self._first[-1], min(self._end[-1], end))
 
 
 def _ends(tokens: Sequence[int], sequence: Sequence[int], skip: int) -> list[int]:

@@ -389,3 +389,10 @@ def test_inline_vectors_get_names_wherever_they_are() -> None:
     assert list(vectors_in(with_vectors(one_edit, name_of))) == ["v", "named"]
     plain = parsed(one(when=HOLDS))
     assert with_vectors(plain, name_of) is plain
+
+
+def test_a_schedule_has_a_largest_factor() -> None:
+    """A larger one would not fit into the device's float32."""
+    assert parsed(one(schedule={"kind": "linear", "over": 1, "to": 1000.0})).edits
+    error = refused(one(scale=1e-40, schedule={"kind": "linear", "over": 1, "to": 1e39}))
+    assert error.param == "steering.edits[0].schedule.to"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import product
 
@@ -94,3 +95,14 @@ def test_state(trigger: Trigger, tokens: list[int], size: int) -> None:
 def test_the_wire_form_is_plain_and_complete(trigger: Trigger) -> None:
     assert Trigger.from_wire(trigger.to_wire()) == trigger
     assert all(type(part) in (list, bool, int) for part in trigger.to_wire())
+
+
+def test_many_windows_cost_no_more_than_their_number() -> None:
+    """A client chooses how many there are: each KV block of a long prompt looks only at its own."""
+    windows = Windows(Trigger(after=(5,), each=True))
+    windows.extend([5] * 200_000)
+    start = time.perf_counter()
+    found = sum(len(windows.within(first, first + 16)) for first in range(0, 200_000, 16))
+    assert found == 199_999
+    assert time.perf_counter() - start < 5.0  # the walk from the last window back took minutes
+    assert windows.num_bytes <= 16 * 200_000

@@ -1,57 +1,79 @@
 """What was measured for conditions, on its way from the workers into an answer.
 
-When a request with conditions finishes, the engine core asks the workers for its numbers, and sends them along with the
-request's last output, as `kv_transfer_params`: an armed engine has no KV connector, which would use that field. Wraps
-nothing; `engine_core` and `non_finite` call it. Known for vLLM 0.32 and 0.33.
+When a request with conditions has its first token, the engine core asks the workers for its numbers, and sends them
+with every output of the request, as `kv_transfer_params`: an armed engine has no KV connector, which would use that
+field. With every output, because vLLM merges outputs that wait, and because an answer that ends at a stop string is
+ended by the API process, after any output. Wraps nothing; `engine_core` and `non_finite` call it. Known for vLLM 0.32
+and 0.33.
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from steer_engine.program import PROGRAM_KEY
 
 KEY = "_steer_measured"
 
-_WATCHED = "_steer_conditional"
-"""Attribute of a scheduler: the ids of its requests with conditions."""
-_ASK = "_steer_ask"
-"""Attribute of a scheduler: asks the workers."""
+_WATCH = "_steer_watch"
+"""Attribute of a scheduler."""
+
+FEW = 256
+"""So many requests that have left may be remembered."""
+ARRIVAL_SECONDS = 600.0
+"""A request that the scheduler does not have after this time has left; a younger one may not have arrived."""
+
+
+@dataclass
+class _Watch:
+    """The requests with conditions of an engine core."""
+
+    core: Any
+    since: dict[str, float] = field(default_factory=dict)
+    """By request id, when the core accepted it."""
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+    """Of those that have a first token."""
 
 
 def watch(core: Any, request: Any) -> None:
     """An engine core accepts a request."""
-    program = request.sampling_params.extra_args[PROGRAM_KEY]
-    if "conditions" not in program:
+    if "conditions" not in request.sampling_params.extra_args[PROGRAM_KEY]:
         return
-    scheduler = core.scheduler
-    if not hasattr(scheduler, _WATCHED):
-        setattr(scheduler, _WATCHED, set())
-        setattr(scheduler, _ASK, lambda ids: core.collective_rpc("steer", args=("measured", ids)))
-    getattr(scheduler, _WATCHED).add(request.request_id)
+    if not hasattr(core.scheduler, _WATCH):
+        setattr(core.scheduler, _WATCH, _Watch(core))
+    getattr(core.scheduler, _WATCH).since[request.request_id] = time.monotonic()
 
 
 def attach(scheduler: Any, outputs: dict[int, Any]) -> None:
-    """After a step: add the numbers to the last outputs of the requests that have finished in it.
-
-    outputs: by client.
-    """
-    watched: set[str] | None = getattr(scheduler, _WATCHED, None)
-    if not watched:
+    """After a step: add the numbers to the outputs of requests with conditions. outputs: by client."""
+    watched: _Watch | None = getattr(scheduler, _WATCH, None)
+    if watched is None or not watched.since:
         return
-    ended = [
-        output
-        for of_client in outputs.values()
-        for output in of_client.outputs
-        if output.finish_reason is not None and output.request_id in watched
+    theirs = [
+        output for of_client in outputs.values() for output in of_client.outputs if output.request_id in watched.since
     ]
-    if not ended:
-        return
-    replies = getattr(scheduler, _ASK)([output.request_id for output in ended])
-    for output, numbers in zip(ended, replies[0].get("numbers", [[]] * len(ended)), strict=True):
-        output.kv_transfer_params = {KEY: numbers}
-    # Aborted requests have no last output.
-    watched &= scheduler.requests.keys()
+    new = [output.request_id for output in theirs if output.request_id not in watched.numbers]
+    if new:
+        replies = watched.core.collective_rpc("steer", args=("measured", new))
+        watched.numbers.update(zip(new, replies[0].get("numbers", [[]] * len(new)), strict=True))
+    for output in theirs:
+        output.kv_transfer_params = {KEY: watched.numbers[output.request_id]}
+        if output.finish_reason is not None:
+            watched.since.pop(output.request_id)
+            watched.numbers.pop(output.request_id)
+    if len(watched.since) > len(scheduler.requests) + FEW:
+        _forget_aborted(watched, scheduler)
+
+
+def _forget_aborted(watched: _Watch, scheduler: Any) -> None:
+    """An aborted request has no last output."""
+    latest = time.monotonic() - ARRIVAL_SECONDS
+    for name, since in list(watched.since.items()):  # another thread adds to it
+        if name not in scheduler.requests and (name in watched.numbers or since < latest):
+            watched.since.pop(name, None)
+            watched.numbers.pop(name, None)
 
 
 def take(output: Any) -> list[float]:

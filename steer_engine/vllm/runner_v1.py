@@ -42,12 +42,14 @@ class V1Adapter(RunnerAdapter):
     def follow(self, scheduler_output: Any) -> None:
         """Assign and release slots as requests enter and leave the batch."""
         finished, new = scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
-        if not finished and not new and self._runner.input_batch.req_ids == self._routed:
+        cached = scheduler_output.scheduled_cached_reqs
+        # A request id that finished and came back in one step is another request. One that a step skipped may be
+        # preempted in the next, while the batch stays the same; one that is preempted may resume at once.
+        left = finished.union(scheduler_output.preempted_req_ids or (), cached.resumed_req_ids)
+        if not left and not new and self._runner.input_batch.req_ids == self._routed:
             return
         self._routed = []
-        cached = scheduler_output.scheduled_cached_reqs
-        # A request id that finished and came back in one step is another request.
-        self._release(finished.union(scheduler_output.preempted_req_ids or (), cached.resumed_req_ids))
+        self._release(left)
         self.decisions.forget(finished)
         self._admit([request.req_id for request in new])
         self._admit(cached.req_ids)

@@ -231,7 +231,8 @@ windows = st.fixed_dictionaries({}, optional={"except": triggers, "start": st.in
 @given(windows, st.integers(1, 20), st.lists(st.sampled_from([0, 1, OPEN, CLOSE]), min_size=24, max_size=24))
 def test_a_key_names_the_covered_positions_of_a_trigger(scope: Any, prompt_len: int, tokens: list[int]) -> None:
     """Against the definition, which looks at each position on its own."""
-    assume(scope.get("except") != {name: scope[name] for name in scope.keys() & {"after", "until", "each", "tokens"}})
+    whole = {name: scope[name] for name in scope.keys() & {"after", "until", "each", "tokens"}}
+    assume("except" not in scope or {"each": False} | scope["except"] != {"each": False} | whole)
     covered_T = covered(scope, tokens, prompt_len)[0]
     for number, key in enumerate(keys_of(one(scope=scope), prompt_len, tokens)):
         named = {offset for _, first, last in (key[1] if key else ()) for offset in range(first, last + 1)}
@@ -254,3 +255,15 @@ def test_a_key_is_cheap() -> None:
                 each.extend(tokens[start : start + 16])
             block_key(wire, windows, start, start + 16)
         assert (time.process_time() - started) / 1000 < microseconds * 1e-6
+
+
+def test_a_schedule_whose_start_is_hidden_is_named_by_it() -> None:
+    """From the end of the prompt it begins elsewhere in a longer one, which an exception may hide."""
+    tokens = [0] * 24
+    tokens[2], tokens[12] = 7, 8
+    scope = {"start": -8, "except": {"after": 7, "until": 8}}
+    raw = one(scope=scope, schedule={"kind": "linear", "over": 64, "to": 0.0})
+    short, longer = keys_of(raw, 12, tokens), keys_of(raw, 14, tokens)
+    assert keys_of(one(scope=scope), 12, tokens)[3:] == keys_of(one(scope=scope), 14, tokens)[3:]
+    assert short[3] is not None
+    assert short[3] != longer[3]

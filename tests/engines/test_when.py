@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.driving import edit, generate, params, sampled, steering, tokens
+from helpers.engines import random_vector
 from helpers.oracle import Oracle
 
-from steer_engine import LLM
+from steer_engine import LLM, ControlVector
+from steer_engine.vectors import VectorMetadata
 
 PROMPT = [*tokens(40, 12), 77, 78, *tokens(41, 6), 90, *tokens(42, 3), 77, 78, *tokens(43, 9)]
 SAMPLED = 16
@@ -98,3 +100,40 @@ def test_a_chat_offline_says_what_was_applied(tiny: LLM) -> None:
     assert report["conditions"][0]["held"] is True
     assert not hasattr(outputs[1], "steering")
     assert outputs[0].kv_transfer_params is None
+
+
+def test_an_answer_that_ends_at_a_stop_string_says_what_was_decided(tiny: LLM) -> None:
+    condition = {"vector": "r9", "blocks": [0], "above": -1.0}
+    spec = steering(edit("r8", 2.0, when=condition))
+    free = generate(tiny, [PROMPT], [spec], max_tokens=6)[0].outputs[0]
+    stop = tiny.get_tokenizer().decode(free.token_ids[2])
+    output = generate(tiny, [PROMPT], [spec], max_tokens=6, stop=[stop], detokenize=True)[0]
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.steering["conditions"][0]["held"] is True
+    assert output.steering["edits"][0]["applied_tokens"] == len(output.outputs[0].token_ids)
+
+
+def test_an_edit_that_covers_nothing_reports_no_decision_of_another(tiny: LLM) -> None:
+    """Its slot has been another's, whose condition was measured."""
+    condition = {"vector": "r9", "blocks": [0], "above": -1.0}
+    generate(tiny, [PROMPT], [steering(edit("r8", 2.0, when=condition))], max_tokens=1)
+    nothing = steering(edit("r8", 2.0, scope={"end": 1}, when={**condition, "vector": "r10"}))
+    output = generate(tiny, [PROMPT], [nothing], max_tokens=2)[0]
+    assert output.steering["edits"][0]["applied_tokens"] == 0
+    assert "held" not in output.steering["conditions"][0]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_cosine_does_not_depend_on_the_length_of_the_vector(tiny: LLM, size: float) -> None:
+    """The squares of its numbers are not float32's."""
+    vector = random_vector(9)
+    tiny.vectors.add("long", vector)
+    rows = {block: row * np.float32(size) for block, row in vector.directions.items()}
+    tiny.vectors.add("scaled", ControlVector(directions=rows, metadata=VectorMetadata()))
+    values = []
+    for name in ("long", "scaled"):
+        spec = steering(edit("r8", 1.0), when={"vector": name, "blocks": [0], "above": -1.0})
+        output = generate(tiny, [PROMPT], [spec], max_tokens=1)[0]
+        values.append(output.steering["conditions"][0]["value"])
+    assert abs(values[0]) > 1e-3
+    assert abs(values[0] - values[1]) <= 1e-6
