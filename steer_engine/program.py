@@ -117,6 +117,10 @@ class Covered(NamedTuple):
     trigger: int = -1
     exclude: int = -1
 
+    def to_wire(self) -> list[Any]:
+        """Plain data; the triggers only if there are any."""
+        return list(self) if self.trigger >= 0 or self.exclude >= 0 else [self.edit, self.start, self.end]
+
     def within(self, start: int, end: int, windows: Sequence[Windows]) -> list[tuple[int, int]]:
         """The parts [first, end) between two positions, ascending. windows: of each trigger of the program."""
         start, end = max(start, self.start), min(end, self.end)
@@ -165,7 +169,7 @@ class Program:
         wire: dict[str, Any] = {
             "sites": [[list(site.blocks), [_entry_to_wire(entry) for entry in site.entries]] for site in self.sites],
             "vectors": list(self.vectors),
-            "identity": [list(item) for item in self.identity],
+            "identity": [item.to_wire() for item in self.identity],
             "keep_norm": self.keep_norm,
         }
         if self.triggers:

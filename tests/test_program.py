@@ -252,7 +252,7 @@ def test_a_wire_is_this() -> None:
     assert compiled.to_wire() == {
         "sites": [[[1], [[[[[A, 1.0]], True], [0.0, 0.0, -2.0, 0.0, -LARGEST, LARGEST], 1, 3, None]]]],
         "vectors": [A],
-        "identity": [[compiled.identity[0].edit, 1, 3, -1, -1]],
+        "identity": [[compiled.identity[0].edit, 1, 3]],
         "keep_norm": True,
     }
 

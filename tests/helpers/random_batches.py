@@ -103,12 +103,17 @@ def at_fixed_places(spec: dict[str, Any] | None, prompt_len: int) -> dict[str, A
     return {**spec, "edits": [{**edit, "scope": _span(edit["scope"], prompt_len)} for edit in spec["edits"]]}
 
 
-def _span(scope: str | dict[str, int | None], prompt_len: int) -> str | dict[str, int | None]:
-    if scope == "prompt":
-        return {"start": 0, "end": prompt_len}
-    if scope == "generation":
-        return {"start": prompt_len - 1, "end": None}
+def _span(scope: str | dict[str, Any], prompt_len: int) -> str | dict[str, int | None]:
     if isinstance(scope, str):
-        return scope
+        spans: dict[str, dict[str, int | None]] = {
+            "prompt": {"start": 0, "end": prompt_len},
+            "generation": {"start": prompt_len - 1, "end": None},
+            "last_prompt_token": {"start": prompt_len - 1, "end": prompt_len},
+        }
+        return spans.get(scope, scope)
+    if scope.get("from") == "generation":
+        end = scope.get("end")
+        first = prompt_len - 1
+        return {"start": first + (scope.get("start") or 0), "end": None if end is None else first + end}
     places = {side: scope.get(side) for side in ("start", "end")}
     return {side: at if at is None or at >= 0 else max(0, prompt_len + at) for side, at in places.items()}
