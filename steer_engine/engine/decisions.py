@@ -68,7 +68,12 @@ class Decisions:
         """After a step: copy the numbers of the prompts that ended in it, on the device."""
         if not self._complete:
             return
-        ended = [(request_id, self._pending.pop(request_id)) for request_id in self._complete]
+        # A request may have left since the step was planned.
+        ended = [
+            (request_id, pending)
+            for request_id in self._complete
+            if (pending := self._pending.pop(request_id, None)) is not None
+        ]
         self._complete = []
         numbers_NQ = self._runtime.measured([pending.slot for _, pending in ended])
         for row, (request_id, pending) in enumerate(ended):
