@@ -129,3 +129,10 @@ def test_allocated_tables_steer_and_capture_nothing() -> None:
     for name in Tables.__dataclass_fields__:
         part = getattr(tables, name)
         assert part is None or not part.any()
+
+
+def test_the_kernels_offsets_fit_the_tables() -> None:
+    """`details`, `edit_residual` and `add_rms_norm_edit` step by 8 windows, 8 numbers and 16 bounds."""
+    assert tb.MAX_TRIGGERS == 8
+    assert tb.MAX_CONDITIONS == 8
+    assert max(1 << bits for _, bits in (tb.TRIGGER, tb.EXCEPT)) > tb.MAX_TRIGGERS + 1
