@@ -66,6 +66,12 @@ class Scope(NamedTuple):
             return self.start.offset >= self.end.offset
         return not self.end.from_end and self.end.offset <= 0
 
+    @property
+    def may_cover_answer(self) -> bool:
+        """Whether a prompt length exists for which the span has a position that selects a generated token."""
+        # From P-1 on. A bound that counts from the start is beyond a short prompt.
+        return self.end.offset >= 0 if self.end.from_end else self.end.offset > 0
+
     def at(self, prompt_len: int) -> tuple[int, int]:
         """Absolute [start, end) for a prompt of `prompt_len` tokens."""
         return min(self.start.at(prompt_len), NO_END), min(self.end.at(prompt_len), NO_END)

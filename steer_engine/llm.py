@@ -15,6 +15,7 @@ from steer_engine.applied import Applied
 from steer_engine.capture import WORDS, CaptureRequest
 from steer_engine.errors import SteeringRequestError
 from steer_engine.models import resolve_model
+from steer_engine.probe_report import ProbeAnswer
 from steer_engine.program import SCORE_KEY, Score
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.settings import SteeringConfig
@@ -28,7 +29,7 @@ import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM
 
 from steer_engine.api.frontend import STEERING_KEY, Frontend  # noqa: E402
 from steer_engine.api.request_field import is_absent, parsed_null  # noqa: E402
-from steer_engine.vllm import engine_client, measured  # noqa: E402
+from steer_engine.vllm import engine_client, measured, probed  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
@@ -119,7 +120,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
 
     def generate(self, prompts: Any, sampling_params: Any = None, *args: Any, **kwargs: Any) -> list[Any]:
         """As in vLLM. Each output of a steered prompt has one more attribute, `steering`: what was applied, with the
-        fields of a server's answers (`applied_tokens` of each edit, `value` and `held` of each condition).
+        fields of a server's answers (`applied_tokens` of each edit, `value` and `held` of each condition). With probes,
+        each of its `outputs` has `steering` too: their numbers.
         """
         run = super().generate
         return self._telling(sampling_params, lambda params: run(prompts, params, *args, **kwargs))
@@ -141,11 +143,13 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         outputs = run(params[0] if single else params)
         for output, spec in zip(outputs, resolved * len(outputs) if single else resolved, strict=True):
             numbers = measured.take(output)
-            if spec is not None and spec.edits and output.prompt_token_ids is not None:
+            if spec is not None and (spec.edits or spec.template.probes) and output.prompt_token_ids is not None:
                 output.steering = spec.report()
                 applied = Applied(spec, output.steering)
                 for choice in output.outputs:
                     applied.add(output.prompt_token_ids, choice.token_ids, numbers, choice.index)
+                    if spec.template.probes:
+                        choice.steering = _numbers_of(output, choice.index, spec)
         return outputs
 
     def _resolved(self, params: Any) -> ResolvedSpec | None:
@@ -245,3 +249,12 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
     def _fetch(self, capture: CaptureRequest, output: Any) -> np.ndarray:
         reply = engine_client.call(self.llm_engine, "fetch_capture", capture.key)
         return capture.arranged(engine_client.rows_of(reply), len(output.prompt_token_ids))[1]
+
+
+def _numbers_of(output: Any, sequence: int, resolved: ResolvedSpec) -> dict[str, Any]:
+    """The numbers of probes of one sequence, as in a server's answers."""
+    answer = ProbeAnswer(resolved.template.probes)
+    if (queue := probed.numbers_offline(output)) is not None:
+        queue.move(sequence, answer)
+    answer.finished = True
+    return answer.take()

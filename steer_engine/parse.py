@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
 from steer_engine.fields import InlineVector, Strict, shown
+from steer_engine.probe_spec import ProbeSpec, StopSpec
 from steer_engine.scope import AllSpec, AnySpec, ConditionSpec, ExceptSpec, ScheduleSpec, ScopeSpec
 from steer_engine.spec import MAX_SPEC_CHARS, CaptureSpec, EditSpec, Gate, SteeringSpec
 
@@ -138,6 +139,8 @@ _OBJECTS: dict[str, type[Strict]] = {
     "<all>": AllSpec,
     "any": ConditionSpec,
     "all": ConditionSpec,
+    "probes": ProbeSpec,
+    "stop": StopSpec,
     "capture": CaptureSpec,
 }
 """The model of each field that is an object, and of each branch of `when`, to list its valid fields."""

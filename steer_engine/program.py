@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from steer_engine.capture import CaptureRequest
 from steer_engine.edit import LARGEST, Measured
+from steer_engine.probe import ProbePlan
 from steer_engine.trigger import Trigger, Windows
 
 PROGRAM_KEY = "_steer_program"
@@ -41,7 +42,8 @@ class RowKey(NamedTuple):
 class Details(NamedTuple):
     """When an entry applies. The names are those of the device's format, `steer_kernels.tables.Entry`.
 
-    trigger, exclude: numbers of the program's triggers; -1 = none. conditions: bit q asks condition q.
+    trigger, exclude: numbers of the program's triggers; -1 = none. conditions: bit q asks condition q. probe: number of
+    the program's probe that the entry measures; on the device its place is the column for the entry's block.
     """
 
     trigger: int = -1
@@ -55,6 +57,8 @@ class Details(NamedTuple):
     measure: int = 0
     total: int = 0
     largest: bool = False
+    probe: int = -1
+    late: bool = False
 
 
 class Entry(NamedTuple):
@@ -137,7 +141,7 @@ class Program:
     """What one request asks of the workers.
 
     vectors: digests. identity: where each edit applies, in canonical order, for the prefix cache. conditions: as they
-    are measured by entries with `Details.measure`. prompt_len: set if there are conditions.
+    are measured by entries with `Details.measure`. prompt_len: set if there are conditions or probes.
     """
 
     sites: tuple[Sites, ...] = ()
@@ -145,6 +149,7 @@ class Program:
     identity: tuple[Covered, ...] = ()
     triggers: tuple[Trigger, ...] = ()
     conditions: tuple[Measured, ...] = ()
+    probes: ProbePlan | None = None
     prompt_len: int = 0
     keep_norm: bool = False
     capture: CaptureRequest | None = None
@@ -152,7 +157,8 @@ class Program:
 
     @property
     def measures_prompt(self) -> bool:
-        """Whether a condition needs a position before the last one of the prompt, which a cache could provide."""
+        """Whether a condition or a probe needs a position before the last one of the prompt, which a cache could
+        provide."""
         entries = (entry for site in self.sites for entry in site.entries)
         return any(
             entry.details is not None and entry.details.measure and entry.start < self.prompt_len - 1
@@ -176,6 +182,9 @@ class Program:
             wire["triggers"] = [trigger.to_wire() for trigger in self.triggers]
         if self.conditions:
             wire["conditions"] = [list(condition) for condition in self.conditions]
+        if self.probes is not None:
+            wire["probes"] = self.probes.to_wire()
+        if self.prompt_len:
             wire["prompt_len"] = self.prompt_len
             wire["measures_prompt"] = self.measures_prompt
         if self.capture is not None:
@@ -186,7 +195,7 @@ class Program:
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Program:
-        capture, score = wire.get("capture"), wire.get("score")
+        capture, score, probes = wire.get("capture"), wire.get("score"), wire.get("probes")
         return cls(
             sites=tuple(
                 Sites(blocks=tuple(blocks), entries=tuple(_entry_from_wire(entry) for entry in entries))
@@ -196,6 +205,7 @@ class Program:
             identity=tuple(Covered(*item) for item in wire["identity"]),
             triggers=tuple(Trigger.from_wire(trigger) for trigger in wire.get("triggers", ())),
             conditions=tuple(Measured(*condition) for condition in wire.get("conditions", ())),
+            probes=ProbePlan.from_wire(probes) if probes else None,
             prompt_len=wire.get("prompt_len", 0),
             keep_norm=wire["keep_norm"],
             capture=CaptureRequest.from_wire(capture) if capture else None,

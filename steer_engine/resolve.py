@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,7 +17,10 @@ from steer_engine.containment import check_dose, check_growth, check_measurable,
 from steer_engine.edit import Edit, GateBounds, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.fields import parse_blocks, shown
+from steer_engine.probe import Probe, StopRule
+from steer_engine.resolve_probes import resolve_probes, resolve_stops
 from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
+from steer_engine.room import check_room
 from steer_engine.scope import WhenField
 from steer_engine.settings import Limits
 from steer_engine.spec import CaptureSpec, EditSpec, Op, SteeringSpec
@@ -126,6 +129,8 @@ class ResolvedSpec:
                 if edit.when is not None:
                     asked = [conditions.index(each) for each in edit.when.conditions if each in conditions]
                     entry["when"] = {"any" if edit.when.any else "all": asked}
+        if self.template.probes:
+            body["probes"] = [probe.report() for probe in self.template.probes]
         return body if self.capture is None else body | {"capture": self.capture.report()}
 
 
@@ -171,25 +176,67 @@ def resolve(
         )
         for i, edit in enumerate(requested)
     )
-    check_counts((edit.edit for edit in edits), limits)
-    template = _template(tuple(edit.edit for edit in edits), spec.preserve_norm)
-    _check_room(template, model, limits)
-    named = {digest: used[digest] for digest in template.vectors}
-    check_growth(template.edits, named, preserve_norm=spec.preserve_norm, dtype=model.dtype)
-    return ResolvedSpec(
+    base = ResolvedSpec(
         edits=edits,
         preserve_norm=spec.preserve_norm,
         preset=preset,
         capture=resolve_capture(spec.capture, model, limits),
-        template=template,
-        vectors=named,
+        vectors=used,
     )
+    return with_probes(base, spec, vectors, model, limits, vocabulary=vocabulary)
+
+
+def with_probes(
+    base: ResolvedSpec,
+    spec: SteeringSpec,
+    vectors: VectorSource,
+    model: ModelShape,
+    limits: Limits,
+    *,
+    vocabulary: Vocabulary = NO_VOCABULARY,
+) -> ResolvedSpec:
+    """`base` with the probes and stop rules of `spec` added to its own, and its program compiled.
+
+    Raises:
+        UnknownVectorError, SteeringRequestError: as `resolve`.
+    """
+    used = dict(base.vectors)
+
+    def lookup(name: str, param: str) -> ControlVector:
+        vector = _measurable("Probes", name, param, vectors, model)
+        used[vector.digest] = vector
+        return vector
+
+    probes = resolve_probes(
+        spec.probes or (),
+        lookup,
+        lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
+        limits,
+        vocabulary,
+        base.template.probes,
+    )
+    stops = (*base.template.stops, *resolve_stops(spec.stop or (), probes))
+    edits = tuple(each.edit for each in base.edits)
+    check_counts(edits, probes, limits)
+    template = _template(edits, base.preserve_norm, probes, stops)
+    check_room(
+        template,
+        rows=model.rows,
+        num_armed_blocks=len(model.armed_blocks),
+        bank_rows=model.bank_rows,
+        limits=limits,
+    )
+    named = {digest: used[digest] for digest in template.vectors}
+    check_growth(template.edits, named, preserve_norm=base.preserve_norm, dtype=model.dtype)
+    return replace(base, template=template, vectors=named)
 
 
 @lru_cache(maxsize=512)
-def _template(edits: tuple[Edit, ...], keep_norm: bool) -> ProgramTemplate:
+def _template(
+    edits: tuple[Edit, ...], keep_norm: bool, probes: tuple[Probe, ...], stops: tuple[StopRule, ...]
+) -> ProgramTemplate:
     """Kept for the specs that came last: most requests repeat one, and each digest is computed once."""
-    return ProgramTemplate.compile(canonical_order(edits), keep_norm=keep_norm)
+    return ProgramTemplate.compile(canonical_order(edits), keep_norm=keep_norm, probes=probes, stops=stops)
 
 
 def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Limits) -> CaptureRequest | None:
@@ -218,29 +265,6 @@ def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Li
         after=requested.after,
         max_rows=limits.max_capture_bytes // row_bytes,
     )
-
-
-def _check_room(template: ProgramTemplate, model: ModelShape, limits: Limits) -> None:
-    if len(template.vectors) > limits.max_request_vectors:
-        raise SteeringRequestError(
-            f"The edits name {len(template.vectors)} different vectors; one request may name at most "
-            f"{limits.max_request_vectors}.",
-            "steering.edits",
-        )
-    if template.rows > model.rows:
-        raise SteeringRequestError(
-            f"The edits need {template.rows} rows at one block; this server has room for {model.rows} "
-            "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; neighbouring "
-            "edits of op 'add' with the same scope share a row. Give edits of op 'add' the same scope, or fewer edits "
-            "the same blocks.",
-            "steering.edits",
-        )
-    if model.bank_rows is not None and template.num_bank_rows > model.bank_rows:
-        raise SteeringRequestError(
-            f"The edits need {template.num_bank_rows} rows over all blocks; this server's bank has {model.bank_rows} "
-            "(--steering-bank-rows). Steer at fewer blocks, or with fewer vectors.",
-            "steering.edits",
-        )
 
 
 def _resolve_edit(
@@ -283,7 +307,7 @@ def _resolve_edit(
             requested.when or when,
             f"{param}.when" if requested.when else "steering.when",
             blocks[-1],
-            lambda name, param: _measurable(name, param, vectors, model),
+            lambda name, param: _measurable("Conditions", name, param, vectors, model),
             lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         ),
     )
@@ -306,12 +330,12 @@ def _gate(
     return GateBounds(vector=vector.digest, **{key: value for key, value in bounds.items() if value is not None})
 
 
-def _measurable(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
-    """The vector of a condition. param: path of the condition."""
+def _measurable(what: str, name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
+    """The vector of a condition or probe. what: these. param: path of the one that names it."""
     if model.ops == (Op.ADD,):
-        raise SteeringRequestError("Conditions need more than op 'add' armed (--steering-ops).", param)
+        raise SteeringRequestError(f"{what} need more than op 'add' armed (--steering-ops).", param)
     if model.is_pipeline:
-        raise SteeringRequestError("Conditions are not supported with pipeline parallelism.", param)
+        raise SteeringRequestError(f"{what} are not supported with pipeline parallelism.", param)
     return _lookup(name, f"{param}.vector", vectors, model)
 
 

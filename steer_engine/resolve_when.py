@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from steer_engine.edit import ALL, GENERATION, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Schedule, Scope, When
 from steer_engine.errors import SteeringRequestError
 from steer_engine.fields import parse_blocks
+from steer_engine.probe import Probe
 from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeSpec, TriggerSpec, WhenField, conditions_of
 from steer_engine.settings import Limits
 from steer_engine.trigger import NO_END, Trigger
@@ -138,12 +139,13 @@ def _fitted(requested: ConditionSpec, vector: ControlVector, param: str) -> Cond
     return Condition(vector.digest, fitted.blocks, fitted.measure, fitted.at, fitted.above, fitted.below)
 
 
-def check_counts(edits: Iterable[Edit], limits: Limits) -> None:
-    """Raises SteeringRequestError if the edits of a request have too many triggers or conditions."""
+def check_counts(edits: Sequence[Edit], probes: Sequence[Probe], limits: Limits) -> None:
+    """Raises SteeringRequestError if the edits and probes of a request have too many triggers or conditions."""
     triggers: set[Trigger] = set()
     conditions: set[Condition] = set()
+    for scope in [edit.scope for edit in edits] + [probe.scope for probe in probes]:
+        triggers.update(trigger for trigger in (scope.trigger, scope.exclude) if trigger is not None)
     for edit in edits:
-        triggers.update(trigger for trigger in (edit.scope.trigger, edit.scope.exclude) if trigger is not None)
         conditions.update(edit.when.conditions if edit.when else ())
     for what, count, most, name in (
         ("triggers", len(triggers), limits.max_triggers, "max_triggers"),

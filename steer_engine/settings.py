@@ -103,6 +103,15 @@ class SteeringConfig(BaseModel):
             )
         return wanted
 
+    def probe_room(self, num_armed_blocks: int) -> tuple[int, int]:
+        """Probes of a request at one block, and numbers of a token over all blocks, at most. An engine for op "add"
+        alone measures nothing.
+        """
+        if self.adds_only:
+            return 0, 0
+        limits = Limits.from_environment()
+        return limits.max_probes, min(limits.max_probes * num_armed_blocks, limits.max_probe_numbers)
+
     def num_bank_rows(self, num_armed_blocks: int, max_requests: int) -> int:
         """Rows of the bank of an engine that runs at most `max_requests` at once."""
         most = max_requests * num_armed_blocks * self.rows
@@ -212,6 +221,10 @@ class Limits(NamedLimits):
     """Tokens of a sequence that opens or closes a window."""
     max_conditions: int = Field(default=8, ge=0, le=8)
     """Distinct conditions of one request."""
+    max_probes: int = Field(default=8, ge=0, le=64)
+    """Probes of one request; 0 disables probes. Workers allocate room for their numbers."""
+    max_probe_numbers: int = Field(default=256, ge=1, le=4096)
+    """Numbers per token of one request: pairs of a probe and a block."""
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
     """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
     max_captures: int = Field(default=4, ge=1)

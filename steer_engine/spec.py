@@ -19,6 +19,7 @@ from steer_engine.fields import (
     by_kind,
     field_error,
 )
+from steer_engine.probe_spec import MAX_PROBES, MAX_STOPS, ProbeSpec, StopSpec
 from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeField, WhenField, conditions_of
 
 MAX_EDITS = 1024
@@ -132,20 +133,26 @@ class CaptureSpec(Strict):
 class SteeringSpec(Strict):
     """The `steering` field of a request: edits in order, or the name of a preset.
 
-    when: a condition of every edit. `capture` may be added to either, or stand alone.
+    when: a condition of every edit. `probes` and `capture` may be added to either, or stand alone. stop: rules on the
+    numbers of probes that end the answer.
     """
 
     edits: Annotated[list[EditSpec], Field(min_length=1, max_length=MAX_EDITS, fail_fast=True)] | None = None
     preserve_norm: bool = False
     when: WhenField | None = None
     preset: Name | None = None
+    probes: Annotated[list[ProbeSpec], Field(min_length=1, max_length=MAX_PROBES, fail_fast=True)] | None = None
+    stop: Annotated[list[StopSpec], Field(min_length=1, max_length=MAX_STOPS, fail_fast=True)] | None = None
     capture: CaptureSpec | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> SteeringSpec:
         both = self.edits is not None and self.preset is not None
-        if both or (self.edits is None and self.preset is None and self.capture is None):
+        alone = self.probes is None and self.capture is None and self.edits is None and self.preset is None
+        if both or alone:
             raise ValueError("specify either edits or the name of a preset")
+        if self.stop is not None and self.probes is None and self.preset is None:
+            raise field_error("stop", "stop rules need probes")
         if self.edits is None and self.preset is None and self.preserve_norm:
             raise field_error("preserve_norm", "has no effect without edits")
         if self.preset is not None and self.preserve_norm:
@@ -158,7 +165,8 @@ class SteeringSpec(Strict):
 
 
 def vectors_in(spec: SteeringSpec) -> Iterator[str | InlineVector]:
-    """Every vector that a spec names or contains, in its edits, gates and conditions."""
+    """Every vector that a spec names or contains, in its edits, gates, conditions and probes."""
+    yield from (probe.vector for probe in spec.probes or ())
     for holder in (spec, *(spec.edits or ())):
         if isinstance(holder, EditSpec):
             yield holder.vector
@@ -169,7 +177,7 @@ def vectors_in(spec: SteeringSpec) -> Iterator[str | InlineVector]:
 
 
 def with_vectors(spec: SteeringSpec, name_of: Callable[[str | InlineVector, str], str]) -> SteeringSpec:
-    """`spec` with every vector of its edits and conditions replaced by a name.
+    """`spec` with every vector of its edits, conditions and probes replaced by a name.
 
     name_of: called with a vector and the path of the object that has it; only where there is an inline vector at all.
     """
@@ -190,5 +198,10 @@ def with_vectors(spec: SteeringSpec, name_of: Callable[[str | InlineVector, str]
         if edit.when is not None:
             update["when"] = conditions(edit.when, f"{param}.when")
         replaced.append(edit.model_copy(update=update))
-    when = None if spec.when is None else conditions(spec.when, "steering.when")
-    return spec.model_copy(update={"edits": replaced, "when": when})
+    probes = [
+        probe.model_copy(update={"vector": name_of(probe.vector, f"steering.probes[{number}]")})
+        for number, probe in enumerate(spec.probes or ())
+    ]
+    changed: dict[str, Any] = {"edits": replaced or None, "probes": probes or None}
+    changed["when"] = None if spec.when is None else conditions(spec.when, "steering.when")
+    return spec.model_copy(update=changed)

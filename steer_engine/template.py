@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from math import isfinite
 from typing import Any, NamedTuple
 
 from steer_engine.edit import LARGEST, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Scope, sha256_of
+from steer_engine.probe import Probe, ProbePlan, StopRule
 from steer_engine.program import MEASURES, Covered, Details, Entry, Program, RowKey, Sites, keys_of
 from steer_engine.spec import Op
 from steer_engine.trigger import Trigger
@@ -20,6 +22,10 @@ class Placed(NamedTuple):
     entry: Entry
     scope: Scope
     not_before: Bound = Bound(False, 0)
+
+    @property
+    def is_probe(self) -> bool:
+        return self.entry.details is not None and self.entry.details.probe >= 0
 
     def at(self, prompt_len: int) -> Entry | None:
         """The entry for a prompt; None if it covers no position."""
@@ -61,19 +67,28 @@ class ProgramTemplate:
     edits: tuple[Edit, ...]
     triggers: tuple[Trigger, ...] = ()
     conditions: tuple[Condition, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    stops: tuple[StopRule, ...] = ()
     keep_norm: bool = False
     vectors: tuple[str, ...] = field(default=())
 
     @classmethod
-    def compile(cls, edits: Sequence[Edit], *, keep_norm: bool = False) -> ProgramTemplate:
-        """Compile `edits`, which are in canonical order."""
-        triggers = triggers_of(edits)
+    def compile(
+        cls,
+        edits: Sequence[Edit],
+        *,
+        keep_norm: bool = False,
+        probes: Sequence[Probe] = (),
+        stops: Sequence[StopRule] = (),
+    ) -> ProgramTemplate:
+        """Compile `edits`, which are in canonical order, and the probes."""
+        triggers = triggers_of(edits, probes)
         conditions = _unique(condition for edit in edits if edit.when for condition in edit.when.conditions)
         places = Places(triggers, conditions)
         # Most blocks get the same entries, which are made once: `alike` is all that they depend on.
         scales_of = [dict(zip(edit.blocks, edit.scales, strict=True)) for edit in edits]
         early = [edit.when.decided_at if edit.when else None for edit in edits]
-        measured = [frozenset(condition.blocks) for condition in conditions]
+        measured = [frozenset(each.blocks) for each in (*conditions, *probes)]
         blocks_of: dict[tuple[Any, ...], list[int]] = {}
         for block in sorted({block for edit in edits for block in edit.blocks}.union(*measured)):
             doses = tuple(scale_at.get(block) for scale_at in scales_of)
@@ -88,27 +103,43 @@ class ProgramTemplate:
                 if scale is not None
             ]
             measuring = [_measuring(condition, q) for q, condition in enumerate(conditions) if measures[q]]
-            if entries := (*measuring, *_entries_of(given, places)):
+            probing = [
+                (probe.after, places.probing(probe, number))
+                for number, probe in enumerate(probes)
+                if measures[len(conditions) + number]
+            ]
+            early_probes = [entry for after, entry in probing if not after]
+            late_probes = [entry for after, entry in probing if after]
+            if entries := (*measuring, *early_probes, *_entries_of(given, places), *late_probes):
                 by_entries.setdefault(entries, []).extend(blocks)
         return cls(
             sites=tuple((tuple(sorted(blocks)), entries) for entries, blocks in by_entries.items()),
             edits=tuple(edits),
             triggers=triggers,
             conditions=conditions,
+            probes=tuple(probes),
+            stops=tuple(stops),
             keep_norm=keep_norm,
-            vectors=tuple(sorted(set().union(*(edit.vectors for edit in edits)))),
+            vectors=tuple(sorted(set().union(*(edit.vectors for edit in edits), {probe.vector for probe in probes}))),
         )
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that the spec changes, whatever its vectors are called."""
         placed = [[edit.digest, edit.scope.wire] for edit in self.edits]
-        return sha256_of([placed, self.keep_norm and bool(placed)])
+        content: list[Any] = [placed, self.keep_norm and bool(placed)]
+        if self.stops:  # numbers that end nothing change nothing
+            measured = [
+                [probe.vector, probe.blocks, probe.scope.wire, probe.measure, probe.after] for probe in self.probes
+            ]
+            rules = [[stop.column, _plain(stop.low), _plain(stop.high), stop.tokens] for stop in self.stops]
+            content.append(["stop", measured, rules])
+        return sha256_of(content)
 
     @cached_property
     def rows(self) -> int:
-        """Rows or entries at the block that needs most."""
-        return max((_rows_of(entries) for _, entries in self.sites), default=0)
+        """Rows or entries at the block that needs most, without those of probes."""
+        return max((_rows_of([each for each in entries if not each.is_probe]) for _, entries in self.sites), default=0)
 
     @cached_property
     def num_bank_rows(self) -> int:
@@ -123,15 +154,24 @@ class ProgramTemplate:
             if entries:
                 sites.append(Sites(blocks=blocks, entries=entries))
         identity = self.covered(prompt_len)
+        if not identity and not self.probes:
+            return Program(triggers=self.triggers, keep_norm=self.keep_norm)
         return Program(
-            sites=tuple(sites) if identity else (),
-            vectors=self.vectors if identity else (),
+            sites=tuple(sites),
+            vectors=self.vectors,
             identity=identity,
             triggers=self.triggers,
-            conditions=tuple(each.measured_at(prompt_len) for each in self.conditions) if identity else (),
-            prompt_len=prompt_len if self.conditions and identity else 0,
+            conditions=tuple(each.measured_at(prompt_len) for each in self.conditions),
+            probes=self._probe_plan(prompt_len),
+            prompt_len=prompt_len if self.conditions or self.probes else 0,
             keep_norm=self.keep_norm,
         )
+
+    def _probe_plan(self, prompt_len: int) -> ProbePlan | None:
+        if not self.probes:
+            return None
+        start = min(prompt_len - 1, *(probe.scope.at(prompt_len)[0] for probe in self.probes))
+        return ProbePlan(tuple(probe.blocks for probe in self.probes), start, self.stops)
 
     def covered(self, prompt_len: int) -> tuple[Covered, ...]:
         """Where each edit applies, without the edits that cover no position."""
@@ -181,10 +221,23 @@ class Places(NamedTuple):
             details = details._replace(conditions=asked, any_condition=when.any)
         return None if details == Details() else details
 
+    def probing(self, probe: Probe, number: int) -> Placed:
+        """The entry that measures a probe at one of its blocks."""
+        scope = probe.scope
+        details = Details(
+            trigger=-1 if scope.trigger is None else self.triggers.index(scope.trigger),
+            exclude=-1 if scope.exclude is None else self.triggers.index(scope.exclude),
+            measure=MEASURES[probe.measure],
+            probe=number,
+            late=probe.after,
+        )
+        return Placed(Entry(row=_measured_row(probe.vector, probe.measure), details=details), scope)
 
-def triggers_of(edits: Iterable[Edit]) -> tuple[Trigger, ...]:
-    """The triggers of the edits, each once."""
-    return _unique(trigger for edit in edits for trigger in (edit.scope.trigger, edit.scope.exclude) if trigger)
+
+def triggers_of(edits: Iterable[Edit], probes: Iterable[Probe] = ()) -> tuple[Trigger, ...]:
+    """The triggers of edits and probes, each once."""
+    scopes = [edit.scope for edit in edits] + [probe.scope for probe in probes]
+    return _unique(trigger for scope in scopes for trigger in (scope.trigger, scope.exclude) if trigger)
 
 
 def _unique(items: Iterable[Any]) -> tuple[Any, ...]:
@@ -195,10 +248,18 @@ def _measuring(condition: Condition, number: int) -> Placed:
     """The entry that measures a condition at one of its blocks. Before all edits, so that it reads the unedited x."""
     largest = condition.at == "max_prompt"
     details = Details(measure=MEASURES[condition.measure], total=number, largest=largest)
-    # The squares of a very long or short row would leave float32's range; a unit row is as good for a cosine.
-    row = RowKey(terms=((condition.vector, 1.0),), unit=condition.measure == "cosine")
     scope = LAST_PROMPT_TOKEN if condition.at == "last_prompt_token" else PROMPT
-    return Placed(Entry(row=row, details=details), scope)
+    return Placed(Entry(row=_measured_row(condition.vector, condition.measure), details=details), scope)
+
+
+def _measured_row(vector: str, measure: str) -> RowKey:
+    # The squares of a very long or short row would leave float32's range; a unit row is as good for a cosine.
+    return RowKey(terms=((vector, 1.0),), unit=measure == "cosine")
+
+
+def _plain(bound: float) -> float | None:
+    """A bound for a digest, whose JSON has no infinity."""
+    return bound if isfinite(bound) else None
 
 
 def _entries_of(doses: Sequence[tuple[Edit, float, bool]], places: Places) -> list[Placed]:

@@ -19,6 +19,7 @@ from steer_engine.errors import (
     UnusableVectorError,
     VectorFileError,
 )
+from steer_engine.probe_report import ProbeAnswer
 from steer_engine.resolve import ResolvedSpec
 
 MAX_MESSAGE_CHARS = 600
@@ -41,6 +42,7 @@ class RequestNote:
     retry_after: seconds for a `Retry-After` header.
     captured: rows of this request are being captured; a second prompt is refused.
     num_prompts: prompts that entered the engine. decisions: how their conditions were decided (`applied.Decisions`).
+    probe_answers: the numbers of probes, by the choice's number in the answer.
     """
 
     searched: bool = False
@@ -52,6 +54,7 @@ class RequestNote:
     captured: bool = False
     num_prompts: int = 0
     decisions: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
+    probe_answers: dict[int, ProbeAnswer] = field(default_factory=dict)
 
 
 current_note: ContextVar[RequestNote | None] = ContextVar("steer_engine_note", default=None)

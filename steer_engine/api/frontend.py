@@ -20,7 +20,7 @@ from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.parse import parse_spec
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
-from steer_engine.resolve import NO_VOCABULARY, ModelShape, ResolvedSpec, resolve, resolve_capture
+from steer_engine.resolve import NO_VOCABULARY, ModelShape, ResolvedSpec, resolve, resolve_capture, with_probes
 from steer_engine.settings import (
     ARMED_ENV,
     DEFAULT_PRESET_ENV,
@@ -121,8 +121,11 @@ class Frontend:
             raise SteeringRequestError("Captured rows cannot be returned this way; offline, use LLM.capture.", PARAM)
         if spec.preset is None:
             return resolve(self.inline.take(spec), self.vector, model, self.limits, vocabulary=self.vocabulary)
-        capture = resolve_capture(spec.capture, model, self.limits)
-        return replace(self._resolve_preset(spec.preset, model), capture=capture)
+        spec, preset = self.inline.take(spec), spec.preset
+        base = replace(self._resolve_preset(preset, model), capture=resolve_capture(spec.capture, model, self.limits))
+        if spec.probes is None and spec.stop is None:
+            return base
+        return with_probes(base, spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
 
     def _resolve_preset(self, name: str, model: ModelShape) -> ResolvedSpec:
         try:

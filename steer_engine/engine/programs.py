@@ -45,6 +45,7 @@ class Programs:
         self._measured_until_S = np.zeros(tables.counts_SL.shape[0], dtype=np.int32)
         """The positions before it are measured for conditions; 0 = none."""
         self.trigger_slots: set[int] = set()
+        self.probe_slots: set[int] = set()
 
     @property
     def steered_slots(self) -> set[int]:
@@ -92,9 +93,14 @@ class Programs:
                     words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
                 if entry.details is not None:
                     words = words._replace(**entry.details._asdict())
-                    if entry.details.measure and len(measured):
+                    if entry.details.probe < 0 and entry.details.measure and len(measured):
                         words = words._replace(start=0, end=0)
-                entries_LEW[sites, e] = encode_entry(words)
+                if entry.details is not None and program.probes is not None and entry.details.probe >= 0:
+                    for site, block in zip(sites, blocks, strict=True):
+                        column = program.probes.column(entry.details.probe, block)
+                        entries_LEW[site, e] = encode_entry(words._replace(probe=column))
+                else:
+                    entries_LEW[sites, e] = encode_entry(words)
                 for word, key in row_words.items():
                     rows += [(key, block) for block in blocks]
                     places += [(site, e, word) for site in sites]
@@ -114,6 +120,8 @@ class Programs:
             self._write_triggers(slot, program.triggers, tokens)
         if program.conditions:
             self._write_conditions(slot, program, measured)
+        if program.probes is not None:
+            self.probe_slots.add(slot)
 
     def _write_triggers(self, slot: int, triggers: Sequence[Trigger], tokens: Sequence[int]) -> None:
         """The triggers, and their history as if all of `tokens` had been computed in this slot."""
@@ -151,6 +159,7 @@ class Programs:
         self._tables.span_S2[slot] = 0
         self._tables.counts_SL[slot] = 0
         self._measured_until_S[slot] = 0
+        self.probe_slots.discard(slot)
         if slot in self.trigger_slots:
             self.trigger_slots.remove(slot)
             self._tables.num_triggers_S[slot] = 0

@@ -35,16 +35,18 @@ def allocate_tables(
     max_tokens: token rows of the largest batch. num_drafts: draft tokens of a request in one step, at most.
     captures: whether the stream can be captured.
     """
+    max_probes, num_probes = config.probe_room(num_sites)
     return Tables.allocate(
         num_slots=max_requests + 1,
         num_sites=num_sites,
-        num_entries=config.rows,
+        num_entries=config.rows + max_probes,
         num_rows=config.num_bank_rows(num_sites, max_requests),
         hidden_size=hidden_size,
         max_tokens=max_tokens,
         bank_dtype=dtype,
         device=device,
         num_drafts=num_drafts,
+        num_probes=num_probes,
         capture_rows=max_tokens if captures else 0,
     )
 
@@ -59,6 +61,8 @@ class Footprint:
     """The programs of running requests."""
     routing: int
     """Which program applies to which token row of a step."""
+    probes: int
+    """The numbers of probes of a step."""
     capture: int
     """The captured rows of a step."""
 
@@ -85,6 +89,7 @@ class Footprint:
                 )
             ),
             routing=tables.slot_T.nbytes + tables.pos_T.nbytes + tables.windows_TJ.nbytes,
+            probes=0 if tables.probed_TK is None else tables.probed_TK.nbytes,
             capture=sum(part.nbytes for part in (tables.capture_T, tables.captured_LCD) if part is not None),
         )
 
@@ -163,6 +168,11 @@ class EngineRuntime:
         index = torch.tensor(slots, dtype=torch.int64, device=self.tables.measured_SQ.device)
         return self.tables.measured_SQ.index_select(0, index)
 
+    def probed(self, rows_N: torch.Tensor, num_columns: int) -> torch.Tensor:
+        """float32 [N, columns]: a copy of what the probes measured at these token rows of the step, on the device."""
+        assert self.tables.probed_TK is not None
+        return self.tables.probed_TK[:, :num_columns].index_select(0, rows_N)
+
     def release(self, slot: int) -> None:
         self.programs.release(slot)
         # The slot may get another program; neither could tell.
@@ -184,6 +194,8 @@ class EngineRuntime:
         if not self.programs.steered_slots:
             self.idle()
             return
+        if self.programs.probe_slots and self.tables.probed_TK is not None:
+            self.tables.probed_TK[:num_tokens].fill_(torch.nan)
         if self.programs.trigger_slots:
             self._advance_triggers(query_start_loc_B1, idx_mapping_B, positions_T, input_ids_T)
         if self.use_triton:

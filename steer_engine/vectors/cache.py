@@ -78,8 +78,6 @@ class InlineVectors:
             SteeringRequestError: inline vectors are switched off, or one is not a control vector.
             PayloadTooLargeError: more than `max_request_bytes`.
         """
-        if spec.edits is None:
-            return spec
         bytes_left = self._max_request_bytes
 
         def registered(vector: str | InlineVector, param: str) -> str:

@@ -161,6 +161,7 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
         return None
     if resolved.capture is not None:
         capture_fetch.check_endpoint(serving, request)
+    _check_probes(serving, resolved)
     if frontend.queue_limit is not None:
         await frontend.queue_limit.enter()
     if frontend.missing(resolved):
@@ -168,6 +169,17 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
     metrics.request_steered(resolved, time.monotonic() - began)
     _leave(serving, request, resolved.digest)
     return resolved
+
+
+def _check_probes(serving: Any, resolved: ResolvedSpec) -> None:
+    """Raise SteeringRequestError where the answer has no place for numbers."""
+    told = [probe.name for probe in resolved.template.probes if probe.returns != "none"]
+    if told and type(serving).__module__.startswith("vllm.entrypoints.anthropic"):
+        raise SteeringRequestError(
+            "The answers of this endpoint have no place for the numbers of probes; use /v1/chat/completions, or "
+            '"return": "none" for stop rules.',
+            "steering.probes",
+        )
 
 
 def requested_steering(request: Any) -> Any:
@@ -185,10 +197,9 @@ def _has_inline(requested: Any) -> bool:
         return requested.has_vectors
     if isinstance(requested, str):
         return len(requested) > MAX_SPEC_CHARS
-    edits = requested.get("edits") if isinstance(requested, dict) else None
-    return isinstance(edits, list) and any(
-        isinstance(edit, dict) and isinstance(edit.get("vector"), dict) for edit in edits
-    )
+    lists = [requested.get(key) for key in ("edits", "probes")] if isinstance(requested, dict) else []
+    holders = [each for found in lists if isinstance(found, list) for each in found]
+    return any(isinstance(holder, dict) and isinstance(holder.get("vector"), dict) for holder in holders)
 
 
 def _remove_field(request: Any) -> None:
@@ -253,7 +264,12 @@ def _open_classes() -> None:
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.scale_out.token_in_token_out import protocol
 
-    answers = (protocol.GenerateResponseBase, protocol.GenerateStreamResponseBase)
+    answers = (
+        protocol.GenerateResponseBase,
+        protocol.GenerateStreamResponseBase,
+        protocol.GenerateChoiceBase,
+        protocol.GenerateStreamChoiceBase,
+    )
     for opened in (
         AnthropicMessagesRequest,
         protocol.GenerateRequest,

@@ -27,6 +27,7 @@ from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorE
 from steer_engine.program import PROGRAM_KEY
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.settings import SteeringConfig
+from steer_engine.vllm import probed
 from steer_engine.vllm.engine_client import ship, ship_sync
 from steer_engine.vllm.patching import Patch, Symbol, apply
 from steer_engine.vllm.supported import PROMPT_LOGPROBS, check_supported, model_shape, refuses_prompt_logprobs
@@ -154,6 +155,8 @@ def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
             await ship(self, resolved)
             params = _with(params, resolved)
         queue = await original(self, request_id, prompt, params, *args, **kwargs)
+        if (queues := probed.current_queue.get()) is not None:
+            queues.append(queue)
         note = current_note.get()
         if note is not None and note.report is not None:
             setattr(queue, REPORT, note.report)

@@ -5,7 +5,7 @@ request hold numbers that attention would spread to later owners of the blocks. 
 and the workers set those numbers to 0 before the next step.
 
 The worker counts rows of the final hidden states that are not finite (`engine/outputs.py`); the counts travel with the
-sampled tokens as `ModelRunnerOutput.num_nans_in_logits`. Wraps `Scheduler.update_from_output`; `scheduler.py` passes
+sampled tokens (`engine/step_report.py`). Wraps `Scheduler.update_from_output`; `scheduler.py` passes
 the blocks on to the workers. Known for vLLM 0.32 and 0.33.
 """
 
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from steer_engine.program import PROGRAM_KEY
-from steer_engine.vllm import measured
+from steer_engine.vllm import measured, probed
 from steer_engine.vllm.patching import Patch, Symbol, apply
+from steer_engine.vllm.runner import report_of
 
 logger = logging.getLogger("steer_engine.requests")
 
@@ -80,9 +81,10 @@ def _clean(cache: Any, blocks: list[int], num_blocks: int) -> None:
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        counts = model_runner_output.num_nans_in_logits
-        broken = [name for name, count in counts.items() if count] if counts else []
+        report = report_of(model_runner_output)
+        broken = [] if report is None else report.broken
         ended = _end(self, scheduler_output, broken) if broken else []
+        numbers = probed.receive(self, report)
         outputs = original(self, scheduler_output, model_runner_output)
         if ended:
             from vllm.v1.engine import EngineCoreOutputs
@@ -90,6 +92,7 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
             for request in ended:
                 outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(_error(request))
         measured.attach(self, outputs)
+        probed.attach(outputs, numbers)
         return outputs
 
     return update_from_output

@@ -67,12 +67,28 @@ def _add(answer: Any, data: dict[str, Any], note: RequestNote, report: dict[str,
         return
     if note.model is not None and "model" in data:
         data["model"] = note.model
+    if note.probe_answers:
+        report = _add_numbers(data, note, report)
     if is_chunk and not any(choice.finish_reason for choice in data.get("choices", ())):
         return
     capture = report.get("capture")
     if not is_chunk and capture is not None and "data" not in capture:
         raise RuntimeError("An answer was made before its captured rows were fetched.")
     data["steering"] = report
+
+
+def _add_numbers(data: dict[str, Any], note: RequestNote, report: dict[str, Any]) -> dict[str, Any]:
+    """Add the numbers of probes to the choices that have their tokens; returns the report of the whole answer."""
+    if "choices" not in data:  # a response of /v1/responses has one sequence
+        return report | note.probe_answers[0].take()
+    for choice in data["choices"]:
+        # The first chunk of a chat names the role, before any token.
+        if getattr(getattr(choice, "delta", None), "role", None) and choice.finish_reason is None:
+            continue
+        answer = note.probe_answers.get(choice.index)
+        if answer is not None and (told := answer.take()):
+            choice.steering = told
+    return report
 
 
 def attributes_of(report: dict[str, Any]) -> dict[str, Any]:

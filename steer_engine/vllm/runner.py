@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from steer_engine.engine.decisions import Decisions
 from steer_engine.engine.outputs import CaptureBuffer, Scores, count_non_finite
+from steer_engine.engine.probe_rows import ProbeRows
 from steer_engine.engine.runtime import EngineRuntime
+from steer_engine.engine.step_report import StepReport, to_host
 from steer_engine.program import PROGRAM_KEY, Program
 
 ADAPTER = "_steer_adapter"
 """Attribute of an armed model runner."""
+
+REPORT = "_steer_report"
+"""Attribute of vLLM's `ModelRunnerOutput`: our `StepReport`."""
+
+
+class Computed(NamedTuple):
+    """A step whose forward pass has been launched. T token rows, B requests, D hidden size."""
+
+    request_ids: list[str]
+    """The batch in row order."""
+    query_start_loc_B1: torch.Tensor
+    """The first row of each request, and the end of the last one."""
+    positions_T: torch.Tensor
+    hidden_TD: torch.Tensor
+    """The final hidden states."""
 
 
 class RunnerAdapter:
@@ -24,25 +41,30 @@ class RunnerAdapter:
         self.captures = CaptureBuffer(runtime)
         self.scores = Scores()
         self.decisions = Decisions(runtime)
+        self.probes = ProbeRows(runtime)
         self.runner_name = f"{type(runner).__module__}.{type(runner).__qualname__}"
         self._runner = runner
 
-    def after_forward(self, hidden_TD: torch.Tensor, query_start_loc_B1: torch.Tensor) -> torch.Tensor | None:
-        """Compute planned scores, keep what was measured.
+    def computed(self, state: Any) -> Computed:
+        """state: what vLLM keeps between the forward pass and the sampling of a step."""
+        raise NotImplementedError
 
-        Returns how many rows of each request are not finite; None if no request is steered.
+    def after_forward(self, step: Computed) -> StepReport | None:
+        """Compute planned scores, keep what was measured. Returns what the engine core must know; None = nothing.
 
-        hidden_TD: final hidden states of the step. query_start_loc_B1: the first row of each request.
+        Everything is launched before vLLM copies the sampled tokens to the host, so those copies also wait for ours.
         """
         if rows := self.scores.rows:
             # Only ranks that sample have logits. vLLM may have changed its own in place: these are computed once more.
-            logits_RV = self._runner.model.compute_logits(hidden_TD[rows])
+            logits_RV = self._runner.model.compute_logits(step.hidden_TD[rows])
             if logits_RV is not None:
                 self.scores.reduce(logits_RV)
         self.decisions.copy()
         if not self.runtime.programs.steered_slots:
             return None
-        return count_non_finite(hidden_TD, query_start_loc_B1)
+        counts_B = count_non_finite(step.hidden_TD, step.query_start_loc_B1)
+        probed = self.probes.collect(step.positions_T)
+        return StepReport(request_ids=list(step.request_ids), non_finite_B=to_host(counts_B), probed=probed)
 
 
 def adapter_of(runner: Any) -> RunnerAdapter | None:
@@ -67,3 +89,32 @@ def idle_first(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return dummy
+
+
+def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `sample_tokens`, which follows the forward pass on the ranks that sample: add our report to its output."""
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        adapter, state, report = adapter_of(self), self.execute_model_state, None
+        # Earlier stages of a pipeline have no hidden states here.
+        if adapter is not None and state is not None and state.hidden_states is not None:
+            report = adapter.after_forward(adapter.computed(state))
+        output = original(self, *args, **kwargs)
+        if report is not None:
+            setattr(_synchronous(output), REPORT, report)
+        return output
+
+    return sample_tokens
+
+
+def _synchronous(output: Any) -> Any:
+    """vLLM's output of a step, without the wrapper that waits for the device (V2, V1)."""
+    for name in ("model_runner_output", "_model_runner_output"):
+        output = getattr(output, name, output)
+    return output
+
+
+def report_of(output: Any) -> StepReport | None:
+    """Our report in a step's `ModelRunnerOutput`."""
+    report: StepReport | None = getattr(output, REPORT, None)
+    return report

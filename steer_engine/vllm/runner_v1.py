@@ -1,6 +1,6 @@
 """V1 model runner: a request owns a slot while it is in the input batch; each step is routed after `_prepare_inputs`.
 
-Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, _bookkeeping_sync}` of
+Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, sample_tokens}` of
 `vllm.v1.worker.gpu_model_runner`; the CPU class inherits them. Known for vLLM 0.32 and 0.33.
 """
 
@@ -16,7 +16,7 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.runner import ADAPTER, RunnerAdapter, idle_first, program_of
+from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting
 
 USED: tuple[Symbol, ...] = ()
 
@@ -60,6 +60,7 @@ class V1Adapter(RunnerAdapter):
             self._scored.pop(request_id, None)
             self.captures.stop(request_id)
             self.decisions.stop(request_id)
+            self.probes.stop(request_id)
             if slot:
                 self.runtime.release(slot)
                 self._free_slots.append(slot)
@@ -81,6 +82,7 @@ class V1Adapter(RunnerAdapter):
                 tokens = _computed_tokens(self._runner.requests[request_id]) if program.triggers else ()
                 self.runtime.admit(slot, program, tokens, self.decisions.measured(request_id))
                 self.decisions.start(request_id, slot, program)
+                self.probes.start(request_id, program)
 
     def route(self, num_scheduled_tokens: np.ndarray) -> None:
         runner = self._runner
@@ -103,9 +105,20 @@ class V1Adapter(RunnerAdapter):
         )
         first_positions_B = runner.input_batch.num_computed_tokens_cpu[:num_requests]
         self.decisions.plan(request_ids, first_positions_B, num_scheduled_tokens)
+        self.probes.plan(request_ids, first_positions_B, num_scheduled_tokens)
         if self.runtime.capture_blocks:
             self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens)
         self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
+
+    def computed(self, state: Any) -> Computed:
+        request_ids = list(self._runner.input_batch.req_ids)
+        num_tokens = state.scheduler_output.total_num_scheduled_tokens
+        return Computed(
+            request_ids,
+            self._runner.query_start_loc.gpu[: len(request_ids) + 1],
+            self._runner.positions[:num_tokens],
+            state.hidden_states[:num_tokens],
+        )
 
     def park_generators(self) -> None:
         """On a CPU, set aside the generators of requests whose prompt continues in the next step.
@@ -177,37 +190,12 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return _prepare_inputs
 
 
-def _bookkeeping_sync(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _bookkeeping_sync(
-        self: Any, scheduler_output: Any, sampler_output: Any, logits: Any, hidden_states: torch.Tensor, num_tokens: int
-    ) -> Any:
-        result = original(self, scheduler_output, sampler_output, logits, hidden_states, num_tokens)
-        if (adapter := _adapter(self)) is None:
-            return result
-        batch = self.input_batch
-        starts_B1 = self.query_start_loc.gpu[: len(batch.req_ids) + 1]
-        counts_B = adapter.after_forward(hidden_states[:num_tokens], starts_B1)
-        if counts_B is None:
-            return result
-        counts, counts_device_B, *rest = result
-        if self.use_async_scheduling:  # the counts travel with the sampled tokens
-            return (counts, counts_B, *rest)
-        numbers = counts_B.tolist()
-        broken = {name: numbers[place] for name, place in batch.req_id_to_index.items()} if any(numbers) else {}
-        return (counts | broken, counts_device_B, *rest)
-
-    return _bookkeeping_sync
-
-
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 PATCHES = (
     Patch(Symbol(f"{RUNNER}._update_states", ("scheduler_output",)), _update_states),
     Patch(Symbol(f"{RUNNER}._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")), _prepare_inputs),
     Patch(Symbol(f"{RUNNER}._dummy_run", ("num_tokens",)), idle_first),
-    Patch(
-        Symbol(f"{RUNNER}._bookkeeping_sync", ("scheduler_output", "sampler_output", "logits", "hidden_states")),
-        _bookkeeping_sync,
-    ),
+    Patch(Symbol(f"{RUNNER}.sample_tokens", ("grammar_output",)), reporting),
 )
 
 

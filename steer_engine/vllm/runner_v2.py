@@ -1,6 +1,6 @@
 """V2 model runner: slot = request-state index + 1; each step is routed on the device after `prepare_inputs`.
 
-Wraps `GPUModelRunner.{add_requests, _remove_request, prepare_inputs, _dummy_run, sample}` of
+Wraps `GPUModelRunner.{add_requests, _remove_request, prepare_inputs, _dummy_run, sample_tokens}` of
 `vllm.v1.worker.gpu.model_runner`; the CPU class inherits them. Known for vLLM 0.32 and 0.33.
 """
 
@@ -15,7 +15,7 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.runner import ADAPTER, RunnerAdapter, idle_first, program_of
+from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting
 
 USED: tuple[Symbol, ...] = ()
 
@@ -41,10 +41,12 @@ class V2Adapter(RunnerAdapter):
         measured = self.decisions.measured(request.req_id)
         self.runtime.admit(slot, program, tokens[: request.num_computed_tokens], measured)
         self.decisions.start(request.req_id, slot, program)
+        self.probes.start(request.req_id, program)
 
     def release(self, request_id: str) -> None:
         self.captures.stop(request_id)
         self.decisions.stop(request_id)
+        self.probes.stop(request_id)
         self._scored.pop(request_id, None)
         index = self._runner.req_states.req_id_to_index.get(request_id)
         if index is not None:
@@ -62,9 +64,19 @@ class V2Adapter(RunnerAdapter):
             batch.num_tokens,
         )
         self.decisions.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+        self.probes.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
         self.scores.plan(self._scored_rows(batch) if self._scored else {})
         if self.runtime.capture_blocks:
             self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+
+    def computed(self, state: Any) -> Computed:
+        batch = state.input_batch
+        return Computed(
+            batch.req_ids,
+            batch.query_start_loc[: batch.num_reqs + 1],
+            batch.positions[: batch.num_tokens],
+            state.hidden_states[: batch.num_tokens],
+        )
 
     def _scored_rows(self, batch: Any) -> dict[int, Score]:
         """Token rows of the step at which the prompt of a scored request ends."""
@@ -113,26 +125,13 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_inputs
 
 
-def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    def sample(self: Any, hidden_states: torch.Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, hidden_states, input_batch, *args, **kwargs)
-        if (adapter := _adapter(self)) is not None:
-            starts_B1 = input_batch.query_start_loc[: input_batch.num_reqs + 1]
-            counts_B = adapter.after_forward(hidden_states[: input_batch.num_tokens], starts_B1)
-            if counts_B is not None:
-                result[0].num_nans = counts_B
-        return result
-
-    return sample
-
-
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 PATCHES = (
     Patch(Symbol(f"{RUNNER}.add_requests", ("scheduler_output",)), _add_requests),
     Patch(Symbol(f"{RUNNER}._remove_request", ("req_id",)), _remove_request),
     Patch(Symbol(f"{RUNNER}.prepare_inputs", ("scheduler_output", "batch_req_state", "batch_desc")), _prepare_inputs),
     Patch(Symbol(f"{RUNNER}._dummy_run", ("num_tokens",)), idle_first),
-    Patch(Symbol(f"{RUNNER}.sample", ("hidden_states", "input_batch")), _sample),
+    Patch(Symbol(f"{RUNNER}.sample_tokens", ("grammar_output",)), reporting),
 )
 
 

@@ -16,6 +16,7 @@ from steer_engine.vllm import (
     fused_norm,
     intake,
     non_finite,
+    probed,
     runner_v1,
     runner_v2,
     scheduler,
@@ -24,7 +25,16 @@ from steer_engine.vllm import (
 )
 from steer_engine.vllm.patching import Symbol
 
-ENGINE_MODULES: tuple[ModuleType, ...] = (intake, engine_core, scheduler, non_finite, worker, runner_v1, runner_v2)
+ENGINE_MODULES: tuple[ModuleType, ...] = (
+    intake,
+    engine_core,
+    scheduler,
+    non_finite,
+    probed,
+    worker,
+    runner_v1,
+    runner_v2,
+)
 """Patches of engines and their clients. They apply in every process that vLLM starts."""
 
 ASYNC_LLM_INIT = Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", ("vllm_config",))

@@ -1,8 +1,8 @@
 """What steering did, on its way into an answer.
 
 `telling` goes around `AsyncLLM.generate` (`shutdown` wraps it). When a sequence of a steered request finishes, the
-number of tokens that each edit covered, and what was measured for its conditions, enter the report of the answer. Known
-for vLLM 0.32 and 0.33.
+number of tokens that each edit covered, and what was measured for its conditions, enter the report of the answer. The
+numbers of probes follow their tokens. Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from steer_engine.api.answers import current_note
 from steer_engine.applied import Applied
-from steer_engine.vllm import measured
+from steer_engine.probe_report import ProbeAnswer
+from steer_engine.vllm import measured, probed
 from steer_engine.vllm.intake import checked_steering
 from steer_engine.vllm.patching import Symbol
 
@@ -27,11 +28,18 @@ def telling(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...,
         stream = original(self, *args, **kwargs)
         params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
         resolved, note = checked_steering(getattr(params, "extra_args", None)), current_note.get()
-        if params is None or resolved is None or note is None or note.report is None or not resolved.edits:
+        if params is None or resolved is None or note is None or note.report is None:
             return stream
-        applied = Applied(resolved, note.report, note.num_prompts, note.decisions)
+        if probes := resolved.template.probes:
+            answers = [ProbeAnswer(probes) for _ in range(params.n)]
+            first = note.num_prompts * params.n
+            note.probe_answers.update({first + number: answer for number, answer in enumerate(answers)})
+            stream = _with_numbers(stream, answers)
+        if resolved.edits:
+            applied = Applied(resolved, note.report, note.num_prompts, note.decisions)
+            stream = _telling(stream, applied, is_delta=params.output_kind == RequestOutputKind.DELTA)
         note.num_prompts += 1
-        return _telling(stream, applied, is_delta=params.output_kind == RequestOutputKind.DELTA)
+        return stream
 
     return generate
 
@@ -56,3 +64,23 @@ async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGen
                     applied.add(prompt, answer, numbers, index)
                 finished.clear()
             yield output
+
+
+async def _with_numbers(stream: Any, answers: list[ProbeAnswer]) -> AsyncGenerator[Any, None]:
+    """answers: of the sequences of one prompt. Each gets the numbers of an output's tokens before the output."""
+    queues: list[Any] = []
+    # The first step of the stream adds the request to the engine.
+    token = probed.current_queue.set(queues)
+    try:
+        output = await anext(stream, None)
+    finally:
+        probed.current_queue.reset(token)
+    async with aclosing(stream):
+        while output is not None:
+            waiting = probed.queue_of(queues[0])
+            for choice in output.outputs:
+                answer = answers[choice.index]
+                waiting.move(choice.index, answer)
+                answer.finished = choice.finish_reason is not None
+            yield output
+            output = await anext(stream, None)

@@ -1,0 +1,69 @@
+"""Which token rows of a step carry numbers of probes, and their way from the device to the engine core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from steer_engine.engine.runtime import EngineRuntime
+from steer_engine.engine.step_report import ProbedRows, to_host
+from steer_engine.probe import ProbePlan
+from steer_engine.program import Program
+
+
+class ProbeRows:
+    """The requests with probes on this worker, by id. N rows of a step, T all of its rows."""
+
+    def __init__(self, runtime: EngineRuntime) -> None:
+        self._runtime = runtime
+        self._plans: dict[str, ProbePlan] = {}
+        self._request_ids: list[str] = []
+        self._counts: list[int] = []
+        self._rows: list[range] = []
+
+    def start(self, request_id: str, program: Program) -> None:
+        """A request gets a slot."""
+        if program.probes is not None:
+            self._plans[request_id] = program.probes
+
+    def stop(self, request_id: str) -> None:
+        """A request gives up its slot."""
+        self._plans.pop(request_id, None)
+
+    def plan(self, request_ids: Sequence[str], first_positions_B: np.ndarray, counts_B: np.ndarray) -> None:
+        """Before a step: note which rows to copy after it.
+
+        request_ids: the batch in row order. first_positions_B: first computed position of each request; with drafts it
+        may be too large for one whose prompt is complete. counts_B: token rows of each request.
+        """
+        self._request_ids, self._counts, self._rows = [], [], []
+        if not self._plans:
+            return
+        start_row = 0
+        for request_id, first, count in zip(request_ids, first_positions_B.tolist(), counts_B.tolist(), strict=True):
+            plan = self._plans.get(request_id)
+            # Rows before the first measured position would only carry empty numbers.
+            skipped = 0 if plan is None else min(count, max(0, plan.start - first))
+            if plan is not None and skipped < count:
+                self._request_ids.append(request_id)
+                self._counts.append(count - skipped)
+                self._rows.append(range(start_row + skipped, start_row + count))
+            start_row += count
+
+    def collect(self, positions_T: torch.Tensor) -> ProbedRows | None:
+        """After the forward pass: copy the rows that were planned, without waiting for the device."""
+        if not self._rows:
+            return None
+        rows_N = torch.tensor([row for rows in self._rows for row in rows], dtype=torch.int64)
+        rows_N = rows_N.to(positions_T.device, non_blocking=True)
+        num_columns = max(self._plans[request_id].num_columns for request_id in self._request_ids)
+        probed = ProbedRows(
+            request_ids=self._request_ids,
+            counts=self._counts,
+            positions_N=to_host(positions_T.index_select(0, rows_N)),
+            numbers_NK=to_host(self._runtime.probed(rows_N, num_columns)),
+        )
+        self._request_ids, self._counts, self._rows = [], [], []
+        return probed

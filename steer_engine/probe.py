@@ -1,0 +1,108 @@
+"""Probes of a request with all names resolved, and what the engine needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, inf, log
+from typing import Any, NamedTuple
+
+from steer_engine.edit import Scope
+
+
+class Platt(NamedTuple):
+    """A calibrated probability of a dot product z: 1 / (1 + exp(-(a*z + b))) (Platt, 1999)."""
+
+    a: float
+    b: float
+
+    def probability(self, dot: float) -> float:
+        exponent = self.a * dot + self.b
+        # The form that cannot overflow.
+        return 1 / (1 + exp(-exponent)) if exponent >= 0 else exp(exponent) / (1 + exp(exponent))
+
+    def dot(self, probability: float) -> float:
+        """The dot product with this probability, which is between 0 and 1. a must not be 0."""
+        return (log(probability / (1 - probability)) - self.b) / self.a
+
+
+class Probe(NamedTuple):
+    """A number per token and block.
+
+    vector: digest. measure: "dot" or "cosine". platt: of each block, where the client gets a probability instead of the
+    dot product. returns: "tokens", "summary" or "none".
+    """
+
+    name: str
+    vector: str
+    blocks: tuple[int, ...]
+    measure: str
+    scope: Scope
+    after: bool
+    returns: str
+    platt: tuple[Platt, ...] = ()
+
+    @property
+    def measured(self) -> Probe:
+        """What the engine measures, without what only the answer needs."""
+        return self._replace(name="", returns="", platt=())
+
+    def report(self) -> dict[str, Any]:
+        """This probe in the `steering` object of an answer."""
+        measure = "probability" if self.platt else self.measure
+        where = {"vector": self.vector, "blocks": list(self.blocks), "measure": measure, "after": self.after}
+        return {"name": self.name} | where
+
+
+class StopRule(NamedTuple):
+    """End the answer when the number in `column` was strictly between two bounds for `tokens` tokens in a row."""
+
+    probe: str
+    column: int
+    low: float
+    high: float
+    tokens: int
+
+    def holds(self, number: float) -> bool:
+        return self.low < number < self.high
+
+
+class ProbePlan(NamedTuple):
+    """What the engine measures for one request. A token row has a number per probe and block, probe by probe.
+
+    blocks: of each probe. start: the first position that is measured; the prompt's last one at the latest.
+    """
+
+    blocks: tuple[tuple[int, ...], ...]
+    start: int
+    stops: tuple[StopRule, ...] = ()
+
+    @property
+    def num_columns(self) -> int:
+        return sum(len(blocks) for blocks in self.blocks)
+
+    def column(self, probe: int, block: int) -> int:
+        """The place of a number in its token's row."""
+        return sum(len(blocks) for blocks in self.blocks[:probe]) + self.blocks[probe].index(block)
+
+    def to_wire(self) -> list[Any]:
+        """Plain data."""
+        return [[list(blocks) for blocks in self.blocks], self.start, [list(stop) for stop in self.stops]]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> ProbePlan:
+        blocks, start, stops = wire
+        return cls(tuple(tuple(each) for each in blocks), start, tuple(StopRule(*stop) for stop in stops))
+
+
+def column_of(probes: Sequence[Probe], probe: int, block: int) -> int:
+    """As `ProbePlan.column`."""
+    return ProbePlan(tuple(each.blocks for each in probes), 0).column(probe, block)
+
+
+def bounds_on_dot(platt: Platt, above: float | None, below: float | None) -> tuple[float, float]:
+    """The open interval of dot products whose probability is above and below the bounds."""
+    low = -inf if above is None else platt.dot(above)
+    high = inf if below is None else platt.dot(below)
+    if platt.a > 0:
+        return low, high
+    return (-inf if below is None else high), (inf if above is None else low)

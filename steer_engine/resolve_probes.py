@@ -1,0 +1,137 @@
+"""Resolving probes and stop rules, checked against the model and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+from steer_engine.errors import SteeringRequestError
+from steer_engine.fields import parse_blocks, shown
+from steer_engine.probe import Platt, Probe, StopRule, bounds_on_dot, column_of
+from steer_engine.probe_spec import ProbeSpec, StopSpec
+from steer_engine.resolve_when import resolve_scope
+from steer_engine.settings import Limits
+from steer_engine.vectors import ControlVector
+from steer_engine.vocabulary import Vocabulary
+
+PARAM = "steering.probes"
+
+Lookup = Callable[[str, str], ControlVector]
+"""(name, path of the probe) -> a vector that can be measured on this engine."""
+CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
+"""(vector, blocks, param): raises SteeringRequestError where it cannot be measured at the blocks."""
+
+
+def resolve_probes(
+    requested: Sequence[ProbeSpec],
+    lookup: Lookup,
+    check_blocks: CheckBlocks,
+    limits: Limits,
+    vocabulary: Vocabulary,
+    known: Sequence[Probe] = (),
+) -> tuple[Probe, ...]:
+    """known: probes of the request's preset, which come first.
+
+    Raises:
+        SteeringRequestError: a probe cannot be measured, a name is used twice, or there are too many.
+    """
+    if len(known) + len(requested) > limits.max_probes:
+        raise SteeringRequestError(
+            f"The request has {len(known) + len(requested)} probes; at most {limits.max_probes} are allowed "
+            "(max_probes).",
+            PARAM,
+        )
+    probes = list(known)
+    for number, probe in enumerate(requested):
+        param = f"{PARAM}[{number}]"
+        if any(probe.name == other.name for other in probes):
+            raise SteeringRequestError(f"The probe name {shown(probe.name)} is used twice.", f"{param}.name")
+        probes.append(_resolve_probe(probe, param, lookup, check_blocks, limits, vocabulary))
+    count = sum(len(probe.blocks) for probe in probes)
+    if count > limits.max_probe_numbers:
+        raise SteeringRequestError(
+            f"The probes give {count} numbers per token; at most {limits.max_probe_numbers} are allowed "
+            "(max_probe_numbers). Measure at fewer blocks.",
+            PARAM,
+        )
+    return tuple(probes)
+
+
+def _resolve_probe(
+    requested: ProbeSpec,
+    param: str,
+    lookup: Lookup,
+    check_blocks: CheckBlocks,
+    limits: Limits,
+    vocabulary: Vocabulary,
+) -> Probe:
+    assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
+    vector = lookup(requested.vector, param)
+    blocks = parse_blocks(requested.blocks) or vector.blocks
+    check_blocks(vector, blocks, f"{param}.vector" if requested.blocks == "all" else f"{param}.blocks")
+    return Probe(
+        name=requested.name,
+        vector=vector.digest,
+        blocks=blocks,
+        measure="cosine" if requested.measure == "cosine" else "dot",
+        scope=resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits),
+        after=requested.after,
+        returns=requested.return_,
+        platt=_calibration(vector, blocks, f"{param}.measure") if requested.measure == "probability" else (),
+    )
+
+
+def _calibration(vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[Platt, ...]:
+    fitted = vector.metadata.probe
+    known = {} if fitted is None else {block: each.platt for block, each in fitted.blocks.items() if each.platt}
+    if missing := [block for block in blocks if block not in known]:
+        raise SteeringRequestError(
+            f"The vector's file has no calibration for block {missing[0]}: measure 'probability' needs a probe that "
+            "was fitted there ('steer-engine probe fit').",
+            param,
+        )
+    return tuple(Platt(*known[block]) for block in blocks)
+
+
+def resolve_stops(requested: Sequence[StopSpec], probes: Sequence[Probe]) -> tuple[StopRule, ...]:
+    """Raises SteeringRequestError if a rule names no probe, or one without a number for generated tokens."""
+    return tuple(_resolve_stop(stop, f"steering.stop[{number}]", probes) for number, stop in enumerate(requested))
+
+
+def _resolve_stop(requested: StopSpec, param: str, probes: Sequence[Probe]) -> StopRule:
+    found = [number for number, probe in enumerate(probes) if probe.name == requested.probe]
+    if not found:
+        names = ", ".join(probe.name for probe in probes) or "none"
+        raise SteeringRequestError(
+            f"There is no probe {shown(requested.probe)}; the request's probes: {names}.", f"{param}.probe"
+        )
+    probe = probes[found[0]]
+    if requested.block is None and len(probe.blocks) > 1:
+        raise SteeringRequestError(
+            f"The probe {shown(probe.name)} measures at {len(probe.blocks)} blocks: say which one in 'block'.",
+            f"{param}.block",
+        )
+    block = probe.blocks[0] if requested.block is None else requested.block
+    if block not in probe.blocks:
+        raise SteeringRequestError(
+            f"The probe {shown(probe.name)} does not measure at block {block}.", f"{param}.block"
+        )
+    if not probe.scope.may_cover_answer:
+        raise SteeringRequestError(
+            f"The scope of the probe {shown(probe.name)} has no generated tokens, so the rule could never apply.",
+            f"{param}.probe",
+        )
+    column = column_of(probes, found[0], block)
+    low, high = _bounds(requested, probe, block, param)
+    return StopRule(probe.name, column, low, high, requested.for_)
+
+
+def _bounds(requested: StopSpec, probe: Probe, block: int, param: str) -> tuple[float, float]:
+    """The open interval in which the engine's number must be."""
+    above, below = requested.above, requested.below
+    if not probe.platt:
+        return -inf if above is None else above, inf if below is None else below
+    for name, bound in (("above", above), ("below", below)):
+        if bound is not None and not 0 < bound < 1:
+            raise SteeringRequestError(f"{name} {bound:g} is not a probability between 0 and 1.", f"{param}.{name}")
+    return bounds_on_dot(probe.platt[probe.blocks.index(block)], above, below)
