@@ -271,6 +271,7 @@ def _vector_body(vector: ControlVector) -> dict[str, Any]:
         "model": about.model,
         "method": about.method,
         "condition": None if about.condition is None else about.condition.model_dump(mode="json", exclude_none=True),
+        "probe": None if about.probe is None else about.probe.model_dump(mode="json", exclude_none=True),
         "notes": about.notes,
     }
 

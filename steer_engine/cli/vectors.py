@@ -192,6 +192,7 @@ def _show_file(vector: ControlVector) -> None:
         "position": about.position,
         "data set": about.dataset_digest,
         "condition": "" if about.condition is None else str(about.condition),
+        "probe": "" if about.probe is None else str(about.probe),
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(about.created_with.items())),
         "notes": about.notes,
     }

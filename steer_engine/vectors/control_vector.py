@@ -118,9 +118,10 @@ class ControlVector:
         kept = {block: v for block, v in self.directions.items() if block in wanted}
         if not kept:
             raise VectorFileError(f"None of the blocks {sorted(wanted)} has a direction; it has {list(self.blocks)}.")
-        condition = self.metadata.condition
+        condition, probe = self.metadata.condition, self.metadata.probe
         lost = condition is not None and not set(condition.blocks) <= kept.keys()
-        return ControlVector(directions=kept, metadata=self._unconditional if lost else self.metadata)
+        fitted = {"condition": None if lost else condition, "probe": probe and probe.at_blocks(kept)}
+        return ControlVector(directions=kept, metadata=self.metadata.model_copy(update=fitted))
 
     def with_metadata(self, **fields: Any) -> ControlVector:
         """The same directions with some metadata fields replaced (validated)."""
@@ -128,9 +129,9 @@ class ControlVector:
         return ControlVector(directions=self.directions, metadata=metadata)
 
     @property
-    def _unconditional(self) -> VectorMetadata:
-        """The metadata without the condition, which was fitted for other directions than those of the result."""
-        return self.metadata.model_copy(update={"condition": None})
+    def _unfitted(self) -> VectorMetadata:
+        """The metadata without condition and probe: they were fitted for other directions than those of the result."""
+        return self.metadata.model_copy(update={"condition": None, "probe": None})
 
     def __add__(self, other: ControlVector) -> ControlVector:
         if not isinstance(other, ControlVector):
@@ -146,7 +147,7 @@ class ControlVector:
 
     def __neg__(self) -> ControlVector:
         return ControlVector(
-            directions={b: np.negative(v) for b, v in self.directions.items()}, metadata=self._unconditional
+            directions={b: np.negative(v) for b, v in self.directions.items()}, metadata=self._unfitted
         )
 
     def __sub__(self, other: ControlVector) -> ControlVector:
@@ -157,7 +158,7 @@ class ControlVector:
             return NotImplemented
         with np.errstate(over="ignore", invalid="ignore"):  # the constructor rejects an overflow
             scaled = {b: (v * np.float64(scale)).astype(np.float32) for b, v in self.directions.items()}
-        return ControlVector(directions=scaled, metadata=self._unconditional)
+        return ControlVector(directions=scaled, metadata=self._unfitted)
 
     __rmul__ = __mul__
 
@@ -168,7 +169,7 @@ class ControlVector:
             raise ZeroDivisionError("A control vector cannot be divided by 0.")
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = {b: (v / np.float64(divisor)).astype(np.float32) for b, v in self.directions.items()}
-        return ControlVector(directions=scaled, metadata=self._unconditional)
+        return ControlVector(directions=scaled, metadata=self._unfitted)
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, ControlVector) else NotImplemented

@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
@@ -41,6 +51,13 @@ At = Literal["last_prompt_token", "mean_prompt", "max_prompt"]
 """Which prompt tokens the value of a condition covers: the last one, the mean over all, or the largest of all."""
 
 
+ProbeAt = Literal["last_prompt_token", "mean_prompt", "every_prompt_token"]
+"""Which rows of a prompt a probe is trained on: the last token's, the mean of all, or each token's."""
+
+HeldOut = dict[Literal["positive", "negative"], Annotated[int, Field(ge=0, lt=2**31)]]
+"""Class -> number of prompts that a quality was measured on."""
+
+
 class FittedCondition(BaseModel):
     """When to steer: a threshold on the projection of the prompt's residual stream, fitted to prompts of two classes.
 
@@ -63,7 +80,7 @@ class FittedCondition(BaseModel):
     recall: Share | None = None
     accuracy: Share | None = None
     auroc: Share | None = None
-    held_out: dict[Literal["positive", "negative"], Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=dict)
+    held_out: HeldOut = Field(default_factory=dict)
     chat: bool = False
 
     @model_validator(mode="after")
@@ -89,6 +106,95 @@ class FittedCondition(BaseModel):
         return f"{self.measure} {' and '.join(bounds)} at {self.at}, {blocks}{known}{counts}"
 
 
+class Platt(NamedTuple):
+    """Calibration of a probe: the probability is `sigmoid(a * <x, v> + b)`."""
+
+    a: Number
+    b: Number
+
+
+def _require_object(value: object) -> object:
+    if not isinstance(value, Platt | dict):
+        raise ValueError("it is not an object with a and b")
+    return value
+
+
+StoredPlatt = Annotated[
+    Platt,
+    BeforeValidator(_require_object),
+    PlainSerializer(lambda platt: platt._asdict(), return_type=dict[str, float]),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        }
+    ),
+]
+"""In files an object, `{"a": 1.5, "b": -2.0}`."""
+
+
+class ProbeBlock(BaseModel):
+    """How to read the number `<x, v>` of one block.
+
+    threshold: the probe fires above it. platt: calibration of the number; None if it was not calibrated.
+    auroc, true_positive_rate, false_positive_rate: measured on held-out prompts, the rates at the threshold.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    auroc: Share | None = None
+    threshold: Number | None = None
+    true_positive_rate: Share | None = None
+    false_positive_rate: Share | None = None
+    platt: StoredPlatt | None = None
+
+
+class FittedProbe(BaseModel):
+    """A trained probe: its directions were fitted to prompts of two classes. It is valid for exactly these directions.
+
+    blocks: block -> how to read its number; ascending.
+    at: the tokens that it was trained on: the last one of a prompt, the mean over all, or each token by itself.
+    target_false_positive_rate: share of negatives above the threshold that was asked for.
+    held_out: class -> number of prompts that the quality was measured on. chat: they were in the model's chat template.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    blocks: Annotated[dict[Block, ProbeBlock], Field(min_length=1, max_length=MAX_BLOCKS)]
+    at: ProbeAt
+    target_false_positive_rate: Share | None = None
+    held_out: HeldOut = Field(default_factory=dict)
+    chat: bool = False
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _numbers(cls, blocks: object) -> object:
+        """The keys of a JSON object are text."""
+        if not isinstance(blocks, Mapping):
+            return blocks
+        numbered = {
+            _block_key(key, "blocks of the probe") if isinstance(key, str) else key: each
+            for key, each in blocks.items()
+        }
+        return dict(sorted(numbered.items()))
+
+    def at_blocks(self, blocks: Iterable[int]) -> FittedProbe | None:
+        """The probe at some of its blocks; None if it has none of them."""
+        kept = {block: each for block in sorted(set(blocks)) if (each := self.blocks.get(block)) is not None}
+        return self.model_copy(update={"blocks": kept}) if kept else None
+
+    def __str__(self) -> str:
+        areas = {block: each.auroc for block, each in self.blocks.items() if each.auroc is not None}
+        blocks = f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''}, trained on {self.at}"
+        if not areas:
+            return blocks
+        best = max(areas, key=lambda block: areas[block])
+        counts = f" of {sum(self.held_out.values())} prompts" if self.held_out else ""
+        return f"{blocks}; best block {best}, held-out AUROC {areas[best]:.3f}{counts}"
+
+
 class VectorMetadata(BaseModel):
     """Provenance and calibration of a control vector. Empty text and None mean "unknown".
 
@@ -98,6 +204,7 @@ class VectorMetadata(BaseModel):
         negative (0.5 is chance).
     explained_variance: block -> share of the squared differences of the pairs that lies along the direction.
     condition: when to steer, fitted to prompts by `steer-engine condition fit`; None if it was not.
+    probe: thresholds and calibration of a vector that `steer-engine probe fit` trained; None for others.
     dataset_digest: "sha256:..." of the contrast pairs.
     created_with: package -> version.
     extra: keys of other tools, unchanged.
@@ -115,6 +222,7 @@ class VectorMetadata(BaseModel):
     separation: dict[Block, Share] = Field(default_factory=dict)
     explained_variance: dict[Block, Share] = Field(default_factory=dict)
     condition: FittedCondition | None = None
+    probe: FittedProbe | None = None
     dataset_digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     created_with: Annotated[dict[Key, Text], Field(max_length=MAX_EXTRA)] = Field(default_factory=dict)
     notes: Annotated[str, Field(max_length=MAX_NOTES)] = ""
@@ -147,7 +255,7 @@ class VectorMetadata(BaseModel):
         """Metadata of a sum of two vectors; symmetric. Equal fields stay, other fields become unknown.
 
         Residual norms that both have for a block are averaged, because both estimate the same property of the model.
-        A condition is left out, because the sum has other directions than those that it was fitted for.
+        Condition and probe are left out, because the sum has other directions than those that they were fitted for.
         """
         mine, theirs = self.residual_norms, other.residual_norms
         norms = {
@@ -179,7 +287,7 @@ FORMAT = "control-vector"
 FORMAT_VERSION = "1"
 
 BLOCK_FIELDS = ("residual_norms", "separation", "explained_variance")
-JSON_FIELDS = (*BLOCK_FIELDS, "condition", "created_with", "extra")
+JSON_FIELDS = (*BLOCK_FIELDS, "condition", "probe", "created_with", "extra")
 NUMBER_FIELDS = ("hidden_size", "num_blocks")
 TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
 

@@ -83,6 +83,7 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
         "position": about.position,
         "data set": about.dataset_digest,
         "condition": "" if about.condition is None else str(about.condition),
+        "probe": "" if about.probe is None else str(about.probe),
         "made with": ", ".join(f"{key} {value}" for key, value in about.created_with.items()),
         "notes": about.notes,
         "suggestion": suggestion,

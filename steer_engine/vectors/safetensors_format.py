@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector, Direction
@@ -29,6 +30,7 @@ from steer_engine.vectors.metadata import (
     MAX_HIDDEN_SIZE,
     NUMBER_FIELDS,
     FittedCondition,
+    FittedProbe,
     VectorMetadata,
     metadata_from_text,
     metadata_to_text,
@@ -225,7 +227,9 @@ def _metadata_schema() -> dict[str, Any]:
     }
     for name, field in VectorMetadata.model_json_schema()["properties"].items():
         if name in JSON_FIELDS:
-            field = FittedCondition.model_json_schema() if name == "condition" else field
+            if name in _MODELS:
+                whole = _MODELS[name].model_json_schema()
+                field = _without_references(whole, whole.pop("$defs", {}))
             content = {key: value for key, value in field.items() if key not in ("title", "description")}
             properties[name] = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
         elif name in NUMBER_FIELDS:
@@ -241,6 +245,20 @@ def _metadata_schema() -> dict[str, Any]:
     }
 
 
+def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with each `$ref` replaced by its definition: in a `contentSchema`, a reference leads nowhere."""
+    if isinstance(schema, list):
+        return [_without_references(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        found = definitions[schema["$ref"].removeprefix("#/$defs/")]
+        schema = {key: value for key, value in found.items() if key not in ("title", "description")}
+    return {key: _without_references(value, definitions) for key, value in schema.items()}
+
+
+_MODELS: dict[str, type[BaseModel]] = {"condition": FittedCondition, "probe": FittedProbe}
+
 _DESCRIPTIONS = {
     "model": "The model that the vector was derived on: a Hugging Face id or a name.",
     "architecture": "The model's architecture, as in its config.json.",
@@ -252,6 +270,7 @@ _DESCRIPTIONS = {
     "separation": "Block -> AUROC of the direction on texts that it was not derived from; 0.5 is chance.",
     "explained_variance": "Block -> share of the squared differences of the pairs that lies along the direction.",
     "condition": "When to steer: a threshold on the projection of the prompt's stream, and its held-out quality.",
+    "probe": "A trained probe: per block the threshold of <x, v>, its calibration, and its held-out quality.",
     "dataset_digest": "SHA-256 of the texts it was derived from.",
     "created_with": "Package -> version.",
     "notes": "Free text.",

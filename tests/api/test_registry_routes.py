@@ -20,7 +20,7 @@ from helpers.registry_app import ADMIN, KEY, app_of
 from steer_engine.api.routing import HEADER, AdminKeys
 from steer_engine.settings import ADMIN_KEYS_ENV, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
 from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
-from steer_engine.vectors.metadata import FittedCondition
+from steer_engine.vectors.metadata import FittedCondition, FittedProbe
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
 from steer_engine.vocabulary import Tags, Vocabulary
 
@@ -103,6 +103,17 @@ async def test_a_fitted_condition_is_shown_and_stays_in_the_file(client: httpx.A
     file = await client.get("/v1/steering/vectors/detector?download")
     assert from_bytes(file.content).metadata.condition == condition
     assert (await put(client, "plain", to_bytes(one(2)))).json()["condition"] is None
+
+
+async def test_a_trained_probe_is_shown_and_stays_in_the_file(client: httpx.AsyncClient) -> None:
+    blocks = {"1": {"auroc": 0.9375, "threshold": 0.5, "platt": {"a": 2.0, "b": -1.0}}}
+    probe = FittedProbe.model_validate({"blocks": blocks, "at": "mean_prompt"})
+    shown = (await put(client, "detector", to_bytes(one(1).with_metadata(probe=probe)))).json()
+    assert shown["probe"] == {"blocks": blocks, "at": "mean_prompt", "held_out": {}, "chat": False}
+    assert shown["digest"] == one(1).digest
+    file = await client.get("/v1/steering/vectors/detector?download")
+    assert from_bytes(file.content).metadata.probe == probe
+    assert (await put(client, "plain", to_bytes(one(2)))).json()["probe"] is None
 
 
 async def test_a_long_precondition_is_not_repeated(client: httpx.AsyncClient) -> None:

@@ -15,7 +15,7 @@ from steer_engine import __version__
 from steer_engine.cli import registry
 from steer_engine.settings import ADMIN_KEY_ENV
 from steer_engine.vectors import ControlVector, VectorMetadata, save
-from steer_engine.vectors.metadata import FittedCondition
+from steer_engine.vectors.metadata import FittedCondition, FittedProbe
 
 SCRIPT = Path(sys.executable).with_name("steer-engine")
 
@@ -96,6 +96,15 @@ def test_vectors_show_a_file(tmp_path: Path, vector: ControlVector) -> None:
     assert vector.digest in done.stdout
     assert "2.8284" in done.stdout  # |v|
     assert "28.3%" in done.stdout  # of the mean residual norm of block 2
+
+
+def test_vectors_show_the_probe_of_a_file(tmp_path: Path, vector: ControlVector) -> None:
+    probe = FittedProbe.model_validate({
+        "blocks": {3: {"auroc": 0.9375}}, "at": "mean_prompt", "held_out": {"positive": 7, "negative": 8}
+    })  # fmt: skip
+    save(vector.with_metadata(probe=probe), tmp_path / "mood.safetensors")
+    done = run("vectors", "show", str(tmp_path / "mood.safetensors"))
+    assert "probe  1 block, trained on mean_prompt; best block 3, held-out AUROC 0.938 of 15 prompts" in done.stdout
 
 
 def test_vectors_show_the_condition_of_a_file(tmp_path: Path, vector: ControlVector) -> None:

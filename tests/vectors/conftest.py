@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from steer_engine.vectors import ControlVector, VectorMetadata
-from steer_engine.vectors.metadata import FittedCondition
+from steer_engine.vectors.metadata import FittedCondition, FittedProbe, Platt, ProbeBlock
 
 
 @pytest.fixture
@@ -34,6 +34,22 @@ def vector() -> ControlVector:
                 recall=0.8,
                 accuracy=0.85,
                 auroc=0.97,
+                held_out={"positive": 12, "negative": 13},
+                chat=True,
+            ),
+            probe=FittedProbe(
+                blocks={
+                    3: ProbeBlock(
+                        auroc=0.97,
+                        threshold=1.5,
+                        true_positive_rate=0.75,
+                        false_positive_rate=0.0,
+                        platt=Platt(2.0, -1.25),
+                    ),
+                    7: ProbeBlock(threshold=-2.0),
+                },
+                at="every_prompt_token",
+                target_false_positive_rate=0.01,
                 held_out={"positive": 12, "negative": 13},
                 chat=True,
             ),

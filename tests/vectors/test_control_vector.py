@@ -172,7 +172,7 @@ def test_metadata_of_a_sum_keeps_equal_fields(vector: ControlVector) -> None:
     assert joined.model == "example/tiny"
     assert joined.method == ""
     assert joined.residual_norms == {2: 10.5, 3: 12.0, 7: 0.1, 8: 4.0}
-    assert (vector + vector).metadata == vector.with_metadata(condition=None).metadata
+    assert (vector + vector).metadata == vector.with_metadata(condition=None, probe=None).metadata
 
 
 def test_a_condition_is_not_kept_for_other_directions(vector: ControlVector) -> None:
@@ -185,8 +185,19 @@ def test_a_condition_is_not_kept_for_other_directions(vector: ControlVector) -> 
     assert vector.restrict([2, 3]).metadata.condition is None  # it needs block 7
 
 
-def test_a_condition_is_not_part_of_the_digest(vector: ControlVector) -> None:
-    assert vector.with_metadata(condition=None).digest == vector.digest
+def test_a_probe_is_not_kept_for_other_directions(vector: ControlVector) -> None:
+    probe = vector.metadata.probe
+    assert probe is not None
+    for other in (-vector, vector * 2, 2 * vector, vector / 2, vector + vector, vector - vector * 0.5):
+        assert other.metadata.probe is None
+    assert vector.restrict([2, 3, 7]).metadata.probe == probe
+    assert vector.restrict([2, 3]).metadata.probe == probe.model_copy(update={"blocks": {3: probe.blocks[3]}})
+    assert vector.restrict([2]).metadata.probe is None
+
+
+@pytest.mark.parametrize("fitted", ["condition", "probe"])
+def test_what_was_fitted_is_not_part_of_the_digest(fitted: str, vector: ControlVector) -> None:
+    assert vector.with_metadata(**{fitted: None}).digest == vector.digest
 
 
 def test_restrict(vector: ControlVector) -> None:

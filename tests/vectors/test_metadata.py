@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from pydantic import ValidationError
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import VectorMetadata
-from steer_engine.vectors.metadata import FittedCondition, metadata_from_text, metadata_to_text
+from steer_engine.vectors.metadata import FittedCondition, FittedProbe, metadata_from_text, metadata_to_text
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,67 @@ def test_a_condition_is_what_a_request_takes() -> None:
         "vector": "x", "blocks": [3], "measure": "dot", "at": "max_prompt", "above": -1.0, "below": 2.0,
     }  # fmt: skip
     assert str(both) == "dot above -1 and below 2 at max_prompt, block 3"
+
+
+PROBE: dict[str, object] = {"blocks": {"3": {"threshold": 1.5, "platt": {"a": 2.0, "b": -1.0}}}, "at": "mean_prompt"}
+
+
+def stored_probe(fields: object) -> FittedProbe | None:
+    """What a reader makes of a file whose metadata have these fields of a probe."""
+    text = json.dumps(fields).replace("Infinity", "1e999")
+    return metadata_from_text({**metadata_to_text(VectorMetadata()), "probe": text}).probe
+
+
+def test_a_probe_has_typed_blocks() -> None:
+    probe = stored_probe(PROBE)
+    assert probe is not None
+    assert list(probe.blocks) == [3]
+    a, b = probe.blocks[3].platt or (0.0, 0.0)
+    assert (a, b) == (2.0, -1.0)
+    assert probe.blocks[3].threshold == 1.5
+    assert probe.blocks[3].auroc is None
+    bare = stored_probe({"blocks": {"20": {}, "4": {"auroc": 0.75}}, "at": "every_prompt_token"})
+    assert bare is not None
+    assert list(bare.blocks) == [4, 20]  # ascending
+    assert bare.blocks[20].platt is None
+    assert str(bare) == "2 blocks, trained on every_prompt_token; best block 4, held-out AUROC 0.750"
+
+
+def test_a_file_without_a_probe_reads_as_before() -> None:
+    assert metadata_from_text(metadata_to_text(VectorMetadata())).probe is None
+    assert "probe" not in metadata_to_text(VectorMetadata())
+
+
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        ({"blocks": {}}, "probe.blocks"),
+        ({"blocks": [3]}, "probe.blocks"),
+        ({"blocks": {"3": None}}, "probe.blocks.3"),
+        ({"blocks": {"1024": {}}}, "probe.blocks.1024"),
+        ({"blocks": {"3": {"bias": 1.0}}}, "probe.blocks.3.bias"),
+        ({"blocks": {"3": {"threshold": "1"}}}, "probe.blocks.3.threshold"),
+        ({"blocks": {"3": {"threshold": float("inf")}}}, "probe.blocks.3.threshold"),
+        ({"blocks": {"3": {"auroc": 1.5}}}, "probe.blocks.3.auroc"),
+        ({"blocks": {"3": {"false_positive_rate": -0.1}}}, "probe.blocks.3.false_positive_rate"),
+        ({"blocks": {"3": {"platt": [2.0, -1.0]}}}, "probe.blocks.3.platt"),
+        ({"blocks": {"3": {"platt": {"a": 2.0}}}}, "probe.blocks.3.platt"),
+        ({"blocks": {"3": {"platt": {"a": 2.0, "b": True}}}}, "probe.blocks.3.platt"),
+        ({"blocks": {"3": {"platt": {"a": 2.0, "b": float("inf")}}}}, "probe.blocks.3.platt"),
+        ({"blocks": {"3": {"platt": {"a": 2.0, "b": 1.0, "c": 0.0}}}}, "probe.blocks.3.platt"),
+        ({"at": "max_prompt"}, "probe.at"),
+        ({"target_false_positive_rate": 2}, "probe.target_false_positive_rate"),
+        ({"held_out": {"neutral": 3}}, "probe.held_out.neutral"),
+        ({"chat": "yes"}, "probe.chat"),
+        ({"measure": "dot"}, "probe.measure"),
+    ],
+)
+def test_a_damaged_probe_is_named(changed: dict[str, object], where: str) -> None:
+    with pytest.raises(VectorFileError, match=f"metadata field '{re.escape(where)}"):
+        stored_probe({**PROBE, **changed})
+
+
+@pytest.mark.parametrize("key", ["03", "-1", "x", ""])
+def test_a_probe_at_no_block_is_refused(key: str) -> None:
+    with pytest.raises(VectorFileError, match="The metadata's blocks of the probe contain block"):
+        stored_probe({**PROBE, "blocks": {key: {}}})
