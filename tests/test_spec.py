@@ -194,7 +194,7 @@ def test_the_last_of_repeated_keys_counts() -> None:
 
 def test_the_schema_is_published_in_full() -> None:
     schema = SteeringSpec.model_json_schema()
-    assert set(schema["properties"]) == {"edits", "preserve_norm", "when", "preset", "capture"}
+    assert set(schema["properties"]) == {"edits", "preserve_norm", "when", "preset", "probes", "stop", "capture"}
     assert set(schema["$defs"]["EditSpec"]["properties"]) == set(EditSpec.model_fields)
     assert not schema["$defs"]["EditSpec"]["additionalProperties"]
 

@@ -119,10 +119,11 @@ class Frontend:
         model = self.model
         if spec.capture is not None and not can_capture:
             raise SteeringRequestError("Captured rows cannot be returned this way; offline, use LLM.capture.", PARAM)
+        spec = self.inline.take(spec)
         if spec.preset is None:
-            return resolve(self.inline.take(spec), self.vector, model, self.limits, vocabulary=self.vocabulary)
-        spec, preset = self.inline.take(spec), spec.preset
-        base = replace(self._resolve_preset(preset, model), capture=resolve_capture(spec.capture, model, self.limits))
+            return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
+        capture = resolve_capture(spec.capture, model, self.limits)
+        base = replace(self._resolve_preset(spec.preset, model), capture=capture)
         if spec.probes is None and spec.stop is None:
             return base
         return with_probes(base, spec, self.vector, model, self.limits, vocabulary=self.vocabulary)

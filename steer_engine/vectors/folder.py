@@ -357,14 +357,14 @@ def check_name(name: str) -> None:
 
 
 def check_preset(spec: Any) -> dict[str, Any]:
-    """Check a preset's JSON: a spec with edits that name their vectors, without another preset and without a capture.
+    """Check a preset's JSON: edits or probes that name their vectors, without another preset and without a capture.
 
     Raises:
         SteeringRequestError: it is not a preset; `param` is the field.
     """
     parsed = parse_spec(spec)
-    if parsed is None or parsed.edits is None:
-        raise SteeringRequestError("a preset must have edits of its own.", "edits")
+    if parsed is None or (parsed.edits is None and parsed.probes is None):
+        raise SteeringRequestError("a preset must have edits or probes of its own.", "edits")
     if any(not isinstance(vector, str) for vector in vectors_in(parsed)):
         raise SteeringRequestError("a preset must name its vectors; inline vectors belong in requests.", "edits")
     if parsed.capture is not None:

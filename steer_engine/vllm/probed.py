@@ -5,7 +5,7 @@ carry their tokens, as `kv_transfer_params` (see `measured`). Wraps `Scheduler._
 calls once for the tokens of a request in a step, beside its own stop rules.
 
 In the API process: wraps `OutputProcessor.process_outputs`. vLLM merges outputs that wait, and keeps the last one's
-`kv_transfer_params`; so numbers are taken from each output there, and wait beside the request's queue in a `ProbeQueue`.
+`kv_transfer_params`; so numbers are taken from each output there, and wait in a `ProbeQueue` beside vLLM's own queue.
 
 Known for vLLM 0.32 and 0.33.
 """

@@ -17,7 +17,7 @@ import pytest
 from helpers.driving import tokens
 from helpers.engines import RUNNER
 from helpers.oracle import Oracle
-from helpers.traffic import SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, marked, run
+from helpers.traffic import PROBES, SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, marked, run
 
 from steer_engine import LLM
 
@@ -69,7 +69,9 @@ def test_preemption_and_recomputation(start: Start, oracle: Oracle) -> None:
     """A KV cache of a few blocks: requests are thrown out in the middle of their answers and computed again."""
     llm = start(num_gpu_blocks_override=14, max_num_seqs=8, max_model_len=256, enable_prefix_caching=False)
     num, length = (12, 40) if RUNNER == "v1" else (6, 8)
-    requested = [Ask(marked(tokens(900 + i, 60)), SPECS[i % len(SPECS)], length) for i in range(num)]
+    requested = [
+        Ask(marked(tokens(900 + i, 60)), SPECS[i % len(SPECS)], length, PROBES[i % len(PROBES)]) for i in range(num)
+    ]
     with counting(core_of(llm).scheduler, "_preempt_request") as preempted:
         outputs = run(llm, requested)
     assert_right(oracle, requested, outputs)
@@ -148,7 +150,7 @@ def test_structured_output(start: Start, oracle: Oracle) -> None:
     requested = asks(len(SPECS))
     inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in requested]
     wanted = [
-        params(ask.spec, max_tokens=ask.max_tokens, structured_outputs=StructuredOutputsParams(regex="[0-9]{32}"))
+        params(ask.steering, max_tokens=ask.max_tokens, structured_outputs=StructuredOutputsParams(regex="[0-9]{32}"))
         for ask in requested
     ]
     outputs = list(llm.generate(inputs, wanted, use_tqdm=False))

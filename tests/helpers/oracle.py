@@ -36,6 +36,18 @@ class Oracle:
             decisions = self.decisions(tokens, spec, prompt_len)
         return self._run(tokens, self._hooks(spec, tokens, prompt_len, decisions))
 
+    def streams(
+        self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """By block, the stream [T, D] before and after its edits."""
+        spec = {"edits": []} if spec is None else spec
+        decisions = None
+        if "when" in spec or any("when" in edit for edit in spec["edits"]):
+            decisions = self.decisions(tokens, spec, prompt_len)
+        recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._run(tokens, self._hooks(spec, tokens, prompt_len, decisions, recorded=recorded))
+        return recorded
+
     def decisions(self, tokens: Sequence[int], spec: dict[str, Any], prompt_len: int) -> Decisions:
         """What the conditions of a spec measure in the prompt."""
         decisions = Decisions(spec, prompt_len)
@@ -64,6 +76,7 @@ class Oracle:
         decisions: Decisions | None,
         *,
         measure: bool = False,
+        recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> list[Any]:
         def hook_of(block: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> Any:
@@ -71,7 +84,10 @@ class Oracle:
                 x_TD = stream.reshape(-1, stream.shape[-1])
                 if measure and decisions is not None:
                     decisions.measure(x_TD, block, self.vectors)
-                x_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions).reshape(stream.shape)
+                edited_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions)
+                if recorded is not None:
+                    recorded.append((x_TD, edited_TD))
+                x_TD = edited_TD.reshape(stream.shape)
                 return (x_TD, *output[1:]) if isinstance(output, tuple) else x_TD
 
             return hook

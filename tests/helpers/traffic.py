@@ -10,6 +10,7 @@ import numpy as np
 
 from helpers.driving import edit, params, steering, tokens
 from helpers.oracle import Oracle
+from helpers.oracle_probes import assert_numbers
 from steer_engine import LLM
 
 
@@ -48,11 +49,31 @@ SPECS: tuple[dict[str, Any] | None, ...] = (
 """Every kind of scope, sums over D, conditions that hold and that do not, and plain requests in between."""
 
 
+PROBES: tuple[list[dict[str, Any]], ...] = (
+    [],
+    [{"name": "here", "vector": "r20", "blocks": 1}],
+    [
+        {"name": "before", "vector": "r21", "measure": "dot"},
+        {"name": "after", "vector": "r21", "measure": "dot", "after": True},
+        {"name": "words", "vector": "r22", "blocks": [2], "scope": {"after": OPEN, "until": CLOSE, "each": True}},
+    ],
+    [],
+    [{"name": "all", "vector": "r23", "blocks": [0, 2], "scope": "all", "after": True}],
+)
+"""Five: with the specs, every spec meets every list of probes."""
+
+
 @dataclass(frozen=True)
 class Ask:
     prompt: list[int]
     spec: dict[str, Any] | None
     max_tokens: int
+    probes: Sequence[dict[str, Any]] = ()
+
+    @property
+    def steering(self) -> dict[str, Any] | None:
+        """What the request asks for."""
+        return (self.spec or {}) | {"probes": list(self.probes)} if self.probes else self.spec
 
 
 def marked(prompt: list[int]) -> list[int]:
@@ -69,6 +90,7 @@ def asks(num: int, *, shared: int = 40, longest: int = 60, max_tokens: int = 8, 
             prompt=[*(prefix if i % 2 else []), *marked(tokens(8_000 + 100 * seed + i, 5 + (11 * i) % longest))],
             spec=SPECS[i % len(SPECS)],
             max_tokens=1 + (3 * i + max_tokens - 1) % max_tokens,
+            probes=PROBES[i % len(PROBES)],
         )
         for i in range(num)
     ]
@@ -77,7 +99,7 @@ def asks(num: int, *, shared: int = 40, longest: int = 60, max_tokens: int = 8, 
 def run(llm: LLM, requested: Sequence[Ask], **fields: Any) -> list[Any]:
     """vLLM's outputs of one batch of `requested`."""
     inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in requested]
-    wanted = [params(ask.spec, max_tokens=ask.max_tokens, **fields) for ask in requested]
+    wanted = [params(ask.steering, max_tokens=ask.max_tokens, **fields) for ask in requested]
     return list(llm.generate(inputs, wanted, use_tqdm=False))
 
 
@@ -107,6 +129,8 @@ def assert_completion(oracle: Oracle, ask: Ask, completion: Any, allowed: Sequen
         expected, plain = (among(rows_MV, allowed) for rows_MV in (expected, plain))
     rows = np.arange(len(ids))
     assert np.abs(reported - expected[rows, ids]).max() <= BOUND, ask
+    if ask.probes:
+        assert_numbers(oracle, ask.prompt, ids, ask.spec, ask.probes, completion.steering)
     return bool(np.abs(expected - plain).max() >= 100 * BOUND) if ask.spec else False
 
 

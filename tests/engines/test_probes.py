@@ -1,0 +1,185 @@
+"""Probes: each number against a float64 projection of the oracle's stream; stop rules at exactly the oracle's token.
+
+`test_modes` has probes in its traffic: chunks, cache, preemption, drafts, asynchronous scheduling, n, compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.driving import FEW, edit, generate, params, steering, tokens
+from helpers.engines import RUNNER
+from helpers.oracle import Oracle
+from helpers.oracle_probes import assert_numbers, expected_numbers
+from helpers.traffic import core_of
+
+from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError
+
+PROMPT = [*tokens(50, 12), 77, 78, *tokens(51, 6), 90, *tokens(52, 5)]
+EDITS = [edit("r8", 2.0), edit("r9", 0.7, op="ablate", scope="generation")]
+SCOPES = [
+    *("generation", "all", "prompt", "last_prompt_token"),
+    *({"start": -3}, {"from": "generation", "start": 1, "end": 3}),
+    *({"after": 77, "until": 90}, {"except": {"after": [77, 78]}}),
+]
+
+
+@pytest.mark.parametrize("measure", ["cosine", "dot"])
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+def test_numbers(tiny: LLM, oracle: Oracle, scope: Any, measure: str) -> None:
+    """Before and after the edits, with and without any, at one block and at all."""
+    probe = {"vector": "r20", "measure": measure, "scope": scope}
+    probes = [
+        probe | {"name": "before"},
+        probe | {"name": "after", "after": True, "blocks": [0, 2]},
+        probe | {"name": "own", "vector": "r8", "blocks": 1, "after": True},
+    ]
+    specs = [None, steering(*EDITS), steering(*EDITS, preserve_norm=True)]
+    wanted = [(spec or {}) | {"probes": probes} for spec in specs]
+    outputs = generate(tiny, [PROMPT] * len(specs), wanted)
+    for spec, output in zip(specs, outputs, strict=True):
+        choice = output.outputs[0]
+        assert_numbers(oracle, PROMPT, choice.token_ids, spec, probes, choice.steering)
+    # The edits show in the numbers.
+    plain, steered = (outputs[i].outputs[0].steering["probes"]["own"]["1"] for i in (0, 1))
+    if plain[0] is not None:
+        assert abs(plain[0] - steered[0]) > 1e-2
+
+
+def test_probes_change_no_bit_of_the_answer(tiny: LLM) -> None:
+    probes = [{"name": "a", "vector": "r20", "scope": "all"}, {"name": "b", "vector": "r8", "after": True}]
+    for spec in (None, steering(*EDITS), steering(*EDITS, preserve_norm=True)):
+        both = []
+        for wanted in (spec, (spec or {}) | {"probes": probes}):
+            tiny.llm_engine.reset_prefix_cache()
+            choice = generate(tiny, [PROMPT], [wanted], logprobs=5)[0].outputs[0]
+            both.append((list(choice.token_ids), choice.logprobs))
+        assert both[0] == both[1]
+
+
+def test_prompt_probes_read_nothing_from_the_cache_and_others_do(tiny: LLM, oracle: Oracle) -> None:
+    prompt = tokens(53, 70)
+    for scope, cached in (("generation", 64), ("all", 0)):
+        probes = [{"name": "p", "vector": "r20", "blocks": 1, "scope": scope}]
+        tiny.llm_engine.reset_prefix_cache()
+        generate(tiny, [prompt], [None], max_tokens=1)
+        output = generate(tiny, [prompt], [{"probes": probes}], max_tokens=3)[0]
+        assert output.num_cached_tokens == cached
+        choice = output.outputs[0]
+        assert_numbers(oracle, prompt, choice.token_ids, None, probes, choice.steering)
+
+
+def test_a_summary_is_of_the_numbers(tiny: LLM) -> None:
+    probe = {"vector": "r20", "blocks": [0, 1], "scope": "all"}
+    probes = [
+        probe | {"name": "all"},
+        probe | {"name": "short", "return": "summary"},
+        probe | {"name": "no", "return": "none"},
+    ]
+    told = generate(tiny, [PROMPT], [{"probes": probes}])[0].outputs[0].steering
+    assert told["probes"].keys() == {"all", "short"}
+    for block in ("0", "1"):
+        numbers = told["prompt_probes"]["all"][block] + told["probes"]["all"][block]
+        summary = told["probes"]["short"][block]
+        assert summary["tokens"] == len(numbers) == len(PROMPT) - 1 + FEW
+        assert summary["max"] == max(numbers)
+        assert abs(summary["mean"] - np.mean(numbers)) < 1e-7
+
+
+def test_a_stop_string_cuts_the_numbers_too(tiny: LLM) -> None:
+    wanted = {"probes": [{"name": "p", "vector": "r20", "blocks": 0}]}
+    free = generate(tiny, [PROMPT], [wanted])[0].outputs[0]
+    stop = tiny.get_tokenizer().decode(free.token_ids[1])
+    cut = generate(tiny, [PROMPT], [wanted], stop=[stop], detokenize=True)[0].outputs[0]
+    assert len(cut.token_ids) < len(free.token_ids)
+    assert len(cut.steering["probes"]["p"]["0"]) == len(cut.token_ids)
+
+
+def test_stop_rules_fire_at_exactly_the_oracles_token(tiny: LLM, oracle: Oracle) -> None:
+    """200 random rules, in mixed batches with requests without any."""
+    rng = np.random.default_rng(60)
+    num, length = (200, 16) if RUNNER == "v1" else (200, 4)
+    cases = []
+    for number in range(num):
+        prompt = tokens(6_000 + number, int(rng.integers(3, 20)))
+        spec = [None, steering(edit("r8", 1.5)), steering(edit("r9", op="ablate", scope="generation"))][number % 3]
+        probe = {"name": "p", "vector": f"r{20 + number % 8}", "blocks": [int(rng.integers(3))], "measure": "dot"}
+        cases.append((prompt, spec, probe | {"after": bool(number % 2)}))
+    free = generate(tiny, [case[0] for case in cases], [case[1] for case in cases], max_tokens=length)
+    wanted, lengths = [], []
+    for (prompt, spec, probe), output in zip(cases, free, strict=True):
+        answer = list(output.outputs[0].token_ids)
+        ((number_T, bound),) = expected_numbers(oracle, [*prompt, *answer], spec, [probe], len(prompt))["p"].values()
+        numbers = number_T[len(prompt) - 1 : -1]
+        rule, stops_at = _rule(rng, numbers, bound)
+        wanted.append((spec or {}) | {"probes": [probe], "stop": [rule]})
+        lengths.append(stops_at or length)
+    outputs = generate(tiny, [case[0] for case in cases], wanted, max_tokens=length)
+    for output, stops_at, whole, case in zip(outputs, lengths, free, cases, strict=True):
+        choice = output.outputs[0]
+        assert list(choice.token_ids) == list(whole.outputs[0].token_ids)[:stops_at], case
+        assert len(choice.steering["probes"]["p"][str(case[2]["blocks"][0])]) == stops_at
+        fired = stops_at < length or choice.finish_reason == "stop"
+        assert (choice.finish_reason, choice.stop_reason) == (("stop", "probe:p") if fired else ("length", None))
+    assert 0.3 < np.mean([stops_at < length for stops_at in lengths]) < 0.95
+    assert core_of(tiny).scheduler.requests == {}
+
+
+def _rule(rng: np.random.Generator, numbers: np.ndarray, bound: float) -> tuple[dict[str, Any], int | None]:
+    """A rule whose threshold no number comes near, and after how many tokens it ends the answer; None = never."""
+    ordered = np.sort(numbers)
+    gaps = np.diff(ordered)
+    cut = int(rng.choice(np.flatnonzero(gaps > 4 * bound)))
+    threshold = float((ordered[cut] + ordered[cut + 1]) / 2)
+    side, tokens_in_a_row = str(rng.choice(["above", "below"])), int(rng.integers(1, 4))
+    holds = numbers > threshold if side == "above" else numbers < threshold
+    in_a_row = 0
+    for count, held in enumerate(holds, start=1):
+        in_a_row = in_a_row + 1 if held else 0
+        if in_a_row == tokens_in_a_row:
+            return {"probe": "p", side: threshold, "for": tokens_in_a_row}, count
+    return {"probe": "p", side: threshold, "for": tokens_in_a_row}, None
+
+
+def test_the_text_of_the_token_that_fired_is_returned(tiny: LLM) -> None:
+    stop = {"probe": "p", "above": -2.0, "for": 2}
+    wanted = {"probes": [{"name": "p", "vector": "r20", "blocks": 0}], "stop": [stop]}
+    free = generate(tiny, [PROMPT], [None])[0].outputs[0]
+    choice = generate(tiny, [PROMPT], [wanted], detokenize=True)[0].outputs[0]
+    assert list(choice.token_ids) == list(free.token_ids)[:2]
+    assert choice.text == tiny.get_tokenizer().decode(choice.token_ids)
+    # An answer has at least `min_tokens`, whatever a rule says.
+    longer = generate(tiny, [PROMPT], [wanted], min_tokens=3)[0].outputs[0]
+    assert len(longer.token_ids) == 3
+
+
+def test_an_aborted_request_leaves_nothing(tiny: LLM) -> None:
+    engine = tiny.llm_engine
+    wanted = {"probes": [{"name": "p", "vector": "r20"}]}
+    inputs: Any = {"prompt_token_ids": PROMPT}
+    engine.add_request("gone", inputs, params(wanted, max_tokens=FEW))
+    engine.step()
+    engine.abort_request(["gone"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    generate(tiny, [PROMPT], [wanted])
+    assert not engine.output_processor._steer_probe_queue
+    assert core_of(tiny).scheduler.requests == {}
+
+
+WRONG = {
+    "an unknown vector": ({"vector": "nobody"}, "steering.probes[0].vector"),
+    "an unknown block": ({"vector": "r20", "blocks": [7]}, "steering.probes[0].blocks"),
+    "no calibration": ({"vector": "r20", "measure": "probability"}, "steering.probes[0].measure"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_probes_are_refused(tiny: LLM, case: str) -> None:
+    fields, param = WRONG[case]
+    with pytest.raises(SteeringRequestError) as refused:
+        generate(tiny, [PROMPT], [{"probes": [{"name": "p", **fields}]}])
+    assert refused.value.param == param
