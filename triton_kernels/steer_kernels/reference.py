@@ -193,7 +193,7 @@ def _edit(
     keep_norm_N: torch.Tensor,
     probes: _Probes | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All operations, gates, kept norms and probes. Returns x' - x as float32 [N, D], and bool [N]: an entry applied."""
+    """All operations, gates, kept norms, probes. Returns x' - x as float32 [N, D], and bool [N]: an entry applied."""
     delta_ND = torch.zeros_like(x_ND)
     touched_N = share_NE[:, 0] < 0  # no row
     for e in range(share_NE.shape[1]):

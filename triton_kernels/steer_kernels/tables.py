@@ -249,8 +249,8 @@ class Tables:
     captured_LCD: torch.Tensor | None = None
     """[L, C, D]: captured rows, in float32 or the model's dtype, contiguous, 16-byte aligned."""
     probed_TK: torch.Tensor | None = None
-    """float32 [max tokens, K]: the numbers of each row's probes. The host fills it with NaN before a step; a column that
-    no probe of the row writes keeps what it has. None = no probes."""
+    """float32 [max tokens, K]: the numbers of each row's probes. The host fills it with NaN before a step; a column
+    that no probe of the row writes keeps what it has. None = no probes."""
 
     @classmethod
     def allocate(
