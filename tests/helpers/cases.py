@@ -27,6 +27,7 @@ NUM_RAW = 4
 NUM_ROWS = 8
 NUM_SITES = 3
 NUM_ENTRIES = 4
+NUM_PROBES = 6
 SITE = 1
 MAX_POS = 40
 OPS = ("add", "add_relative", "ablate", "clamp", "set")
@@ -55,6 +56,8 @@ class Step:
     """Tokens, the share at their end, and whether it gets there exponentially."""
     measure: tuple[int, int, bool] | None = None
     """DOT or COSINE of the unit row, the condition that counts it, and whether it keeps the largest."""
+    probe: tuple[int, int, bool] | None = None
+    """DOT or COSINE of the unit row, the column that it is written to, and whether it is late."""
 
     def entry(self, hidden_size: int) -> Entry:
         start, end = self.span
@@ -76,11 +79,14 @@ class Step:
         over, to, exponential = self.schedule or (0, 0.0, False)
         slope = (log2(to) if exponential else to - 1.0) / over if over else 0.0
         measure, total, largest = self.measure or (0, 0, False)
+        probe, late = -1, False
+        if self.probe is not None:
+            measure, probe, late = self.probe
         return {
             "trigger": self.trigger, "exclude": self.exclude,
             "conditions": self.conditions, "any_condition": self.any_condition,
             "over": over, "slope": slope, "to": to, "exponential": exponential,
-            "measure": measure, "total": total, "largest": largest,
+            "measure": measure, "total": total, "largest": largest, "probe": probe, "late": late,
         }  # fmt: skip
 
 
@@ -114,6 +120,7 @@ def build(
     batched: bool = False,
     adds_only: bool = False,
     capture: bool = False,
+    probes: bool = False,
 ) -> Case:
     """Rows are dealt to slots 0 (unsteered), 1, ... in turn, at positions that walk through 0 to MAX_POS - 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,7 +138,10 @@ def build(
         bank_dtype=bank_dtype or dtype,
         capture_rows=num_tokens if capture else 0,
         capture_dtype=torch.float32,
+        num_probes=NUM_PROBES if probes else 0,
     )
+    if tables.probed_TK is not None:
+        tables.probed_TK.fill_(np.nan)
     bank_RD = normal(NUM_ROWS, hidden_size)
     bank_RD[NUM_RAW:] /= bank_RD[NUM_RAW:].norm(dim=1, keepdim=True)
     tables.bank_RD.copy_(bank_RD)
@@ -242,6 +252,46 @@ def each_measure() -> list[Program]:
     ]
 
 
+def each_probe() -> list[Program]:
+    """Dot products and cosines before and after edits, in spans and windows, and alone. Columns 1 and 5 stay empty."""
+    dot, cosine, late_dot, late_cosine = (
+        Step(op="ablate", vector=vector, probe=(kind, column, late))
+        for vector, (kind, column, late) in enumerate(
+            [(DOT, 0, False), (COSINE, 2, False), (DOT, 3, True), (COSINE, 4, True)]
+        )
+    )
+    add, ablate = Step(op="add", scale=8.0), Step(op="ablate", vector=2)
+    return [
+        Program(steps=[dot, cosine]),
+        Program(steps=[replace(cosine, vector=0), late_cosine, add, ablate]),
+        Program(steps=[dot, replace(late_dot, vector=0), ablate, add]),
+        Program(steps=[replace(late_dot, vector=0), add, replace(late_cosine, vector=0)], keep_norm=True),
+        Program(steps=[late_dot, replace(late_cosine, vector=2)]),
+        Program(steps=[dot, replace(add, gate=(4, 0.0, np.inf)), replace(late_dot, vector=0), ablate]),
+        Program(steps=[add, replace(dot, vector=0), replace(cosine, vector=0), replace(ablate, span=(0, 20))]),
+        # An entry that measures for a condition, beside probes of the same vector.
+        Program(steps=[Step(op="ablate", measure=(DOT, 7, False)), dot, replace(cosine, vector=0), add]),
+        *(
+            Program(steps=[replace(dot, **limit), replace(late_cosine, **limit), add])  # type: ignore[arg-type]
+            for limit in PROBE_LIMITS
+        ),
+        adds(2),
+    ]
+
+
+PROBE_LIMITS: list[dict[str, object]] = [
+    {"span": (5, 25)},
+    {"trigger": 0},
+    {"exclude": MAX_TRIGGERS - 1},
+    {"trigger": 1, "exclude": 2, "span": (3, MAX_POS - 3)},
+    {"schedule": (20, 0.0, False)},
+    {"schedule": (20, 0.25, True)},
+    {"conditions": 0b0000_0001},
+    {"conditions": 0b0000_0010},
+]
+"""What limits the rows of a probe. A schedule matters only where its share is 0."""
+
+
 def single_operations() -> list[Program]:
     """Each operation alone, with a scale at which it changes every row by its own size."""
     steps = [
@@ -325,6 +375,25 @@ def programs(draw: st.DrawFn) -> Program:
     rest = steps(conditions=(2**MAX_CONDITIONS - 1) & ~(1 << counted))
     return Program(steps=first + draw(st.lists(rest, max_size=NUM_ENTRIES - len(first))), keep_norm=draw(st.booleans()))
 
+
+@st.composite
+def probed_programs(draw: st.DrawFn) -> Program:
+    """0 to 4 steps of which some are probes, in random order, each with its own column."""
+    columns = draw(st.permutations(range(NUM_PROBES)))
+
+    def probe(step: Step, column: int) -> Step:
+        kind, late = draw(st.sampled_from([DOT, COSINE])), draw(st.booleans())
+        return replace(step, gate=None, probe=(kind, column, late))
+
+    chosen = draw(st.lists(steps(conditions=2**MAX_CONDITIONS - 1), max_size=NUM_ENTRIES))
+    chosen = [
+        probe(step, column) if draw(st.booleans()) else step for step, column in zip(chosen, columns, strict=False)
+    ]
+    return Program(steps=chosen, keep_norm=draw(st.booleans()))
+
+
+probed_mixes = st.lists(probed_programs(), min_size=1, max_size=5)
+"""One to five programs with probes."""
 
 mixes = st.lists(programs(), min_size=1, max_size=5)
 """One to five programs."""

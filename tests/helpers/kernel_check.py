@@ -38,6 +38,7 @@ def assert_matches(case: Case, edited: torch.Tensor, expected: Expected, *, ulps
     silent_T = torch.from_numpy(expected.decided_T & ~expected.touched_T)
     assert torch.equal(before_TD[silent_T], edited_TD[silent_T]), "a row without an edit has changed"
     assert_measured(case, expected)
+    assert_probed(case, expected)
     if case.capture:
         after_TD = edited_TD.float() if case.hidden is None else rows_view(case.hidden).float() + edited_TD.float()
         assert_captured(case, expected, after_TD, ulps=ulps)
@@ -51,6 +52,20 @@ def assert_measured(case: Case, expected: Expected) -> None:
     near_SQ = np.abs(np.nan_to_num(number_SQ) - np.nan_to_num(expected.measured_SQ)) <= expected.measured_error_SQ
     wrong_SQ = ~(near_SQ | (number_SQ == expected.measured_SQ))
     assert not wrong_SQ.any(), f"(slot, condition) {np.argwhere(wrong_SQ).tolist()} are beyond their bound"
+
+
+def assert_probed(case: Case, expected: Expected) -> None:
+    """The numbers of all probes; everything else in the buffer is NaN, as the host has left it."""
+    if case.tables.probed_TK is None:
+        return
+    num_tokens = len(expected.probed_TK)
+    number_TK, chosen_T = to_float64(case.tables.probed_TK), expected.decided_T
+    assert np.isnan(number_TK[num_tokens:]).all(), "a row beyond the batch was written"
+    number_TK = number_TK[:num_tokens]
+    assert (np.isnan(number_TK) == np.isnan(expected.probed_TK)).all(), "the wrong numbers were written"
+    near_TK = np.abs(number_TK - expected.probed_TK) <= expected.probed_error_TK
+    wrong_TK = ~(near_TK | np.isnan(expected.probed_TK)) & chosen_T[:, None]
+    assert not wrong_TK.any(), f"(row, probe) {np.argwhere(wrong_TK).tolist()} are beyond their bound"
 
 
 def assert_each_detail_shows(case: Case, expected: Expected) -> None:

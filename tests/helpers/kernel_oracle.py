@@ -48,6 +48,9 @@ class Expected:
     """False: a gate lies within rounding of its threshold, so that either outcome is right."""
     measured_SQ: Array
     measured_error_SQ: Array
+    probed_TK: Array
+    """NaN where nothing is written; [T, 0] without probes."""
+    probed_error_TK: Array
 
 
 @dataclass
@@ -161,23 +164,40 @@ def expect(
     # A launch does not ask a condition that it measures: all of them have the numbers from before.
     number_SQ, bounds_SQ2, windows_TJ = tables.measured_SQ.numpy(), tables.bounds_SQ2.numpy(), tables.windows_TJ.numpy()
     measured = _Measured(tables)
+    probed_TK = np.full((len(x_TD), 0 if tables.probed_TK is None else tables.probed_TK.shape[1]), np.nan)
+    probed_error_TK = np.zeros_like(probed_TK)
+
+    def now(t: int) -> tuple[Array, Array]:
+        """Row t as edited so far, and its error."""
+        now_D = x_TD[t] + delta_TD[t]
+        return now_D, x_error_TD[t] + error_TD[t] + U32 * np.abs(now_D)
+
+    def write(t: int, entry: Entry) -> None:
+        number = (_dot if entry.measure == DOT else _cosine)(*now(t), bank_RD[entry.row])
+        probed_TK[t, entry.probe], probed_error_TK[t, entry.probe] = number.value, number.error
+
     for t in range(len(x_TD)):
         slot, pos = int(tables.slot_T[t]), int(tables.pos_T[t])
         if slot == 0:
             continue
         delta_D, error_D = delta_TD[t], error_TD[t]
+        late = []
         for e in range(int(tables.counts_SL[slot, site])):
             entry = decode_entry(tables.entries_SLEW[slot, site, e].numpy())
             if not entry.start <= pos < entry.end:
                 continue
-            now_D = x_TD[t] + delta_D
-            now_error_D = x_error_TD[t] + error_D + U32 * np.abs(now_D)
-            if entry.measure:
+            now_D, now_error_D = now(t)
+            if entry.measure and entry.probe < 0:
                 number = (_dot if entry.measure == DOT else _cosine)(now_D, now_error_D, bank_RD[entry.row])
                 measured.add(slot, entry, number)
                 continue
             share = _share(entry, pos, windows_TJ[t], number_SQ[slot], bounds_SQ2[slot])
             if not share.value:
+                continue
+            if entry.probe >= 0:
+                late += [entry] * entry.late
+                if not entry.late:
+                    write(t, entry)
                 continue
             holds, sure = _gate(now_D, now_error_D, entry, bank_RD)
             decided_T[t] &= sure
@@ -191,6 +211,8 @@ def expect(
             error_D += (g.error + U32 * abs(g.value)) * np.abs(w_D) + U32 * np.abs(delta_D)
         if touched_T[t] and tables.keep_norm_S[slot] and not adds_only:
             _keep_norm(x_TD[t], x_error_TD[t], delta_D, error_D)
+        for entry in late:
+            write(t, entry)
     result_TD = carried + delta_TD
     return Expected(
         x_TD=x_TD,
@@ -202,6 +224,8 @@ def expect(
         decided_T=decided_T,
         measured_SQ=measured.total_SQ,
         measured_error_SQ=measured.error_SQ,
+        probed_TK=probed_TK,
+        probed_error_TK=probed_error_TK,
     )
 
 

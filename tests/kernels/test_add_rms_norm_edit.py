@@ -205,6 +205,7 @@ def run_compiled(process: Process, target: str, case: Case) -> tuple[Kernel, lis
             adds_only=case.adds_only,
             num_sites=NUM_SITES,
             num_entries=NUM_ENTRIES,
+            num_probes=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
         )
         machine = Machine(
             artifact.text,
@@ -212,7 +213,8 @@ def run_compiled(process: Process, target: str, case: Case) -> tuple[Kernel, lis
                 *(hidden, residual, weight_D, tables.bank_RD, tables.entries_SLEW, tables.counts_SL),
                 *(tables.keep_norm_S, tables.slot_T, tables.pos_T, tables.windows_TJ),
                 *(tables.measured_SQ, tables.bounds_SQ2, torch.zeros(1, dtype=torch.int32)),
-                *(torch.zeros(1, 1, 1, dtype=residual.dtype), SITE, EPSILON),
+                torch.zeros(1, 1, 1, dtype=residual.dtype),
+                *(tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK, SITE, EPSILON),
             ],
         )
         rows.extend(machine.run(row) for row in range(len(residual)))

@@ -55,11 +55,13 @@ def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor)
         num_sites=NUM_SITES,
         num_entries=NUM_ENTRIES,
         num_capture_rows=captured_LCD.shape[1] if case.capture else 0,
+        num_probes=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
     )
     hidden = torch.zeros(1, 1, dtype=carried.dtype) if case.hidden is None else case.hidden
     arguments = (hidden, carried, tables.bank_RD, tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S)
     when = (tables.slot_T, tables.pos_T, tables.windows_TJ, tables.measured_SQ, tables.bounds_SQ2)
-    return Machine(artifact.text, [*arguments, *when, capture_T, captured_LCD, SITE])
+    probed_TK = tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK
+    return Machine(artifact.text, [*arguments, *when, capture_T, captured_LCD, probed_TK, SITE])
 
 
 def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[dict[int, Traffic]]]:

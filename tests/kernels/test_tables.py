@@ -69,6 +69,29 @@ def test_bytes_of_the_details() -> None:
     assert measuring_W[12:].tolist() == [1 << 17 | 2 << 18 | 5 << 20 | 1 << 23, 0, 0, 0]
 
 
+def test_bytes_of_a_probe() -> None:
+    """A probe has its column in place of the gate row."""
+    for late in (False, True):
+        words_W = encode_entry(Entry(row=7, start=1, end=2, measure=tb.DOT, probe=3, late=late))
+        assert words_W[tb.START] == -(2**31) + 1
+        assert words_W[tb.GATE_ROW] == 3
+        assert words_W[12:].tolist() == [1 << 18 | 1 << 24 | late << 25, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        (Entry(row=0, probe=0), "measures the dot product or the cosine"),
+        (Entry(row=0, measure=tb.DOT, probe=0, gate_row=2), "has no gate"),
+        (Entry(row=0, measure=tb.DOT, probe=-2), "out of range"),
+        (Entry(row=0, measure=tb.DOT, late=True), "only a probe"),
+    ],
+)
+def test_probes_that_cannot_be_are_refused(entry: Entry, match: str) -> None:
+    with pytest.raises(AssertionError, match=match):
+        encode_entry(entry)
+
+
 def test_without_the_sign_bit_there_are_no_details() -> None:
     """As in the kernels, which do not load those words then."""
     words_W = encode_entry(PLAIN)
@@ -104,6 +127,12 @@ def test_decode_inverts_encode(numbers: tuple[float, ...], details: dict[str, ob
     assert decode_entry(encode_entry(entry)) == entry
 
 
+@given(details, st.integers(0, 2**31 - 1), st.sampled_from([tb.DOT, tb.COSINE]), st.booleans())
+def test_decode_inverts_encode_of_a_probe(details: dict[str, object], probe: int, measure: int, late: bool) -> None:
+    entry = Entry(3, 4, 5, **{**details, "measure": measure, "probe": probe, "late": late})  # type: ignore[arg-type]
+    assert decode_entry(encode_entry(entry)) == entry
+
+
 @given(st.lists(int32s, min_size=NUM_WORDS, max_size=NUM_WORDS))
 def test_decode_accepts_any_words(words: list[int]) -> None:
     decode_entry(np.array(words, dtype=np.int32))
@@ -124,11 +153,28 @@ def test_allocated_tables_steer_and_capture_nothing() -> None:
     assert tables.entries_SLEW.shape == (3, 2, 4, NUM_WORDS)
     assert tables.capture_T is None
     assert tables.captured_LCD is None
+    assert tables.probed_TK is None
     assert tables.history_SHC.shape == (3, 9, 17)
     assert tables.bounds_SQ2.dtype == torch.float64
     for name in Tables.__dataclass_fields__:
         part = getattr(tables, name)
         assert part is None or not part.any()
+
+
+def test_allocated_tables_with_probes() -> None:
+    tables = Tables.allocate(
+        num_slots=3,
+        num_sites=2,
+        num_entries=4,
+        num_rows=5,
+        hidden_size=8,
+        max_tokens=7,
+        bank_dtype=torch.bfloat16,
+        num_probes=2,
+    )
+    assert tables.probed_TK is not None
+    assert tables.probed_TK.shape == (7, 2)
+    assert tables.probed_TK.dtype == torch.float32
 
 
 def test_the_kernels_offsets_fit_the_tables() -> None:

@@ -45,6 +45,7 @@ def add_rms_norm_edit_kernel(
     bounds_SQ2,
     capture_T,
     captured_LCD,
+    probed_TK,
     site,
     epsilon,
     D: tl.constexpr,
@@ -53,6 +54,7 @@ def add_rms_norm_edit_kernel(
     NUM_SITES: tl.constexpr,
     NUM_ENTRIES: tl.constexpr,
     NUM_CAPTURE_ROWS: tl.constexpr,
+    NUM_PROBES: tl.constexpr,
     ADDS_ONLY: tl.constexpr,
     CAPTURE: tl.constexpr,
     TILE: tl.constexpr,
@@ -62,6 +64,8 @@ def add_rms_norm_edit_kernel(
 
         residual[t] = round(x')
         hidden[t]   = round(x' / sqrt(mean(x'^2) + epsilon) * weight)
+
+    Probes measure x, late ones x', as in `edit_residual`.
 
     Shapes: hidden, residual [T, D] with unit column stride; weight [D]; the rest as in `Tables`. The norm uses
     the float32 x', not the rounded one. Aliasing: hidden and residual are written in place and overlap no other tensor.
@@ -94,12 +98,14 @@ def add_rms_norm_edit_kernel(
                 windows,
                 measured_SQ + slot * 8,
                 bounds_SQ2 + slot * 16,
+                probed_TK + row * NUM_PROBES,
                 keep_norm_S + slot,
                 bank_RD,
                 D,
                 TILE,
                 True,
                 HOLD,
+                NUM_PROBES,
             )
     x = edited_row(hidden, residual, delta, D, TILE) if HOLD else ()
     total = tl.zeros([TILE], tl.float32)
@@ -138,6 +144,7 @@ def add_rms_norm_edit(
     num_tokens, hidden_size = residual_TD.shape
     if num_tokens == 0:
         return
+    assert not adds_only or tables.probed_TK is None, "an engine that only adds has no probes"
     assert not capture or tables.captured_LCD is not None, "these tables have no capture buffers"
     add_rms_norm_edit_kernel[(num_tokens,)](
         hidden_TD,
@@ -154,6 +161,7 @@ def add_rms_norm_edit(
         tables.bounds_SQ2,
         tables.capture_T if capture else tables.slot_T,
         tables.captured_LCD if capture else residual_TD,
+        tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK,
         site,
         epsilon,
         HIDDEN_STRIDE=row_stride(hidden_TD),
@@ -161,6 +169,7 @@ def add_rms_norm_edit(
         NUM_SITES=tables.counts_SL.shape[1],
         NUM_ENTRIES=tables.entries_SLEW.shape[2],
         NUM_CAPTURE_ROWS=0 if tables.captured_LCD is None else tables.captured_LCD.shape[1],
+        NUM_PROBES=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
         ADDS_ONLY=adds_only,
         CAPTURE=capture,
         **launch_for(hidden_size).constants(hidden_size),

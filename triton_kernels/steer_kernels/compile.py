@@ -64,9 +64,13 @@ def compile_edit_residual(
     num_sites: int = 32,
     num_entries: int = 4,
     num_capture_rows: int = 0,
+    num_probes: int = 0,
 ) -> Artifact:
     """Compile `edit_residual` as launched on a contiguous stream. Captured rows are float32."""
-    types = _table_types(dtype, bank_dtype, capture) | {"hidden_TD": _POINTERS[dtype], "carried_TD": _POINTERS[dtype]}
+    types = _table_types(dtype, bank_dtype, capture, num_probes) | {
+        "hidden_TD": _POINTERS[dtype],
+        "carried_TD": _POINTERS[dtype],
+    }
     launch = launch_for(hidden_size)
     constants = {
         "HIDDEN_STRIDE": hidden_size,
@@ -74,6 +78,7 @@ def compile_edit_residual(
         "NUM_SITES": num_sites,
         "NUM_ENTRIES": num_entries,
         "NUM_CAPTURE_ROWS": num_capture_rows,
+        "NUM_PROBES": num_probes,
         "HAS_HIDDEN": has_hidden,
         "ADDS_ONLY": adds_only,
         "CAPTURE": capture,
@@ -94,6 +99,7 @@ def compile_add_rms_norm_edit(
     num_sites: int = 32,
     num_entries: int = 4,
     num_capture_rows: int = 0,
+    num_probes: int = 0,
 ) -> Artifact:
     """Compile `add_rms_norm_edit` as launched on contiguous rows. Captured rows are float32."""
     rows = dict.fromkeys(("hidden_TD", "residual_TD", "weight_D"), _POINTERS[dtype])
@@ -104,12 +110,13 @@ def compile_add_rms_norm_edit(
         "NUM_SITES": num_sites,
         "NUM_ENTRIES": num_entries,
         "NUM_CAPTURE_ROWS": num_capture_rows,
+        "NUM_PROBES": num_probes,
         "ADDS_ONLY": adds_only,
         "CAPTURE": capture,
         **launch.constants(hidden_size),
     }
     options = launch.options(TARGETS[target].backend)
-    types = _table_types(dtype, bank_dtype, capture) | rows | {"epsilon": "fp32"}
+    types = _table_types(dtype, bank_dtype, capture, num_probes) | rows | {"epsilon": "fp32"}
     return inspect(compile_kernel(target, add_rms_norm_edit_kernel, types, constants, options))
 
 
@@ -139,12 +146,13 @@ def compile_advance_triggers(
     return inspect(compile_kernel(target, advance_triggers_kernel, types, constants, TRIGGER_OPTIONS))
 
 
-def _table_types(dtype: torch.dtype, bank_dtype: torch.dtype | None, capture: bool) -> dict[str, str]:
+def _table_types(dtype: torch.dtype, bank_dtype: torch.dtype | None, capture: bool, num_probes: int) -> dict[str, str]:
     tables = ("entries_SLEW", "counts_SL", "keep_norm_S", "slot_T", "pos_T", "windows_TJ", "capture_T")
     return dict.fromkeys(tables, "*i32") | {
         "measured_SQ": "*fp64",
         "bounds_SQ2": "*fp64",
         "bank_RD": _POINTERS[bank_dtype or dtype],
         "captured_LCD": _POINTERS[torch.float32 if capture else dtype],
+        "probed_TK": _POINTERS[torch.float32 if num_probes else torch.float64],
         "site": "i32",
     }

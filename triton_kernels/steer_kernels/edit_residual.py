@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from steer_kernels.details import add_measured, load_float, share_of
+from steer_kernels.details import load_float, share_of
 from steer_kernels.launch_table import BACKEND, launch_for
+from steer_kernels.measure import cosine_with, dot_with, norm_of, share_after_measuring, write_late_probes
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import Tables
 from steer_kernels.tiles import load_row, load_stream_tile, load_tile, store_tile, zero_row
@@ -42,52 +43,6 @@ def apply_adds(program, num_entries, pos, windows, bank_RD, D: tl.constexpr, TIL
 
 
 @triton.jit
-def now_tile(hidden, carried, delta, i: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """Tile i of the row after the edits so far: x + delta."""
-    return load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN) + delta[i]
-
-
-@triton.jit
-def norm_of(hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """|x + delta|"""
-    total = tl.zeros([TILE], tl.float32)
-    for i in tl.static_range(len(delta)):
-        now = now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN)
-        total += now * now
-    return tl.sqrt_rn(tl.sum(total, 0))
-
-
-@triton.jit
-def dot_with(
-    row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr, HOLD: tl.constexpr
-):
-    """<row, x + delta>. `row` is a tuple of tiles in registers if HOLD, else a pointer."""
-    total = tl.zeros([TILE], tl.float32)
-    for i in tl.static_range(len(delta)):
-        w = row[i] if HOLD else load_tile(row, i, D, TILE)
-        total += now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN) * w.to(tl.float32)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def cosine_with(
-    row, hidden, carried, delta, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr, HOLD: tl.constexpr
-):
-    """cos(row, x + delta), or 0 if either is zero. `row` is a tuple of tiles in registers if HOLD, else a pointer."""
-    length = tl.zeros([TILE], tl.float32)
-    dot = tl.zeros([TILE], tl.float32)
-    norm = tl.zeros([TILE], tl.float32)
-    for i in tl.static_range(len(delta)):
-        w = (row[i] if HOLD else load_tile(row, i, D, TILE)).to(tl.float32)
-        now = now_tile(hidden, carried, delta, i, D, TILE, HAS_HIDDEN)
-        dot += now * w
-        length += w * w
-        norm += now * now
-    size = tl.sqrt_rn(tl.sum(norm, 0)) * tl.sqrt_rn(tl.sum(length, 0))
-    return tl.where(size > 0.0, tl.div_rn(tl.sum(dot, 0), tl.where(size > 0.0, size, 1.0)), 0.0)
-
-
-@triton.jit
 def apply_edits(
     hidden,
     carried,
@@ -97,14 +52,17 @@ def apply_edits(
     windows,
     measured,
     bounds,
+    probed,
     keep_norm,
     bank_RD,
     D: tl.constexpr,
     TILE: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
     HOLD: tl.constexpr,
+    NUM_PROBES: tl.constexpr,
 ):
-    """All operations, gates, conditions, kept norms. Returns delta with x' = x + delta, and how many entries applied.
+    """All operations, gates, conditions, kept norms and probes. Returns delta with x' = x + delta, and how many entries
+    edited the row.
 
     x is loaded only for entries that need a sum over D; repeated loads come from cache. So an add in an engine armed
     for all operations moves no more bytes than in one armed for adds. HOLD keeps w in registers between the sum and
@@ -112,6 +70,7 @@ def apply_edits(
     """
     delta = zero_row(D, TILE)
     applied = 0
+    num_late = 0
     for e in tl.range(num_entries, disable_licm=True):
         entry = program + e * 16
         start = tl.load(entry + 1)
@@ -122,12 +81,24 @@ def apply_edits(
             holds = True
             share = tl.full((), 1.0, tl.float32)
             if start < 0:
-                when = tl.load(entry + 12)
-                if ((when >> 18) & 3) != 0:
-                    measure_row(entry, when, measured, hidden, carried, delta, bank_RD, D, TILE, HAS_HIDDEN)
-                    share = 0.0
-                else:
-                    share = share_of(entry, first, pos, windows, measured, bounds, True)
+                share, late = share_after_measuring(
+                    entry,
+                    first,
+                    pos,
+                    windows,
+                    measured,
+                    bounds,
+                    probed,
+                    hidden,
+                    carried,
+                    delta,
+                    bank_RD,
+                    D,
+                    TILE,
+                    HAS_HIDDEN,
+                    NUM_PROBES,
+                )
+                num_late += late
                 holds = share != 0.0
             if holds & (gate_row >= 0):
                 min_cos = load_float(entry, 10)
@@ -157,29 +128,25 @@ def apply_edits(
         before = norm_of(hidden, carried, zero_row(D, TILE), D, TILE, HAS_HIDDEN)
         if after > 0.0:
             delta = rescaled(hidden, carried, delta, tl.div_rn(before, after), D, TILE, HAS_HIDDEN)
+    if NUM_PROBES > 0:  # noqa: SIM102  (a compile-time constant)
+        if num_late > 0:
+            write_late_probes(
+                program,
+                num_entries,
+                pos,
+                windows,
+                measured,
+                bounds,
+                probed,
+                hidden,
+                carried,
+                delta,
+                bank_RD,
+                D,
+                TILE,
+                HAS_HIDDEN,
+            )
     return delta, applied
-
-
-@triton.jit
-def measure_row(
-    entry,
-    when,
-    measured,
-    hidden,
-    carried,
-    delta,
-    bank_RD,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr,
-):
-    """Add what the entry measures in this row to its condition."""
-    row = bank_RD + tl.load(entry).to(tl.int64) * D
-    if ((when >> 18) & 3) == 2:
-        number = cosine_with(row, hidden, carried, delta, D, TILE, HAS_HIDDEN, False)
-    else:
-        number = dot_with(row, hidden, carried, delta, D, TILE, HAS_HIDDEN, False)
-    add_measured(measured, when, number)
 
 
 @triton.jit
@@ -248,6 +215,7 @@ def edit_residual_kernel(
     bounds_SQ2,
     capture_T,
     captured_LCD,
+    probed_TK,
     site,
     D: tl.constexpr,
     HIDDEN_STRIDE: tl.constexpr,
@@ -255,6 +223,7 @@ def edit_residual_kernel(
     NUM_SITES: tl.constexpr,
     NUM_ENTRIES: tl.constexpr,
     NUM_CAPTURE_ROWS: tl.constexpr,
+    NUM_PROBES: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
     ADDS_ONLY: tl.constexpr,
     CAPTURE: tl.constexpr,
@@ -268,11 +237,13 @@ def edit_residual_kernel(
         for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end, share != 0 and the gate is open:
             x += share * (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
         if keep_norm[s] and any applied:  x *= |x before| / |x|
+        probes instead write <x,w> or cos(x,w) to probed[t, column] in their turn, or after the kept norm if late
         if any applied:  carried[t] = round(float32(carried[t]) + (x - x before))
 
     Shapes: hidden, carried [T, D] with unit column stride; the rest as in `Tables`. D, strides and table sizes are
     compile-time constants, so that the compiler knows the alignment of every row. Math is float32, offsets are int64.
-    Aliasing: carried is written in place and must overlap no other tensor. ADDS_ONLY loads hidden only to capture.
+    Aliasing: carried is written in place and must overlap no other tensor. ADDS_ONLY loads hidden only to capture,
+    and has no probes. NUM_PROBES = 0: there are none, and probed_TK is not used.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_T + row).to(tl.int64)
@@ -306,12 +277,14 @@ def edit_residual_kernel(
             windows,
             measured_SQ + slot * 8,
             bounds_SQ2 + slot * 16,
+            probed_TK + row * NUM_PROBES,
             keep_norm_S + slot,
             bank_RD,
             D,
             TILE,
             HAS_HIDDEN,
             HOLD,
+            NUM_PROBES,
         )
     if applied > 0:
         for i in tl.static_range(len(delta)):
@@ -338,7 +311,7 @@ def edit_residual(
 ) -> None:
     """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone if hidden is None.
 
-    adds_only: every entry is an add without a gate or conditions, and no slot preserves the norm.
+    adds_only: every entry is an add without a gate or conditions, no slot preserves the norm, and there are no probes.
     Safe in a CUDA graph: there is no host sync, and values that change between steps are in the device tables.
     """
     carried_TD = rows_view(carried)
@@ -347,6 +320,7 @@ def edit_residual(
     if num_tokens == 0:
         return
     assert not capture or tables.captured_LCD is not None, "these tables have no capture buffers"
+    assert not adds_only or tables.probed_TK is None, "an engine that only adds has no probes"
     hidden_size = carried_TD.shape[1]
     edit_residual_kernel[(num_tokens,)](
         hidden_TD,
@@ -362,12 +336,14 @@ def edit_residual(
         tables.bounds_SQ2,
         tables.capture_T if capture else tables.slot_T,
         tables.captured_LCD if capture else carried_TD,
+        tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK,
         site,
         HIDDEN_STRIDE=row_stride(hidden_TD),
         CARRIED_STRIDE=row_stride(carried_TD),
         NUM_SITES=tables.counts_SL.shape[1],
         NUM_ENTRIES=tables.entries_SLEW.shape[2],
         NUM_CAPTURE_ROWS=0 if tables.captured_LCD is None else tables.captured_LCD.shape[1],
+        NUM_PROBES=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
         HAS_HIDDEN=hidden is not None,
         ADDS_ONLY=adds_only,
         CAPTURE=capture,

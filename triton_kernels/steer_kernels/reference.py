@@ -5,10 +5,12 @@ Legend: see `tables`. N = rows selected from the T rows of the batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from steer_kernels import tables as tb
-from steer_kernels.shares import add_measured, covers, field, have_details, shares_of
+from steer_kernels.shares import add_measured, cosine, covers, field, have_details, probe_columns, shares_of
 from steer_kernels.tables import Tables
 
 
@@ -64,11 +66,15 @@ def edit_residual_reference(
         rows_N, slot_N, words_NEW, share_NE = _used(share_NE, rows_N, slot_N, words_NEW)
     if rows_N.numel() == 0:
         return
+    assert not adds_only or tables.probed_TK is None, "an engine that only adds has no probes"
     if adds_only:
         delta_ND = _add(words_NEW, share_NE, tables.bank_RD)
     else:
         x_ND = _stream(hidden_TD, carried_TD, rows_N)
-        delta_ND, touched_N = _edit(x_ND, words_NEW, share_NE, tables.bank_RD, tables.keep_norm_S[slot_N])
+        probes = None
+        if tables.probed_TK is not None:
+            probes, share_NE = _Probes.take(words_NEW, share_NE, rows_N, tables)
+        delta_ND, touched_N = _edit(x_ND, words_NEW, share_NE, tables.bank_RD, tables.keep_norm_S[slot_N], probes)
         if not bool(touched_N.all()):
             chosen_N = touched_N.nonzero().squeeze(1)
             rows_N, delta_ND = rows_N[chosen_N], delta_ND[chosen_N]
@@ -118,8 +124,9 @@ def _measure(
     slot_N: torch.Tensor,
     tables: Tables,
 ) -> None:
-    """What entries measure in x, before it is edited."""
-    kind_NE = field(words_NEW[..., tb.WHEN], tb.MEASURE) * ((share_NE != 0) & (words_NEW[..., tb.START] < 0))
+    """What entries measure for conditions in x, before it is edited."""
+    counts_NE = (share_NE != 0) & (words_NEW[..., tb.START] < 0) & (probe_columns(words_NEW) < 0)
+    kind_NE = field(words_NEW[..., tb.WHEN], tb.MEASURE) * counts_NE
     for e in kind_NE.any(0).nonzero().squeeze(1).tolist():
         for kind in (tb.DOT, tb.COSINE):
             here_N = (kind_NE[:, e] == kind).nonzero().squeeze(1)
@@ -127,8 +134,45 @@ def _measure(
                 words_NW = words_NEW[here_N, e]
                 x_ND = _stream(hidden_TD, carried_TD, rows_N[here_N])
                 row_ND = tables.bank_RD[words_NW[:, tb.ROW].long()].float()
-                number_N = _cosine(x_ND, row_ND) if kind == tb.COSINE else (x_ND * row_ND).sum(1)
+                number_N = cosine(x_ND, row_ND) if kind == tb.COSINE else (x_ND * row_ND).sum(1)
                 add_measured(number_N, words_NW[:, tb.WHEN], slot_N[here_N], tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probes:
+    """The probes among the entries of the selected rows."""
+
+    words_NEW: torch.Tensor
+    column_NE: torch.Tensor
+    """int32; -1 = no probe, or one that does not apply to the row."""
+    rows_N: torch.Tensor
+    tables: Tables
+
+    @classmethod
+    def take(
+        cls, words_NEW: torch.Tensor, share_NE: torch.Tensor, rows_N: torch.Tensor, tables: Tables
+    ) -> tuple[_Probes, torch.Tensor]:
+        """The probes, and the shares without theirs. Their columns are removed from words_NEW, where gates are."""
+        column_NE = probe_columns(words_NEW)
+        is_probe_NE = column_NE >= 0
+        words_NEW[..., tb.GATE_ROW].masked_fill_(is_probe_NE, -1)
+        applies_NE = is_probe_NE & (share_NE != 0)
+        probes = cls(
+            words_NEW=words_NEW, column_NE=torch.where(applies_NE, column_NE, -1), rows_N=rows_N, tables=tables
+        )
+        return probes, share_NE.masked_fill(is_probe_NE, 0.0)
+
+    def write(self, e: int, x_ND: torch.Tensor, *, late: bool) -> None:
+        """The numbers of entry `e` in x, for the rows in which it is a probe that is `late` or not."""
+        assert self.tables.probed_TK is not None
+        when_N = self.words_NEW[:, e, tb.WHEN]
+        mine_N = (self.column_NE[:, e] >= 0) & (field(when_N, tb.LATE) == late)
+        for kind in (tb.DOT, tb.COSINE):
+            here_N = (mine_N & (field(when_N, tb.MEASURE) == kind)).nonzero().squeeze(1)
+            if here_N.numel():
+                row_ND = self.tables.bank_RD[self.words_NEW[here_N, e, tb.ROW].long()].float()
+                number_N = cosine(x_ND[here_N], row_ND) if kind == tb.COSINE else (x_ND[here_N] * row_ND).sum(1)
+                self.tables.probed_TK[self.rows_N[here_N], self.column_NE[here_N, e].long()] = number_N
 
 
 def _add(words_NEW: torch.Tensor, share_NE: torch.Tensor, bank_RD: torch.Tensor) -> torch.Tensor:
@@ -147,8 +191,9 @@ def _edit(
     share_NE: torch.Tensor,
     bank_RD: torch.Tensor,
     keep_norm_N: torch.Tensor,
+    probes: _Probes | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All operations, gates and kept norms. Returns x' - x as float32 [N, D], and bool [N]: an entry applied."""
+    """All operations, gates, kept norms, probes. Returns x' - x as float32 [N, D], and bool [N]: an entry applied."""
     delta_ND = torch.zeros_like(x_ND)
     touched_N = share_NE[:, 0] < 0  # no row
     for e in range(share_NE.shape[1]):
@@ -156,6 +201,8 @@ def _edit(
         c0, c1, c2, c3 = (words_NW[:, tb.C0 : tb.C3 + 1].view(torch.float32) * share_NE[:, e : e + 1]).unbind(1)
         lo, hi = words_NW[:, tb.LO : tb.HI + 1].view(torch.float32).unbind(1)
         now_ND = x_ND + delta_ND
+        if probes is not None:
+            probes.write(e, now_ND, late=False)
         applies_N = (share_NE[:, e] != 0) & _gate(now_ND, words_NW, bank_RD)
         w_ND = bank_RD[words_NW[:, tb.ROW].long()].float()
         dot_N = (now_ND * w_ND).sum(1)
@@ -169,6 +216,9 @@ def _edit(
         norm_N = edited_ND.norm(dim=1)
         ratio_N = torch.where(norm_N > 0, x_ND.norm(dim=1) / norm_N, 1.0)
         delta_ND = torch.where(keep_N.unsqueeze(1), edited_ND * ratio_N.unsqueeze(1) - x_ND, delta_ND)
+    if probes is not None:
+        for e in range(share_NE.shape[1]):
+            probes.write(e, x_ND + delta_ND, late=True)
     return delta_ND, touched_N
 
 
@@ -179,14 +229,8 @@ def _gate(x_ND: torch.Tensor, words_NW: torch.Tensor, bank_RD: torch.Tensor) -> 
     if bool(open_N.all()):
         return open_N
     low_N, high_N = words_NW[:, tb.GATE_MIN : tb.GATE_MAX + 1].view(torch.float32).unbind(1)
-    cos_N = _cosine(x_ND, bank_RD[row_N.clamp(min=0).long()].float())
+    cos_N = cosine(x_ND, bank_RD[row_N.clamp(min=0).long()].float())
     return open_N | ((cos_N >= low_N) & (cos_N <= high_N))
-
-
-def _cosine(x_ND: torch.Tensor, row_ND: torch.Tensor) -> torch.Tensor:
-    """float32 [N]: cos(x, row); 0 if either is zero."""
-    size_N = x_ND.norm(dim=1) * row_ND.norm(dim=1)
-    return torch.where(size_N > 0, (x_ND * row_ND).sum(1) / size_N, 0.0)
 
 
 def add_rms_norm_edit_reference(

@@ -28,11 +28,24 @@ def have_details(words_NEW: torch.Tensor) -> bool:
     return bool((words_NEW[..., tb.START] < 0).any())
 
 
+def probe_columns(words_NEW: torch.Tensor) -> torch.Tensor:
+    """int32 [N, ..., E]: the column of `probed_TK` that each entry writes; -1 = it is no probe."""
+    is_probe_NE = (words_NEW[..., tb.START] < 0) & (field(words_NEW[..., tb.WHEN], tb.PROBE) != 0)
+    return torch.where(is_probe_NE, words_NEW[..., tb.GATE_ROW], -1)
+
+
+def cosine(x_ND: torch.Tensor, row_ND: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: cos(x, row); 0 if either is zero."""
+    size_N = x_ND.norm(dim=1) * row_ND.norm(dim=1)
+    return torch.where(size_N > 0, (x_ND * row_ND).sum(1) / size_N, 0.0)
+
+
 def shares_of(
     words_NEW: torch.Tensor, pos_N: torch.Tensor, windows_NJ: torch.Tensor, slot_N: torch.Tensor, tables: Tables
 ) -> torch.Tensor:
     """float32 [N, ..., E]: by how much each entry applies to its row: 1 without details, 0 = not at all.
 
+    Probes have a share too, which says whether they write. An entry that measures for a condition has none.
     words_NEW: [N, ..., E, W]. windows_NJ: the rows' part of `windows_TJ`. slot_N: their slots.
     """
     lead = (-1, *[1] * (words_NEW.dim() - 2))
@@ -45,7 +58,8 @@ def shares_of(
     window_NE = _pick(windows_NE, trigger_NE)
     excluded_NE = (exclude_NE > 0) & (_pick(windows_NE, exclude_NE) <= pos_N1)
     inside_NE = (trigger_NE == 0) | (window_NE <= pos_N1)
-    share_NE = (inside_NE & ~excluded_NE & (field(when_NE, tb.MEASURE) == 0)).float()
+    counts_NE = (field(when_NE, tb.MEASURE) == 0) | (field(when_NE, tb.PROBE) != 0)
+    share_NE = (inside_NE & ~excluded_NE & counts_NE).float()
     over_NE = words_NEW[..., tb.OVER]
     if bool((over_NE > 0).any()):
         first_NE = torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)

@@ -1,15 +1,16 @@
 """The persistent buffers that all kernels use, and the binary format of one entry of a program.
 
 Legend: T tokens, S slots, L sites (armed blocks), E entries per site, W words per entry, R bank rows, D hidden size,
-C capture rows, J triggers of a slot, P words per trigger, H positions of history, Q conditions of a slot. An entry is
-one step of a program at one site:
+C capture rows, J triggers of a slot, P words per trigger, H positions of history, Q conditions of a slot, K probes of a
+slot. An entry is one step of a program at one site:
 
     x' = x + share * g(x) * w        g(x) = c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)
 
 It applies to rows at positions start <= p < end whose cosine with the gate row is in [min_cos, max_cos]. An entry with
 details is limited further: to the windows of a trigger (see `triggers`), to positions outside another trigger's
 windows, to slots whose conditions hold; and its schedule sets the share, which is 1 otherwise. An entry that measures
-edits nothing: it adds <x,w> or cos(x,w) to a condition's total, or keeps the largest.
+edits nothing: it adds <x,w> or cos(x,w) to a condition's total, or keeps the largest. A probe is an entry that measures
+for the row alone: it writes that number where the row's share is not 0.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ MAX_TRIGGER_TOKENS: Final = 8
 MAX_CONDITIONS: Final = 8
 """Conditions of a slot."""
 
-# The bit fields of WHEN: (first bit, number of bits).
-TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST = (
+# The bit fields of WHEN: (first bit, number of bits). A probe has its column in place of GATE_ROW.
+TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST, PROBE, LATE = (
     (0, 4),
     (4, 4),
     (8, 8),
@@ -51,6 +52,8 @@ TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST = (
     (18, 2),
     (20, 3),
     (23, 1),
+    (24, 1),
+    (25, 1),
 )
 DOT: Final = 1
 COSINE: Final = 2
@@ -100,10 +103,15 @@ class Entry(NamedTuple):
     """The share after `over` tokens."""
     exponential: bool = False
     measure: int = 0
-    """DOT or COSINE: add that number to condition `total` instead of editing."""
+    """DOT or COSINE: add that number to condition `total` instead of editing, or write it as a probe."""
     total: int = 0
     largest: bool = False
     """Keep the largest number instead of the sum."""
+    probe: int = -1
+    """Column of `probed_TK` that the number is written to; it then counts for no condition. -1 = no probe."""
+    late: bool = False
+    """Probe x after all edits of the site and the kept norm. Otherwise x as it is when the entry's turn comes; the
+    compiler puts such probes before the edits, so that they see the unedited x."""
 
 
 _NO_DETAILS = Entry(row=0)[12:]
@@ -114,7 +122,7 @@ def encode_entry(entry: Entry) -> np.ndarray:
 
     Raises struct.error or OverflowError if a number does not fit into int32 or float32.
     """
-    start, when = entry.start, 0
+    start, when, gate_row = entry.start, 0, entry.gate_row
     if entry[12:] != _NO_DETAILS:
         start |= DETAILS
         fields = (
@@ -126,11 +134,19 @@ def encode_entry(entry: Entry) -> np.ndarray:
             (MEASURE, entry.measure),
             (TOTAL, entry.total),
             (LARGEST, entry.largest),
+            (PROBE, entry.probe >= 0),
+            (LATE, entry.late),
         )
         for (first, bits), value in fields:
             assert 0 <= value < 1 << bits, "a detail of an entry is out of range"
             when |= int(value) << first
-    words = (entry.row, start, *entry[2:12], when, entry.over, entry.slope, entry.to)
+        assert entry.probe >= -1, "a detail of an entry is out of range"
+        assert entry.probe >= 0 or not entry.late, "only a probe can be late"
+        if entry.probe >= 0:
+            assert entry.measure, "a probe measures the dot product or the cosine"
+            assert gate_row == -1, "a probe has no gate"
+            gate_row = entry.probe
+    words = (entry.row, start, *entry[2:9], gate_row, *entry[10:12], when, entry.over, entry.slope, entry.to)
     return np.frombuffer(bytearray(_FORMAT.pack(*words)), dtype=np.int32)
 
 
@@ -146,6 +162,7 @@ def decode_entry(words_W: np.ndarray) -> Entry:
     def field(place: tuple[int, int]) -> int:
         return int(when) >> place[0] & (1 << place[1]) - 1
 
+    probe = gate_row if field(PROBE) else -1
     return Entry(
         row=row,
         start=start & MAX_POSITION,
@@ -156,7 +173,7 @@ def decode_entry(words_W: np.ndarray) -> Entry:
         c3=c3,
         lo=lo,
         hi=hi,
-        gate_row=gate_row,
+        gate_row=-1 if field(PROBE) else gate_row,
         min_cos=min_cos,
         max_cos=max_cos,
         trigger=field(TRIGGER) - 1,
@@ -170,6 +187,8 @@ def decode_entry(words_W: np.ndarray) -> Entry:
         measure=field(MEASURE),
         total=field(TOTAL),
         largest=bool(field(LARGEST)),
+        probe=probe,
+        late=bool(field(LATE)),
     )
 
 
@@ -229,6 +248,9 @@ class Tables:
     after the edit there."""
     captured_LCD: torch.Tensor | None = None
     """[L, C, D]: captured rows, in float32 or the model's dtype, contiguous, 16-byte aligned."""
+    probed_TK: torch.Tensor | None = None
+    """float32 [max tokens, K]: the numbers of each row's probes. The host fills it with NaN before a step; a column
+    that no probe of the row writes keeps what it has. None = no probes."""
 
     @classmethod
     def allocate(
@@ -245,10 +267,12 @@ class Tables:
         num_drafts: int = 0,
         capture_rows: int = 0,
         capture_dtype: torch.dtype = torch.float32,
+        num_probes: int = 0,
     ) -> Tables:
         """Zeroed buffers, which steer and capture nothing.
 
-        num_slots: includes slot 0. num_drafts: draft tokens of a request in one step, at most.
+        num_slots: includes slot 0. num_drafts: draft tokens of a request in one step, at most. num_probes: K; 0 = the
+        tables have no buffer for probes.
         """
 
         def int32(*shape: int) -> torch.Tensor:
@@ -258,6 +282,7 @@ class Tables:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         num_positions = 1 + num_drafts + MAX_TRIGGER_TOKENS
+        probed = torch.zeros(max_tokens, num_probes, dtype=torch.float32, device=device)
         captured = torch.zeros(num_sites, capture_rows, hidden_size, dtype=capture_dtype, device=device)
         return cls(
             bank_RD=torch.zeros(num_rows, hidden_size, dtype=bank_dtype, device=device),
@@ -275,4 +300,5 @@ class Tables:
             bounds_SQ2=float64(num_slots, MAX_CONDITIONS, 2),
             capture_T=int32(max_tokens) if capture_rows else None,
             captured_LCD=captured if capture_rows else None,
+            probed_TK=probed if num_probes else None,
         )
