@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from steer_engine.cli.derive import require_absent, require_writable, say
-from steer_engine.cli.engine_options import (
-    Actors,
-    Chat,
-    DType,
-    GpuMemoryUtilization,
-    GpusPerActor,
-    MaxModelLen,
-    ModelOption,
-    RayAddress,
-    TensorParallelSize,
-    engine_args,
-)
+from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
 from steer_engine.cli.registry import print_table
 from steer_engine.errors import DerivationError
 
@@ -37,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Conditions: steer a request only i
 
 
 @app.command()
+@captures
 def fit(
     vector: Annotated[Path, typer.Argument(help="Vector file whose directions detect the prompts.", metavar="VECTOR")],
     model: ModelOption,
@@ -71,14 +61,8 @@ def fit(
         Path | None,
         typer.Option(help="Picture to write, .svg or .png (default: NAME.condition.svg, beside the vector)."),
     ] = None,
-    chat: Chat = False,
-    dtype: DType = "auto",
-    actors: Actors = 1,
-    ray_address: RayAddress = None,
-    gpus_per_actor: GpusPerActor = None,
-    tensor_parallel_size: TensorParallelSize = 1,
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
+    *,
+    capture: CaptureOptions,
     force: Annotated[
         bool, typer.Option("--force", help="Replace existing output files, and a condition that VECTOR already has.")
     ] = False,
@@ -120,17 +104,7 @@ def fit(
         num_blocks=num_blocks,
         held_out=held_out,
         seed=seed,
-        chat=chat,
-        dtype=dtype,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args(
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-        ),
+        **capture.arguments,
     )
     _print(found)
     found.require_useful()

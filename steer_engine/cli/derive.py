@@ -7,18 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer_engine.cli.engine_options import (
-    Actors,
-    Chat,
-    DType,
-    GpuMemoryUtilization,
-    GpusPerActor,
-    MaxModelLen,
-    Model,
-    RayAddress,
-    TensorParallelSize,
-    engine_args,
-)
+from steer_engine.cli.engine_options import CaptureOptions, Model, RayAddress, captures
 from steer_engine.errors import DerivationError
 from steer_engine.fields import parse_blocks
 
@@ -86,6 +75,7 @@ def _separation(by_block: dict[int, float]) -> str:
     return f"held-out AUROC up to {by_block[best]:.3f} (block {best}), "
 
 
+@captures
 def derive_command(
     model: Model,
     pairs: Annotated[
@@ -101,14 +91,8 @@ def derive_command(
     position: Annotated[
         str, typer.Option(help="Token rows that represent a text: `last`, `mean`, or numbers such as `-1,-2`.")
     ] = "last",
-    chat: Chat = False,
-    dtype: DType = "auto",
-    actors: Actors = 1,
-    ray_address: RayAddress = None,
-    gpus_per_actor: GpusPerActor = None,
-    tensor_parallel_size: TensorParallelSize = 1,
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
+    *,
+    capture: CaptureOptions,
     keep_dump: Annotated[
         Path | None,
         typer.Option(help="Folder to store the activations in, as `dump` does (default: do not store them)."),
@@ -128,29 +112,17 @@ def derive_command(
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
     require_writable(out, force=force, blocks=_parsed(blocks), remedy=remedy)
     require_method(method)
-    settings: dict[str, Any] = {
-        "blocks": blocks,
-        "position": position,
-        "chat": chat,
-        "actors": actors,
-        "ray_address": ray_address,
-        "gpus_per_actor": gpus_per_actor,
-        "engine_args": engine_args(
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-        ),
-    }
+    settings: dict[str, Any] = {"blocks": blocks, "position": position, **capture.arguments}
     if keep_dump is None:
         vector = derive(model, pairs, method=method, **settings)
     else:
         dump(model, pairs, keep_dump, **settings)
-        vector = fit_dump(keep_dump, method=method, ray_address=ray_address)
+        vector = fit_dump(keep_dump, method=method, ray_address=capture.ray_address)
     save(vector, out)
     say(summary(out, vector))
 
 
+@captures
 def dump_command(
     model: Model,
     texts: Annotated[
@@ -167,18 +139,12 @@ def dump_command(
     position: Annotated[
         str, typer.Option(help="Token rows to keep of a text: `last`, `mean`, `all`, or numbers such as `-1,-2`.")
     ] = "last",
-    chat: Chat = False,
-    dtype: DType = "auto",
     store: Annotated[str, typer.Option(help="dtype of the rows: auto (the engine's), float32, bfloat16, float16.")] = (
         "auto"
     ),
     shard_mib: Annotated[int, typer.Option(min=1, max=768, help="Size at which a shard is written.")] = 256,
-    actors: Actors = 1,
-    ray_address: RayAddress = None,
-    gpus_per_actor: GpusPerActor = None,
-    tensor_parallel_size: TensorParallelSize = 1,
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
+    *,
+    capture: CaptureOptions,
 ) -> None:
     """Store the residual stream of texts in a folder. After a crash, the same command resumes.
 
@@ -196,18 +162,9 @@ def dump_command(
         out,
         blocks=blocks,
         position=position,
-        chat=chat,
         store=store,
         shard_bytes=shard_mib * _MIB,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args(
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-        ),
+        **capture.arguments,
     )
     shards = folder.require_complete()
     size = sum(shard.head.bytes for shard in shards)

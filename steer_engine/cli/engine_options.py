@@ -3,10 +3,19 @@
 Each name is a type for one parameter of a typer command; its default stands in the command:
 
     def command(model: Model, dtype: DType = "auto", max_model_len: MaxModelLen = None) -> None: ...
+
+Commands that capture texts have all options of `CaptureOptions`, as one parameter:
+
+    @captures
+    def command(model: Model, *, capture: CaptureOptions) -> None: ...
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
@@ -58,3 +67,57 @@ def engine_args(
     given: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": tensor_parallel_size}
     optional = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
     return given | {name: value for name, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """Options of the commands whose engines capture texts, in the order of their help."""
+
+    chat: Chat = False
+    dtype: DType = "auto"
+    actors: Actors = 1
+    ray_address: RayAddress = None
+    gpus_per_actor: GpusPerActor = None
+    tensor_parallel_size: TensorParallelSize = 1
+    max_model_len: MaxModelLen = None
+    gpu_memory_utilization: GpuMemoryUtilization = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the functions of `steer_engine.derive` that start engines."""
+        return {
+            "chat": self.chat,
+            "dtype": self.dtype,
+            "actors": self.actors,
+            "ray_address": self.ray_address,
+            "gpus_per_actor": self.gpus_per_actor,
+            "engine_args": engine_args(
+                dtype=self.dtype,
+                tensor_parallel_size=self.tensor_parallel_size,
+                max_model_len=self.max_model_len,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+            ),
+        }
+
+
+def captures(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command: its parameter `capture` becomes one option per field of `CaptureOptions`.
+
+    Typer reads options from a signature, so that of the result lists the fields in the parameter's place.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    options = inspect.signature(CaptureOptions, eval_str=True).parameters.values()
+    listed = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+        for option in (options if parameter.name == "capture" else [parameter])
+    ]
+    names = [field.name for field in fields(CaptureOptions)]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        capture = CaptureOptions(**{name: given.pop(name) for name in names})
+        command(**given, capture=capture)
+
+    run.__signature__ = signature.replace(parameters=listed)  # type: ignore[attr-defined]
+    return run
