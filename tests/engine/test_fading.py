@@ -90,8 +90,10 @@ def test_edits_with_different_schedules_at_different_blocks(made: list[StepPlan]
     ]
     runtime.admit(1, program(*edits))
     runtime.admit(2, program(*edits[::-1]))
-    for position in range(1, 14):
-        run_step(runtime, (1, position), (2, position))
+    later = {"vector": "c", "blocks": [3], "schedule": LINEAR, "scope": {"start": 2}}
+    runtime.admit(3, program({"blocks": [0], "schedule": LINEAR}, later))
+    for position in range(2, 14):
+        run_step(runtime, (1, position), (2, position), (3, position))
     assert len(made) == 2
 
 
