@@ -292,12 +292,11 @@ class EngineRuntime:
         self, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_T: torch.Tensor
     ) -> bool:
         """Whether the last step's plan fits the coming step: the same rows, with only positions advanced."""
-        decoding = None if self._plan is None else self._plan.decoding
         # A capture goes through the reference, which needs positions.
         return (
-            decoding is not None
+            self._plan is not None
             and not self._can_capture
-            and decoding.continues(query_start_loc_B1, idx_mapping_B, positions_T, self.tables.windows_TJ)
+            and self._plan.continues(query_start_loc_B1, idx_mapping_B, positions_T, self.tables.windows_TJ)
         )
 
     def _make_plan(

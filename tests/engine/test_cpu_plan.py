@@ -191,7 +191,7 @@ SCHEDULES = [{"kind": "linear", "over": 4, "to": 0.25}, {"kind": "exponential", 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
 @pytest.mark.parametrize("op", ["add", "ablate"])
-def test_a_plan_is_not_reused_while_a_schedule_runs(plans_made: list[StepPlan], op: str, schedule: Any) -> None:
+def test_one_plan_follows_a_schedule_to_its_end(plans_made: list[StepPlan], op: str, schedule: Any) -> None:
     runtime = new_runtime()
     runtime.admit(1, program({"op": op, "scope": {"start": 7}, "schedule": schedule}))
     runtime.admit(2, program({}))
@@ -199,7 +199,7 @@ def test_a_plan_is_not_reused_while_a_schedule_runs(plans_made: list[StepPlan], 
     for position in range(5, 14):
         decode(runtime, position, 1, 2)
         made.append(len(plans_made))
-    assert made == [1, 1, 2, 3, 4, 5, 6, 6, 6]
+    assert made == [1, 1, 2, 2, 2, 2, 3, 3, 3]
 
 
 def test_a_schedule_starts_again_in_each_window(plans_made: list[StepPlan]) -> None:
@@ -209,7 +209,7 @@ def test_a_schedule_starts_again_in_each_window(plans_made: list[StepPlan]) -> N
     for position, token in enumerate([OPEN, *[OTHER] * 6, OPEN, *[OTHER] * 6]):
         decode(runtime, position, 1, tokens=[token])
         made.append(len(plans_made))
-    assert made == [1, 2, 3, 4, 5, 6, 6, 6, 7, 8, 9, 10, 11, 11]
+    assert made == [1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5]
 
 
 @pytest.mark.parametrize("holds", [True, False])

@@ -14,10 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.driving import tokens
+from helpers.driving import edit, params, steering, tokens
 from helpers.engines import RUNNER
 from helpers.oracle import Oracle
-from helpers.traffic import PROBES, SPECS, Ask, Start, asks, assert_right, core_of, drafts_of, marked, run
+from helpers.traffic import (
+    CLOSE,
+    OPEN,
+    PROBES,
+    SPECS,
+    Ask,
+    Start,
+    asks,
+    assert_right,
+    core_of,
+    drafts_of,
+    marked,
+    run,
+)
 
 from steer_engine import LLM
 
@@ -231,3 +244,33 @@ def test_nothing_in_the_matrix_is_plain(oracle: Oracle) -> None:
     for spec in SPECS:
         moved = abs(oracle.logprobs(prompt, spec, prompt_len=len(prompt))[-1] - plain).max()
         assert (moved == 0) if spec is None else moved > 1e-2
+
+
+@pytest.mark.v1_only
+def test_a_preempted_request_may_resume_in_the_next_step(start: Start, oracle: Oracle) -> None:
+    """The batch of the next step has the same requests. Their prompts are computed again, but not measured twice, and
+    their windows are found again.
+    """
+    llm = start(enable_prefix_caching=False, max_num_seqs=8, max_num_batched_tokens=256)
+    prompt, scope = marked(tokens(910, 40)), {"after": OPEN, "until": CLOSE, "each": True}
+    when = {"vector": "r10", "blocks": [0], "measure": "dot", "at": "mean_prompt", "above": 0.0}
+    asked = steering(edit("r11", 2.0, when=when), edit("r8", 2.0, scope=scope))
+    value = oracle.decisions(prompt, asked, len(prompt)).value(when)
+    # The number holds; twice the number would not.
+    del when["above"]
+    when["below" if value > 0 else "above"] = 1.5 * value
+    asked = steering(edit("r11", 2.0, when=when), edit("r8", 2.0, scope=scope))
+    requested = [Ask(prompt, asked, 12), Ask(marked(tokens(911, 30)), SPECS[3], 12)]
+    engine = llm.llm_engine
+    for number, ask in enumerate(requested):
+        engine.add_request(str(number), {"prompt_token_ids": ask.prompt}, params(ask.spec, max_tokens=ask.max_tokens))
+    outputs: dict[str, Any] = {}
+    steps = 0
+    with counting(core_of(llm).scheduler, "_preempt_request") as preempted:
+        while engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.step()}
+            steps += 1
+            if steps in (3, 7):
+                engine.reset_prefix_cache(reset_running_requests=True)
+    assert len(preempted) == 2 * len(requested)
+    assert_right(oracle, requested, [outputs[str(number)] for number in range(len(requested))])

@@ -38,12 +38,18 @@ def actors() -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            title = " ".join(process.cmdline())
+            title, parent = process.cmdline(), process.parent()
+            # A child between fork and exec has the title and the high-water mark of its parent.
+            is_copy = parent is not None and _is_actor(parent.cmdline())
         except psutil.Error:  # it has just ended
             continue
-        if title.startswith(ACTOR):
+        if _is_actor(title) and not is_copy:
             found.append(process.pid)
     return found
+
+
+def _is_actor(title: list[str]) -> bool:
+    return " ".join(title).startswith(ACTOR)
 
 
 class Watch(threading.Thread):

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from steer_kernels import tables as tb
+from steer_kernels.fading import Fading, Schedules, add_up
 from steer_kernels.reference import rows_view
-from steer_kernels.shares import covers, have_details, is_fading, shares_of
+from steer_kernels.shares import covers, have_details, shares_of
 from steer_kernels.tables import MAX_POSITION, Tables
 
 MAX_GATHERED_NUMBERS = 2**18
@@ -128,13 +129,21 @@ class Decoding:
             and (not len(self.windows) or np.array_equal(self.windows, windows_TJ.numpy()[self.with_triggers]))
         )
 
+    def not_before(self, rows_N: torch.Tensor, position_N: np.ndarray | None) -> None:
+        """The plan is not valid in these rows before these positions, if there are any."""
+        if position_N is not None:
+            rows = rows_N.numpy()
+            self.since_B[rows] = np.maximum(self.since_B[rows], position_N)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """The edits at all sites for the steered rows of one engine step."""
 
     decoding: Decoding | None
-    """None = not every request has exactly one row (prefill), or a schedule is running: the plan cannot be reused."""
+    """None = not every request has exactly one row (prefill): the plan cannot be reused."""
+    fading: Fading | None
+    """What to write again in every step while a schedule runs; None = nothing."""
     rows_N: torch.Tensor
     """int64: indices of the steered rows in the batch."""
     all_rows: bool
@@ -164,22 +173,41 @@ class StepPlan:
             slot_N = slot_N[:1]  # the rows of one request share its entries
         most = int(tables.counts_SL[slot_N].max())
         words_NLEW, pos_N = tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N]
-        share_NLE, fading = covers(words_NLEW, pos_N).float(), False
+        decoding = Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T)
+        covers_NLE, schedules = covers(words_NLEW, pos_N), None
+        share_NLE = covers_NLE.float()
         if have_details(words_NLEW):
             windows_NJ = tables.windows_TJ[rows_N]
             share_NLE *= shares_of(words_NLEW, pos_N, windows_NJ, slot_N, tables)
-            fading = bool(is_fading(words_NLEW, pos_N, windows_NJ).any())
-        entries = _Entries.of(words_NLEW, share_NLE)
+            if decoding is not None:
+                step = (words_NLEW, covers_NLE, rows_N, pos_N, windows_NJ, slot_N, tables)
+                schedules, ended_N = Schedules.of_step(*step)
+                decoding.not_before(rows_N, ended_N)
+        entries = _Entries.of(words_NLEW, share_NLE, None if schedules is None else schedules.running_LEN1)
         gathered_LEND = entries.bank_rows(tables.bank_RD)
         delta_LND = None if gathered_LEND is None or not entries.only_add else entries.added(gathered_LEND)
         return cls(
-            decoding=None if fading else Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T),
+            decoding=decoding,
+            fading=None if schedules is None else entries.fading(schedules, gathered_LEND, delta_LND),
             rows_N=rows_N,
             all_rows=rows_N.shape[0] == positions_T.shape[0],
-            edits_L=entries.applies_LEN1.flatten(1).any(1).tolist(),
+            edits_L=entries.may_apply_LEN1.flatten(1).any(1).tolist(),
             delta_LND=delta_LND,
             steps_at_L=entries.steps(gathered_LEND) if delta_LND is None else [],
         )
+
+    def continues(
+        self,
+        query_start_loc_B1: torch.Tensor,
+        idx_mapping_B: torch.Tensor,
+        positions_B: torch.Tensor,
+        windows_TJ: torch.Tensor,
+    ) -> bool:
+        """Whether this plan is valid for the given step too. If schedules run, it has been advanced to the step."""
+        step = (query_start_loc_B1, idx_mapping_B, positions_B, windows_TJ)
+        if self.decoding is None or not self.decoding.continues(*step):
+            return False
+        return self.fading is None or self.fading.advance(positions_B)
 
     def apply(self, hidden: torch.Tensor | None, carried: torch.Tensor, bank_RD: torch.Tensor, site: int) -> None:
         """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone."""
@@ -222,11 +250,16 @@ class _Entries:
 
     row_LEN: torch.Tensor
     floats_LECN1: torch.Tensor
-    """C0, C1, C2, C3, LO, HI; the first four are 0 where the entry does not apply."""
+    """C0, C1, C2, C3, LO, HI; the first four are multiplied by the share."""
+    plain_LECN1: torch.Tensor
+    """C0, C1, C2, C3 before that."""
+    share_LEN1: torch.Tensor
     applies_LEN1: torch.Tensor
+    running_LEN1: torch.Tensor | None
+    """bool: a schedule runs, so the share changes while the plan is used; None = nowhere."""
 
     @classmethod
-    def of(cls, words_NLEW: torch.Tensor, share_NLE: torch.Tensor) -> _Entries:
+    def of(cls, words_NLEW: torch.Tensor, share_NLE: torch.Tensor, running_LEN1: torch.Tensor | None) -> _Entries:
         """words_NLEW: one per row, or a single one for all rows. In the second case the result has one row too,
         unless an entry applies only to some of the rows.
 
@@ -242,12 +275,25 @@ class _Entries:
         return cls(
             row_LEN=words_NLEW[..., tb.ROW].permute(1, 2, 0).contiguous().long(),
             floats_LECN1=torch.cat([coefficients_LECN1, bounds_LECN1], dim=2),
+            plain_LECN1=floats_LECN1[:, :, :4],
+            share_LEN1=share_LEN1,
             applies_LEN1=share_LEN1 != 0,
+            running_LEN1=running_LEN1,
         )
 
     @property
+    def may_apply_LEN1(self) -> torch.Tensor:
+        """bool: the entry applies at some position for which the plan is used."""
+        return self.applies_LEN1 if self.running_LEN1 is None else self.applies_LEN1 | self.running_LEN1
+
+    @property
+    def _needs_x_LEC(self) -> torch.Tensor:
+        """bool [L, E, 3]: C1, C2, C3 is used in a row."""
+        return ((self.plain_LECN1[:, :, 1:] != 0) & self.may_apply_LEN1.unsqueeze(2)).flatten(3).any(3)
+
+    @property
     def only_add(self) -> bool:
-        return not bool(self.floats_LECN1[:, :, 1:4].any())
+        return not bool(self._needs_x_LEC.any())
 
     def bank_rows(self, bank_RD: torch.Tensor) -> torch.Tensor | None:
         """float32 [L, E, N, D], or None if there are more than MAX_GATHERED_NUMBERS numbers."""
@@ -257,17 +303,32 @@ class _Entries:
 
     def added(self, gathered_LEND: torch.Tensor) -> torch.Tensor:
         """float32 [L, N, D]: the sum over the entries in order. All entries must only add."""
-        parts_ELND = (gathered_LEND * self.floats_LECN1[:, :, 0]).unbind(1)
-        total_LND = parts_ELND[0]
-        for part_LND in parts_ELND[1:]:
-            total_LND = total_LND + part_LND
-        return total_LND
+        c0_LEN1 = self.floats_LECN1[:, :, 0]
+        shape = (c0_LEN1.shape[0], c0_LEN1.shape[2], gathered_LEND.shape[-1])
+        return add_up(gathered_LEND, c0_LEN1, torch.empty(shape))
+
+    def fading(
+        self, schedules: Schedules, gathered_LEND: torch.Tensor | None, delta_LND: torch.Tensor | None
+    ) -> Fading:
+        """What to write again for other positions. Each row has its own entries."""
+        used = 1 if self.only_add else 4
+        return Fading(
+            schedules=schedules,
+            plain_LECN1=self.plain_LECN1[:, :, :used],
+            share_LEN1=self.share_LEN1,
+            coefficients_LECN1=self.floats_LECN1[:, :, :used],
+            applies_LEN1=None if self.only_add else self.applies_LEN1,
+            gathered_LEND=gathered_LEND,
+            delta_LND=delta_LND,
+        )
 
     def steps(self, gathered_LEND: torch.Tensor | None) -> list[list[Step]]:
         """By site, the entries that apply to at least one row."""
-        has_LEC = (self.floats_LECN1[:, :, 1:4] != 0).flatten(3).any(3).tolist()
-        any_LE = self.applies_LEN1.flatten(2).any(2).tolist()
-        all_LE = self.applies_LEN1.flatten(2).all(2).tolist()
+        has_LEC = self._needs_x_LEC.tolist()
+        any_LE = self.may_apply_LEN1.flatten(2).any(2).tolist()
+        # Where a schedule runs, the share may become 0.
+        always_LEN1 = self.applies_LEN1 if self.running_LEN1 is None else self.applies_LEN1 & ~self.running_LEN1
+        all_LE = always_LEN1.flatten(2).all(2).tolist()
 
         def steps_of(site: int) -> Iterator[Step]:
             for e, used in enumerate(any_LE[site]):

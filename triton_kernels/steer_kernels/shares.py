@@ -5,6 +5,7 @@ Legend: see `tables`. N selected rows. A CPU engine runs this too, so it depends
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from steer_kernels import tables as tb
@@ -62,11 +63,8 @@ def shares_of(
     share_NE = (inside_NE & ~excluded_NE & counts_NE).float()
     over_NE = words_NEW[..., tb.OVER]
     if bool((over_NE > 0).any()):
-        first_NE = torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)
-        since_NE = (pos_N1 - first_NE).clamp(min=0)
-        change_NE = words_NEW[..., tb.SLOPE].contiguous().view(torch.float32) * since_NE
-        now_NE = torch.where(field(when_NE, tb.EXPONENTIAL) != 0, torch.exp2(change_NE), 1.0 + change_NE)
-        now_NE = torch.where(since_NE >= over_NE, words_NEW[..., tb.TO].contiguous().view(torch.float32), now_NE)
+        since_NE = (pos_N1 - first_positions(words_NEW, windows_NJ)).clamp(min=0)
+        now_NE = _scheduled(words_NEW, since_NE)
         share_NE = torch.where((over_NE > 0) & (share_NE != 0), share_NE * now_NE, share_NE)
     asked_NE = field(when_NE, tb.CONDITIONS)
     if bool((asked_NE != 0).any()):
@@ -77,13 +75,28 @@ def shares_of(
     return torch.where(detailed_NE, share_NE, 1.0)
 
 
-def is_fading(words_NEW: torch.Tensor, pos_N: torch.Tensor, windows_NJ: torch.Tensor) -> torch.Tensor:
-    """bool [N, ..., E]: a schedule has not reached its end at the row's position, so the next position differs."""
-    pos_N1 = pos_N.view(-1, *[1] * (words_NEW.dim() - 2))
+def scheduled(
+    slope: np.ndarray, since: np.ndarray, ended: np.ndarray, to: np.ndarray, exponential: np.ndarray | None
+) -> np.ndarray:
+    """float32: the share of schedules that began `since` tokens ago. All have one shape.
+
+    exponential: bool; None = all are linear.
+    """
+    change = slope * since.astype(np.float32)
+    now = change + np.float32(1.0)
+    if exponential is not None:
+        # Not torch.exp2: it rounds the last elements of a tensor by another rule than the others, so that a row would
+        # depend on its place in the batch.
+        power = np.where(exponential & ~ended, change, 0.0).astype(np.float64)
+        now = np.where(exponential, np.exp2(power).astype(np.float32), now)
+    return np.where(ended, to, now)
+
+
+def first_positions(words_NEW: torch.Tensor, windows_NJ: torch.Tensor) -> torch.Tensor:
+    """int32 [N, ..., E]: where the entry begins: its start, or that of its trigger's window (MAX_POSITION = closed)."""
     trigger_NE = field(words_NEW[..., tb.WHEN], tb.TRIGGER)
     window_NE = _pick(torch.nn.functional.pad(windows_NJ, (1, 0)), trigger_NE)
-    first_NE = torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)
-    return (words_NEW[..., tb.OVER] > pos_N1 - first_NE) & (first_NE <= pos_N1)
+    return torch.where(trigger_NE > 0, window_NE, words_NEW[..., tb.START] & tb.MAX_POSITION)
 
 
 def add_measured(number_N: torch.Tensor, when_N: torch.Tensor, slot_N: torch.Tensor, tables: Tables) -> None:
@@ -94,6 +107,15 @@ def add_measured(number_N: torch.Tensor, when_N: torch.Tensor, slot_N: torch.Ten
     total_X = tables.measured_SQ.view(-1)
     total_X.index_add_(0, place_N[~largest_N], number_N[~largest_N])
     total_X.scatter_reduce_(0, place_N[largest_N], number_N[largest_N], "amax")
+
+
+def _scheduled(words_NEW: torch.Tensor, since_NE: torch.Tensor) -> torch.Tensor:
+    """`scheduled` for entries, wherever they are."""
+    words, since = words_NEW.cpu().numpy(), since_NE.cpu().numpy()
+    slope, to = (np.ascontiguousarray(words[..., word]).view(np.float32) for word in (tb.SLOPE, tb.TO))
+    exponential = (words[..., tb.WHEN] >> tb.EXPONENTIAL[0] & 1) != 0
+    now = scheduled(slope, since, since >= words[..., tb.OVER], to, exponential if exponential.any() else None)
+    return torch.from_numpy(now).to(words_NEW.device)
 
 
 def _held(slot_N: torch.Tensor, tables: Tables) -> torch.Tensor:
