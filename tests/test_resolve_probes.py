@@ -134,7 +134,11 @@ def test_only_stop_rules_change_the_digest() -> None:
 def test_probes_of_a_request_follow_those_of_its_preset() -> None:
     base = resolved({"edits": [{"vector": "a"}], "probes": [PROBE]})
     more = parse_spec(
-        {"preset": "x", "probes": [PROBE | {"name": "q", "vector": "b"}], "stop": [{"probe": "p", "above": 1}]}
+        {
+            "preset": "x",
+            "probes": [PROBE | {"name": "q", "vector": "b", "blocks": [1]}],
+            "stop": [{"probe": "p", "above": 1}],
+        }
     )
     assert more is not None
     both = with_probes(base, more, source, MODEL, Limits())

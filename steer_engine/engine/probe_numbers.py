@@ -12,13 +12,16 @@ from steer_engine.probe import ProbePlan
 
 
 class ProbeNumbers:
-    """Numbers of one request. K columns (see `ProbePlan`), M prompt rows before the last one, N rows of tokens."""
+    """Numbers of one request. K columns (see `ProbePlan`), N rows of tokens, M rows of prompt tokens: all but the last
+    one if a probe measures any of these, otherwise none.
+    """
 
     def __init__(self, plan: ProbePlan, prompt_len: int) -> None:
         self._plan = plan
         self._first_token = prompt_len - 1
         """The position that chooses the first generated token."""
-        self._prompt_MK = np.full((self._first_token - plan.start, plan.num_columns), np.nan, dtype=np.float32)
+        num_prompt_rows = self._first_token if plan.start < self._first_token else 0
+        self._prompt_MK = np.full((num_prompt_rows, plan.num_columns), np.nan, dtype=np.float32)
         self._rows: dict[int, np.ndarray] = {}
         self._num_returned = 0
         self._in_a_row = [0] * len(plan.stops)
@@ -31,9 +34,8 @@ class ProbeNumbers:
         """Rows that a step computed. What they hold for tokens that were returned before is ignored."""
         numbers_NK = numbers_NK[:, : self._plan.num_columns]
         in_prompt_N = positions_N < self._first_token
-        if in_prompt_N.any() and not self._num_returned:
-            here_N = in_prompt_N & (positions_N >= self._plan.start)
-            self._prompt_MK[positions_N[here_N] - self._plan.start] = numbers_NK[here_N]
+        if in_prompt_N.any() and len(self._prompt_MK):
+            self._prompt_MK[positions_N[in_prompt_N]] = numbers_NK[in_prompt_N]
         for row in (~in_prompt_N).nonzero()[0].tolist():
             position = int(positions_N[row])
             if position >= self._first_token + self._num_returned:
