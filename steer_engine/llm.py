@@ -149,7 +149,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 for choice in output.outputs:
                     applied.add(output.prompt_token_ids, choice.token_ids, numbers, choice.index)
                     if spec.template.probes:
-                        choice.steering = _numbers_of(output, choice.index, spec)
+                        choice.steering = probed_numbers(output, choice.index, spec)
         return outputs
 
     def _resolved(self, params: Any) -> ResolvedSpec | None:
@@ -251,7 +251,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         return capture.arranged(engine_client.rows_of(reply), len(output.prompt_token_ids))[1]
 
 
-def _numbers_of(output: Any, sequence: int, resolved: ResolvedSpec) -> dict[str, Any]:
+def probed_numbers(output: Any, sequence: int, resolved: ResolvedSpec) -> dict[str, Any]:
     """The numbers of probes of one sequence, as in a server's answers."""
     answer = ProbeAnswer(resolved.template.probes)
     if (queue := probed.numbers_offline(output)) is not None:

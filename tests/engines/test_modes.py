@@ -33,6 +33,7 @@ from helpers.traffic import (
 )
 
 from steer_engine import LLM
+from steer_engine.llm import probed_numbers
 
 NUM = 24 if RUNNER == "v1" else 8
 
@@ -214,7 +215,7 @@ def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
             if waiting:
                 number, ask = waiting.pop(0)
                 inputs: Any = {"prompt_token_ids": ask.prompt}
-                engine.add_request(str(number), inputs, params(ask.spec, max_tokens=ask.max_tokens))
+                engine.add_request(str(number), inputs, params(ask.steering, max_tokens=ask.max_tokens))
         for output in engine.step():
             number = int(output.request_id)
             if output.finished:
@@ -223,6 +224,11 @@ def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
                 engine.abort_request([output.request_id])
         step += 1
     assert set(finished) == {number for number in range(NUM) if number % 4 != 2 or requested[number].max_tokens == 1}
+    for number, output in finished.items():
+        ask = requested[number]
+        if ask.probes:
+            for choice in output.outputs:
+                choice.steering = probed_numbers(output, choice.index, llm._frontend.resolve(ask.steering))
     assert_right(oracle, [requested[i] for i in finished], list(finished.values()))
 
 
@@ -263,7 +269,7 @@ def test_a_preempted_request_may_resume_in_the_next_step(start: Start, oracle: O
     requested = [Ask(prompt, asked, 12), Ask(marked(tokens(911, 30)), SPECS[3], 12)]
     engine = llm.llm_engine
     for number, ask in enumerate(requested):
-        engine.add_request(str(number), {"prompt_token_ids": ask.prompt}, params(ask.spec, max_tokens=ask.max_tokens))
+        engine.add_request(str(number), {"prompt_token_ids": ask.prompt}, params(ask.steering, max_tokens=ask.max_tokens))
     outputs: dict[str, Any] = {}
     steps = 0
     with counting(core_of(llm).scheduler, "_preempt_request") as preempted:
