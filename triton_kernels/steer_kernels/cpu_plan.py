@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from steer_kernels import tables as tb
+from steer_kernels.cpu_probes import SiteProbes, take_probes
 from steer_kernels.reference import rows_view
 from steer_kernels.shares import covers, have_details, is_fading, shares_of
 from steer_kernels.tables import MAX_POSITION, Tables
@@ -145,6 +146,8 @@ class StepPlan:
     """The sum to add at each site. None if an entry needs x or the bank rows are not gathered; then see steps_at_L."""
     steps_at_L: list[list[Step]]
     """By site, the entries in order; empty if delta_LND is set."""
+    probes: dict[int, SiteProbes]
+    """The probes of the sites that have any."""
 
     @classmethod
     def of_step(
@@ -169,6 +172,9 @@ class StepPlan:
             windows_NJ = tables.windows_TJ[rows_N]
             share_NLE *= shares_of(words_NLEW, pos_N, windows_NJ, slot_N, tables)
             fading = bool(is_fading(words_NLEW, pos_N, windows_NJ).any())
+        probes: dict[int, SiteProbes] = {}
+        if tables.probed_TK is not None:
+            probes, words_NLEW, share_NLE = take_probes(tables, words_NLEW, share_NLE, rows_N)
         entries = _Entries.of(words_NLEW, share_NLE)
         gathered_LEND = entries.bank_rows(tables.bank_RD)
         delta_LND = None if gathered_LEND is None or not entries.only_add else entries.added(gathered_LEND)
@@ -179,15 +185,20 @@ class StepPlan:
             edits_L=entries.applies_LEN1.flatten(1).any(1).tolist(),
             delta_LND=delta_LND,
             steps_at_L=entries.steps(gathered_LEND) if delta_LND is None else [],
+            probes=probes,
         )
 
     def apply(self, hidden: torch.Tensor | None, carried: torch.Tensor, bank_RD: torch.Tensor, site: int) -> None:
         """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone."""
         if not self.edits_L[site]:
+            if site in self.probes:
+                self.probes[site].write(hidden, rows_view(carried), None, bank_RD)
             return
         carried_TD = rows_view(carried)
         every = self.all_rows and carried_TD.shape[0] == self.rows_N.shape[0]
         delta_ND = self._delta(hidden, carried_TD, bank_RD, site, every=every)
+        if site in self.probes:
+            self.probes[site].write(hidden, carried_TD, delta_ND, bank_RD)
         if carried_TD.dtype != torch.float32:
             carried_TD[self.rows_N] = (carried_TD[self.rows_N].float() + delta_ND).to(carried_TD.dtype)
         elif every:
