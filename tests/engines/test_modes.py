@@ -269,7 +269,9 @@ def test_a_preempted_request_may_resume_in_the_next_step(start: Start, oracle: O
     requested = [Ask(prompt, asked, 12), Ask(marked(tokens(911, 30)), SPECS[3], 12)]
     engine = llm.llm_engine
     for number, ask in enumerate(requested):
-        engine.add_request(str(number), {"prompt_token_ids": ask.prompt}, params(ask.steering, max_tokens=ask.max_tokens))
+        engine.add_request(
+            str(number), {"prompt_token_ids": ask.prompt}, params(ask.steering, max_tokens=ask.max_tokens)
+        )
     outputs: dict[str, Any] = {}
     steps = 0
     with counting(core_of(llm).scheduler, "_preempt_request") as preempted:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from steer_kernels import tables as tb
+from steer_kernels.cpu_probes import SiteProbes, take_probes
 from steer_kernels.fading import Fading, Schedules, add_up
 from steer_kernels.reference import rows_view
 from steer_kernels.shares import covers, have_details, shares_of
@@ -154,6 +155,8 @@ class StepPlan:
     """The sum to add at each site. None if an entry needs x or the bank rows are not gathered; then see steps_at_L."""
     steps_at_L: list[list[Step]]
     """By site, the entries in order; empty if delta_LND is set."""
+    probes: dict[int, SiteProbes]
+    """The probes of the sites that have any."""
 
     @classmethod
     def of_step(
@@ -174,13 +177,14 @@ class StepPlan:
         most = int(tables.counts_SL[slot_N].max())
         words_NLEW, pos_N = tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N]
         decoding = Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T)
-        covers_NLE, schedules = covers(words_NLEW, pos_N), None
-        share_NLE = covers_NLE.float()
+        share_NLE, schedules = covers(words_NLEW, pos_N).float(), None
+        probes: dict[int, SiteProbes] = {}
         if have_details(words_NLEW):
             windows_NJ = tables.windows_TJ[rows_N]
             share_NLE *= shares_of(words_NLEW, pos_N, windows_NJ, slot_N, tables)
+            probes, words_NLEW, share_NLE = take_probes(tables, words_NLEW, share_NLE, rows_N)
             if decoding is not None:
-                step = (words_NLEW, covers_NLE, rows_N, pos_N, windows_NJ, slot_N, tables)
+                step = (words_NLEW, covers(words_NLEW, pos_N), rows_N, pos_N, windows_NJ, slot_N, tables)
                 schedules, ended_N = Schedules.of_step(*step)
                 decoding.not_before(rows_N, ended_N)
         entries = _Entries.of(words_NLEW, share_NLE, None if schedules is None else schedules.running_LEN1)
@@ -194,6 +198,7 @@ class StepPlan:
             edits_L=entries.may_apply_LEN1.flatten(1).any(1).tolist(),
             delta_LND=delta_LND,
             steps_at_L=entries.steps(gathered_LEND) if delta_LND is None else [],
+            probes=probes,
         )
 
     def continues(
@@ -212,10 +217,14 @@ class StepPlan:
     def apply(self, hidden: torch.Tensor | None, carried: torch.Tensor, bank_RD: torch.Tensor, site: int) -> None:
         """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone."""
         if not self.edits_L[site]:
+            if site in self.probes:
+                self.probes[site].write(hidden, rows_view(carried), None, bank_RD)
             return
         carried_TD = rows_view(carried)
         every = self.all_rows and carried_TD.shape[0] == self.rows_N.shape[0]
         delta_ND = self._delta(hidden, carried_TD, bank_RD, site, every=every)
+        if site in self.probes:
+            self.probes[site].write(hidden, carried_TD, delta_ND, bank_RD)
         if carried_TD.dtype != torch.float32:
             carried_TD[self.rows_N] = (carried_TD[self.rows_N].float() + delta_ND).to(carried_TD.dtype)
         elif every:
