@@ -34,6 +34,7 @@ class RunnerAdapter:
 
         hidden_TD: final hidden states of the step. query_start_loc_B1: the first row of each request.
         """
+        self.runtime.end_step()
         if rows := self.scores.rows:
             # Only ranks that sample have logits. vLLM may have changed its own in place: these are computed once more.
             logits_RV = self._runner.model.compute_logits(hidden_TD[rows])
