@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -277,3 +278,13 @@ def block_key(program: Mapping[str, Any], windows: Sequence[Windows], start: int
         return None
     # A tagged pair, like vLLM's own keys. `keep_norm` changes the result of every edit of the request.
     return (KEY_TAG, (*touching, "keep_norm") if program["keep_norm"] else touching)
+
+
+def published_key(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key of `block_key` in the form in which KV events publish it: vLLM sends the item after the tag.
+
+    That item is the key's digest, 16 hexadecimal digits, padded with zeros to 64. External indexers read such a text as
+    the digest of an image in the block, so they never file the block as a plain one.
+    """
+    tag, touching = key
+    return tag, hashlib.sha256(repr(touching).encode()).hexdigest()[:16].ljust(64, "0"), touching

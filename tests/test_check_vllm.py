@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,18 +15,11 @@ from steer_engine.vllm.patching import Symbol
 def test_the_installed_vllm_is_known_by_its_source() -> None:
     from steer_engine.vllm.examination import all_symbols
 
-    found = importlib.util.find_spec("vllm")
-    assert found is not None
-    assert found.origin is not None
-    root = Path(found.origin).parents[1]
-
-    def read(path: str) -> str | None:
-        file = root / path
-        return file.read_text() if file.is_file() else None
-
+    source = check_vllm.installed()
     symbols = all_symbols()
     assert len(symbols) > 40
-    assert check_vllm.problems(symbols, read) == []
+    assert check_vllm.problems(symbols, source.read) == []
+    assert check_vllm.changed_bodies(symbols, source, source) == []
 
 
 def test_every_import_of_vllm_is_on_a_list() -> None:
@@ -81,3 +73,59 @@ SOURCES = {
 )
 def test_differences_are_named(path: str, parameters: tuple[str, ...], problem: str | None) -> None:
     assert check_vllm.problem_of(Symbol(path, parameters), SOURCES.get) == problem
+
+
+CHAT = Symbol("lib.chat:Chat.stream", ("model",))
+OLD = {
+    "lib/__init__.py": "",
+    "lib/chat.py": "class Base:\n    def stream(self, model):\n        'Says.'\n        return [model]\n"
+    "class Chat(Base): ...\ndef free(): return 1\n",
+    "lib/known.py": "from lib.chat import Chat\nclass Known(Chat):\n    def stream(self, model): return []\n",
+}
+NEW = {
+    **OLD,
+    "lib/far.py": "from lib.known import Known as Parent\n",
+    "lib/other.py": "from lib.far import Parent\nclass Other(Parent[int]):\n    async def stream(self): return []\n"
+    "class Alone:\n    def stream(self): return []\n",
+}
+
+
+def source_of(texts: dict[str, str]) -> check_vllm.Source:
+    return check_vllm.Source(name="lib", files=tuple(texts), read=texts.get)
+
+
+def test_classes_that_redefine_a_method_are_listed() -> None:
+    """Through another module, an alias and a class between. A class of another line may use the name."""
+    known = check_vllm.redefinitions([CHAT], source_of(OLD))
+    assert known == {"lib.known:Known.stream"}
+    assert check_vllm.redefinitions([CHAT], source_of(NEW)) - known == {"lib.other:Other.stream"}
+    assert check_vllm.redefinitions([Symbol("lib.chat:free"), Symbol("lib.chat:Chat")], source_of(NEW)) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (("'Says.'", "'Says it.'  # better"), []),
+        (("[model]", "(\n            [model]\n        )"), []),
+        (("return [model]", "return [model, 1]"), ["lib.chat:Chat.stream"]),
+        (("(self, model)", "(self, model, more=1)"), ["lib.chat:Chat.stream"]),
+    ],
+)
+def test_another_body_is_reported_and_another_comment_is_not(change: tuple[str, str], changed: list[str]) -> None:
+    new = {**OLD, "lib/chat.py": OLD["lib/chat.py"].replace(*change)}
+    assert new["lib/chat.py"] != OLD["lib/chat.py"]
+    assert check_vllm.changed_bodies([CHAT], source_of(OLD), source_of(new)) == changed
+
+
+KNOWN_REDEFINITIONS = {
+    # Calls the base class's.
+    "vllm.v1.core.sched.diffusion_scheduler:DiffusionAsyncScheduler.schedule",
+    # An engine of an encoder alone is refused.
+    "vllm.v1.worker.mm_encoder_model_runner:MMEncoderModelRunner._dummy_run",
+}
+
+
+def test_redefinitions_in_the_installed_vllm_are_known() -> None:
+    from steer_engine.vllm.examination import all_symbols
+
+    assert check_vllm.redefinitions(all_symbols(), check_vllm.installed()) == KNOWN_REDEFINITIONS

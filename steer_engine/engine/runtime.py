@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,6 +13,7 @@ from steer_kernels.trigger_windows import QuietDecoding, advance_triggers_refere
 
 from steer_engine.engine.bank import Bank, Store
 from steer_engine.engine.programs import Programs
+from steer_engine.engine.site_calls import SiteCalls
 from steer_engine.engine.stream import StreamForm
 from steer_engine.program import Program
 from steer_engine.settings import SteeringConfig
@@ -147,6 +148,11 @@ class EngineRuntime:
         """Blocks that are edited inside the norm that follows them."""
         self.fused_calls = 0
         """Launches of such a norm from Python: every step of an eager engine, and graph captures."""
+        self.edit: Callable[[torch.Tensor | None, torch.Tensor, int], None] = self._edit
+        """The op's body (see `op.edit_residual`)."""
+        self.edit_and_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], None] = self._edit_and_norm
+        """The body of `op.add_rms_norm_edit`; only where the kernels are Triton's."""
+        self._calls: SiteCalls | None = None
         self._can_capture = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
         self._plan: StepPlan | None = None
@@ -157,6 +163,33 @@ class EngineRuntime:
     def num_bytes(self) -> int:
         """Device memory of all buffers."""
         return Footprint.of(self.tables).total
+
+    def count_calls(self, calls: SiteCalls) -> None:
+        """Count the calls of each site's op until `calls` has seen enough steps; later calls cost nothing more."""
+
+        def edit(hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
+            calls.count(site)
+            self._edit(hidden, carried, site)
+
+        def edit_and_norm(
+            hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
+        ) -> None:
+            calls.count(site)
+            self._edit_and_norm(hidden, residual, weight, site, epsilon)
+
+        self._calls, self.edit, self.edit_and_norm = calls, edit, edit_and_norm
+
+    def end_step(self) -> None:
+        """The forward pass of a real step has run.
+
+        Raises:
+            UnsupportedEngineError: it is one of the first steps, and a site's op did not run exactly once.
+        """
+        if self._calls is None:
+            return
+        self._calls.end_step()
+        if self._calls.done:
+            self._calls, self.edit, self.edit_and_norm = None, self._edit, self._edit_and_norm
 
     def admit(self, slot: int, program: Program, tokens: Sequence[int] = (), measured: Sequence[float] = ()) -> None:
         """See `Programs.admit`."""
@@ -191,8 +224,10 @@ class EngineRuntime:
         query_start_loc_B1: first row of each request. idx_mapping_B: batch position -> slot - 1 (-1 = unsteered).
         input_ids_T: the token of each row. Rows from `num_tokens` on are unsteered.
         """
+        if self._calls is not None:
+            self._calls.begin_step()
         if not self.programs.steered_slots:
-            self.idle()
+            self._idle()
             return
         if self.programs.probe_slots and self.tables.probed_TK is not None:
             self.tables.probed_TK[:num_tokens].fill_(torch.nan)
@@ -227,6 +262,11 @@ class EngineRuntime:
 
     def idle(self) -> None:
         """The coming forward pass is a dummy: it steers and captures nothing."""
+        self.end_step()
+        self._idle()
+
+    def _idle(self) -> None:
+        """No row of the coming forward pass is steered or captured."""
         self.tables.slot_T.zero_()
         self._rows_N = self._plan = None
         self._stop_capturing()
@@ -249,8 +289,7 @@ class EngineRuntime:
         sites = [self.armed_blocks.index(block) for block in self.capture_blocks]
         return self.tables.captured_LCD[sites, :num_rows].cpu()
 
-    def edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
-        """The op's body (see `op.edit_residual`)."""
+    def _edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
         if self.use_triton:
             from steer_kernels.edit_residual import edit_residual
 
@@ -270,10 +309,9 @@ class EngineRuntime:
                 rows_N=self._rows_N,
             )
 
-    def edit_and_norm(
+    def _edit_and_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
     ) -> None:
-        """The body of `op.add_rms_norm_edit`; only where the kernels are Triton's."""
         from steer_kernels.add_rms_norm_edit import add_rms_norm_edit
 
         self.fused_calls += 1

@@ -38,8 +38,8 @@ class StreamForm(StrEnum):
 class ProbeRows:
     """The batch of the probe: the same token at the same position in every row, one row per perturbed part.
 
-    Row 0 is not perturbed. Attention and similar layers return zeros, so rows do not affect each other, and a single
-    forward pass covers all blocks.
+    Row 0 is not perturbed. Attention and similar layers see only their own row, so rows do not affect each other, and a
+    single forward pass covers all blocks.
     """
 
     num_blocks: int

@@ -12,10 +12,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
 from steer_engine.engine import op
 from steer_engine.engine.runtime import EngineRuntime
+from steer_engine.engine.site_calls import SiteCalls
 from steer_engine.engine.stream import ProbeRows, StreamForm
 from steer_engine.settings import CONFIG_KEY, SteeringConfig
 from steer_engine.vllm.blocks import Stage, find_blocks, probe_forms
@@ -60,6 +62,7 @@ SET_ADAPTERS = Symbol(
 )
 USED = (
     SET_ADAPTERS,
+    Symbol("vllm.config:CUDAGraphMode"),
     Symbol("vllm.forward_context:get_forward_context"),
     Symbol("vllm.forward_context:set_forward_context", ("attn_metadata", "num_tokens", "skip_compiled")),
 )
@@ -109,6 +112,8 @@ def arm(runner: Any) -> EngineRuntime | None:
             blocks[block].forward = _edited(blocks[block].forward, forms[block], site)
     runtime.fused_blocks = tuple(sorted(fused))
     runtime.stage_blocks = stage.blocks
+    replays = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE and runner.device.type != "cpu"
+    runtime.count_calls(SiteCalls(armed, can_replay=replays))
     vllm_config.compilation_config.static_forward_context[CONFIG_KEY] = runtime
     if runner.device.type == "cpu":
         keep_freed_memory()

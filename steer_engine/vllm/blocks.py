@@ -7,7 +7,9 @@ made-up input in place of the earlier stages. Uses `PPMissingLayer` and `Interme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,12 +131,13 @@ def probe_forms(
 ) -> tuple[dict[int, StreamForm], dict[int, RMSNorm]]:
     """How each armed block carries the stream, and the norms that edits can be fused with, by block.
 
-    Runs one small forward pass without attention.
+    Runs one small forward pass in which attention does not look at other rows.
 
     armed: blocks of this worker's stage.
 
     Raises:
-        UnsupportedEngineError: a block carries the stream in no known form. The message names its class.
+        UnsupportedEngineError: a block carries the stream in no known form, or runs several times. The message names
+            its class.
     """
     rows = ProbeRows(num_blocks=len(blocks))
     stage = Stage.of(blocks)
@@ -145,10 +148,12 @@ def probe_forms(
     noise_D = torch.randn(hidden_size, generator=generator).to(device)
     shapes: dict[int, str] = {}
     pairs: dict[int, Pair] = {}
+    calls: Counter[int] = Counter()
 
     def perturbing(block: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
+            calls[block] += 1
             shapes[block] = classify_output(output, rows, hidden_size)
             perturbed = perturb(output, block, rows, noise_D)
             if shapes[block] == "pair":
@@ -162,8 +167,14 @@ def probe_forms(
             stack.enter_context(_forward_replaced(blocks[block], perturbing(block, blocks[block].forward)))
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if isinstance(layer, nn.Module):
-                stack.enter_context(returning_zeros(layer))
+                stack.enter_context(row_local(layer, rows.num_rows))
         final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
+    for block in probed:
+        if calls[block] > 1:
+            raise UnsupportedEngineError(
+                f"Block {block} ({type(blocks[block]).__name__}) runs {calls[block]} times in one forward pass; models "
+                f"that loop over their blocks cannot be steered yet. {LEAVE_OUT}, or start the model unarmed."
+            )
     detected = {
         block: stream_form(block, shapes.get(block, "nothing"), rows, final_TD, type(blocks[block]).__name__)
         for block in probed
@@ -200,23 +211,46 @@ def summed_stream(output: Any) -> torch.Tensor:
 
 
 @contextmanager
-def returning_zeros(layer: nn.Module) -> Iterator[None]:
-    """Make an attention-like layer return zeros. Without metadata the real one returns uninitialised memory."""
+def row_local(layer: nn.Module, num_rows: int) -> Iterator[None]:
+    """Make an attention-like layer return a function of its own row's inputs, for T = `num_rows` token rows.
+
+    Without metadata the real one returns uninitialised memory. Zeros would hide a part of a block's output that only
+    attention reads, such as rows that are already normalised for the next block.
+    """
     signature = inspect.signature(layer.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         given = signature.bind(*args, **kwargs).arguments
-        if given.get("output") is not None:  # by name or by position; the caller of a short convolution uses only this
-            return given["output"].zero_()
+        output = given.get("output")  # by name or by position; the caller of a short convolution uses only this
+        if output is not None:
+            return output.copy_(_mixed([each for each in tensors if each is not output], output.shape, num_rows))
+        first = tensors[0]
         if given.get("output_shape") is not None:
-            return tensors[0].new_zeros(given["output_shape"])
-        zeros = torch.zeros_like(tensors[0])
+            return _mixed(tensors, given["output_shape"], num_rows).to(first.dtype)
         width = getattr(layer, "num_heads", 0) * getattr(layer, "head_size_v", getattr(layer, "head_size", 0))
-        return zeros[..., :width] if 0 < width < zeros.shape[-1] else zeros
+        shape = (*first.shape[:-1], width) if 0 < width < first.shape[-1] else first.shape
+        return _mixed(tensors, shape, num_rows).to(first.dtype)
 
     with _forward_replaced(layer, forward):
         yield
+
+
+def _mixed(inputs: list[torch.Tensor], shape: Sequence[int], num_rows: int) -> torch.Tensor:
+    """float32 of this shape: the mean over the inputs of tanh of each, its row repeated or cut to the output's.
+
+    tanh keeps a row's size near that of real attention, whatever the size of its inputs.
+    """
+    width = math.prod(shape) // num_rows
+    rows_TE = [
+        each.reshape(num_rows, -1).float()
+        for each in inputs
+        if each.is_floating_point() and num_rows in each.shape[:2] and each.numel() >= num_rows
+    ]
+    if not rows_TE or num_rows not in tuple(shape)[:2]:
+        return torch.zeros(tuple(shape), device=inputs[0].device)
+    parts_TE = [each.tanh().repeat(1, -(-width // each.shape[1]))[:, :width] for each in rows_TE]
+    return torch.stack(parts_TE).mean(0).reshape(tuple(shape))
 
 
 def _substitute(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> dict[int, int]:

@@ -38,7 +38,18 @@ CHUNKS = (
     Symbol(f"{_COMPLETION}:CompletionStreamResponse"),
     Symbol(f"{_TOKENS}:GenerateStreamResponseBase"),
 )
-USED = (*WHOLE, *CHUNKS)
+STREAMS = (
+    Symbol(
+        "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
+        ("model_name",),
+    ),
+    Symbol(
+        "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.completion_stream_generator",
+        ("model_name",),
+    ),
+)
+"""Where streams are written. A class that redefines one may name the model in objects of its own."""
+USED = (*WHOLE, *CHUNKS, *STREAMS)
 
 _attributes: ContextVar[dict[str, Any] | None] = ContextVar("steer_engine_span", default=None)
 """Our attributes of the span that is being made."""

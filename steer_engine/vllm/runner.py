@@ -54,6 +54,7 @@ class RunnerAdapter:
 
         Everything is launched before vLLM copies the sampled tokens to the host, so those copies also wait for ours.
         """
+        self.runtime.end_step()
         if rows := self.scores.rows:
             # Only ranks that sample have logits. vLLM may have changed its own in place: these are computed once more.
             logits_RV = self._runner.model.compute_logits(step.hidden_TD[rows])

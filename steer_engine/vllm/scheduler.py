@@ -6,7 +6,7 @@ Wraps, known for vLLM 0.32 and 0.33:
   free. vLLM calls the second for each waiting request in each step, beside its own `max_loras` check; a refused request
   keeps its place in the queue. The first also tells the workers which KV blocks to clean (`non_finite.py`).
 * `kv_cache_utils.generate_block_hash_extra_keys`, also where it was imported by name: `program.block_key` is added. KV
-  events keep their format, since `to_event_extra_keys` publishes known tags only.
+  events keep their format: `to_event_extra_keys` publishes the item after the tag, see `program.published_key`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from steer_engine.engine.admission import BankQueue
-from steer_engine.program import PROGRAM_KEY, Program, Row, block_key
+from steer_engine.program import PROGRAM_KEY, Program, Row, block_key, published_key
 from steer_engine.settings import SteeringConfig
 from steer_engine.trigger import Trigger, Windows
 from steer_engine.vllm import non_finite
@@ -109,7 +109,7 @@ def _with_steering(original: Callable[..., Any]) -> Callable[..., Any]:
         if (program := _program_of(request)) is not None:
             key = block_key(program, _windows_of(request, program, end_token_idx), start_token_idx, end_token_idx)
             if key is not None:
-                keys = (*(keys or ()), key)
+                keys = (*(keys or ()), published_key(key))
         return keys, next_mm_idx
 
     return generate_block_hash_extra_keys

@@ -26,6 +26,9 @@ def check_supported(vllm_config: VllmConfig) -> None:
         or getattr(parallel, "enable_dbo", False),
         "sequence-parallel MoE": bool(getattr(parallel, "use_sequence_parallel_moe", False)),
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--monokernel (one kernel runs in place of a block)": bool(
+            getattr(vllm_config.kernel_config, "monokernel", False)
+        ),
         "elastic expert parallelism": bool(getattr(parallel, "enable_elastic_ep", False)),
         "kv_sharing_fast_prefill": bool(vllm_config.cache_config.kv_sharing_fast_prefill),
         "sleep mode (--enable-sleep-mode)": bool(getattr(model, "enable_sleep_mode", False)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.vllm.blocks import find_blocks, returning_zeros
+from steer_engine.vllm.blocks import find_blocks, row_local
 
 pytestmark = pytest.mark.v1_only  # no engine
 
@@ -30,26 +31,61 @@ class Convolution(nn.Module):
         raise AssertionError("it is replaced")
 
 
+def rows(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_row_local(run: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> None:
+    """Each row of the answer follows its own row of the input, and no other."""
+    before = run(given)
+    assert before.isfinite().all()
+    for row in range(len(given)):
+        other = given.clone()
+        other[row] += 0.5
+        changed = (run(other) != before).flatten(1).any(1)
+        assert changed.nonzero().squeeze(1).tolist() == [row]
+
+
 @pytest.mark.parametrize("by_name", [True, False])
-def test_a_given_output_is_filled_with_zeros(by_name: bool) -> None:
+def test_a_given_output_is_filled(by_name: bool) -> None:
     """LFM2 passes the output by position, Granite by name; uninitialised memory differs between rows."""
-    layer, output = Convolution(), torch.full((5, 8), torch.nan)
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {"output": output}) if by_name else ((output,), {})
-    with returning_zeros(layer):
-        layer(torch.ones(5, 8), *arguments[0], **arguments[1])
-    assert torch.equal(output, torch.zeros(5, 8))
+    layer = Convolution()
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        output = torch.full((5, 2, 6), torch.nan)
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {"output": output}) if by_name else ((output,), {})
+        with row_local(layer, 5):
+            layer(hidden, *arguments[0], **arguments[1])
+        return output
+
+    assert_row_local(run, rows(0, 5, 8))
 
 
 @pytest.mark.parametrize(
     ("requested", "shape"), [(torch.Size((5, 4)), (5, 4)), (None, (5, 6))], ids=["a requested shape", "all heads"]
 )
-def test_a_returned_output_is_zeros(requested: torch.Size | None, shape: tuple[int, ...]) -> None:
-    layer = Attention()
-    with returning_zeros(layer):
-        answer = layer(torch.ones(5, 12), torch.ones(5, 6), output_shape=requested)
-    assert torch.equal(answer, torch.zeros(shape))
+def test_a_returned_output_depends_on_every_input(requested: torch.Size | None, shape: tuple[int, ...]) -> None:
+    layer, query, key = Attention(), rows(1, 5, 12), rows(2, 5, 6)
+
+    def run(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        with row_local(layer, 5):
+            answer: torch.Tensor = layer(query, key, output_shape=requested)
+        assert answer.shape == shape
+        return answer
+
+    assert_row_local(lambda changed: run(changed, key), query)
+    assert_row_local(lambda changed: run(query, changed), key)
     with pytest.raises(AssertionError, match="replaced"):
-        layer(torch.ones(5, 12), torch.ones(5, 6))
+        layer(query, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_output_has_the_dtype_of_its_input(dtype: torch.dtype) -> None:
+    layer, query = Attention(), (3e4 * rows(1, 5, 12)).to(dtype)
+    with row_local(layer, 5):
+        answer = layer(query, query)
+    assert answer.dtype == dtype
+    assert answer.abs().max() <= 1
 
 
 COUNT = 4

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from helpers.driving import edit, generate, steering, tokens
+from helpers.kv_indexers import INDEXERS, PADDED, Indexer
 from helpers.traffic import Start, core_of
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored, EventPublisher, KVEventBatch
@@ -37,8 +38,8 @@ def llm(start: Start) -> LLM:
     return start(kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"))
 
 
-def stored(llm: LLM, spec: Any) -> list[BlockStored]:
-    """The blocks that a request with `spec` stores in an empty cache, read by vLLM's own classes."""
+def sent(llm: LLM, spec: Any) -> list[bytes]:
+    """What a request with `spec` publishes that finds an empty cache."""
     llm.llm_engine.reset_prefix_cache()
     scheduler = core_of(llm).scheduler
     keeper, own = Keeper(), scheduler.kv_event_publisher
@@ -47,7 +48,12 @@ def stored(llm: LLM, spec: Any) -> list[BlockStored]:
         generate(llm, [PROMPT], [spec], max_tokens=1)
     finally:
         scheduler.kv_event_publisher = own
-    batches = [BATCHES.decode(sent) for sent in keeper.sent]
+    return keeper.sent
+
+
+def stored(llm: LLM, spec: Any) -> list[BlockStored]:
+    """The same, read by vLLM's own classes."""
+    batches = [BATCHES.decode(each) for each in sent(llm, spec)]
     return [event for batch in batches for event in batch.events if isinstance(event, BlockStored)]
 
 
@@ -60,16 +66,15 @@ def blocks(events: list[BlockStored]) -> list[tuple[Any, Any]]:
     ]
 
 
-def test_events_name_what_was_applied(llm: LLM) -> None:
+def test_events_tell_steered_blocks(llm: LLM) -> None:
     plain = blocks(stored(llm, None))
     assert len(plain) == 3
     assert [key for _, key in plain] == [None] * 3
     everywhere = blocks(stored(llm, steering(edit("r0"))))
     assert len(everywhere) == 3
     for _, key in everywhere:
-        (((digest, first, last),),) = key
-        assert digest.startswith("sha256:")
-        assert (first, last) == (0, BLOCK - 1)
+        (marker,) = key
+        assert PADDED.fullmatch(marker)
     assert not {block for block, _ in everywhere} & {block for block, _ in plain}
     other = blocks(stored(llm, steering(edit("r1"))))
     assert not {block for block, _ in everywhere} & {block for block, _ in other}
@@ -84,7 +89,25 @@ def test_blocks_before_the_first_edit_are_plain(llm: LLM) -> None:
     plain = blocks(stored(llm, None))
     later = blocks(stored(llm, steering(edit("r0", scope={"start": BLOCK + 5, "end": BLOCK + 7}))))
     assert later[0] == plain[0]
-    (((_, first, last),),) = later[1][1]
-    assert (first, last) == (5, 6)
+    assert later[1][1] is not None
     assert later[2][1] is None
     assert later[2][0] != plain[2][0], "its parent is steered"
+
+
+@pytest.mark.parametrize("name", INDEXERS)
+def test_no_indexer_takes_a_steered_block_for_a_plain_one(llm: LLM, name: str) -> None:
+    """Blocks before the first edit stay plain; a plain-looking block after a steered one continues a steered prefix."""
+    indexer = Indexer(INDEXERS[name])
+
+    def filed(spec: Any) -> list[Any]:
+        return [key for batch in sent(llm, spec) for key in indexer.read(batch)]
+
+    plain = filed(None)
+    assert len(plain) == 3
+    everywhere, other = filed(steering(edit("r0"))), filed(steering(edit("r1")))
+    kept = filed(steering(edit("r0"), preserve_norm=True))
+    assert len({*plain, *everywhere, *other, *kept}) == 12
+    assert filed(steering(edit("r0"))) == everywhere
+    later = filed(steering(edit("r0", scope={"start": BLOCK + 5, "end": BLOCK + 7})))
+    assert later[0] == plain[0]
+    assert not {*later[1:]} & {*plain, *everywhere}

@@ -79,6 +79,7 @@ REFUSED: dict[str, Callable[[Any], object]] = {
     "KV connector": lambda c: setattr(c, "kv_transfer_config", object()),
     "runner type": lambda c: setattr(c.model_config, "runner_type", "pooling"),
     "encoder-decoder": lambda c: c.model_config.__dict__.update(is_encoder_decoder=True),
+    "--monokernel": lambda c: object.__setattr__(c.kernel_config, "monokernel", True),  # a field of vLLM 0.33
     "elastic expert": lambda c: setattr(c.parallel_config, "enable_elastic_ep", True),
     "float16 with DeepSeek": lambda c: (
         setattr(c.model_config.hf_text_config, "model_type", "deepseek_v3"),
