@@ -14,12 +14,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from steer_engine.api.foreign_forms import XARGS_FORMS
 from steer_engine.api.frontend import RESERVED_PREFIX
 from steer_engine.api.request_field import FIELD, XARGS, is_absent, parsed_null
 from steer_engine.errors import SteeringRequestError
+from steer_engine.spelling import edit_distance
 
 MAX_PLACE_ECHO = 80
 
@@ -56,6 +58,15 @@ _FORM_FIELD = re.compile(rb'name="?(steering)"?[;\r\n]|(?:^|&)steering=')
 _LENGTHS = range(6, 33)
 """Lengths of keys that may spell the field. Ligatures are shorter, spaces and invisible characters make it longer."""
 
+_ALIASES = re.compile(r"steer|.*(?:steering|controlvector)")
+"""What people call the field, without capitals and separators: `steer`, `steering_vectors`, `control_vectors`."""
+
+_KEY = re.compile(rb'"([a-z0-9_ -]{5,40})"\s*:')
+_FAR = 3
+
+MAX_KEYS_CHECKED = 256
+"""Keys of one object that are checked for typos. A request has dozens of fields; one of a million is no typo."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -89,7 +100,7 @@ def search_body(body: bytes) -> Found | None:
     text = body.decode(encoding, "replace")
     plain = body if encoding == "utf-8" else text.encode("utf-8", "replace")
     lower = plain.lower()
-    mentions = any(word in lower for word in _WORDS) or plain.count(_MODEL) > 1
+    mentions = any(word in lower for word in _WORDS) or plain.count(_MODEL) > 1 or _has_close_key(lower)
     if not mentions and (plain.isascii() or _COMPATIBLE.search(text) is None):
         return None
     try:
@@ -130,7 +141,7 @@ def _search(request: tuple[tuple[str, Any], ...]) -> Iterator[Found]:
 
 def _search_xargs(xargs: Any) -> Iterator[Found]:
     members = list(_members(xargs))
-    _check_keys(members, once=set(XARGS_FORMS))
+    _check_keys([each for each in members if not _is_reserved(each[0])], once=set(XARGS_FORMS))
     for key, value in members:
         if key == FIELD:
             if _specifies(value):
@@ -138,7 +149,7 @@ def _search_xargs(xargs: Any) -> Iterator[Found]:
         elif key in XARGS_FORMS:
             if value is not None:
                 yield Found(XARGS, misplaced=False)
-        elif key.startswith(RESERVED_PREFIX):
+        elif _is_reserved(key):
             yield Found(XARGS, misplaced=False)
         elif _holds_steering(value, key):
             yield Found(f"{XARGS}.{key[:MAX_PLACE_ECHO]}", misplaced=True)
@@ -171,7 +182,7 @@ def _holds_steering(value: Any, field: str) -> bool:
             if _names_field(key):
                 if _specifies(inner):
                     return True
-            elif key in XARGS_FORMS or (isinstance(key, str) and key.startswith(RESERVED_PREFIX)):
+            elif key in XARGS_FORMS or _is_reserved(key):
                 if inner is not None:
                     return True
             elif key in TEXTS and kind is str:
@@ -189,6 +200,10 @@ def _members(value: Any) -> Iterable[tuple[Any, Any]]:
     if type(value) is tuple:
         return value
     return value.items() if isinstance(value, Mapping) else ()
+
+
+def _is_reserved(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(RESERVED_PREFIX)
 
 
 def _specifies(value: Any) -> bool:
@@ -225,7 +240,7 @@ def _is_object(text: str) -> bool:
 def _check_keys(members: Iterable[tuple[str, Any]], once: set[str]) -> None:
     """Raise SteeringRequestError for a repeated or misspelled key among those of an object that is read."""
     seen: set[str] = set()
-    for key, _ in members:
+    for number, (key, value) in enumerate(members):
         if _names_field(key):
             if FIELD in seen:
                 raise SteeringRequestError(f"'{FIELD}' is specified twice in one object; specify it once.", FIELD)
@@ -236,3 +251,39 @@ def _check_keys(members: Iterable[tuple[str, Any]], once: set[str]) -> None:
             if key in seen:
                 raise SteeringRequestError(f"'{key}' is specified twice in the body; specify it once.", key)
             seen.add(key)
+        elif number < MAX_KEYS_CHECKED and _misspells_field(key, value):
+            raise SteeringRequestError(
+                f"The field is named '{FIELD}', not {key!r}, which would be ignored. Its value is an object, such as "
+                '{"edits": [{"vector": NAME}]}.',
+                FIELD,
+            )
+
+
+def _misspells_field(key: Any, value: Any) -> bool:
+    """Whether an unknown field is ours with a typo or another name. Two typos need a value that can be steering.
+
+    `string` is two letters away from `steering`, so for such a key the value decides.
+    """
+    if not isinstance(key, str) or value is None or key in XARGS_FORMS:
+        return False
+    gap = _gap(key)
+    return gap < 2 or (gap == 2 and (isinstance(value, tuple | dict) or (isinstance(value, str) and _is_object(value))))
+
+
+@lru_cache(maxsize=4096)
+def _gap(key: str) -> int:
+    """Typos between a key and the field's name; 0 for its aliases, _FAR for any other word."""
+    if len(key) not in range(5, 41):
+        return _FAR
+    words = [word for word in re.split("[^a-z0-9]+", key.lower()) if word]
+    whole = "".join(words)
+    if _ALIASES.match(whole):
+        return 0
+    near = [edit_distance(word, FIELD) if abs(len(word) - len(FIELD)) < _FAR else _FAR for word in (whole, *words)]
+    return 1 if min(near) == 1 else near[0]
+
+
+def _has_close_key(lower: bytes) -> bool:
+    """Whether a body in lower case may have a misspelled key somewhere; only its parsed form says where."""
+    keys = set(_KEY.findall(lower))
+    return len(keys) > MAX_KEYS_CHECKED or any(_gap(key.decode()) < _FAR for key in keys)

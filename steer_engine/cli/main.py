@@ -15,6 +15,12 @@ from steer_engine.cli.registry import status
 from steer_engine.errors import ModelError, SteerError
 from steer_engine.models import PACKAGED, checkpoint_path, get_model
 
+SERVE, DERIVE, MEASURE, MANAGE = "Serve", "Derive vectors", "Measure effects", "Vectors, presets and models"
+"""Groups of commands in the help."""
+
+EXTRAS = {"vllm": "cpu", "ray": "derive", "scipy": "derive", "matplotlib": "report", "datasets": "datasets"}
+"""Modules that come by an extra. On a GPU machine, vLLM's is `cuda`."""
+
 models_app = typer.Typer(no_args_is_help=True, help="Packaged models: list them, or convert one.")
 
 app = typer.Typer(
@@ -29,12 +35,12 @@ app = typer.Typer(
     "steer-engine vectors show vectors/\n\n"
     "steer-engine serve smollm2-135m --steering-vectors vectors/",
 )
-app.add_typer(models_app, name="models")
-app.add_typer(condition.app, name="condition")
-app.add_typer(pairs.app, name="pairs")
-app.add_typer(registry.app, name="presets")
-app.add_typer(vectors.app, name="vectors")
-app.command()(status)
+app.add_typer(models_app, name="models", rich_help_panel=MANAGE)
+app.add_typer(condition.app, name="condition", rich_help_panel=DERIVE)
+app.add_typer(pairs.app, name="pairs", rich_help_panel=DERIVE)
+app.add_typer(registry.app, name="presets", rich_help_panel=MANAGE)
+app.add_typer(vectors.app, name="vectors", rich_help_panel=MANAGE)
+app.command(rich_help_panel=SERVE)(status)
 
 
 def _print_version(requested: bool) -> None:
@@ -59,15 +65,21 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 """Settings of a command that passes all its arguments to another parser, imported when the command runs."""
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=SERVE)
 def serve(context: typer.Context) -> None:
     """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering."""
+    from steer_engine.cli.serve import check_start, help_text, wants_help
+
+    if wants_help(context.args):
+        typer.echo(help_text())
+        return
+    check_start(context.args)
     from steer_engine.vllm.launch import serve as run
 
     raise typer.Exit(run(context.args))
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=SERVE)
 def doctor(context: typer.Context) -> None:
     """Check whether MODEL can be served steered, how, and with how much memory; if not, why."""
     from steer_engine.cli.doctor import doctor as run
@@ -75,7 +87,7 @@ def doctor(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=SERVE)
 def batch(context: typer.Context) -> None:
     """Answer a file of requests in OpenAI's batch format. A second run continues where the first stopped.
 
@@ -88,7 +100,7 @@ def batch(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=DERIVE)
 def derive(context: typer.Context) -> None:
     """Derive a control vector from contrast pairs, with the engine that serves it."""
     from steer_engine.cli.derive import derive_command
@@ -96,7 +108,7 @@ def derive(context: typer.Context) -> None:
     _run_parser(context, derive_command)
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=DERIVE)
 def dump(context: typer.Context) -> None:
     """Capture the residual stream of texts into a folder. A second run continues where the first stopped."""
     from steer_engine.cli.derive import dump_command
@@ -104,7 +116,7 @@ def dump(context: typer.Context) -> None:
     _run_parser(context, dump_command)
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=DERIVE)
 def fit(context: typer.Context) -> None:
     """Fit a control vector to an activation dump."""
     from steer_engine.cli.derive import fit_command
@@ -112,7 +124,7 @@ def fit(context: typer.Context) -> None:
     _run_parser(context, fit_command)
 
 
-@app.command("eval", add_help_option=False, context_settings=_PASS_ON)
+@app.command("eval", add_help_option=False, context_settings=_PASS_ON, rich_help_panel=MEASURE)
 def evaluate(context: typer.Context) -> None:
     """Measure the effect of a control vector on a task, its side effects, and controls."""
     from steer_engine.cli.evaluate import eval_command
@@ -120,7 +132,7 @@ def evaluate(context: typer.Context) -> None:
     _run_parser(context, eval_command)
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=MEASURE)
 def paper(context: typer.Context) -> None:
     """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one."""
     from steer_engine.cli.evaluate import paper_command
@@ -128,7 +140,7 @@ def paper(context: typer.Context) -> None:
     _run_parser(context, paper_command)
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=MEASURE)
 def calibrate(context: typer.Context) -> None:
     """Find the dose that helps a task most within a bound on KL, and store it in the vector's file."""
     from steer_engine.cli.evaluate import calibrate_command
@@ -173,5 +185,16 @@ def main() -> None:
     try:
         app()
     except SteerError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/bold red]", Text(error.message))
-        raise SystemExit(1) from None
+        message = error.message
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        name = "vLLM" if module == "vllm" else module
+        message = f"{name} is missing: pip install 'steer-engine[{EXTRAS[module]}]'"
+        if module == "vllm":
+            message += ", or on a GPU machine 'steer-engine[cuda]'"
+    else:
+        return
+    Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/bold red]", Text(message))
+    raise SystemExit(1)

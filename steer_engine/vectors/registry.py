@@ -16,6 +16,7 @@ from steer_engine.errors import (
     VectorFileError,
 )
 from steer_engine.settings import RegistryLimits
+from steer_engine.spelling import MAX_COMPARED, closest
 from steer_engine.vectors import safetensors_format
 from steer_engine.vectors.cache import VectorCache
 from steer_engine.vectors.control_vector import ControlVector
@@ -88,7 +89,8 @@ class Registry:
             found = self._find(name_or_digest)
         if found is None:
             raise UnknownVectorError(
-                f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._registered()}.", param="vector"
+                f"There is no control vector {name_or_digest[:MAX_NAME]!r}; {self._registered(name_or_digest)}.",
+                param="vector",
             )
         return found
 
@@ -167,9 +169,10 @@ class Registry:
             if found is None and self._uploaded is not None:
                 found = self._uploaded.manifest(reopen=True).presets.get(name)
         if found is None:
-            files = [] if self._preset_files is None else self._preset_files.some_names(MAX_NAMES_SHOWN)
+            files = [] if self._preset_files is None else self._preset_files.some_names(MAX_COMPARED)
             uploaded = {} if self._uploaded is None else self._uploaded.manifest().presets
-            known = sorted({*files, *islice(uploaded, MAX_NAMES_SHOWN)})[:MAX_NAMES_SHOWN]
+            names = sorted({*files, *islice(uploaded, MAX_COMPARED)})
+            known = closest(name[:MAX_NAME], names, MAX_NAMES_SHOWN)
             raise UnknownVectorError(
                 f"There is no preset {name[:MAX_NAME]!r}; there are: {', '.join(known) or 'none'}.", param="preset"
             )
@@ -257,11 +260,14 @@ class Registry:
         files = self._preset_files
         return name not in self._uploaded.manifest().presets and files is not None and files.get(name) is not None
 
-    def _registered(self) -> str:
-        """A few names for an error message. Costs the same for any number: an unknown name is a cheap mistake."""
+    def _registered(self, name: str) -> str:
+        """A few names for an error message, the closest to `name` first.
+
+        Costs the same for any number of names: an unknown name is a cheap mistake.
+        """
         uploaded = {} if self._uploaded is None else self._uploaded.manifest().vectors
-        names = {*self._folder.some_names(MAX_NAMES_SHOWN), *islice(uploaded, MAX_NAMES_SHOWN)}
-        shown = sorted(names)[:MAX_NAMES_SHOWN]
+        names = sorted({*self._folder.some_names(MAX_COMPARED), *islice(uploaded, MAX_COMPARED)})
+        shown = names[:MAX_NAMES_SHOWN] if _DIGEST.fullmatch(name) else closest(name[:MAX_NAME], names, MAX_NAMES_SHOWN)
         if not shown:
             return "none is registered"
         # A name of both sources counts twice; to find these takes time that grows with the number of names.

@@ -59,7 +59,11 @@ def serving_frontend(serving: Any) -> Frontend | None:
 
 def _steering(original: Any) -> Any:
     async def _check_model(self: Any, request: Any) -> Any:
-        preset, model = _take_preset(self, request)
+        try:
+            preset, model = _take_preset(self, request)
+        except UnknownVectorError as error:
+            metrics.request_refused(status_of(error))
+            return _error_response(error)
         refusal = await original(self, request)
         if refusal is not None:
             return _clipped(refusal)
@@ -95,7 +99,10 @@ def _refusing(original: Any) -> Any:
 def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     """The preset that the request chooses by the model name `BASE:PRESET`, and that name; (None, None) otherwise.
 
-    The base name replaces it on the request. An unknown preset is an unknown model, which vLLM refuses itself.
+    The base name replaces it on the request.
+
+    Raises:
+        UnknownVectorError: the base is served, and it has no such preset. An unknown base is left to vLLM.
     """
     note: RequestNote | None = current_note.get()
     model = getattr(request, "model", None) or (note and note.body_model)
@@ -108,10 +115,9 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     base, preset = chosen
     try:
         frontend.registry.preset(preset)
-    except UnknownVectorError:
-        if not request.model:
-            request.model = model  # the wrapper removed it; vLLM must see it to refuse it
-        return None, None
+    except UnknownVectorError as error:
+        clipped = model[:MAX_REFUSAL_CHARS]
+        raise UnknownVectorError(f"The model {clipped!r} does not exist: {error.message}", "model") from None
     request.model = base
     return preset, model
 

@@ -195,7 +195,11 @@ def vectors_folder(requested: Path | None) -> Path:
     if given:
         folder = Path(given).expanduser().resolve()
         if not folder.is_dir():
-            raise UnsupportedEngineError(f"--steering-vectors {folder} is not a folder.")
+            raise UnsupportedEngineError(
+                f"--steering-vectors {folder} is not a folder. Make it, or name the folder of your control vectors."
+            )
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise UnsupportedEngineError(f"--steering-vectors {folder} cannot be read; change its permissions.")
         return folder
     try:
         folder = Path(platformdirs.user_data_dir("steer-engine"), "vectors")

@@ -196,3 +196,86 @@ def test_a_body_that_mentions_steering_and_cannot_be_searched_is_refused(deep: s
         search_body(f'{{"steering": {TEXT}, "metadata": {deep}}}'.encode())
     assert raised.value.param == "body"
     assert search_body(f'{{"prompt": "x", "metadata": {deep}}}'.encode()) is None, "the parser of vLLM decides"
+
+
+TYPOS = (
+    "steer", "steered", "sterring", "stering", "steerign", "seteering", "steerings", "streering", "Sterring",
+    "steeringg", "steer_vector", "steer-vectors", "steering_vectors", "steeringVectors", "control_vectors",
+    "controlVector", "activation_steering", "_steering", "sterring_vectors", "steering_preset", " stearing",
+)  # fmt: skip
+
+NO_TYPOS = (
+    "stream", "stop", "seed", "store", "string", "strings", "streaming", "starting", "storing", "scoring",
+    "string_format", "service_tier", "vectors", "preset", "edits", "steep", "engine", "sterile",
+)  # fmt: skip
+"""Fields that vLLM or other clients' servers may know, or not: what is unknown stays ignored."""
+
+
+@pytest.mark.parametrize("key", TYPOS)
+async def test_a_field_with_a_typo_or_another_name_is_refused_and_the_right_one_named(key: str) -> None:
+    answer = await post("/v1/completions", json.dumps({"prompt": "x", key: SPEC}).encode())
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "steering"
+    assert f"named 'steering', not {key!r}" in error["message"]
+    assert '{"edits": [{"vector": NAME}]}' in error["message"]
+    for value in (TEXT, {"preset": "calm"}, ["calm"], "calm", 1.5, True, False):
+        with pytest.raises(SteeringRequestError, match="named 'steering'"):
+            search_body(json.dumps({"prompt": "x", key: value}).encode())
+        with pytest.raises(SteeringRequestError, match="named 'steering'"):
+            search_fields({"prompt": "x", key: value})
+
+
+@pytest.mark.parametrize("key", NO_TYPOS)
+async def test_other_unknown_fields_stay_ignored(key: str) -> None:
+    for value in ("calm", 1.5, True, ["a"], None):
+        assert (await post("/v1/completions", json.dumps({key: value}).encode())).status_code == 200
+
+
+async def test_two_typos_need_a_value_that_can_be_steering() -> None:
+    for value in (SPEC, TEXT):
+        assert (await post("/v1/completions", json.dumps({"streeing": value}).encode())).status_code == 400
+    assert (await post("/v1/completions", b'{"streeing": 3}')).status_code == 200
+
+
+async def test_a_null_under_another_name_asks_for_nothing() -> None:
+    assert (await post("/v1/completions", b'{"steer": null, "sterring": null}')).status_code == 200
+
+
+async def test_a_typo_among_the_extra_arguments_is_refused_too() -> None:
+    body = json.dumps({"vllm_xargs": {"sterring": TEXT}}).encode()
+    assert (await post("/v1/completions", body)).status_code == 400
+
+
+async def test_a_typo_inside_a_schema_or_a_message_is_the_client_s_own() -> None:
+    body = {"tools": [{"function": {"parameters": {"properties": {"steer": {"type": "number"}, "sterring": {}}}}}],
+            "messages": [{"role": "user", "content": '{"sterring": {}}'}], "prompt": '"sterring": {}'}  # fmt: skip
+    assert (await post("/v1/completions", json.dumps(body).encode())).status_code == 200
+
+
+def test_no_field_of_the_known_clients_is_taken_for_a_typo() -> None:
+    """tests/servers/test_typos.py goes through every field of vLLM's own schema."""
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chat
+    from openai.types.responses import response_create_params as responses
+
+    names = {
+        *chat.CompletionCreateParamsBase.__annotations__,
+        *completions.CompletionCreateParamsBase.__annotations__,
+        *responses.ResponseCreateParamsBase.__annotations__,
+    }
+    assert len(names) > 50
+    for name in names:
+        assert search_fields({name: {"edits": []}}) is None, name
+
+
+def test_a_body_of_many_keys_close_to_the_field_is_searched_quickly() -> None:
+    letters = "steringa"
+    keys = ["".join(letters[(number >> 3 * place) & 7] for place in range(6)) + "nx" for number in range(2**18)]
+    content = ("{" + ",".join(f'"{key}":{{}}' for key in keys) + "}").encode()
+    began = time.process_time()
+    json.loads(content)
+    parsing = time.process_time() - began
+    began = time.process_time()
+    assert search_body(content) is None
+    assert time.process_time() - began < 6 * parsing + 0.5

@@ -53,6 +53,19 @@ def test_mistakes(server: Server, endpoint: Endpoint) -> None:
         assert "hidden size" in misfit.json()["error"]["message"]
 
 
+@endpoints
+def test_a_misspelt_preset_as_model_lists_the_presets_the_closest_first(server: Server, endpoint: Endpoint) -> None:
+    unknown = endpoint.ask(server, model=f"{MODEL}:lound")
+    assert unknown.status_code == 404
+    message = unknown.json()["error"]["message"]
+    assert f"The model '{MODEL}:lound' does not exist" in message
+    assert "there are: loud, misfit" in message
+    assert "misfit, loud" in endpoint.ask(server, model=f"{MODEL}:misfits").text
+    long = endpoint.ask(server, model=f"{MODEL}:{'x' * 100_000}")
+    assert long.status_code == 404
+    assert len(long.text) < 800
+
+
 def test_presets_are_listed_as_models(server: Server) -> None:
     cards = {card["id"]: card for card in server.get("/v1/models").json()["data"]}
     assert set(cards) == {MODEL, f"{MODEL}:loud", f"{MODEL}:misfit"}

@@ -77,7 +77,9 @@ def test_presets_of_both_sources(tmp_path: Path) -> None:
     with pytest.raises(SteeringRequestError):
         registry.put_preset("bad", {"preset": "calm"})
     with pytest.raises(UnknownVectorError, match="there are: calm, loud"):
-        registry.preset("nobody")
+        registry.preset("clam")
+    with pytest.raises(UnknownVectorError, match="there are: loud, calm"):
+        registry.preset("lound")
     for name in ("../calm", "", "x" * 100_000, "a\0"):
         with pytest.raises(UnknownVectorError):
             registry.preset(name)
