@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from steer_engine import __version__
-from steer_engine.cli import condition, pairs, registry, vectors
+from steer_engine.cli import condition, pairs, probe, registry, vectors
 from steer_engine.cli.registry import status
 from steer_engine.errors import ModelError, SteerError
 from steer_engine.models import PACKAGED, checkpoint_path, get_model
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(models_app, name="models")
 app.add_typer(condition.app, name="condition")
 app.add_typer(pairs.app, name="pairs")
+app.add_typer(probe.app, name="probe")
 app.add_typer(registry.app, name="presets")
 app.add_typer(vectors.app, name="vectors")
 app.command()(status)
