@@ -92,7 +92,7 @@ def fit(
     require_writable(target, force=force or out is None, blocks=loaded.blocks, remedy=remedy)
     if out is None and loaded.metadata.condition is not None and not force:
         raise DerivationError(f"{vector}: it has a condition already; choose another file with --out, or --force.")
-    picture = _picture(plot, target, force=force)
+    picture = picture_path(plot, target, "condition", force=force)
     found = fit_condition(
         model,
         loaded,
@@ -118,14 +118,16 @@ def fit(
     typer.echo(json.dumps({"when": found.condition.when(target.stem)}))
 
 
-def _picture(plot: Path | None, target: Path, *, force: bool) -> Path | None:
-    """Where the picture is written. None without matplotlib, if none was requested.
+def picture_path(plot: Path | None, target: Path, kind: str, *, force: bool) -> Path | None:
+    """Where a picture is written: `plot`, or NAME.KIND.svg beside `target`.
+
+    None without matplotlib, if no picture was requested.
 
     Raises:
         DerivationError: the suffix is unknown, or the file exists and `force` is not given.
         EvaluationError: a picture was requested, and matplotlib is not installed.
     """
-    path = plot or target.with_suffix(".condition.svg")
+    path = plot or target.with_suffix(f".{kind}.svg")
     if path.suffix not in PLOT_SUFFIXES:
         raise DerivationError(f"{path}: the name of a picture must end in {' or '.join(PLOT_SUFFIXES)}.")
     require_absent(path, force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,10 @@ def _parsed(blocks: str) -> tuple[int, ...] | None:
 
 
 def require_absent(out: Path, *, force: bool) -> None:
-    """Raise DerivationError if a file exists and `force` is not given."""
+    """Raise DerivationError if a file exists and `force` is not given, or if none can be written there."""
+    folder = next(each for each in out.absolute().parents if each.exists())  # missing folders are made
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DerivationError(f"{out}: {folder} is not a folder that can be written to; choose another place.")
     if out.exists() and not force:
         raise DerivationError(f"{out}: this file exists already; choose another name, or --force to replace it.")
 

@@ -9,6 +9,7 @@ from steer_engine.derive.condition_fit import fit_condition
 from steer_engine.derive.derivation import derive
 from steer_engine.derive.dump_fitter import fit_dump
 from steer_engine.derive.dump_writer import dump
+from steer_engine.derive.probe_fit import fit_probe, report_probe
 from steer_engine.derive.texts import Pair, Pairs, Text, Texts, load_pairs, load_texts
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "dump",
     "fit_condition",
     "fit_dump",
+    "fit_probe",
     "load_pairs",
     "load_texts",
+    "report_probe",
 ]

@@ -147,9 +147,11 @@ class CapturePool(Workers):
         calls = [(list(pairs[start : start + PAIRS_PER_CHUNK]), start < keep_rows_of) for start in starts]
         return self.ordered("capture_pairs", calls)
 
-    def capture_texts(self, chunks: Sequence[Sequence[Text]], position: Position) -> Iterator[list[CapturedText]]:
-        """Rows of all texts, chunk by chunk, in order."""
-        return self.ordered("capture_texts", [(list(chunk), position) for chunk in chunks])
+    def capture_texts(
+        self, chunks: Sequence[Sequence[Text]], position: Position, source: str = ""
+    ) -> Iterator[list[CapturedText]]:
+        """Rows of all texts, chunk by chunk, in order. source: their file, if it is not that of the configuration."""
+        return self.ordered("capture_texts", [(list(chunk), position, source) for chunk in chunks])
 
     def condition_values(self, texts: Sequence[Text], readout: Readout, source: str) -> Iterator[Array]:
         """Values of all prompts, chunk by chunk `[N, L]`, in order. source: their file, for messages."""

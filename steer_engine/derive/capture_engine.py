@@ -115,13 +115,13 @@ class CaptureEngine:
         samples = [self._sample(array, line, position) for array, (_, _, line) in zip(arrays, texts, strict=True)]
         return Chunk.of(samples[::2], samples[1::2], keep_rows=keep_rows)
 
-    def capture_texts(self, texts: Sequence[Text], position: Position) -> list[CapturedText]:
-        """Rows of a chunk of texts, captured in one batch.
+    def capture_texts(self, texts: Sequence[Text], position: Position, source: str = "") -> list[CapturedText]:
+        """Rows of a chunk of texts, captured in one batch. source: their file, if it is not that of the configuration.
 
         Raises:
             DerivationError: as `capture_pairs`.
         """
-        prompts = [self._tokens(text.prompt, text.text, text.line, position) for text in texts]
+        prompts = [self._tokens(text.prompt, text.text, text.line, position, source) for text in texts]
         arrays = self._llm.capture(prompts, position=position.capture_position)
         captured = []
         for text, tokens, rows_LTD in zip(texts, prompts, arrays, strict=True):

@@ -120,6 +120,33 @@ def best_cut(positive_N: Array, negative_N: Array) -> Cut | None:
     return Cut(above=above, threshold=sign * threshold + 0.0, f1=float(f1[best]), margin=margin)
 
 
+def cut_at_rate(positive_N: Array, negative_N: Array, rate: float) -> Cut:
+    """The lowest threshold above which a new negative lies with a probability of at most `rate`.
+
+    With n negatives, a new one is above the k-th largest of them with probability k / (n + 1). So k is the largest that
+    keeps this at most `rate`; if even k = 1 is above it (`reachable_rate`), the threshold is the largest negative's.
+    The threshold is put between this negative and the next larger value of either class.
+    """
+    rank = max(1, int(rate * (len(negative_N) + 1) + 1e-9))
+    low = float(np.sort(negative_N)[-rank])
+    scores = np.concatenate([positive_N, negative_N])
+    larger = scores[scores > low]
+    threshold = _between(low, float(larger.min())) if len(larger) else low
+    hits, false_alarms = int((positive_N > threshold).sum()), int((negative_N > threshold).sum())
+    spread = float(np.ptp(scores))
+    return Cut(
+        above=True,
+        threshold=threshold,
+        f1=2.0 * hits / (hits + false_alarms + len(positive_N)),
+        margin=float(larger.min() - low) / spread if len(larger) else 0.0,
+    )
+
+
+def reachable_rate(num_negative: int) -> float:
+    """The lowest false-positive rate that `cut_at_rate` can keep with this many negatives."""
+    return 1.0 / (num_negative + 1)
+
+
 def _between(low: float, high: float) -> float:
     """About the middle of two numbers, with few digits: at least `low` and below `high`."""
     middle = low + 0.5 * (high - low)
@@ -132,12 +159,16 @@ def _between(low: float, high: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How well a condition tells held-out prompts apart. num_positive, num_negative: of those prompts."""
+    """How well a threshold tells held-out prompts apart. num_positive, num_negative: of those prompts.
+
+    recall: true-positive rate.
+    """
 
     f1: float
     precision: float
     recall: float
     accuracy: float
+    false_positive_rate: float
     auroc: float
     num_positive: int
     num_negative: int
@@ -152,6 +183,7 @@ class Quality:
             precision=hits / (hits + false_alarms) if hits else 0.0,
             recall=hits / len(positive_N),
             accuracy=(hits + len(negative_N) - false_alarms) / (len(positive_N) + len(negative_N)),
+            false_positive_rate=false_alarms / len(negative_N),
             auroc=area if cut.above else 1.0 - area,
             num_positive=len(positive_N),
             num_negative=len(negative_N),
@@ -249,11 +281,11 @@ def split(count: int, held_out: float, rng: np.random.Generator) -> tuple[Indexe
     return np.sort(order[size:]), np.sort(order[:size])
 
 
-def require_enough(count: int, label: str, source: str) -> None:
-    """Raise DerivationError if a class has too few prompts."""
-    if count < MIN_PROMPTS:
+def require_enough(count: int, label: str, source: str, *, least: int = MIN_PROMPTS, what: str = "condition") -> None:
+    """Raise DerivationError if a class has too few prompts. least: how many are enough; what: what needs them."""
+    if count < least:
         raise DerivationError(
-            f"{source}: {count} {label} prompt(s) are too few; a condition needs at least {MIN_PROMPTS} of each class, "
+            f"{source}: {count} {label} prompt(s) are too few; a {what} needs at least {least} of each class, "
             f"and {2 * FEW_HELD_OUT} for numbers to rely on. Add prompts."
         )
 

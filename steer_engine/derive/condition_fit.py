@@ -15,7 +15,7 @@ import numpy as np
 
 from steer_engine.derive.actors import Capturing, start_capturing
 from steer_engine.derive.capture_config import model_name
-from steer_engine.derive.condition import ConditionFit, Readout, choose, require_enough
+from steer_engine.derive.condition import MIN_PROMPTS, ConditionFit, Readout, choose, require_enough
 from steer_engine.derive.make_pairs import read_words
 from steer_engine.derive.moments import Array
 from steer_engine.derive.texts import Text, load_texts
@@ -38,10 +38,13 @@ class Prompts:
     repeated: int = 0
 
 
-def load_prompts(name_or_path: str | os.PathLike[str], label: str) -> Prompts:
+def load_prompts(
+    name_or_path: str | os.PathLike[str], label: str, *, least: int = MIN_PROMPTS, what: str = "condition"
+) -> Prompts:
     """Load the prompts of a class: a `.txt` file with one per line, or what `load_texts` reads.
 
     label: `positive` or `negative`. Texts that have the other label, or are the other side of a pair, are left out.
+    least: how many are needed; what: what needs them.
 
     Raises:
         DerivationError: the file cannot be read, or has too few prompts of the class.
@@ -56,7 +59,7 @@ def load_prompts(name_or_path: str | os.PathLike[str], label: str) -> Prompts:
     unique: dict[tuple[str, str], Text] = {}
     for text in texts:
         unique.setdefault((text.prompt, text.text), text)
-    require_enough(len(unique), label, source)
+    require_enough(len(unique), label, source, least=least, what=what)
     return Prompts(items=tuple(unique.values()), label=label, source=source, repeated=len(texts) - len(unique))
 
 

@@ -110,7 +110,7 @@ def logistic(positive_ND: Array, negative_ND: Array) -> Array:
 def lda(positive_ND: Array, negative_ND: Array) -> Array:
     """(S_w + lambda I)^-1 (mu+ - mu-), with lambda a tenth of the mean eigenvalue of S_w. `[D]`
 
-    Solved in the span of the rows with the Woodbury identity: no `[D, D]` matrix is needed.
+    With fewer rows than D, solved in the span of the rows with the Woodbury identity: no `[D, D]` matrix is needed.
     """
     gap_D = positive_ND.mean(axis=0) - negative_ND.mean(axis=0)
     within_ND = np.concatenate([positive_ND - positive_ND.mean(axis=0), negative_ND - negative_ND.mean(axis=0)])
@@ -118,6 +118,10 @@ def lda(positive_ND: Array, negative_ND: Array) -> Array:
     ridge = LDA_SHRINKAGE * float((within_ND**2).sum()) / within_ND.shape[1]
     if ridge == 0.0:
         return _signed_and_scaled(gap_D, positive_ND, negative_ND)
+    num_rows, width = within_ND.shape
+    if num_rows > width:
+        scatter_DD = within_ND.T @ within_ND + ridge * np.eye(width)
+        return _signed_and_scaled(np.linalg.solve(scatter_DD, gap_D), positive_ND, negative_ND)
     gram_NN = within_ND @ within_ND.T
     inner_N = np.linalg.solve(gram_NN + ridge * np.eye(len(gram_NN)), within_ND @ gap_D)
     return _signed_and_scaled((gap_D - within_ND.T @ inner_N) / ridge, positive_ND, negative_ND)

@@ -169,7 +169,7 @@ def load_texts(name_or_path: str | os.PathLike[str]) -> Texts:
         if problem := _problem(text, line_of_id):
             raise DerivationError(f"{source}:{line}: {problem}")
         texts.append(text)
-    return Texts(tuple(_pairs_adjacent(texts, source)), _digest(texts), source)
+    return Texts(tuple(_pairs_adjacent(texts, source)), digest_of(texts), source)
 
 
 def from_pairs(pairs: Pairs) -> Texts:
@@ -248,7 +248,7 @@ def _pairs_adjacent(texts: list[Text], source: str) -> Iterator[Text]:
             yield pair[label]
 
 
-def _digest(texts: Sequence[Text]) -> str:
+def digest_of(texts: Sequence[Text]) -> str:
     sha = hashlib.sha256(b"steer-engine texts v1\n")
     index_of_pair = {name: str(i) for i, name in enumerate(dict.fromkeys(text.pair for text in texts))}
     for text in texts:

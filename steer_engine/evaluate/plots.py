@@ -1,4 +1,4 @@
-"""Draws the figures of a report as SVG text, and that of a condition, with matplotlib (extra `report`)."""
+"""Draws the figures of a report as SVG text, and those of a condition and a probe, with matplotlib (extra `report`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from steer_engine.derive.condition import ConditionFit
+from steer_engine.derive.probe import ProbeReport, Scores, binned, probabilities
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.outcome import Outcome, Point, Verdict
 
@@ -142,10 +143,7 @@ def condition(fit: ConditionFit, suffix: str) -> bytes:
     figure, axes = _figure(1, 2, height=3.4, width=9.0)
     values, areas = axes[0]
     chosen, cut = fit.chosen, fit.chosen.cut
-    edges = np.histogram_bin_edges(np.concatenate([chosen.positive_N, chosen.negative_N]), bins=30)
-    sides = (("positive", chosen.positive_N, COLOURS[0]), ("negative", chosen.negative_N, COLOURS[1]))
-    for name, value_N, colour in sides:
-        values.hist(value_N, edges, color=colour, alpha=0.55, label=f"{name} ({len(value_N)})")
+    _classes(values, chosen.positive_N, chosen.negative_N)
     side = "above" if cut.above else "below"
     values.axvline(cut.threshold, color="black", lw=1.2, ls="--", label=f"holds {side} {cut.threshold:.4g}")
     values.set_xlabel(f"{fit.measure}, {fit.at}")
@@ -166,6 +164,93 @@ def condition(fit: ConditionFit, suffix: str) -> bytes:
     areas.set_xlabel("block")
     areas.set_title("AUROC; 0.5 is chance")
     areas.legend(fontsize=8, frameon=False)
+    return _bytes(figure, suffix)
+
+
+def probe(report: ProbeReport, suffix: str) -> bytes:
+    """ROC curves of the blocks; at the best one the values of both classes, and the calibration; AUROC per block.
+
+    suffix: `.svg` or `.png`, the format of the returned file.
+    """
+    figure, ((roc, values), (calibration, areas)) = _figure(2, 2, height=6.8, width=9.0)
+    best = report.by_block[report.best]
+    for block, each in report.by_block.items():
+        if block != report.best:
+            roc.plot(*_roc(each.positive, each.negative), color="#cccccc", lw=0.8)
+    roc.plot(
+        *_roc(best.positive, best.negative), color=COLOURS[0], lw=2, label=f"block {report.best}: {best.auroc:.3f}"
+    )
+    roc.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=":", label="chance: 0.500")
+    if best.quality is not None:
+        place = [best.quality.false_positive_rate], [best.quality.recall]
+        roc.plot(*place, "o", color="black", ms=6, label="at the threshold", clip_on=False, zorder=5)
+    roc.set_xlabel("false-positive rate")
+    roc.set_ylabel("true-positive rate", fontsize=9)
+    roc.set_title("ROC curve and its area" + (" (grey: the other blocks)" if len(report.by_block) > 1 else ""))
+    roc.legend(fontsize=8, frameon=False, loc="lower right")
+    _classes(values, best.positive.value_N, best.negative.value_N)
+    if best.probe.threshold is not None:
+        values.axvline(
+            best.probe.threshold, color="black", lw=1.2, ls="--", label=f"fires above {best.probe.threshold:.4g}"
+        )
+    values.set_xlabel(f"<x, v>, {report.at}")
+    values.set_ylabel("tokens" if report.at == "every_prompt_token" else "prompts", fontsize=9)
+    values.set_title(f"block {report.best}: values of both classes")
+    values.legend(fontsize=8, frameon=False)
+    calibration.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=":")
+    if best.probe.platt is not None:
+        share_N = probabilities(best.probe.platt, np.concatenate([best.positive.value_N, best.negative.value_N]))
+        label_N = np.repeat([1.0, 0.0], [len(best.positive.value_N), len(best.negative.value_N)])
+        means, shares, counts = zip(*binned(share_N, label_N), strict=True)
+        sizes = 20.0 + 180.0 * np.array(counts) / max(counts)
+        calibration.scatter(means, shares, s=sizes, color=COLOURS[4], alpha=0.8, clip_on=False, zorder=5)
+        calibration.set_title(f"calibration: ECE {best.calibration_error:.3f}, Brier {best.brier:.3f}")
+        for mean, share, count in zip(means, shares, counts, strict=True):
+            above = share < 0.5
+            offset = (0, 9 if above else -9)
+            calibration.annotate(
+                str(count), (mean, share), offset, textcoords="offset points", fontsize=8, ha="center",
+                va="bottom" if above else "top",
+            )  # fmt: skip
+    calibration.set_xlabel("probability, in bins of 0.1 with their counts")
+    calibration.set_ylabel("share of positives", fontsize=9)
+    blocks = list(report.by_block)
+    area = np.array([each.auroc for each in report.by_block.values()])
+    ends = np.array([[each.low, each.high] for each in report.by_block.values()]).T
+    # The percentiles of a skewed bootstrap may leave out the estimate itself.
+    areas.errorbar(
+        blocks, area, np.maximum(0.0, [area - ends[0], ends[1] - area]), fmt="o-", color=COLOURS[5], ms=3, lw=1.2
+    )
+    areas.axhline(0.5, color=GREY, lw=0.8, ls=":")
+    areas.axvline(report.best, color="black", lw=0.8, ls="--")
+    areas.set_ylim(min(0.5, *ends[0]) - 0.05, 1.02)
+    areas.set_xlim(blocks[0] - 1, blocks[-1] + 1)
+    areas.set_xticks(blocks[:: 1 + len(blocks) // 12])
+    areas.set_xlabel("block")
+    areas.set_title("AUROC with 95 % interval; 0.5 is chance")
+    return _bytes(figure, suffix)
+
+
+def _roc(positive: Scores, negative: Scores) -> tuple[list[float], list[float]]:
+    """False- and true-positive rates at all thresholds, from the highest."""
+    cuts = np.unique(np.concatenate([positive.value_N, negative.value_N]))[::-1]
+    rates = [
+        np.searchsorted(np.sort(-side.value_N), -cuts, side="right") / len(side.value_N)
+        for side in (negative, positive)
+    ]
+    false_positive, true_positive = ([0.0, *rate] for rate in rates)
+    return false_positive, true_positive
+
+
+def _classes(axis: Any, positive_N: Any, negative_N: Any) -> None:
+    """Histograms of both classes with common edges."""
+    both_N = np.concatenate([positive_N, negative_N])
+    edges = np.histogram_bin_edges(both_N, bins=30 if len(both_N) > 100 else 20)
+    for name, value_N, colour in (("positive", positive_N, COLOURS[0]), ("negative", negative_N, COLOURS[1])):
+        axis.hist(value_N, edges, color=colour, alpha=0.55, label=f"{name} ({len(value_N)})")
+
+
+def _bytes(figure: Any, suffix: str) -> bytes:
     if suffix == ".svg":
         return _svg(figure).encode()
     out = io.BytesIO()

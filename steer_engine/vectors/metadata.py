@@ -192,7 +192,7 @@ class FittedProbe(BaseModel):
             return blocks
         best = max(areas, key=lambda block: areas[block])
         counts = f" of {sum(self.held_out.values())} prompts" if self.held_out else ""
-        return f"{blocks}; best block {best}, held-out AUROC {areas[best]:.3f}{counts}"
+        return f"{blocks}; held-out AUROC up to {areas[best]:.3f} (block {best}){counts}"
 
 
 class VectorMetadata(BaseModel):

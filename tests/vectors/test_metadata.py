@@ -122,7 +122,7 @@ def test_a_probe_has_typed_blocks() -> None:
     assert bare is not None
     assert list(bare.blocks) == [4, 20]  # ascending
     assert bare.blocks[20].platt is None
-    assert str(bare) == "2 blocks, trained on every_prompt_token; best block 4, held-out AUROC 0.750"
+    assert str(bare) == "2 blocks, trained on every_prompt_token; held-out AUROC up to 0.750 (block 4)"
 
 
 def test_a_file_without_a_probe_reads_as_before() -> None:
