@@ -20,13 +20,13 @@ PACKAGE = ROOT / "steer_engine"
 SHORT_LINES = 40
 """A file with fewer lines is short."""
 
-MAX_MODULES = 140
+MAX_MODULES = 160
 """130 for what the project did when its rooms were built; what it has learned since may add some."""
 MAX_SHORT_PERCENT = 8.0
 MAX_SINGLE_IMPORTER_PERCENT = 20.0
 MAX_LINES_OF_A_FILE = 400
 MAX_CYCLES = 0
-MAX_WRAPPED_SYMBOLS = 34
+MAX_WRAPPED_SYMBOLS = 36
 
 ENTRY_POINTS = ("steer_engine.cli.main", "steer_engine.vllm.plugin")
 

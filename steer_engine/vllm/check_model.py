@@ -270,11 +270,12 @@ def _open_classes() -> None:
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.scale_out.token_in_token_out import protocol
 
+    # Choices first: the schemas of answers contain theirs.
     answers = (
-        protocol.GenerateResponseBase,
-        protocol.GenerateStreamResponseBase,
         protocol.GenerateChoiceBase,
         protocol.GenerateStreamChoiceBase,
+        protocol.GenerateResponseBase,
+        protocol.GenerateStreamResponseBase,
     )
     for opened in (
         AnthropicMessagesRequest,

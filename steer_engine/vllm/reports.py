@@ -91,7 +91,7 @@ def _add(answer: Any, data: dict[str, Any], note: RequestNote, report: dict[str,
 def _add_numbers(data: dict[str, Any], note: RequestNote, report: dict[str, Any]) -> dict[str, Any]:
     """Add the numbers of probes to the choices that have their tokens; returns the report of the whole answer."""
     if "choices" not in data:  # a response of /v1/responses has one sequence
-        return report | note.probe_answers[0].take()
+        return report | {"numbers": note.probe_answers[0].take()}
     for choice in data["choices"]:
         # The first chunk of a chat names the role, before any token.
         if getattr(getattr(choice, "delta", None), "role", None) and choice.finish_reason is None:
