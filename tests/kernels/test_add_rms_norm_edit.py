@@ -185,9 +185,11 @@ def test_random_mixes(
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_launch_compiles(compiled: Process, target: str, dtype: torch.dtype, hidden_size: int) -> None:
-    for adds_only in (True, False):
+    for adds_only, num_probes in ((True, 0), (False, 0), (False, 4)):
         artifact = compiled.call(
-            "compile.compile_add_rms_norm_edit", target, hidden_size, dtype, adds_only=adds_only, capture=False
+            *("compile.compile_add_rms_norm_edit", target, hidden_size, dtype),
+            adds_only=adds_only,
+            num_probes=num_probes,
         )
         assert artifact.spilled_bytes == 0
         assert {access.width for access in artifact.accesses if access.of_a_row} == {16}

@@ -22,7 +22,8 @@ def test_every_launch(compiled: Process, target: str, dtype: torch.dtype, hidden
     """No spills; all rows in 16-byte accesses; an add moves one read of stream and bank and one write, nothing else."""
     adds = compiled.call("compile.compile_edit_residual", target, hidden_size, dtype, adds_only=True)
     general = compiled.call("compile.compile_edit_residual", target, hidden_size, dtype, adds_only=False)
-    for artifact in (adds, general):
+    probing = compiled.call("compile.compile_edit_residual", target, hidden_size, dtype, adds_only=False, num_probes=4)
+    for artifact in (adds, general, probing):
         assert artifact.spilled_bytes == 0
         assert {access.width for access in artifact.accesses if access.of_a_row} == {16}
         assert {access.is_store for access in artifact.accesses if access.of_a_row} == {False, True}

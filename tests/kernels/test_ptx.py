@@ -19,6 +19,7 @@ from helpers.cases import (
     build,
     each_detail,
     each_measure,
+    each_probe,
     single_operations,
 )
 from helpers.kernel_check import (
@@ -130,20 +131,23 @@ def test_what_entries_measure(compiled: Process, target: str, dtype: torch.dtype
     assert_each_measure_shows(case)
 
 
-@pytest.mark.parametrize("adds_only", [True, False])
+@pytest.mark.parametrize(("adds_only", "probes"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"), [(576, torch.bfloat16), (4096, torch.bfloat16), (576, torch.float32)]
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_add_moves_the_minimum(
-    compiled: Process, target: str, hidden_size: int, dtype: torch.dtype, adds_only: bool
+    compiled: Process, target: str, hidden_size: int, dtype: torch.dtype, adds_only: bool, probes: bool
 ) -> None:
-    """In the general kernel too: it loads only what the entry needs, and no details of an entry that has none.
+    """In the general kernel too: it loads only what the entry needs, and no details of an entry that has none. With a
+    buffer for probes, a request without them moves no more.
 
     Besides rows: slot, count, position and the entry's first 16 bytes; in the general kernel also its gate row, three
     coefficients and whether the norm is kept.
     """
-    case = build([adds(1)], hidden_size=hidden_size, dtype=dtype, num_tokens=4, seed=4, adds_only=adds_only)
+    case = build(
+        [adds(1)], hidden_size=hidden_size, dtype=dtype, num_tokens=4, seed=4, adds_only=adds_only, probes=probes
+    )
     _, rows = run(compiled, target, case)
     floor = 3 * hidden_size * dtype.itemsize
     bank = case.tables.bank_RD.data_ptr()
@@ -155,6 +159,20 @@ def test_an_add_moves_the_minimum(
             assert moved == floor + SCALAR_BYTES + (0 if adds_only else 5 * 4)
             assert traffic[bank].loaded == floor // 3
             assert traffic[bank].widths == {16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_probes(compiled: Process, target: str, dtype: torch.dtype) -> None:
+    """The numbers, and that a row with nothing but probes stores only 4 bytes for each of them."""
+    programs = each_probe()
+    case = build(programs, hidden_size=576, dtype=dtype, num_tokens=2 * (len(programs) + 1), seed=8, probes=True)
+    expected = oracle_of(case)
+    edited, rows = run(compiled, target, case)
+    assert_matches(case, edited, expected, ulps=0.5)
+    only_T = torch.isin(case.tables.slot_T[: len(rows)], torch.tensor([1, 5], dtype=torch.int32))
+    for row in only_T.nonzero().squeeze(1).tolist():
+        assert sum(tensor.stored for tensor in rows[row].values()) == 2 * 4
 
 
 def test_rows_outside_all_spans_are_not_written(compiled: Process) -> None:

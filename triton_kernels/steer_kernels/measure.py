@@ -62,6 +62,16 @@ def cosine_with(
 
 
 @triton.jit
+def length_of(row, D: tl.constexpr, TILE: tl.constexpr):
+    """|row|, with `row` a pointer."""
+    total = tl.zeros([TILE], tl.float32)
+    for i in tl.static_range(triton.cdiv(D, TILE)):
+        w = load_tile(row, i, D, TILE).to(tl.float32)
+        total += w * w
+    return tl.sqrt_rn(tl.sum(total, 0))
+
+
+@triton.jit
 def number_of(
     entry, when, hidden, carried, delta, bank_RD, D: tl.constexpr, TILE: tl.constexpr, HAS_HIDDEN: tl.constexpr
 ):
@@ -139,7 +149,10 @@ def write_late_probes(
     TILE: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
 ):
-    """Write the numbers of the row's late probes. delta: of all its edits, and of the kept norm."""
+    """Write the numbers of the row's late probes. delta: of all its edits, and of the kept norm.
+
+    One sum at a time: the three of `cosine_with` would spill beside delta at the largest D in float32.
+    """
     for e in tl.range(num_entries, disable_licm=True):
         entry = program + e * 16
         start = tl.load(entry + 1)
@@ -148,5 +161,9 @@ def write_late_probes(
             when = tl.load(entry + 12)
             if ((when >> 24) & 3) == 3:  # noqa: SIM102  (share_of is only for probes)
                 if share_of(entry, first, pos, windows, measured, bounds, True) != 0.0:
-                    number = number_of(entry, when, hidden, carried, delta, bank_RD, D, TILE, HAS_HIDDEN)
+                    row = bank_RD + tl.load(entry).to(tl.int64) * D
+                    number = dot_with(row, hidden, carried, delta, D, TILE, HAS_HIDDEN, False)
+                    if ((when >> 18) & 3) == 2:
+                        size = norm_of(hidden, carried, delta, D, TILE, HAS_HIDDEN) * length_of(row, D, TILE)
+                        number = tl.where(size > 0.0, tl.div_rn(number, tl.where(size > 0.0, size, 1.0)), 0.0)
                     tl.store(probed + tl.load(entry + 9), number)
