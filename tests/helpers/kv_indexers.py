@@ -1,7 +1,8 @@
 """How indexers outside of vLLM read its KV events: under which keys they file the blocks of an engine.
 
 Written from the formats that llm-d's KV cache indexer and Dynamo's KV router document and accept (2026). An indexer
-knows of a request its tokens, adapter and images only. A block is taken for plain if its key is the plain block's.
+knows of a request its tokens, adapter and images only. A block is taken for a plain one if its key is that of the plain
+block.
 """
 
 from __future__ import annotations
