@@ -265,7 +265,7 @@ def each_probe() -> list[Program]:
         Program(steps=[dot, cosine]),
         Program(steps=[replace(cosine, vector=0), late_cosine, add, ablate]),
         Program(steps=[dot, replace(late_dot, vector=0), ablate, add]),
-        Program(steps=[replace(late_dot, vector=0), add, replace(late_cosine, vector=0)], keep_norm=True),
+        Program(steps=[replace(late_dot, vector=0), add, replace(late_cosine, vector=0, span=(0, 20))], keep_norm=True),
         Program(steps=[late_dot, replace(late_cosine, vector=2)]),
         Program(steps=[dot, replace(add, gate=(4, 0.0, np.inf)), replace(late_dot, vector=0), ablate]),
         Program(steps=[add, replace(dot, vector=0), replace(cosine, vector=0), replace(ablate, span=(0, 20))]),

@@ -21,6 +21,7 @@ from helpers.cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer_kernels.cpu_plan import StepPlan
+from steer_kernels.cpu_probes import take_probes
 from steer_kernels.reference import edit_residual_reference
 from steer_kernels.tables import COSINE, DOT
 
@@ -131,4 +132,8 @@ def test_probes_take_no_place_among_the_edits() -> None:
     case.tables.counts_SL[:, SITE + 1 :] = 0
     case.tables.entries_SLEW[:, SITE + 1 :] = 0
     plan, _ = check(case)
-    assert [len(steps) for steps in plan.steps_at_L] == [0, 1, 0]
+    assert list(plan.probes) == [SITE]
+    words_NLEW = case.tables.entries_SLEW[1:]
+    _, left_NLEW, share_NLE = take_probes(case.tables, words_NLEW, torch.ones(words_NLEW.shape[:3]), torch.arange(2))
+    assert left_NLEW.shape[:3] == share_NLE.shape == (2, NUM_SITES, 1)
+    assert torch.equal(left_NLEW[:, SITE, 0], words_NLEW[:, SITE, 3])

@@ -194,6 +194,16 @@ def test_an_unprobed_row_keeps_its_numbers(interpreted: Process, form: str) -> N
     assert changed_TK.any(0).nonzero().squeeze(1).tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_is_not_taken_for_a_gate(interpreted: Process, form: str) -> None:
+    """The bank has fewer rows than the number of the column."""
+    steps = [Step(op="ablate", probe=(DOT, 11, False)), Step(op="add", scale=8.0)]
+    case = build([Program(steps=steps)], hidden_size=63, dtype=torch.float32, num_tokens=8, seed=9, probes=True)
+    case.tables.probed_TK = torch.full((11, 12), torch.nan)
+    expected = oracle_of(case)
+    assert_matches(case, editor(form, interpreted)[0](case), expected, ulps=0.5)
+
+
 def test_an_engine_that_only_adds_has_no_probes(interpreted: Process) -> None:
     case = build([adds(NUM_ENTRIES)], hidden_size=63, dtype=torch.float32, num_tokens=4, seed=7, probes=True)
     with pytest.raises(AssertionError, match="has no probes"):
