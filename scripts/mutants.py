@@ -142,8 +142,8 @@ MUTANTS = (
     Mutant(
         name="a schedule counts from the first token of the prompt",
         file="steer_kernels/shares.py",
-        right="        since_NE = (pos_N1 - first_NE).clamp(min=0)",
-        wrong="        since_NE = (pos_N1 - 0 * first_NE).clamp(min=0)",
+        right="        since_NE = (pos_N1 - first_positions(words_NEW, windows_NJ)).clamp(min=0)",
+        wrong="        since_NE = (pos_N1 - 0 * first_positions(words_NEW, windows_NJ)).clamp(min=0)",
         test="engines/test_when.py::test_schedules",
     ),
     Mutant(

@@ -6,59 +6,34 @@ A spec is resolved exactly once per request, in the API process. The `ResolvedSp
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
-from steer_engine.capture import PARAM, CaptureRequest
+from steer_engine.capture import CaptureRequest
 from steer_engine.containment import check_dose, check_growth, check_measurable, check_representable
 from steer_engine.edit import Edit, GateBounds, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.fields import parse_blocks, shown
+from steer_engine.model_shape import ModelShape, describe_blocks
 from steer_engine.probe import Probe, StopRule
+from steer_engine.resolve_capture import resolve_capture
 from steer_engine.resolve_probes import resolve_probes, resolve_stops
 from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
 from steer_engine.room import check_room
 from steer_engine.scope import WhenField
 from steer_engine.settings import Limits
-from steer_engine.spec import CaptureSpec, EditSpec, Op, SteeringSpec
+from steer_engine.spec import EditSpec, Op, SteeringSpec
 from steer_engine.template import ProgramTemplate
 from steer_engine.vectors import ControlVector
 from steer_engine.vocabulary import Vocabulary
-
-MAX_RUNS_SHOWN = 8
 
 NO_VOCABULARY = Vocabulary(None, 2**31, lambda name: "there is no tokenizer.")
 """Token ids only."""
 
 VectorSource = Callable[[str], ControlVector]
 """Name or `sha256:...` digest -> vector. Raises UnknownVectorError."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The facts about a served model that a spec is checked against."""
-
-    hidden_size: int
-    num_blocks: int
-    armed_blocks: tuple[int, ...]
-    ops: tuple[Op, ...]
-    rows: int
-    """Bank rows that one request may need per block."""
-    dtype: str
-    """Of the residual stream: "float32", "float16" or "bfloat16"."""
-    bank_rows: int | None = None
-    """Rows of a bank that can fill up; None if the bank has room for every request."""
-    capture_blocks: tuple[int, ...] = ()
-    """Where the stream can be captured; empty if capture is off."""
-    is_pipeline: bool = False
-    """The blocks are spread over the stages of a pipeline."""
-
-    @cached_property
-    def armed(self) -> frozenset[int]:
-        return frozenset(self.armed_blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,34 +214,6 @@ def _template(
     return ProgramTemplate.compile(canonical_order(edits), keep_norm=keep_norm, probes=probes, stops=stops)
 
 
-def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Limits) -> CaptureRequest | None:
-    """Check a capture against what this engine captures, and give it a key.
-
-    Raises:
-        SteeringRequestError: capture is off on this server, or at these blocks.
-    """
-    if requested is None:
-        return None
-    if not model.capture_blocks:
-        raise SteeringRequestError("Capture is switched off on this server (--steering-capture).", PARAM)
-    blocks = parse_blocks(requested.blocks) or model.capture_blocks
-    missing = tuple(sorted(set(blocks) - set(model.capture_blocks)))
-    if missing:
-        raise SteeringRequestError(
-            f"Blocks {describe_blocks(missing)} cannot be captured here; available: "
-            f"{describe_blocks(model.capture_blocks)} (--steering-capture).",
-            f"{PARAM}.blocks",
-        )
-    row_bytes = 4 * model.hidden_size * len(blocks)  # float32
-    return CaptureRequest(
-        key=uuid.uuid4().hex,
-        positions=requested.positions if isinstance(requested.positions, str) else tuple(requested.positions),
-        blocks=blocks,
-        after=requested.after,
-        max_rows=limits.max_capture_bytes // row_bytes,
-    )
-
-
 def _resolve_edit(
     requested: EditSpec,
     when: WhenField | None,
@@ -400,15 +347,3 @@ def _scales(requested: EditSpec, vector: ControlVector, blocks: tuple[int, ...],
         )
     _check_direction(vector, blocks, f"{param}.vector")
     return tuple(float(requested.scale) * norms[block] / vector.norms[block] for block in blocks)
-
-
-def describe_blocks(blocks: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` as "0-2, 5"; the first MAX_RUNS_SHOWN runs of them."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    shown_runs = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:MAX_RUNS_SHOWN]]
-    return ", ".join(shown_runs) + (f" and {len(runs) - MAX_RUNS_SHOWN} more" if len(runs) > MAX_RUNS_SHOWN else "")

@@ -118,7 +118,8 @@ def test_another_body_is_reported_and_another_comment_is_not(change: tuple[str, 
 
 
 KNOWN_REDEFINITIONS = {
-    # Calls the base class's.
+    # Call the base class's.
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_request_with_output",
     "vllm.v1.core.sched.diffusion_scheduler:DiffusionAsyncScheduler.schedule",
     # An engine of an encoder alone is refused.
     "vllm.v1.worker.mm_encoder_model_runner:MMEncoderModelRunner._dummy_run",

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from steer_engine.containment import ASSUMED_PEAK, LARGEST_FINITE, MAX_STREAM_NORM, check_measurable
 from steer_engine.errors import SteeringRequestError
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import parse_spec
-from steer_engine.resolve import ModelShape, resolve
+from steer_engine.resolve import resolve
 from steer_engine.settings import Limits
 from steer_engine.spec import Op
 from steer_engine.vectors import ControlVector, VectorMetadata

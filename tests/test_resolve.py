@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from steer_engine.containment import LARGEST_FINITE
 from steer_engine.edit import ALL, GENERATION, PROMPT, Scope
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.model_shape import MAX_RUNS_SHOWN, ModelShape, describe_blocks
 from steer_engine.parse import parse_spec
-from steer_engine.resolve import MAX_RUNS_SHOWN, ModelShape, ResolvedSpec, describe_blocks, resolve
+from steer_engine.resolve import ResolvedSpec, resolve
 from steer_engine.settings import Limits
 from steer_engine.spec import Op, SteeringSpec
 from steer_engine.vectors import ControlVector, VectorMetadata

@@ -10,10 +10,11 @@ import pytest
 from helpers.random_specs import MODEL, source
 
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import parse_spec
 from steer_engine.probe import Platt, ProbePlan, StopRule, bounds_on_dot
 from steer_engine.program import Program
-from steer_engine.resolve import ModelShape, ResolvedSpec, resolve, with_probes
+from steer_engine.resolve import ResolvedSpec, resolve, with_probes
 from steer_engine.settings import Limits
 from steer_engine.spec import Op
 

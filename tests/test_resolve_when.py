@@ -15,8 +15,9 @@ from helpers.random_specs import HIDDEN_SIZE, MODEL, VECTORS, source
 
 from steer_engine.edit import GENERATION, LAST_PROMPT_TOKEN, Bound, Schedule, Scope
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import parse_spec
-from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
+from steer_engine.resolve import ResolvedSpec, resolve
 from steer_engine.settings import Limits
 from steer_engine.spec import Op
 from steer_engine.trigger import NO_END, Trigger

@@ -21,8 +21,8 @@ from typing import Any
 
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, VectorFileError
 from steer_engine.fields import MAX_ECHO_CHARS
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import check_chars
-from steer_engine.resolve import ModelShape
 from steer_engine.settings import Limits
 from steer_engine.vectors import safetensors_format, vllm_lens_format
 

@@ -18,9 +18,11 @@ from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.gates import DrainGate, QueueLimit
 from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import parse_spec
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
-from steer_engine.resolve import NO_VOCABULARY, ModelShape, ResolvedSpec, resolve, resolve_capture, with_probes
+from steer_engine.resolve import NO_VOCABULARY, ResolvedSpec, resolve, with_probes
+from steer_engine.resolve_capture import resolve_capture
 from steer_engine.settings import (
     ARMED_ENV,
     DEFAULT_PRESET_ENV,

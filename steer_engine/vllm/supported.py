@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.resolve import ModelShape
+from steer_engine.model_shape import ModelShape
 from steer_engine.settings import SteeringConfig
 
 if TYPE_CHECKING:

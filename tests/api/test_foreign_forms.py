@@ -17,8 +17,8 @@ from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.frontend import Frontend
 from steer_engine.api.request_field import steering_of
 from steer_engine.errors import PayloadTooLargeError, SteeringRequestError
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import parse_spec
-from steer_engine.resolve import ModelShape
 from steer_engine.settings import ALL_OPS, Limits, SteeringConfig
 from steer_engine.vectors.safetensors_format import from_bytes
 

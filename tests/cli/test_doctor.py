@@ -89,14 +89,17 @@ def test_memory_of_large_models_by_configuration(found: dict[str, tuple[int, str
     memory = shown["memory"]
     assert memory["bank"] == bank
     sites = len(shown["armed_blocks"])
-    # Per slot, slot 0 included: 16 words per entry and their number for each site, one flag, and two span bounds; 8
+    # Per slot, slot 0 included, with room for 8 probes at a block beside the rows: 16 words per entry and their number for each site, one flag, and two span bounds; 8
     # triggers of 18 words, their number, and 9 positions of history with a token and two words per trigger; 8
     # conditions of three float64.
     limited = 8 * 18 + 1 + 9 * (1 + 2 * 8) + 8 * 3 * 2
-    assert memory["programs"] == 4 * 257 * (sites * (16 * shown["rows"] + 1) + 1 + 2 + limited)
+    assert memory["programs"] == 4 * 257 * (sites * (16 * (shown["rows"] + 8) + 1) + 1 + 2 + limited)
     # A slot, a position and the windows of 8 triggers.
     assert 10 * 4 * 2048 <= memory["routing"] <= 10 * 4 * 2064
-    assert memory["device"] == bank + memory["programs"] + memory["routing"]
+    # 8 probes at each block, but no more than 256 numbers per token.
+    numbers = min(8 * sites, 256)
+    assert 4 * 2048 * numbers <= memory["probes"] <= 4 * 2064 * numbers
+    assert memory["device"] == bank + memory["programs"] + memory["routing"] + memory["probes"]
     assert memory["host_vector"] == 4 * shown["hidden_size"] * shown["num_blocks"]
 
 

@@ -68,7 +68,7 @@ def test_an_adapter_and_steering_in_one_request(start: Start, oracle: Oracle, ad
     with_adapter = [i % 3 != 0 for i in range(len(requested))]  # against 8 specs: each comes with and without
     request = LoRARequest("random", 1, str(adapter))
     inputs: Any = [{"prompt_token_ids": ask.prompt} for ask in requested]
-    wanted = [params(ask.spec, max_tokens=ask.max_tokens) for ask in requested]
+    wanted = [params(ask.steering, max_tokens=ask.max_tokens) for ask in requested]
     for _ in ("cold", "warm"):
         outputs = llm.generate(
             inputs, wanted, use_tqdm=False, lora_request=[request if it else None for it in with_adapter]

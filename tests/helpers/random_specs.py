@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from steer_engine.errors import UnknownVectorError
 from steer_engine.fields import parse_blocks
+from steer_engine.model_shape import ModelShape
 from steer_engine.parse import parse_spec
 from steer_engine.program import Entry, Program, RowKey
-from steer_engine.resolve import ModelShape, ResolvedSpec, resolve
+from steer_engine.resolve import ResolvedSpec, resolve
 from steer_engine.scope import ScopeSpec
 from steer_engine.settings import Limits
 from steer_engine.spec import EditSpec, Op, SteeringSpec

@@ -12,7 +12,7 @@ from steer_engine.api.frontend import Frontend
 from steer_engine.api.middleware import SteeringMiddleware
 from steer_engine.api.registry_routes import Uploads
 from steer_engine.api.routing import HEADER, AdminKeys
-from steer_engine.resolve import ModelShape
+from steer_engine.model_shape import ModelShape
 from steer_engine.settings import ALL_OPS, ApiLimits, EngineLimits, Limits, SteeringConfig
 from steer_engine.vectors import Registry
 from steer_engine.vectors.cache import InlineVectors

@@ -14,7 +14,7 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
 from steer_engine.api.answers import current_note
 from steer_engine.api.frontend import Frontend
-from steer_engine.resolve import ModelShape
+from steer_engine.model_shape import ModelShape
 from steer_engine.settings import ALL_OPS, SteeringConfig
 from steer_engine.vectors import Registry
 from steer_engine.vllm import check_model

@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import SteeringRequestError
-from steer_engine.resolve import ModelShape
+from steer_engine.model_shape import ModelShape
 from steer_engine.settings import ALL_OPS, SteeringConfig
 from steer_engine.vllm import check_model, engine_core, intake
 
