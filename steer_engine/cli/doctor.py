@@ -19,6 +19,7 @@ _MEMORY = {
     "bank": "bank",
     "programs": "programs",
     "routing": "routing",
+    "probes": "numbers of probes",
     "device": "total on each rank's device",
     "host_vector": "one vector with all blocks, in host memory",
     "host_store": "limit for vectors in host memory",

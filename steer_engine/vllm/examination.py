@@ -200,6 +200,7 @@ def _examine_configuration(diagnosis: Diagnosis, args: EngineArgs) -> VllmConfig
         "bank": device.bank,
         "programs": device.programs,
         "routing": device.routing,
+        "probes": device.probes,
         "device": device.total,
         "host_vector": 4 * shape.hidden_size * shape.num_blocks,
         "host_store": EngineLimits.from_environment().store_bytes,
