@@ -89,7 +89,8 @@ def test_memory_of_large_models_by_configuration(found: dict[str, tuple[int, str
     memory = shown["memory"]
     assert memory["bank"] == bank
     sites = len(shown["armed_blocks"])
-    # Per slot, slot 0 included, with room for 8 probes at a block beside the rows: 16 words per entry and their number for each site, one flag, and two span bounds; 8
+    # Per slot, slot 0 included, and with room for 8 probes at a block beside the rows:
+    # 16 words per entry and their number for each site, one flag, and two span bounds; 8
     # triggers of 18 words, their number, and 9 positions of history with a token and two words per trigger; 8
     # conditions of three float64.
     limited = 8 * 18 + 1 + 9 * (1 + 2 * 8) + 8 * 3 * 2

@@ -98,7 +98,8 @@ class Decoding:
             return None
         # Include requests outside their program's span: they are not routed now, but will be when they enter it.
         slot_B = (idx_mapping_B + 1).long()
-        bounds_BX = tables.entries_SLEW[..., tb.START : tb.END + 1][slot_B].flatten(1) & MAX_POSITION
+        most = max(1, int(tables.counts_SL[slot_B].max()))
+        bounds_BX = tables.entries_SLEW[:, :, :most, tb.START : tb.END + 1][slot_B].flatten(1) & MAX_POSITION
         passed_BX = bounds_BX <= positions_B.unsqueeze(1)
         with_triggers = tables.num_triggers_S[slot_B].nonzero().squeeze(1).numpy()
         return cls(
@@ -172,11 +173,11 @@ class StepPlan:
         rows_N: the steered rows, at least one.
         """
         slot_N = tables.slot_T[rows_N].long()
-        if bool((slot_N == slot_N[0]).all()):
+        decoding = Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T)
+        if decoding is None and bool((slot_N == slot_N[0]).all()):
             slot_N = slot_N[:1]  # the rows of one request share its entries
         most = int(tables.counts_SL[slot_N].max())
         words_NLEW, pos_N = tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N]
-        decoding = Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T)
         share_NLE, schedules = covers(words_NLEW, pos_N).float(), None
         probes: dict[int, SiteProbes] = {}
         if have_details(words_NLEW):
