@@ -14,26 +14,28 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- tested architectures: scripts/architectures.py -->", "<!-- end of tested architectures -->"
 
 
-def table(forms: dict[str, str]) -> str:
-    """Markdown rows: Hugging Face's model_type, and the form of the stream that the startup probe finds."""
-    rows = [f"| `{name}` | {form} |" for name, form in sorted(forms.items())]
-    return "\n".join([BEGIN, "", "| `model_type` | stream |", "|---|---|", *rows, "", END])
+def table(forms: dict[str, str], refused: dict[str, str]) -> str:
+    """Markdown rows: Hugging Face's model_type, the form of the stream that the startup probe finds, and why not."""
+    rows = {name: f"| `{name}` | {form} | |" for name, form in forms.items()}
+    rows |= {name: f"| `{name}` | refused | {reason} |" for name, reason in refused.items()}
+    ordered = [rows[name] for name in sorted(rows)]
+    return "\n".join([BEGIN, "", "| `model_type` | stream | why not |", "|---|---|---|", *ordered, "", END])
 
 
-def with_table(page: str, forms: dict[str, str]) -> str:
+def with_table(page: str, forms: dict[str, str], refused: dict[str, str]) -> str:
     """The page with the current table."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     assert after, f"{PAGE.name} has lost its markers"
-    return before + table(forms) + after
+    return before + table(forms, refused) + after
 
 
 def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers.families import FORM
+    from helpers.families import FORM, REFUSED
 
     page = PAGE.read_text()
-    wanted = with_table(page, FORM)
+    wanted = with_table(page, FORM, REFUSED)
     if "--check" in sys.argv[1:]:
         return int(page != wanted)
     PAGE.write_text(wanted)

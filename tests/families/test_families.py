@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from helpers.driving import edit, generate, prompt_logprobs, sampled, steering
 from helpers.engines import SETTINGS
-from helpers.families import ANSWER, FORM, PROMPT, SCALE, directions
+from helpers.families import ANSWER, FORM, PROMPT, REFUSED, SCALE, directions, make_refused
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from steer_engine import LLM
+from steer_engine.errors import UnsupportedEngineError
 from steer_engine.vectors import ControlVector, VectorMetadata
 
 QUICK = ("stablelm", "gpt_neox")
@@ -35,10 +36,14 @@ Answers = Callable[[str], tuple[str, np.ndarray, np.ndarray]]
 def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Answers:
     """Checkpoint, ids and logprobs of an architecture, see families.py; all of this run are made in one process."""
     folder = tmp_path_factory.mktemp("families")
-    wanted = sorted({item.callspec.params["name"] for item in request.session.items if item.module is request.module})
+    items = [item for item in request.session.items if item.module is request.module]
+    wanted = sorted({item.callspec.params["name"] for item in items} & FORM.keys())
     script = Path(__file__).parents[1] / "helpers" / "families.py"
+    limit = 120 + 20 * len(wanted)  # seconds; each takes 1 to 3 on a free core
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    subprocess.run([sys.executable, "-P", str(script), str(folder), *wanted], check=True, env=environment, timeout=280)
+    subprocess.run(
+        [sys.executable, "-P", str(script), str(folder), *wanted], check=True, env=environment, timeout=limit
+    )
 
     def load(name: str) -> tuple[str, np.ndarray, np.ndarray]:
         saved = np.load(folder / f"{name}.npz")
@@ -47,6 +52,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return load
 
 
+@pytest.mark.timeout(900)  # the first test waits for the checkpoints of all
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FORM])
 def test_parity_at_every_block(answers: Answers, name: str) -> None:
     path, ids, logprobs = answers(name)
@@ -64,6 +70,27 @@ def test_parity_at_every_block(answers: Answers, name: str) -> None:
         assert_parity(llm, name, ids, logprobs)
     finally:
         del llm
+        cleanup_dist_env_and_memory()
+
+
+MODEL_CLASS = {"gemma3n_text": "Gemma3nDecoderLayer", "iquestloopcoder": "IQuestLoopCoderForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "iquestloopcoder" else pytest.mark.slow) for name in REFUSED]
+)
+def test_refused_by_name(tmp_path: Path, name: str) -> None:
+    try:
+        with pytest.raises(UnsupportedEngineError, match=MODEL_CLASS[name]):
+            LLM(
+                str(make_refused(name, tmp_path)),
+                load_format="dummy",
+                enforce_eager=True,
+                dtype="float32",
+                skip_tokenizer_init=True,
+                **SETTINGS,
+            )
+    finally:
         cleanup_dist_env_and_memory()
 
 

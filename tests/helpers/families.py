@@ -40,9 +40,20 @@ FORM = {
     "falcon": "one",
     "starcoder2": "one", "stablelm": "hidden-only", "cohere": "hidden-only", "granite": "one", "mixtral": "split",
     "qwen3_moe": "split", "granitemoehybrid": "hidden-only", "phimoe": "hidden-only", "deepseek_v2": "split",
-    "deepseek_v3": "split", "lfm2": "split",
+    "deepseek_v3": "split", "lfm2": "split", "glm": "one", "glm4": "split", "glm4_moe": "split", "nemotron": "split",
+    "nemotron_h": "split", "exaone4": "hidden-only", "falcon_h1": "one", "gpt_oss": "split", "ernie4_5": "split",
+    "ernie4_5_moe": "split", "llama4_text": "split", "mamba2": "split", "olmo": "one", "olmo3": "one", "olmoe": "split",
+    "hunyuan_v1_dense": "one", "gptj": "one", "smollm3": "one", "granitemoe": "one", "granitemoeshared": "one",
+    "seed_oss": "one", "arcee": "one", "gemma": "split", "qwen2_moe": "split", "phi": "one", "cohere2": "hidden-only",
+    "gpt_bigcode": "one", "ministral": "one", "helium": "one",
 }  # fmt: skip
 """Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
+
+REFUSED = {
+    "gemma3n_text": "carries several streams per token",
+    "iquestloopcoder": "runs its blocks several times a step",
+}
+"""Architecture -> why an armed engine refuses it at startup."""
 
 _MLA: dict[str, Any] = {
     "num_key_value_heads": 2,
@@ -70,6 +81,8 @@ _MLA: dict[str, Any] = {
         "mscale_all_dim": 0.707,
     },
 }
+
+_SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": True, "logit_scale": 1.0, "use_qk_norm": False},
@@ -115,6 +128,64 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "num_mtp_layers": 0,
     },
+    "glm4": {"partial_rotary_factor": 0.5},
+    "glm4_moe": {
+        **_MOE,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "attention_head_dim": 32,
+    },
+    "exaone4": {"sliding_window": 128, "sliding_window_pattern": "LLG", "layer_types": _SLIDING},
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
+    },
+    "gpt_oss": {**_MOE, "sliding_window": 128, "layer_types": _SLIDING},
+    "ernie4_5_moe": {
+        **_MOE,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+        "moe_layer_interval": 1,
+    },
+    "llama4_text": {
+        **_MOE,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 2,
+        "num_experts_per_tok": 1,
+        "use_qk_norm": True,
+        "attention_chunk_size": 128,
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 16, "expand": 2},
+    "olmo3": {"sliding_window": 128, "layer_types": _SLIDING},
+    "olmoe": _MOE,
+    "gptj": {"n_embd": HIDDEN, "n_layer": 3, "n_head": 2, "n_positions": 512, "n_inner": 128, "rotary_dim": 16},
+    "granitemoe": _MOE,
+    "granitemoeshared": {**_MOE, "shared_intermediate_size": 64},
+    "gemma": {"tie_word_embeddings": True},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 64},
+    "phi": {"partial_rotary_factor": 0.5},
+    "cohere2": {"tie_word_embeddings": True, "logit_scale": 1.0, "sliding_window": 128, "layer_types": _SLIDING},
+    "gpt_bigcode": {"n_embd": HIDDEN, "n_layer": 3, "n_head": 2, "n_positions": 512, "n_inner": 128},
     "lfm2": {
         "tie_word_embeddings": True,
         "layer_types": ["conv", "full_attention", "conv"],
@@ -129,6 +200,9 @@ _WITHOUT = {
     "deepseek_v2": ("head_dim",),
     "deepseek_v3": ("head_dim",),
     "falcon": ("head_dim",),
+    "gptj": ("num_key_value_heads", "head_dim"),
+    "gpt_bigcode": ("num_key_value_heads", "head_dim"),
+    "mamba2": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
     "gpt_neox": ("head_dim", "num_key_value_heads"),
 }
 """Fields of the common settings that mislead an architecture that does not have them."""
@@ -136,6 +210,39 @@ _WITHOUT = {
 
 _CLASS = {"phimoe": "PhiMoEForCausalLM"}
 """What published checkpoints say where Hugging Face's class is called otherwise: vLLM has a model of that name."""
+
+
+_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n_text": (
+        "gemma3n_text",
+        {
+            "architectures": ["Gemma3nForCausalLM"],
+            "num_hidden_layers": 5,  # as many as no other list of the model has
+            "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+            "intermediate_size": [128] * 5,
+            "activation_sparsity_pattern": [0.0] * 5,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCAB,
+            "laurel_rank": 8,
+            "altup_num_inputs": 4,
+            "sliding_window": 128,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Its configuration is Llama's with two fields more, and not a part of Hugging Face's library.
+    "iquestloopcoder": ("llama", {"architectures": ["IQuestLoopCoderForCausalLM"], "loop_num": 2}),
+}
+"""Architecture -> the model_type of a configuration for it, and the settings that differ from the common ones."""
+
+
+def make_refused(name: str, folder: Path) -> Path:
+    """A checkpoint of one of REFUSED, without weights."""
+    from transformers import AutoConfig
+
+    model_type, settings = _REFUSED[name]
+    AutoConfig.for_model(model_type, **{**_COMMON, **settings}).save_pretrained(folder / name)
+    return folder / name
 
 
 def directions(num_blocks: int = 3) -> np.ndarray:
