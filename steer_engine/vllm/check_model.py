@@ -102,7 +102,8 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     The base name replaces it on the request.
 
     Raises:
-        UnknownVectorError: the base is served, and it has no such preset. An unknown base is left to vLLM.
+        UnknownVectorError: the base is served, and it has no such preset, and no adapter has that name. An unknown base
+            is left to vLLM.
     """
     note: RequestNote | None = current_note.get()
     model = getattr(request, "model", None) or (note and note.body_model)
@@ -116,6 +117,8 @@ def _take_preset(serving: Any, request: Any) -> tuple[str | None, str | None]:
     try:
         frontend.registry.preset(preset)
     except UnknownVectorError as error:
+        if model in serving.models.lora_requests:
+            return None, None
         clipped = model[:MAX_REFUSAL_CHARS]
         raise UnknownVectorError(f"The model {clipped!r} does not exist: {error.message}", "model") from None
     request.model = base
