@@ -24,6 +24,8 @@ class ProbeAnswer:
         num_columns = sum(len(probe.blocks) for probe in probes)
         self._total_K, self._count_K = np.zeros(num_columns), np.zeros(num_columns, dtype=np.int64)
         self._largest_K = np.full(num_columns, -np.inf)
+        self._summarises = any(probe.returns == "summary" for probe in probes)
+        self._calibrates = any(probe.platt for probe in probes)
         self.finished = False
         """Set after the last tokens: now a summary can be told."""
 
@@ -33,6 +35,8 @@ class ProbeAnswer:
             if numbers_NK is not None and len(numbers_NK):
                 converted_NK = self._converted(numbers_NK)
                 parts.append(converted_NK)
+                if not self._summarises:
+                    continue
                 known_NK = np.isfinite(converted_NK)
                 self._count_K += known_NK.sum(0)
                 self._total_K += np.where(known_NK, converted_NK, 0.0).sum(0)
@@ -41,7 +45,7 @@ class ProbeAnswer:
     def _converted(self, numbers_NK: np.ndarray) -> np.ndarray:
         """float64, with probabilities in place of dot products where the client asked for them."""
         numbers_NK = numbers_NK.astype(np.float64)
-        for column, (probe, place) in enumerate(_columns(self._probes)):
+        for column, (probe, place) in enumerate(_columns(self._probes) if self._calibrates else ()):
             if probe.platt:
                 numbers_NK[:, column] = [probe.platt[place].probability(dot) for dot in numbers_NK[:, column].tolist()]
         return numbers_NK

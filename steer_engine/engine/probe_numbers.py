@@ -21,7 +21,9 @@ class ProbeNumbers:
         self._first_token = prompt_len - 1
         """The position that chooses the first generated token."""
         num_prompt_rows = self._first_token if plan.start < self._first_token else 0
-        self._prompt_MK = np.full((num_prompt_rows, plan.num_columns), np.nan, dtype=np.float32)
+        self._num_columns = plan.num_columns
+        self._missing_K = np.full(self._num_columns, np.nan, dtype=np.float32)
+        self._prompt_MK = np.full((num_prompt_rows, self._num_columns), np.nan, dtype=np.float32)
         self._rows: dict[int, np.ndarray] = {}
         self._num_returned = 0
         self._in_a_row = [0] * len(plan.stops)
@@ -32,14 +34,14 @@ class ProbeNumbers:
 
     def write(self, positions_N: np.ndarray, numbers_NK: np.ndarray) -> None:
         """Rows that a step computed. What they hold for tokens that were returned before is ignored."""
-        numbers_NK = numbers_NK[:, : self._plan.num_columns]
-        in_prompt_N = positions_N < self._first_token
-        if in_prompt_N.any() and len(self._prompt_MK):
-            self._prompt_MK[positions_N[in_prompt_N]] = numbers_NK[in_prompt_N]
-        for row in (~in_prompt_N).nonzero()[0].tolist():
-            position = int(positions_N[row])
-            if position >= self._first_token + self._num_returned:
+        numbers_NK = numbers_NK[:, : self._num_columns]
+        next_token = self._first_token + self._num_returned
+        # Most steps bring one row: plain Python takes a fraction of what numpy calls take.
+        for row, position in enumerate(positions_N.tolist()):
+            if position >= next_token:
                 self._rows[position] = numbers_NK[row]
+            elif position < len(self._prompt_MK):
+                self._prompt_MK[position] = numbers_NK[row]
 
     def stopped_by(self, num_tokens: int, count: int, min_tokens: int = 0) -> tuple[int, str] | None:
         """Whether a stop rule ends the answer within the `count` tokens that follow its first `num_tokens`.
@@ -66,10 +68,7 @@ class ProbeNumbers:
         """
         prompt_MK = self._prompt_MK
         self._prompt_MK = prompt_MK[:0]
-        tokens_NK = np.full((count, self._plan.num_columns), np.nan, dtype=np.float32)
-        for number in range(count):
-            row_K = self._rows.pop(self._first_token + self._num_returned + number, None)
-            if row_K is not None:
-                tokens_NK[number] = row_K
+        next_token = self._first_token + self._num_returned
+        rows = [self._rows.pop(position, self._missing_K) for position in range(next_token, next_token + count)]
         self._num_returned += count
-        return prompt_MK, tokens_NK
+        return prompt_MK, np.array(rows, dtype=np.float32)

@@ -69,13 +69,12 @@ async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGen
 async def _with_numbers(stream: Any, answers: list[ProbeAnswer]) -> AsyncGenerator[Any, None]:
     """answers: of the sequences of one prompt. Each gets the numbers of an output's tokens before the output."""
     queues: list[Any] = []
-    # The first step of the stream adds the request to the engine.
-    token = probed.current_queue.set(queues)
-    try:
-        output = await anext(stream, None)
-    finally:
-        probed.current_queue.reset(token)
     async with aclosing(stream):
+        # The first step of the stream adds the request to the engine. Not reset by token: a client that hangs up may
+        # end this generator in another context.
+        probed.current_queue.set(queues)
+        output = await anext(stream, None)
+        probed.current_queue.set(None)
         while output is not None:
             waiting = probed.queue_of(queues[0])
             for choice in output.outputs:
