@@ -149,7 +149,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
                 for choice in output.outputs:
                     applied.add(output.prompt_token_ids, choice.token_ids, numbers, choice.index)
                     if spec.template.probes:
-                        choice.steering = probed_numbers(output, choice.index, spec)
+                        choice.steering = probed_numbers(output, choice, spec)
         return outputs
 
     def _resolved(self, params: Any) -> ResolvedSpec | None:
@@ -251,10 +251,11 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         return capture.arranged(engine_client.rows_of(reply), len(output.prompt_token_ids))[1]
 
 
-def probed_numbers(output: Any, sequence: int, resolved: ResolvedSpec) -> dict[str, Any]:
-    """The numbers of probes of one sequence, as in a server's answers."""
+def probed_numbers(output: Any, choice: Any, resolved: ResolvedSpec) -> dict[str, Any]:
+    """The numbers of probes of one of the output's choices, as in a server's answers."""
     answer = ProbeAnswer(resolved.template.probes)
     if (queue := probed.numbers_offline(output)) is not None:
-        queue.move(sequence, answer)
+        queue.move(choice.index, answer)
+    answer.pad(len(choice.token_ids))
     answer.finished = True
     return answer.take()

@@ -24,6 +24,7 @@ class ProbeAnswer:
         num_columns = sum(len(probe.blocks) for probe in probes)
         self._total_K, self._count_K = np.zeros(num_columns), np.zeros(num_columns, dtype=np.int64)
         self._largest_K = np.full(num_columns, -np.inf)
+        self._num_tokens = 0
         self._summarises = any(probe.returns == "summary" for probe in probes)
         self._calibrates = any(probe.platt for probe in probes)
         self.finished = False
@@ -31,6 +32,7 @@ class ProbeAnswer:
 
     def put(self, tokens_NK: np.ndarray, prompt_NK: np.ndarray | None = None) -> None:
         """Rows of tokens that follow those before, float32; NaN where a probe did not measure."""
+        self._num_tokens += len(tokens_NK)
         for numbers_NK, parts in ((prompt_NK, self._prompt), (tokens_NK, self._tokens)):
             if numbers_NK is not None and len(numbers_NK):
                 converted_NK = self._converted(numbers_NK)
@@ -41,6 +43,12 @@ class ProbeAnswer:
                 self._count_K += known_NK.sum(0)
                 self._total_K += np.where(known_NK, converted_NK, 0.0).sum(0)
                 self._largest_K = np.maximum(self._largest_K, np.where(known_NK, converted_NK, -np.inf).max(0))
+
+    def pad(self, num_tokens: int) -> None:
+        """Tokens without a row, at the end of an answer of `num_tokens`, have no number."""
+        missing = num_tokens - self._num_tokens
+        if missing > 0:
+            self.put(np.full((missing, len(self._total_K)), np.nan, dtype=np.float32))
 
     def _converted(self, numbers_NK: np.ndarray) -> np.ndarray:
         """float64, with probabilities in place of dot products where the client asked for them."""

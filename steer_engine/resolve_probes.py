@@ -7,7 +7,7 @@ from math import inf
 
 from steer_engine.errors import SteeringRequestError
 from steer_engine.fields import parse_blocks, shown
-from steer_engine.probe import Platt, Probe, StopRule, bounds_on_dot, column_of
+from steer_engine.probe import Platt, Probe, ProbePlan, StopRule, bounds_on_dot, column_of
 from steer_engine.probe_spec import ProbeSpec, StopSpec
 from steer_engine.resolve_when import resolve_scope
 from steer_engine.settings import Limits
@@ -69,12 +69,15 @@ def _resolve_probe(
     vector = lookup(requested.vector, param)
     blocks = parse_blocks(requested.blocks) or vector.blocks
     check_blocks(vector, blocks, f"{param}.vector" if requested.blocks == "all" else f"{param}.blocks")
+    scope = resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits)
+    if scope.is_empty:
+        raise SteeringRequestError("The scope of the probe has no positions, whatever the prompt.", f"{param}.scope")
     return Probe(
         name=requested.name,
         vector=vector.digest,
         blocks=blocks,
         measure="cosine" if requested.measure == "cosine" else "dot",
-        scope=resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits),
+        scope=scope,
         after=requested.after,
         returns=requested.return_,
         platt=_calibration(vector, blocks, f"{param}.measure") if requested.measure == "probability" else (),
@@ -91,6 +94,17 @@ def _calibration(vector: ControlVector, blocks: tuple[int, ...], param: str) -> 
             param,
         )
     return tuple(Platt(*known[block]) for block in blocks)
+
+
+def check_prompt_numbers(plan: ProbePlan, prompt_len: int, limits: Limits) -> None:
+    """Raise SteeringRequestError if the probes would give too many numbers for the tokens of a prompt."""
+    count = prompt_len * plan.num_columns if plan.start < prompt_len - 1 else 0
+    if count > limits.max_prompt_numbers:
+        raise SteeringRequestError(
+            f"The probes would give {count} numbers for the {prompt_len} tokens of the prompt; at most "
+            f"{limits.max_prompt_numbers} are allowed (max_prompt_numbers). Measure fewer blocks, or the answer only.",
+            PARAM,
+        )
 
 
 def resolve_stops(requested: Sequence[StopSpec], probes: Sequence[Probe]) -> tuple[StopRule, ...]:
@@ -134,4 +148,10 @@ def _bounds(requested: StopSpec, probe: Probe, block: int, param: str) -> tuple[
     for name, bound in (("above", above), ("below", below)):
         if bound is not None and not 0 < bound < 1:
             raise SteeringRequestError(f"{name} {bound:g} is not a probability between 0 and 1.", f"{param}.{name}")
-    return bounds_on_dot(probe.platt[probe.blocks.index(block)], above, below)
+    platt = probe.platt[probe.blocks.index(block)]
+    if platt.a == 0:
+        raise SteeringRequestError(
+            f"The calibration of the probe {shown(probe.name)} gives the same probability to every token.",
+            f"{param}.probe",
+        )
+    return bounds_on_dot(platt, above, below)

@@ -225,6 +225,8 @@ class Limits(NamedLimits):
     """Probes of one request; 0 disables probes. Workers allocate room for their numbers."""
     max_probe_numbers: int = Field(default=256, ge=1, le=4096)
     """Numbers per token of one request: pairs of a probe and a block."""
+    max_prompt_numbers: int = Field(default=2**18, ge=0)
+    """Numbers of one prompt, if a probe measures prompt tokens: its tokens times the numbers per token."""
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
     """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
     max_captures: int = Field(default=4, ge=1)

@@ -58,3 +58,11 @@ def test_a_probability_replaces_the_dot_product_at_its_block() -> None:
     told = answer.take()["probes"]
     assert told == {"a": {"3": [0.5, None], "5": [0.5, told["a"]["5"][1]]}, "b": {"3": [4.0, 4.0]}}
     assert 0 <= told["a"]["5"][1] < 1e-80
+
+
+def test_tokens_without_a_row_have_no_number() -> None:
+    answer = ProbeAnswer([probe("a")])
+    answer.put(rows([1.0]))
+    answer.pad(3)
+    answer.pad(3)
+    assert answer.take() == {"probes": {"a": {"3": [1.0, None, None]}}}

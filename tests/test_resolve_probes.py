@@ -55,6 +55,7 @@ def refused(spec: dict[str, Any], **rest: Any) -> tuple[str | None, str]:
             "steering.stop[0].probe",
             "no generated tokens",
         ),
+        ({"probes": [PROBE | {"scope": {"start": 5, "end": 5}}]}, "steering.probes[0].scope", "no positions"),
         ({"stop": [{"probe": "p", "above": 1}]}, "steering", "edits or the name of a preset"),
         ({"edits": [{"vector": "a"}], "stop": [{"probe": "p", "above": 1}]}, "steering.stop", "need probes"),
         ({"probes": [PROBE | {"name": "a b"}]}, "steering.probes[0].name", "pattern"),

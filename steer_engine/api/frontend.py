@@ -23,6 +23,7 @@ from steer_engine.parse import parse_spec
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import NO_VOCABULARY, ResolvedSpec, resolve, with_probes
 from steer_engine.resolve_capture import resolve_capture
+from steer_engine.resolve_probes import check_prompt_numbers
 from steer_engine.settings import (
     ARMED_ENV,
     DEFAULT_PRESET_ENV,
@@ -160,6 +161,8 @@ class Frontend:
         if resolved is None and score is None:
             return rest
         program = Program() if resolved is None else resolved.template.at(prompt_len)
+        if program.probes is not None:
+            check_prompt_numbers(program.probes, prompt_len, self.limits)
         if resolved is not None and resolved.capture is not None:
             program = replace(program, capture=resolved.capture.at(prompt_len))
         if score is not None:

@@ -36,12 +36,14 @@ class ProbeNumbers:
         """Rows that a step computed. What they hold for tokens that were returned before is ignored."""
         numbers_NK = numbers_NK[:, : self._num_columns]
         next_token = self._first_token + self._num_returned
+        if len(self._prompt_MK):
+            in_prompt_N = positions_N < self._first_token
+            self._prompt_MK[positions_N[in_prompt_N]] = numbers_NK[in_prompt_N]
+            positions_N, numbers_NK = positions_N[~in_prompt_N], numbers_NK[~in_prompt_N]
         # Most steps bring one row: plain Python takes a fraction of what numpy calls take.
         for row, position in enumerate(positions_N.tolist()):
             if position >= next_token:
                 self._rows[position] = numbers_NK[row]
-            elif position < len(self._prompt_MK):
-                self._prompt_MK[position] = numbers_NK[row]
 
     def stopped_by(self, num_tokens: int, count: int, min_tokens: int = 0) -> tuple[int, str] | None:
         """Whether a stop rule ends the answer within the `count` tokens that follow its first `num_tokens`.

@@ -51,17 +51,23 @@ def receive(scheduler: Any, report: StepReport | None) -> dict[str, ProbeNumbers
     probed, start, found = report.probed, 0, {}
     for request_id, count in zip(probed.request_ids, probed.counts, strict=True):
         request = scheduler.requests.get(request_id)
-        if request is not None:
-            numbers = numbers_of(request)
-            if numbers is None:
-                wire = request.sampling_params.extra_args[PROGRAM_KEY]["probes"]
-                numbers = ProbeNumbers(ProbePlan.from_wire(wire), request.num_prompt_tokens)
-                setattr(request, _NUMBERS, numbers)
+        numbers = None if request is None else _numbers_for(request)
+        if numbers is not None:
             rows = slice(start, start + count)
             numbers.write(probed.positions_N[rows], probed.numbers_NK[rows])
             found[request_id] = numbers
         start += count
     return found
+
+
+def _numbers_for(request: Any) -> ProbeNumbers | None:
+    """The numbers of a request, made with its first rows; None for another request that has got the same id."""
+    numbers = numbers_of(request)
+    program = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(PROGRAM_KEY, {})
+    if numbers is None and "probes" in program:
+        numbers = ProbeNumbers(ProbePlan.from_wire(program["probes"]), request.num_prompt_tokens)
+        setattr(request, _NUMBERS, numbers)
+    return numbers
 
 
 def attach(outputs: dict[int, Any], numbers_of_step: dict[str, ProbeNumbers]) -> None:
@@ -109,9 +115,12 @@ def _update_request_with_output(original: Callable[..., Any]) -> Callable[..., A
             if stopped_by is not None:
                 del new_token_ids[stopped_by[0] :]
         tokens, stopped = original(self, request, new_token_ids, *args, **kwargs)
-        if stopped_by is not None and not stopped:
+        if stopped_by is not None:
             from vllm.v1.request import RequestStatus
 
+            # A token that ends an answer by itself does so; the rule takes precedence over the last allowed token.
+            if stopped and request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
+                return tokens, stopped
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = STOP_REASON + stopped_by[1]
             stopped = True

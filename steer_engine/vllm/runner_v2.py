@@ -41,7 +41,8 @@ class V2Adapter(RunnerAdapter):
         measured = self.decisions.measured(request.req_id)
         self.runtime.admit(slot, program, tokens[: request.num_computed_tokens], measured)
         self.decisions.start(request.req_id, slot, program)
-        self.probes.start(request.req_id, program)
+        if program.sites:  # without them its slot is not steered, and its rows hold nothing
+            self.probes.start(request.req_id, program)
 
     def release(self, request_id: str) -> None:
         self.captures.stop(request_id)

@@ -34,7 +34,7 @@ def telling(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...,
             answers = [ProbeAnswer(probes) for _ in range(params.n)]
             first = note.num_prompts * params.n
             note.probe_answers.update({first + number: answer for number, answer in enumerate(answers)})
-            stream = _with_numbers(stream, answers)
+            stream = _with_numbers(stream, answers, is_delta=params.output_kind == RequestOutputKind.DELTA)
         if resolved.edits:
             applied = Applied(resolved, note.report, note.num_prompts, note.decisions)
             stream = _telling(stream, applied, is_delta=params.output_kind == RequestOutputKind.DELTA)
@@ -66,9 +66,10 @@ async def _telling(stream: Any, applied: Applied, *, is_delta: bool) -> AsyncGen
             yield output
 
 
-async def _with_numbers(stream: Any, answers: list[ProbeAnswer]) -> AsyncGenerator[Any, None]:
+async def _with_numbers(stream: Any, answers: list[ProbeAnswer], *, is_delta: bool) -> AsyncGenerator[Any, None]:
     """answers: of the sequences of one prompt. Each gets the numbers of an output's tokens before the output."""
     queues: list[Any] = []
+    num_tokens = [0] * len(answers)
     async with aclosing(stream):
         # The first step of the stream adds the request to the engine. Not reset by token: a client that hangs up may
         # end this generator in another context.
@@ -80,6 +81,9 @@ async def _with_numbers(stream: Any, answers: list[ProbeAnswer]) -> AsyncGenerat
             for choice in output.outputs:
                 answer = answers[choice.index]
                 waiting.move(choice.index, answer)
-                answer.finished = choice.finish_reason is not None
+                num_tokens[choice.index] = len(choice.token_ids) + is_delta * num_tokens[choice.index]
+                if choice.finish_reason is not None:
+                    answer.pad(num_tokens[choice.index])
+                    answer.finished = True
             yield output
             output = await anext(stream, None)

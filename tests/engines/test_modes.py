@@ -228,7 +228,7 @@ def test_requests_come_and_go(start: Start, oracle: Oracle) -> None:
         ask = requested[number]
         if ask.probes:
             for choice in output.outputs:
-                choice.steering = probed_numbers(output, choice.index, llm._frontend.resolve(ask.steering))
+                choice.steering = probed_numbers(output, choice, llm._frontend.resolve(ask.steering))
     assert_right(oracle, [requested[i] for i in finished], list(finished.values()))
 
 

@@ -150,9 +150,26 @@ def test_the_text_of_the_token_that_fired_is_returned(tiny: LLM) -> None:
     free = generate(tiny, [PROMPT], [None], max_tokens=2, detokenize=True)[0].outputs[0]
     choice = generate(tiny, [PROMPT], [wanted], detokenize=True)[0].outputs[0]
     assert (list(choice.token_ids), choice.text) == (list(free.token_ids), free.text)
+    last = generate(tiny, [PROMPT], [wanted], max_tokens=2)[0].outputs[0]
+    assert (last.finish_reason, last.stop_reason) == ("stop", "probe:p")
     # An answer has at least `min_tokens`, whatever a rule says.
     longer = generate(tiny, [PROMPT], [wanted], min_tokens=3)[0].outputs[0]
     assert len(longer.token_ids) == 3
+
+
+def test_a_scope_that_misses_this_prompt_gives_no_number_and_stops_nothing(tiny: LLM) -> None:
+    """Beside steered requests, after others have left their numbers in the buffer."""
+    probe = {"name": "p", "vector": "r20", "blocks": [0], "scope": "all"}
+    generate(tiny, [PROMPT], [{"probes": [probe]}])
+    missing = {"probes": [probe | {"scope": {"start": 400, "end": -1}}], "stop": None}
+    late = {"probes": [probe | {"scope": {"start": -90, "end": 2}}], "stop": [{"probe": "p", "above": -2.0, "for": 1}]}
+    prompt = tokens(54, 120)
+    outputs = generate(tiny, [prompt] * 3, [missing, late, steering(*EDITS)])
+    for output in outputs[:2]:
+        choice = output.outputs[0]
+        assert len(choice.token_ids) == FEW
+        assert choice.steering["probes"]["p"]["0"] == [None] * FEW
+    assert core_of(tiny).scheduler.requests == {}
 
 
 def test_an_aborted_request_leaves_nothing(tiny: LLM) -> None:
