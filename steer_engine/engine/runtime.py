@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -148,10 +148,6 @@ class EngineRuntime:
         """Blocks that are edited inside the norm that follows them."""
         self.fused_calls = 0
         """Launches of such a norm from Python: every step of an eager engine, and graph captures."""
-        self.edit: Callable[[torch.Tensor | None, torch.Tensor, int], None] = self._edit
-        """The op's body (see `op.edit_residual`)."""
-        self.edit_and_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], None] = self._edit_and_norm
-        """The body of `op.add_rms_norm_edit`; only where the kernels are Triton's."""
         self._calls: SiteCalls | None = None
         self._can_capture = bool(capture_blocks)
         self._rows_N: torch.Tensor | None = None
@@ -166,18 +162,25 @@ class EngineRuntime:
 
     def count_calls(self, calls: SiteCalls) -> None:
         """Count the calls of each site's op until `calls` has seen enough steps; later calls cost nothing more."""
+        plain_edit, plain_edit_and_norm = self.edit, self.edit_and_norm
 
         def edit(hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
             calls.count(site)
-            self._edit(hidden, carried, site)
+            plain_edit(hidden, carried, site)
 
         def edit_and_norm(
             hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
         ) -> None:
             calls.count(site)
-            self._edit_and_norm(hidden, residual, weight, site, epsilon)
+            plain_edit_and_norm(hidden, residual, weight, site, epsilon)
 
-        self._calls, self.edit, self.edit_and_norm = calls, edit, edit_and_norm
+        self._calls = calls
+        vars(self).update(edit=edit, edit_and_norm=edit_and_norm)  # hide the methods
+
+    @property
+    def counts_calls(self) -> bool:
+        """Whether the calls of the sites' ops are still counted."""
+        return self._calls is not None
 
     def end_step(self) -> None:
         """The forward pass of a real step has run.
@@ -189,7 +192,8 @@ class EngineRuntime:
             return
         self._calls.end_step()
         if self._calls.done:
-            self._calls, self.edit, self.edit_and_norm = None, self._edit, self._edit_and_norm
+            self._calls = None
+            del vars(self)["edit"], vars(self)["edit_and_norm"]
 
     def admit(self, slot: int, program: Program, tokens: Sequence[int] = (), measured: Sequence[float] = ()) -> None:
         """See `Programs.admit`."""
@@ -289,7 +293,8 @@ class EngineRuntime:
         sites = [self.armed_blocks.index(block) for block in self.capture_blocks]
         return self.tables.captured_LCD[sites, :num_rows].cpu()
 
-    def _edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
+    def edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
+        """The op's body (see `op.edit_residual`)."""
         if self.use_triton:
             from steer_kernels.edit_residual import edit_residual
 
@@ -309,7 +314,7 @@ class EngineRuntime:
                 rows_N=self._rows_N,
             )
 
-    def _edit_and_norm(
+    def edit_and_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, site: int, epsilon: float
     ) -> None:
         from steer_kernels.add_rms_norm_edit import add_rms_norm_edit

@@ -37,7 +37,8 @@ def test_counting_ends_after_the_first_steps() -> None:
     for _ in range(STEPS):
         assert runtime.edit is counting
         step(runtime, 0, 1, 2)
-    assert runtime.edit == runtime._edit
+    assert not runtime.counts_calls
+    assert runtime.edit == EngineRuntime.edit.__get__(runtime)
     step(runtime, 0)
 
 
