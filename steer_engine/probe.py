@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import exp, inf, log
 from typing import Any, NamedTuple
 
 from steer_engine.edit import Scope
+from steer_engine.fields import Finite
 
 
 class Platt(NamedTuple):
     """A calibrated probability of a dot product z: 1 / (1 + exp(-(a*z + b))) (Platt, 1999)."""
 
-    a: float
-    b: float
+    a: Finite
+    b: Finite
 
     def probability(self, dot: float) -> float:
         exponent = self.a * dot + self.b
@@ -80,9 +80,10 @@ class ProbePlan(NamedTuple):
     def num_columns(self) -> int:
         return sum(len(blocks) for blocks in self.blocks)
 
-    def column(self, probe: int, block: int) -> int:
-        """The place of a number in its token's row."""
-        return sum(len(blocks) for blocks in self.blocks[:probe]) + self.blocks[probe].index(block)
+    def columns(self, probe: int) -> dict[int, int]:
+        """By block, the place of a probe's number in its token's row."""
+        first = sum(len(blocks) for blocks in self.blocks[:probe])
+        return {block: first + place for place, block in enumerate(self.blocks[probe])}
 
     def to_wire(self) -> list[Any]:
         """Plain data."""
@@ -92,11 +93,6 @@ class ProbePlan(NamedTuple):
     def from_wire(cls, wire: list[Any]) -> ProbePlan:
         blocks, start, stops = wire
         return cls(tuple(tuple(each) for each in blocks), start, tuple(StopRule(*stop) for stop in stops))
-
-
-def column_of(probes: Sequence[Probe], probe: int, block: int) -> int:
-    """As `ProbePlan.column`."""
-    return ProbePlan(tuple(each.blocks for each in probes), 0).column(probe, block)
 
 
 def bounds_on_dot(platt: Platt, above: float | None, below: float | None) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from math import inf
 
 from steer_engine.errors import SteeringRequestError
 from steer_engine.fields import parse_blocks, shown
-from steer_engine.probe import Platt, Probe, ProbePlan, StopRule, bounds_on_dot, column_of
+from steer_engine.probe import Platt, Probe, ProbePlan, StopRule, bounds_on_dot
 from steer_engine.probe_spec import ProbeSpec, StopSpec
 from steer_engine.resolve_when import resolve_scope
 from steer_engine.settings import Limits
@@ -93,7 +93,7 @@ def _calibration(vector: ControlVector, blocks: tuple[int, ...], param: str) -> 
             "was fitted there ('steer-engine probe fit').",
             param,
         )
-    return tuple(Platt(*known[block]) for block in blocks)
+    return tuple(known[block] for block in blocks)
 
 
 def check_prompt_numbers(plan: ProbePlan, prompt_len: int, limits: Limits) -> None:
@@ -135,7 +135,7 @@ def _resolve_stop(requested: StopSpec, param: str, probes: Sequence[Probe]) -> S
             f"The scope of the probe {shown(probe.name)} has no generated tokens, so the rule could never apply.",
             f"{param}.probe",
         )
-    column = column_of(probes, found[0], block)
+    column = ProbePlan(tuple(each.blocks for each in probes), 0).columns(found[0])[block]
     low, high = _bounds(requested, probe, block, param)
     return StopRule(probe.name, column, low, high, requested.for_)
 

@@ -227,6 +227,12 @@ class Limits(NamedLimits):
     """Numbers per token of one request: pairs of a probe and a block."""
     max_prompt_numbers: int = Field(default=2**18, ge=0)
     """Numbers of one prompt, if a probe measures prompt tokens: its tokens times the numbers per token."""
+
+    @property
+    def of_probes(self) -> list[int]:
+        """The limits by which workers allocate room for numbers."""
+        return [self.max_probes, self.max_probe_numbers]
+
     max_capture_bytes: int = Field(default=8 * 2**20, ge=1)
     """Captured rows of a request: float32, blocks x positions x hidden size. With --steering-capture only."""
     max_captures: int = Field(default=4, ge=1)

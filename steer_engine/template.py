@@ -185,18 +185,16 @@ def covered_by(edit: Edit, triggers: Sequence[Trigger], prompt_len: int) -> Cove
     start = max(start, prompt_len - 1) if edit.when else start
     if start >= end:
         return None
-    trigger, exclude = edit.scope.trigger, edit.scope.exclude
     name = edit.digest
-    if edit.schedule is not None and trigger is None and edit.scope.start.from_end:
+    if edit.schedule is not None and edit.scope.trigger is None and edit.scope.start.from_end:
         # It counts from a position that depends on the prompt's length, and that an exception may hide.
         name += f"@{edit.scope.at(prompt_len)[0]}"
-    return Covered(
-        name,
-        start,
-        end,
-        -1 if trigger is None else triggers.index(trigger),
-        -1 if exclude is None else triggers.index(exclude),
-    )
+    return Covered(name, start, end, _number_of(edit.scope.trigger, triggers), _number_of(edit.scope.exclude, triggers))
+
+
+def _number_of(trigger: Trigger | None, triggers: Sequence[Trigger]) -> int:
+    """The trigger's number in the program; -1 for none."""
+    return -1 if trigger is None else triggers.index(trigger)
 
 
 class Places(NamedTuple):
@@ -205,13 +203,14 @@ class Places(NamedTuple):
     triggers: tuple[Trigger, ...]
     conditions: tuple[Condition, ...]
 
+    def windows(self, scope: Scope) -> Details:
+        """The windows of a scope, without anything else."""
+        return Details(_number_of(scope.trigger, self.triggers), _number_of(scope.exclude, self.triggers))
+
     def details(self, edit: Edit) -> Details | None:
         """None for an edit whose scope is a span, without a schedule and conditions."""
-        scope, schedule, when = edit.scope, edit.schedule, edit.when
-        details = Details(
-            trigger=-1 if scope.trigger is None else self.triggers.index(scope.trigger),
-            exclude=-1 if scope.exclude is None else self.triggers.index(scope.exclude),
-        )
+        schedule, when = edit.schedule, edit.when
+        details = self.windows(edit.scope)
         if schedule is not None:
             details = details._replace(
                 over=schedule.over, slope=schedule.slope, to=schedule.to, exponential=schedule.exponential
@@ -223,15 +222,8 @@ class Places(NamedTuple):
 
     def probing(self, probe: Probe, number: int) -> Placed:
         """The entry that measures a probe at one of its blocks."""
-        scope = probe.scope
-        details = Details(
-            trigger=-1 if scope.trigger is None else self.triggers.index(scope.trigger),
-            exclude=-1 if scope.exclude is None else self.triggers.index(scope.exclude),
-            measure=MEASURES[probe.measure],
-            probe=number,
-            late=probe.after,
-        )
-        return Placed(Entry(row=_measured_row(probe.vector, probe.measure), details=details), scope)
+        details = self.windows(probe.scope)._replace(measure=MEASURES[probe.measure], probe=number, late=probe.after)
+        return Placed(Entry(row=_measured_row(probe.vector, probe.measure), details=details), probe.scope)
 
 
 def triggers_of(edits: Iterable[Edit], probes: Iterable[Probe] = ()) -> tuple[Trigger, ...]:

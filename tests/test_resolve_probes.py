@@ -114,7 +114,7 @@ def test_the_engine_gets_a_column_per_probe_and_block() -> None:
     program = Program.from_wire(spec.template.at(10).to_wire())
     plan = program.probes
     assert plan == ProbePlan(((0, 2), (1, 2)), 9, (StopRule("q", 3, 1.5, inf, 3),))
-    assert [plan.column(0, 0), plan.column(0, 2), plan.column(1, 1), plan.column(1, 2)] == [0, 1, 2, 3]
+    assert [plan.columns(0), plan.columns(1)] == [{0: 0, 2: 1}, {1: 2, 2: 3}]
     order = {
         site.blocks: [(e.details.probe, e.details.late) if e.details else None for e in site.entries]
         for site in program.sites

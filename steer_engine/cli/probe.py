@@ -16,7 +16,7 @@ from steer_engine.errors import DerivationError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from steer_engine.derive.probe import ProbeReport
+    from steer_engine.derive.probe_quality import ProbeReport
     from steer_engine.vectors.metadata import ProbeAt
 
 Positive = Annotated[str, typer.Option(help=f"Prompts at which the probe shall fire: {Prompts}")]

@@ -166,11 +166,16 @@ def fit_condition(
         held_out=held_out,
         seed=seed,
     )
-    notes = [f"{each.source}: {each.repeated} repeated prompt(s) are left out." for each in classes if each.repeated]
+    notes = repeated(classes)
     made_for = vector.metadata.model
     if made_for and made_for != model_name(model):
         notes.append(f"the vector was derived on {made_for[:64]!r}, and {model_name(model)!r} is another name.")
     return replace(fit, chat=chat, notes=tuple(notes))
+
+
+def repeated(classes: Iterable[Prompts]) -> list[str]:
+    """A note per class with prompts that occur twice."""
+    return [f"{each.source}: {each.repeated} repeated prompt(s) are left out." for each in classes if each.repeated]
 
 
 def _values(run: Capturing, prompts: Prompts, readout: Readout) -> Array:

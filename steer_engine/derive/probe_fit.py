@@ -14,21 +14,12 @@ import numpy as np
 
 from steer_engine.derive.actors import Capturing, start_capturing
 from steer_engine.derive.capture_config import model_name
-from steer_engine.derive.condition_fit import Prompts, candidate_blocks, load_prompts, require_disjoint
+from steer_engine.derive.condition_fit import Prompts, candidate_blocks, load_prompts, repeated, require_disjoint
 from steer_engine.derive.dump_folder import DumpManifest
 from steer_engine.derive.dump_writer import chunks
 from steer_engine.derive.fit import MAX_ROWS_BYTES
-from steer_engine.derive.probe import (
-    MIN_PROMPTS,
-    Examples,
-    ProbeFit,
-    ProbeReport,
-    Scores,
-    best_block,
-    fit_blocks,
-    report_block,
-    require_settings,
-)
+from steer_engine.derive.probe import MIN_PROMPTS, Examples, ProbeFit, fit_blocks, require_settings
+from steer_engine.derive.probe_quality import ProbeReport, Scores, best_block, report_block
 from steer_engine.derive.progress import Progress
 from steer_engine.derive.texts import Texts, digest_of
 from steer_engine.errors import DerivationError
@@ -104,7 +95,7 @@ def fit_probe(
             chat=chat,
             advance=advance,
         )
-    return replace(fit, held_out=replace(fit.held_out, notes=(*_repeated(classes), *fit.held_out.notes)))
+    return replace(fit, held_out=replace(fit.held_out, notes=(*repeated(classes), *fit.held_out.notes)))
 
 
 def report_probe(
@@ -161,7 +152,7 @@ def report_probe(
         direction_D = vector.directions[block].astype(np.float64)
         scores = [Scores(value_N=each.at(index) @ direction_D, prompt_N=each.prompt_N) for each in examples]
         by_block[block] = report_block(probe.blocks[block], *scores, seed=seed)
-    notes = _repeated(classes)
+    notes = repeated(classes)
     if vector.metadata.model and vector.metadata.model != model_name(model):
         made_for = vector.metadata.model[:64]
         notes.append(f"the probe was trained on {made_for!r}, and {model_name(model)!r} is another name.")
@@ -190,10 +181,6 @@ def _joined(classes: Sequence[Prompts]) -> Texts:
     """All prompts as single texts with their class as label."""
     items = tuple(replace(text, label=each.label, pair="") for each in classes for text in each.items)
     return Texts(items, digest_of(items), ", ".join(dict.fromkeys(each.source for each in classes)))
-
-
-def _repeated(classes: Sequence[Prompts]) -> list[str]:
-    return [f"{each.source}: {each.repeated} repeated prompt(s) are left out." for each in classes if each.repeated]
 
 
 def _capture(run: Capturing, classes: Sequence[Prompts], manifest: DumpManifest) -> list[Examples]:

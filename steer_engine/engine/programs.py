@@ -14,6 +14,7 @@ from steer_kernels.tables import (
     GATE_ROW,
     MAX_TRIGGERS,
     NUM_WORDS,
+    PROBE_COLUMN,
     ROW,
     TRIGGER_WORDS,
     Entry,
@@ -95,12 +96,10 @@ class Programs:
                     words = words._replace(**entry.details._asdict())
                     if entry.details.probe < 0 and entry.details.measure and len(measured):
                         words = words._replace(start=0, end=0)
+                entries_LEW[sites, e] = encode_entry(words)
                 if entry.details is not None and program.probes is not None and entry.details.probe >= 0:
-                    for site, block in zip(sites, blocks, strict=True):
-                        column = program.probes.column(entry.details.probe, block)
-                        entries_LEW[site, e] = encode_entry(words._replace(probe=column))
-                else:
-                    entries_LEW[sites, e] = encode_entry(words)
+                    columns = program.probes.columns(entry.details.probe)
+                    entries_LEW[sites, e, PROBE_COLUMN] = [columns[block] for block in blocks]
                 for word, key in row_words.items():
                     rows += [(key, block) for block in blocks]
                     places += [(site, e, word) for site in sites]

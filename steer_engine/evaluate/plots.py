@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from steer_engine.derive.condition import ConditionFit
-from steer_engine.derive.probe import ProbeReport, Scores, binned, probabilities
+from steer_engine.derive.probe_quality import ProbeReport, Scores, binned, probabilities
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.outcome import Outcome, Point, Verdict
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
 
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
+from steer_engine.probe import Platt
 
 MAX_BLOCKS = 1024
 """More blocks than any known model has. Limits block numbers, headers and allocations."""
@@ -104,13 +105,6 @@ class FittedCondition(BaseModel):
         known = "" if self.f1 is None else f"; held-out F1 {self.f1:.3f}"
         counts = f" of {sum(self.held_out.values())} prompts" if known and self.held_out else ""
         return f"{self.measure} {' and '.join(bounds)} at {self.at}, {blocks}{known}{counts}"
-
-
-class Platt(NamedTuple):
-    """Calibration of a probe: the probability is `sigmoid(a * <x, v> + b)`."""
-
-    a: Number
-    b: Number
 
 
 def _require_object(value: object) -> object:

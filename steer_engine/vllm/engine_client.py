@@ -15,6 +15,7 @@ from steer_engine import __version__
 from steer_engine.api.frontend import Frontend
 from steer_engine.errors import CapacityError, UnsupportedEngineError
 from steer_engine.resolve import ResolvedSpec
+from steer_engine.settings import Limits
 from steer_engine.vectors import safetensors_format
 from steer_engine.vllm.patching import Symbol
 
@@ -126,9 +127,16 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
         if not status["ok"]:
             raise UnsupportedEngineError(status["reason"])
     workers = [worker for status in statuses for worker in status["workers"]]
+    limits = Limits.from_environment().of_probes
     for worker in workers:
         if worker["version"] != __version__:
             raise UnsupportedEngineError(f"A worker runs steer-engine {worker['version']}, the server {__version__}.")
+        # A worker has allocated its room by these.
+        if worker["probe_limits"] != limits:
+            raise UnsupportedEngineError(
+                f"A worker's limits max_probes and max_probe_numbers are {worker['probe_limits']}, the server's "
+                f"{limits}: set STEER_ENGINE_MAX_PROBES and STEER_ENGINE_MAX_PROBE_NUMBERS alike on every machine."
+            )
         for key in ("asked_blocks", "ops", "rows", "hidden_size", "dtype"):
             if worker[key] != workers[0][key]:
                 raise UnsupportedEngineError(f"Workers differ in {key}: {workers[0][key]} and {worker[key]}.")

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 
 from steer_engine import __version__
+from steer_engine.settings import Limits
 from steer_engine.vectors import safetensors_format
 from steer_engine.vllm.arming import arm
 from steer_engine.vllm.patching import Patch, Symbol, apply
@@ -66,6 +67,7 @@ def status(adapter: RunnerAdapter) -> Reply:
         "fused_blocks": list(runtime.fused_blocks),
         "fused_calls": runtime.fused_calls,
         "rows": runtime.config.rows,
+        "probe_limits": Limits.from_environment().of_probes,
         "bank_rows": runtime.bank.num_rows,
         "bank_rows_used": runtime.bank.num_used,
         "bank_rows_pinned": runtime.bank.num_pinned,

@@ -12,21 +12,19 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from steer_engine.derive import methods
 from steer_engine.derive.condition import cut_at_rate, reachable_rate
-from steer_engine.derive.probe import (
-    METHODS,
-    Examples,
+from steer_engine.derive.probe import METHODS, Examples, fit_blocks, fit_platt
+from steer_engine.derive.probe_quality import (
     Scores,
     auroc_interval,
     calibration_error,
-    fit_blocks,
-    fit_platt,
     probabilities,
     report_block,
     sigmoid,
 )
 from steer_engine.errors import DerivationError
+from steer_engine.probe import Platt
 from steer_engine.vectors import VectorMetadata
-from steer_engine.vectors.metadata import Platt, ProbeBlock
+from steer_engine.vectors.metadata import ProbeBlock
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
 
 WIDTH = 24

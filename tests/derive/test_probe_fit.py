@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from steer_engine.cli.main import app
 from steer_engine.derive import fit_probe, report_probe
 from steer_engine.derive.fit import auroc
-from steer_engine.derive.probe import probabilities
+from steer_engine.derive.probe_quality import probabilities
 from steer_engine.errors import DerivationError, SteerError
 from steer_engine.vectors import load
 

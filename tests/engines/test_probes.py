@@ -99,7 +99,7 @@ def test_a_stop_string_cuts_the_numbers_too(tiny: LLM) -> None:
 
 
 def test_stop_rules_fire_at_exactly_the_oracles_token(tiny: LLM, oracle: Oracle) -> None:
-    """200 random rules, in mixed batches with requests without any."""
+    """200 random rules, on plain and steered requests in one batch."""
     rng = np.random.default_rng(60)
     num, length = (200, 16) if RUNNER == "v1" else (200, 4)
     cases = []

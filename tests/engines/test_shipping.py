@@ -73,6 +73,7 @@ def worker(*stage: int, requested: tuple[int, ...] = (0, 1, 2, 3), **differs: An
     armed = [block for block in requested if block in stage]
     common = dict.fromkeys(("ops", "rows", "hidden_size", "dtype"), 1)
     forms = {str(block): "split" for block in armed}
+    common["probe_limits"] = [8, 256]
     own = {"version": __version__, "stage_blocks": list(stage), "asked_blocks": list(requested), "armed_blocks": armed}
     return {**common, **own, "forms": forms, **differs}
 
@@ -108,6 +109,7 @@ def test_a_stage_may_have_no_armed_block() -> None:
         ((WHOLE, worker(0, 1, 2, 3, forms={"0": "one"})), "differ in forms"),
         ((FIRST, worker(2, 3, requested=(3,))), "differ in asked_blocks"),
         ((FIRST, worker(2, 3, rows=2)), "differ in rows"),
+        ((FIRST, worker(2, 3, probe_limits=[4, 256])), "MAX_PROBES"),
         ((FIRST, worker(2, 3, version="0")), "runs steer-engine 0"),
     ],
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from steer_engine.probe import Platt
 from steer_engine.vectors import ControlVector, VectorMetadata
-from steer_engine.vectors.metadata import FittedCondition, FittedProbe, Platt, ProbeBlock
+from steer_engine.vectors.metadata import FittedCondition, FittedProbe, ProbeBlock
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def take_probes(
             at_P=at_C,
             steered_P=n_C,
             row_P=words_CW[:, tb.ROW].long(),
-            place_P=at_C * probed_TK.shape[1] + words_CW[:, tb.GATE_ROW],
+            place_P=at_C * probed_TK.shape[1] + words_CW[:, tb.PROBE_COLUMN],
             is_cosine_P=is_cosine_C if bool(is_cosine_C.any()) else None,
         )
         pairs.append(group if len(n_C) else None)

@@ -32,7 +32,7 @@ def have_details(words_NEW: torch.Tensor) -> bool:
 def probe_columns(words_NEW: torch.Tensor) -> torch.Tensor:
     """int32 [N, ..., E]: the column of `probed_TK` that each entry writes; -1 = it is no probe."""
     is_probe_NE = (words_NEW[..., tb.START] < 0) & (field(words_NEW[..., tb.WHEN], tb.PROBE) != 0)
-    return torch.where(is_probe_NE, words_NEW[..., tb.GATE_ROW], -1)
+    return torch.where(is_probe_NE, words_NEW[..., tb.PROBE_COLUMN], -1)
 
 
 def cosine(x_ND: torch.Tensor, row_ND: torch.Tensor) -> torch.Tensor:

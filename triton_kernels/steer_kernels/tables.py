@@ -42,7 +42,10 @@ MAX_TRIGGER_TOKENS: Final = 8
 MAX_CONDITIONS: Final = 8
 """Conditions of a slot."""
 
-# The bit fields of WHEN: (first bit, number of bits). A probe has its column in place of GATE_ROW.
+PROBE_COLUMN: Final = GATE_ROW
+"""A probe has no gate: the word is its column of `probed_TK`."""
+
+# The bit fields of WHEN: (first bit, number of bits).
 TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST, PROBE, LATE = (
     (0, 4),
     (4, 4),
