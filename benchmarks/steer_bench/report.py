@@ -67,7 +67,7 @@ def document(claims: Sequence[Claim]) -> str:
 
 
 def targets(claims: Sequence[Claim]) -> str:
-    """The Markdown table of the claims with a target, as in the README."""
+    """The Markdown table of the claims with a target, as in docs/cost_model.md."""
     return markdown([claim for claim in claims if claim.target])
 
 

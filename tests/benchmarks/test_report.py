@@ -1,7 +1,8 @@
-"""The committed tables match the committed answers, and the README has the same table."""
+"""The committed tables match the committed answers, and so do the page on cost and the README."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from steer_bench.answer import Answer, Claim, claims_of
@@ -9,7 +10,7 @@ from steer_bench.report import TABLE, document, markdown, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "2-cores-epyc-2026-11"
-"""The results that the README shows."""
+"""The results that README and documentation show."""
 
 
 def claim(what: str, target: str = "", note: str = "") -> Claim:
@@ -33,6 +34,19 @@ def test_committed_tables_match_their_answers() -> None:
         assert not about["quick"]
 
 
-def test_the_readme_has_the_table() -> None:
+def test_the_page_on_cost_has_the_table() -> None:
     assert claims_of(COMMITTED)
-    assert targets(claims_of(COMMITTED)) in (ROOT / "README.md").read_text()
+    assert targets(claims_of(COMMITTED)) in (ROOT / "docs" / "cost_model.md").read_text()
+
+
+def test_the_numbers_of_the_readme_are_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+ to [\d.]+) \|$", readme, re.MULTILINE)
+    assert [at_once for at_once, _, _ in rows] == ["1", "32", "128"]
+    table = markdown(claims_of(COMMITTED)).splitlines()
+    for at_once, value, bounds in rows:
+        (line,) = [
+            line for line in table
+            if line.startswith("| distinct vectors / stock |") and f"| compiled, V1 (torch), {at_once} at once," in line
+        ]  # fmt: skip
+        assert line.startswith(f"| distinct vectors / stock | {value} | {bounds} |")

@@ -1,4 +1,4 @@
-"""deploy/README.md: its numbers are the engine's; its flags, values and links exist."""
+"""deploy/README.md: its numbers are the engine's; its flags, values and files exist; its commands render the chart."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from helm_python import Chart
+from helpers.doc_blocks import all_blocks, commands
 
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.stream import StreamForm
@@ -100,9 +104,35 @@ def test_values_exist_in_the_chart() -> None:
             found = found[part]
 
 
-def test_links_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (DEPLOY / target).exists(), target
+def test_helm_commands_render() -> None:
+    chart = DEPLOY / "helm" / "steer-engine"
+    shell = "".join(block.text for block in all_blocks() if block.page == "deploy/README.md")
+    calls = [words for words in commands(shell, "helm") if words[0] in ("install", "upgrade")]
+    assert len(calls) == 2
+    given = {}
+    for _, name, folder, *flags in calls:
+        assert (DEPLOY.parent / folder).resolve() == chart
+        for assignment in (value for flag, value in pairwise(flags) if flag == "--set"):
+            given |= nested(*assignment.split("=", 1))  # an upgrade reuses the values
+        with Chart.load(str(chart)) as loaded:
+            rendered = loaded.render(given, name=name, namespace="default")
+        assert any("kind: Deployment" in text for text in rendered.values())
+
+
+def nested(path: str, value: str) -> dict[str, Any]:
+    """The values of `--set path=value` for a path of at most two parts. A number becomes one, as in Helm."""
+    known = yaml.safe_load((DEPLOY / "helm" / "steer-engine" / "values.yaml").read_text())
+    first, _, second = path.partition(".")
+    scalar = int(value) if value.isdigit() else value
+    return {first: {**known[first], second: scalar} if second else scalar}
+
+
+def test_files_of_commands_exist() -> None:
+    shell = "".join(block.text for block in all_blocks() if block.page == "deploy/README.md")
+    files = re.findall(r"\bdeploy/[\w./-]+", shell)
+    assert len(files) >= 3
+    for name in files:
+        assert (DEPLOY.parent / name).exists(), name
 
 
 def test_named_alerts_and_metrics_exist() -> None:

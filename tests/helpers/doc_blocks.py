@@ -10,6 +10,7 @@ Blocks of a page run in their order, in one folder. Shell blocks run under `bash
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import textwrap
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import check_links
 
@@ -27,7 +29,7 @@ BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>[\s\S]*?)^ *```$",
     re.MULTILINE,
 )
-MARK = re.compile(r"<!-- (not run|before): (.*?)\s*-->", re.DOTALL)
+MARK = re.compile(r"<!-- (not run|before):\s+(.*?)\s*-->", re.DOTALL)
 ASSIGNMENT = re.compile(r"\w+=")
 RUN_LANGUAGES = ("sh", "python")
 LANGUAGES = (*RUN_LANGUAGES, "json", "text")
@@ -81,6 +83,17 @@ def blocks_of(page: Path, root: Path = ROOT) -> list[Block]:
             )
         )
     return found
+
+
+def request_in(block: Block) -> Any:
+    """The steering of a request in JSON; None if the block is anything else, such as (a part of) an answer."""
+    if block.language != "json":
+        return None
+    value = json.loads(block.text)
+    if "model" in value:
+        return value["steering"]
+    asks = "edits" in value or isinstance(value.get("probes"), list)
+    return value if asks and "digest" not in value else None
 
 
 def commands(shell: str, program: str) -> list[list[str]]:
