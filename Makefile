@@ -7,13 +7,14 @@
 #   make mutants          break the code in known ways; each time a test must fail
 #   make floors           help and unit tests with the lowest versions of the dependencies, in a fresh environment
 #   make docs             check the links of all pages, and build the documentation into site/
+#   make programs         Chromium, nginx, OpenSSL and Prometheus from Debian's packages; tests that need a missing one are skipped
 #   make setup            make .venv only
 EXTRA ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready-$(EXTRA)
 
-.PHONY: help setup demo quick check test bench mutants floors docs
+.PHONY: help setup demo quick check test bench mutants floors docs programs
 help:
 	@sed -n '1,/^EXTRA/s/^#  *//p' Makefile
 
@@ -46,6 +47,9 @@ mutants: $(STAMP)
 
 floors: $(STAMP)
 	@$(BIN)/python -P scripts/floors.py
+
+programs:
+	@scripts/install_programs.sh
 
 docs: $(STAMP)
 	@$(BIN)/python -P scripts/check_links.py

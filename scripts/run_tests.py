@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,12 @@ SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
 """Threads of engines that share cores must not spin: each step would otherwise take a time slice."""
 
 PARALLEL_SUITES = 2
+
+PROGRAMS = ("chromium", "nginx", "openssl", "prometheus", "promtool")
+"""Programs that tests drive and no Python package has. The reason of a skip names the one that is missing."""
+
+PROGRAMS_ENV = "STEER_TEST_PROGRAMS"
+"""`installed`, as `.ci/run` sets it where it could install them: a test that misses one has failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +102,68 @@ SUITES = (
 """The longest first. The two quick suites are a part of `unit`."""
 
 
+@dataclass(frozen=True, kw_only=True, order=True)
+class Skip:
+    """A skipped test: why, and its file relative to the project."""
+
+    reason: str
+    file: str
+
+    @property
+    def misses_a_program(self) -> bool:
+        return bool(set(re.findall(r"[a-z]+", self.reason.lower())) & set(PROGRAMS))
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a suite came to: numbers of passed, failed and skipped tests, and each skipped one."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    skips: list[Skip] = field(default_factory=list)
+
+
 def main() -> int:
     arguments = parsed_arguments()
     named = arguments.suites
     chosen = [suite for suite in SUITES if (suite.name in named if named else suite.runs(with_slow=arguments.all))]
 
-    def timed(suite: Suite) -> tuple[Counter[str], str]:
+    def timed(suite: Suite) -> tuple[Outcome, str]:
         print(f"{suite.name}: started", flush=True)
         began = time.monotonic()
-        counts = run(suite, with_slow=arguments.all)
+        outcome = run(suite, with_slow=arguments.all)
+        counts = outcome.counts
         numbers = f"{counts['passed']:4} passed {counts['failed']:3} failed {counts['skipped']:3} skipped"
-        return counts, f"{suite.name:10} {numbers} {time.monotonic() - began:6.0f} s"
+        return outcome, f"{suite.name:10} {numbers} {time.monotonic() - began:6.0f} s"
 
     with ThreadPoolExecutor(max_workers=PARALLEL_SUITES) as pool:
         results = list(pool.map(timed, (suite for suite in chosen if not suite.slow)))
     results += [timed(suite) for suite in chosen if suite.slow]
-    total = sum((counts for counts, _ in results), Counter[str]())
+    total = sum((outcome.counts for outcome, _ in results), Counter[str]())
+    skips = sorted(skip for outcome, _ in results for skip in outcome.skips)
     print("", *(line for _, line in results), sep="\n")
+    print(*skip_lines(skips, with_slow=arguments.all), sep="\n", end="")
+    missed = 0
+    if os.environ.get(PROGRAMS_ENV) == "installed" and (missed := sum(skip.misses_a_program for skip in skips)):
+        print(f"The programs were installed, so these {missed} tests should have run: they count as failed.")
+        total.update(failed=missed, skipped=-missed)
     skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
     print(f"{total['passed']} passed, {total['failed']} failed{skipped}")
     return 1 if total["failed"] or not total["passed"] else 0
+
+
+def skip_lines(skips: list[Skip], *, with_slow: bool) -> list[str]:
+    """What was skipped and why, and the command that runs what misses a program."""
+    if not skips:
+        return []
+    lines = ["", "Skipped:"]
+    lines += [f"{count:4}  {reason}" for reason, count in Counter(skip.reason for skip in skips).items()]
+    if files := sorted({skip.file for skip in skips if skip.misses_a_program}):
+        chosen = "" if with_slow else "-m 'not slow' "
+        lines += [
+            "Those that miss a program run with:",
+            f"    make programs && .venv/bin/pytest {chosen}{' '.join(files)}",
+        ]
+    return [*lines, ""]
 
 
 def parsed_arguments() -> argparse.Namespace:
@@ -128,8 +177,8 @@ def parsed_arguments() -> argparse.Namespace:
     return arguments
 
 
-def run(suite: Suite, *, with_slow: bool) -> Counter[str]:
-    """Numbers of passed, failed and skipped tests. A run that breaks without a failed test counts as one failure."""
+def run(suite: Suite, *, with_slow: bool) -> Outcome:
+    """Run a suite. A run that breaks without a failed test counts as one failure."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         done = subprocess.run(
@@ -142,19 +191,34 @@ def run(suite: Suite, *, with_slow: bool) -> Counter[str]:
         )
         # In one piece: other suites print at the same time.
         print(f"\n==> {suite.name}\n{done.stdout.decode(errors='replace')}", flush=True)
-        counts = read_report(report) if report.exists() else Counter[str]()
-    if done.returncode != 0 and not counts["failed"]:
-        counts["failed"] = 1  # a broken conftest, a crash of the interpreter, or no test at all
-    return counts
+        outcome = read_report(report) if report.exists() else Outcome()
+    if done.returncode != 0 and not outcome.counts["failed"]:
+        outcome.counts["failed"] = 1  # a broken conftest, a crash of the interpreter, or no test at all
+    return outcome
 
 
-def read_report(report: Path) -> Counter[str]:
-    """Numbers of passed, failed and skipped tests of a JUnit file."""
-    counts: Counter[str] = Counter()
+def read_report(report: Path) -> Outcome:
+    """The outcome in a JUnit file."""
+    outcome = Outcome()
     for case in ElementTree.parse(report).iter("testcase"):
-        outcomes = {child.tag for child in case}
-        counts["failed" if outcomes & {"failure", "error"} else "skipped" if "skipped" in outcomes else "passed"] += 1
-    return counts
+        children = {child.tag: child for child in case}
+        if "failure" in children or "error" in children:
+            outcome.counts["failed"] += 1
+        elif "skipped" in children:
+            outcome.counts["skipped"] += 1
+            reason = children["skipped"].get("message", "no reason given")
+            outcome.skips.append(Skip(reason=reason, file=file_of(case.get("classname") or case.get("name", ""))))
+        else:
+            outcome.counts["passed"] += 1
+    return outcome
+
+
+def file_of(classname: str) -> str:
+    """`tests/deploy/test_proxy.py` for pytest's `tests.deploy.test_proxy`, which may end with a class."""
+    parts = classname.split(".")
+    while len(parts) > 1 and not parts[-1].startswith("test_"):
+        parts.pop()
+    return "/".join(parts) + ".py"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -47,7 +48,7 @@ CASES = {
 def test_counts(tmp_path: Path, case: str) -> None:
     text, expected = CASES[case]
     (tmp_path / "tests" / "engine" / "test_case.py").write_text(text)
-    assert run_tests.run(run_tests.SUITES[0], with_slow=False) == expected
+    assert run_tests.run(run_tests.SUITES[0], with_slow=False).counts == expected
 
 
 def test_last_line_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +59,69 @@ def test_last_line_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     test.write_text(CASES["failed"][0])
     assert run_tests.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed"
+
+
+SKIPS = """
+import pytest
+
+@pytest.mark.skipif(True, reason="needs Chromium")
+def test_page(): pass
+
+@pytest.mark.skipif(True, reason="nginx or openssl is not installed (Debian: nginx-light, openssl)")
+class TestProxy:
+    def test_one(self): pass
+    def test_two(self): pass
+
+@pytest.mark.skip(reason="only root can do this")
+def test_root(): pass
+
+def test_it(): pass
+"""
+
+
+@pytest.fixture
+def without_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project whose tests miss programs; whatever CI has set here does not count."""
+    monkeypatch.delenv(run_tests.PROGRAMS_ENV, raising=False)
+    (tmp_path / "tests" / "engine" / "test_case.py").write_text(SKIPS)
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_the_last_lines_say_what_was_skipped_and_what_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tests.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("Skipped:") :] == [
+        "Skipped:",
+        "   1  needs Chromium",
+        "   2  nginx or openssl is not installed (Debian: nginx-light, openssl)",
+        "   1  only root can do this",
+        "Those that miss a program run with:",
+        "    make programs && .venv/bin/pytest -m 'not slow' tests/engine/test_case.py",
+        "1 passed, 0 failed, 4 skipped",
+    ]
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_a_skip_for_a_program_that_ci_installed_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(run_tests.PROGRAMS_ENV, "installed")
+    assert run_tests.main() == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "The programs were installed, so these 3 tests should have run: they count as failed.",
+        "1 passed, 3 failed, 1 skipped",
+    ]
+
+
+@pytest.mark.parametrize("program", run_tests.PROGRAMS)
+def test_every_program_has_a_test_that_needs_it_and_names_it(program: str) -> None:
+    """Otherwise the command of the last lines would leave tests out, and CI would accept their skips."""
+    tests = Path(__file__).parent
+    files = [path for folder in ("deploy", "helpers", "servers") for path in tests.glob(f"{folder}/*.py")]
+    text = "".join(path.read_text() for path in files)
+    assert re.search(rf'which\("{program}"', text), "nothing looks for it"
+    reasons = re.findall(r'(?:reason=|WHY_MISSING = )"([^"]+)"', text)
+    assert [reason for reason in reasons if program in reason.lower()]
 
 
 def test_a_slow_suite_runs_only_on_request(

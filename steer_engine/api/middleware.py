@@ -44,6 +44,9 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 HEADER = b"x-steering"
 PRESET_HEADER = b"x-steering-preset"
 
+EXPOSED_HEADERS = (HEADER, PRESET_HEADER, b"etag", b"retry-after")
+"""Headers of answers that scripts of other origins may read; a browser hides all that are not named to it."""
+
 LARGE_BODY_BYTES = 2**18
 """Larger bodies are parsed in another thread."""
 
@@ -95,6 +98,8 @@ class SteeringMiddleware:
             if found is not None and found.misplaced:
                 await _send_error(send, found.refusal)
                 return
+        if any(name == b"origin" for name, _ in scope["headers"]):
+            send = _exposing(send)
         answer = _Answer(send, note, found is not None, path, self._drain)
         if scope["method"] in SAFE_METHODS:
             await self.app(scope, receive, answer.send)
@@ -158,6 +163,20 @@ def _headers(note: RequestNote, status: int, drain: DrainGate) -> list[tuple[byt
     if note.retry_after is not None and status == 503:
         headers.append((b"retry-after", str(max(1, round(note.retry_after))).encode("ascii")))
     return headers
+
+
+def _exposing(send: Send) -> Send:
+    """Names the headers of EXPOSED_HEADERS that an answer has. Whether its origin may read it at all, vLLM decides."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            present = {name.lower() for name, _ in headers}
+            if exposed := [name for name in EXPOSED_HEADERS if name in present]:
+                message["headers"] = [*headers, (b"access-control-expose-headers", b", ".join(exposed))]
+        await send(message)
+
+    return named
 
 
 def _declared_length(scope: Scope) -> int:

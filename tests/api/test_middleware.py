@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.middleware.cors import CORSMiddleware
 
 from steer_engine.api import answers
 from steer_engine.api.gates import DrainGate
@@ -71,6 +72,20 @@ async def test_an_error_does_not_claim_that_steering_was_applied() -> None:
     answer = await post(App(report={"digest": "sha256:ab", "edits": []}, status=404), CARRYING, body(steering=SPEC))
     assert answer.status_code == 404
     assert "x-steering" not in answer.headers
+
+
+async def test_a_script_of_another_origin_can_read_the_headers() -> None:
+    """With vLLM's CORS middleware outside, as in a server: it lets the origin read the answer, we name the headers."""
+    app = App(report={"digest": "sha256:ab", "preset": "calm", "edits": []})
+    for allowed in (["*"], ["https://lab.example"]):
+        outside = CORSMiddleware(SteeringMiddleware(app), allow_origins=allowed)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=outside), base_url="http://server") as client:
+            own = await client.post(CARRYING, content=body(steering=SPEC))
+            other = await client.post(CARRYING, content=body(steering=SPEC), headers={"Origin": "https://lab.example"})
+        assert "access-control-expose-headers" not in own.headers
+        assert other.headers["access-control-allow-origin"] == allowed[0]
+        assert other.headers["access-control-expose-headers"] == "x-steering, x-steering-preset"
+        assert other.headers["x-steering"] == "sha256:ab"
 
 
 async def test_retry_after_belongs_to_503() -> None:

