@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -104,6 +104,17 @@ def parse_blocks(blocks: str | int | list[int]) -> tuple[int, ...] | None:
     if wrong := [number for number in (min(ends), max(ends)) if not 0 <= number <= MAX_BLOCK_NUMBER]:
         raise ValueError(f"{shown(wrong[0])} is not a block number; the range is 0 to {MAX_BLOCK_NUMBER}")
     return tuple(range(first, last + 1)) if isinstance(blocks, str) else tuple(sorted(set(ends)))
+
+
+def block_ranges(blocks: Iterable[int]) -> str:
+    """Ascending block numbers for a person: `(8, 9, 10, 14)` as `8-10, 14`."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _check_blocks(blocks: str | int | list[int]) -> str | int | list[int]:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from steer_engine.api.batch import Context, Finished, Tally, read_lines, resume, run, writing
 from steer_engine.api.request_field import SEPARATOR, steering_of
+from steer_engine.cli.checks import check_start
 from steer_engine.errors import BatchFileError, SteerError
 from steer_engine.models import PACKAGED
 from steer_engine.settings import DEFAULT_PRESET_ENV, MIRROR_URL_ENV
@@ -43,6 +44,7 @@ def batch(argv: Sequence[str]) -> int:
         raise BatchFileError(f"There is no file {own.source}.")
     if own.source.resolve() == own.target.resolve():
         raise BatchFileError(f"Input and output are the same file, {own.source}; name another output file.")
+    check_start([own.model, *rest], listens=False)
     with writing(own.target):
         tally = _answer(own, rest)
     Console(stderr=True).print(

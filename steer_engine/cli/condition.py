@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from steer_engine.cli.derive import require_absent, require_writable, say
+from steer_engine.cli.checks import check_model
+from steer_engine.cli.derive import ENGINES, require_absent, require_writable, say
 from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
-from steer_engine.cli.registry import print_table
+from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
+from steer_engine.fields import block_ranges
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from steer_engine.derive.condition import Candidate, ConditionFit
     from steer_engine.vectors.metadata import At, Measure
 
@@ -93,6 +97,7 @@ def fit(
     if out is None and loaded.metadata.condition is not None and not force:
         raise DerivationError(f"{vector}: it has a condition already; choose another file with --out, or --force.")
     picture = picture_path(plot, target, "condition", force=force)
+    check_model(model, blocks, modules=ENGINES)
     found = fit_condition(
         model,
         loaded,
@@ -142,24 +147,7 @@ def picture_path(plot: Path | None, target: Path, kind: str, *, force: bool) -> 
 
 def _print(found: ConditionFit) -> None:
     """The table of all blocks, the quality of the chosen ones, and warnings, on standard error."""
-    from rich.table import Table
-
-    table = Table("block", "training AUROC", "training F1", "held-out AUROC", "held-out F1", "holds", "")
-    rows: list[Candidate] = list(found.by_block.values())
-    if found.chosen not in rows:
-        rows.append(found.chosen)
-    for each in rows:
-        cut, held_out = each.cut, each.held_out
-        table.add_row(
-            ", ".join(map(str, each.blocks)),
-            f"{each.auroc:.3f}",
-            f"{cut.f1:.3f}",
-            f"{held_out.auroc:.3f}",
-            f"{held_out.f1:.3f}",
-            f"{'above' if cut.above else 'below'} {cut.threshold:.4g}",
-            "chosen" if each is found.chosen else "",
-        )
-    print_table(table, stderr=True)
+    print_table(table_of(found), stderr=True)
     quality = found.chosen.held_out
     say(
         f"On {quality.num_positive} positive and {quality.num_negative} negative held-out prompts: "
@@ -168,3 +156,25 @@ def _print(found: ConditionFit) -> None:
     )
     for sentence in found.warnings():
         say(f"warning: {sentence}")
+
+
+def table_of(found: ConditionFit) -> Table:
+    """Quality per block, and of the chosen blocks together."""
+    table = new_table(
+        "block", "training\nAUROC", "training\nF1", "held-out\nAUROC", "held-out\nF1", "holds", "", folded=("block",)
+    )
+    rows: list[Candidate] = list(found.by_block.values())
+    if found.chosen not in rows:
+        rows.append(found.chosen)
+    for each in rows:
+        cut, held_out = each.cut, each.held_out
+        table.add_row(
+            block_ranges(each.blocks),
+            f"{each.auroc:.3f}",
+            f"{cut.f1:.3f}",
+            f"{held_out.auroc:.3f}",
+            f"{held_out.f1:.3f}",
+            f"{'above' if cut.above else 'below'} {cut.threshold:.4g}",
+            "chosen" if each is found.chosen else "",
+        )
+    return table

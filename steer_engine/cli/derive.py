@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer_engine.cli.checks import check_model
 from steer_engine.cli.engine_options import CaptureOptions, Model, RayAddress, captures
 from steer_engine.errors import DerivationError
 from steer_engine.fields import parse_blocks
@@ -19,6 +20,9 @@ Method = Annotated[str, typer.Option(help="diffmean, mean, mean_centred, pca, pc
 Blocks = Annotated[str, typer.Option(help="Blocks to capture, from 0: `all`, `8-22`, `14`.")]
 Out = Annotated[Path, typer.Option(help="File to write: .safetensors, or .gguf for llama.cpp.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]
+
+ENGINES = ("vllm", "ray", "scipy")
+"""Modules that a command needs whose engines capture texts."""
 
 _MIB = 1 << 20
 
@@ -111,16 +115,19 @@ def derive_command(
     from steer_engine.derive.dump_fitter import fit_dump
     from steer_engine.derive.dump_writer import dump
     from steer_engine.derive.methods import require_method
+    from steer_engine.derive.texts import load_pairs
     from steer_engine.vectors.files import save
 
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
     require_writable(out, force=force, blocks=_parsed(blocks), remedy=remedy)
     require_method(method)
+    loaded = load_pairs(pairs)
+    check_model(model, blocks, modules=ENGINES)
     settings: dict[str, Any] = {"blocks": blocks, "position": position, **capture.arguments}
     if keep_dump is None:
-        vector = derive(model, pairs, method=method, **settings)
+        vector = derive(model, loaded, method=method, **settings)
     else:
-        dump(model, pairs, keep_dump, **settings)
+        dump(model, loaded, keep_dump, **settings)
         vector = fit_dump(keep_dump, method=method, ray_address=capture.ray_address)
     save(vector, out)
     say(summary(out, vector))
@@ -158,6 +165,7 @@ def dump_command(
     from steer_engine.derive.texts import load_texts
 
     loaded = load_texts(texts)
+    check_model(model, blocks, modules=ENGINES)
     for sentence in loaded.duplicates():
         say(f"warning: {sentence}")
     folder = dump(

@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from steer_engine.cli.checks import check_start
+from steer_engine.errors import SteerError
+from steer_engine.fields import block_ranges
+
 if TYPE_CHECKING:
     from steer_engine.vllm.examination import Diagnosis
 
@@ -47,6 +51,15 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         console.print(Text.assemble(("yes: ", "bold green"), f"it can be served steered{limits}"), soft_wrap=True)
 
 
+def _refuse(reason: str, *, as_json: bool) -> int:
+    """Print the reason found before anything was examined. Returns the exit status."""
+    if as_json:
+        print(json.dumps({"serves": False, "against": [reason]}, indent=2))
+    else:
+        Console(highlight=False).print(Text.assemble(("no: ", "bold red"), reason), soft_wrap=True)
+    return 1
+
+
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     """Name and value of each line of the table, as far as the examination got."""
     found = [("model", diagnosis.model)]
@@ -56,7 +69,7 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         found.append(("vLLM", f"{diagnosis.vllm}: {known}"))
     if not diagnosis.num_blocks:
         return found
-    armed = span_text(diagnosis.armed_blocks)
+    armed = block_ranges(diagnosis.armed_blocks)
     found += [
         ("architecture", f"{diagnosis.architecture}, hidden size {diagnosis.hidden_size}, {diagnosis.dtype}"),
         ("sites", f"{len(diagnosis.armed_blocks)} of {diagnosis.num_blocks} blocks: {armed}"),
@@ -65,7 +78,7 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     ]
     found += [("refused", reason) for reason in diagnosis.refused]
     if diagnosis.probed_blocks:
-        forms = "; ".join(f"{form} at {span_text(blocks)}" for form, blocks in diagnosis.forms.items())
+        forms = "; ".join(f"{form} at {block_ranges(blocks)}" for form, blocks in diagnosis.forms.items())
         of = "" if diagnosis.probed_blocks == diagnosis.num_blocks else f" (of a copy of {diagnosis.probed_blocks})"
         found += [("stream", f"{forms}{of}"), ("kernel", diagnosis.kernel)]
     load = (
@@ -81,17 +94,6 @@ def size(num_bytes: int) -> str:
         if num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
     return f"{num_bytes} B"
-
-
-def span_text(blocks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1][-1:] = [block] if len(runs[-1]) > 1 else [*runs[-1], block]
-        else:
-            runs.append([block])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -117,6 +119,10 @@ def doctor(argv: Sequence[str]) -> int:
     own, of_serve = parser.parse_known_args(argv)
     if not of_serve:
         parser.error("MODEL is missing")
+    try:
+        check_start(of_serve, listens=False)
+    except SteerError as error:
+        return _refuse(error.message, as_json=own.json)
     # Set before vLLM is imported: by default it logs to standard output, which carries only the diagnosis.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

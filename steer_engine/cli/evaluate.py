@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from steer_engine.cli.checks import check_model
+from steer_engine.cli.derive import require_absent
 from steer_engine.cli.engine_options import (
     Chat,
     DType,
@@ -41,6 +44,9 @@ VALIDATION_ITEMS = typer.Option(min=2, help="Number of items to choose blocks an
 TEST_ITEMS = typer.Option(min=2, help="Number of items to report the result on.")
 SHOTS = typer.Option(min=0, help="Solved examples before each prompt.")
 SEED = typer.Option(help="Seed of items, contrasts and controls.")
+
+MODULES = ("vllm", "scipy")
+"""Modules that an evaluation needs. matplotlib is checked apart."""
 
 Name = TypeVar("Name", bound=str)
 
@@ -103,6 +109,8 @@ def eval_command(
         random_controls=random_controls,
         seed=seed,
     )
+    require_folder(out)
+    check_model(model, *(blocks or ()), modules=MODULES)
     engine = engine_args(
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
@@ -166,6 +174,9 @@ def calibrate_command(
         vectors=vectors, blocks=tuple(blocks or ()), alphas=alphas, unit=unit, scope=scope, score=score, max_kl=max_kl,
         seed=seed,
     )  # fmt: skip
+    require_folder(out)
+    require_absent(target, force=True)
+    check_model(model, *(blocks or ()), modules=MODULES)
     engine = engine_args(
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
@@ -214,6 +225,8 @@ def paper_command(
     strengths = parse_alphas(alphas)
     sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
     tasks = [load_task(name, sizes, seed=seed, shots=shots) for name in task or TASKS]
+    require_folder(out)
+    check_model(model, modules=MODULES)
     engine = engine_args(
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
@@ -230,6 +243,13 @@ def paper_command(
         write_atomically(out / "paper.md", paper_markdown(runs).encode())
         write_atomically(out / "index.html", paper_index(runs).encode())
     typer.echo(paper_markdown(runs))
+
+
+def require_folder(out: Path) -> None:
+    """Raise EvaluationError, before minutes of work, if results cannot be written to the folder `out`."""
+    nearest = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())  # others are made
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise EvaluationError(f"--out {out}: {nearest} is not a folder that can be written to; choose another place.")
 
 
 def _plan_of(*, alphas: str, unit: str, scope: str, score: str, **settings: Any) -> Plan:

@@ -69,7 +69,8 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 @app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=SERVE)
 def serve(context: typer.Context) -> None:
     """Serve MODEL through vLLM's own OpenAI-compatible server, armed for steering."""
-    from steer_engine.cli.serve import check_start, help_text, wants_help
+    from steer_engine.cli.checks import check_start
+    from steer_engine.cli.serve import help_text, wants_help
 
     if wants_help(context.args):
         typer.echo(help_text())

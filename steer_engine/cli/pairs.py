@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from steer_engine.cli.checks import check_model
 from steer_engine.cli.derive import Force, require_absent
 from steer_engine.cli.engine_options import (
     Chat,
@@ -94,6 +95,7 @@ def answers(
 
     require_absent(out, force=force)
     loaded = load_questions(str(questions))
+    check_model(model)
     completions = answer_all(
         model,
         loaded,

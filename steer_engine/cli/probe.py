@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from steer_engine.cli.checks import check_model
 from steer_engine.cli.condition import Prompts, picture_path
-from steer_engine.cli.derive import require_writable, say
+from steer_engine.cli.derive import ENGINES, require_writable, say
 from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
-from steer_engine.cli.registry import print_table
+from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from rich.table import Table
 
     from steer_engine.derive.probe_quality import ProbeReport
     from steer_engine.vectors.metadata import ProbeAt
@@ -78,6 +81,7 @@ def fit(
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
     require_writable(out, force=force, blocks=numbers, remedy=remedy)
     picture = picture_path(plot, out, "probe", force=force)
+    check_model(model, blocks, modules=ENGINES)
     found = fit_probe(
         model,
         positive,
@@ -128,6 +132,7 @@ def report(
     if loaded.metadata.probe is None:
         raise DerivationError(f"{vector}: it has no probe in its metadata; train one with `steer-engine probe fit`.")
     picture = picture_path(plot, vector, "report", force=force)
+    check_model(model, modules=ENGINES)
     found = report_probe(model, loaded, positive, negative, blocks=blocks, seed=seed, **capture.arguments)
     _print(found, {})
     _draw(found, picture)
@@ -135,11 +140,18 @@ def report(
 
 def _print(found: ProbeReport, trained: Mapping[int, float]) -> None:
     """The table of all blocks, and warnings, on standard error. trained: block -> AUROC on the training prompts."""
-    from rich.table import Table
+    print_table(table_of(found, trained), stderr=True)
+    kind = "held-out" if trained else "new"
+    say(f"Measured on {found.num_positive} positive and {found.num_negative} negative {kind} prompts, at {found.at}.")
+    for sentence in found.warnings():
+        say(f"warning: {sentence}")
 
-    columns = ["training AUROC"] if trained else []
-    names = ("AUROC", "95 % interval", "threshold", "TPR", "FPR", "F1", "accuracy", "ECE", "Brier", "")
-    table = Table("block", *columns, *names)
+
+def table_of(found: ProbeReport, trained: Mapping[int, float]) -> Table:
+    """Quality per block. trained: as of `_print`."""
+    columns = ["train\nAUROC"] if trained else []
+    names = ("AUROC", "95 %\ninterval", "thresh-\nold", "TPR", "FPR", "F1", "accu-\nracy", "ECE", "Brier", "")
+    table = new_table("block", *columns, *names)
     for block, each in found.by_block.items():
         cells = [f"{trained[block]:.3f}"] if trained else []
         quality = each.quality
@@ -157,11 +169,7 @@ def _print(found: ProbeReport, trained: Mapping[int, float]) -> None:
             *("" if number is None else f"{number:.3f}" for number in (each.calibration_error, each.brier)),
             "best" if block == found.best else "",
         )
-    print_table(table, stderr=True)
-    kind = "held-out" if trained else "new"
-    say(f"Measured on {found.num_positive} positive and {found.num_negative} negative {kind} prompts, at {found.at}.")
-    for sentence in found.warnings():
-        say(f"warning: {sentence}")
+    return table
 
 
 def _draw(found: ProbeReport, picture: Path | None) -> None:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, urlencode
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from steer_engine.errors import RegistryError, SteeringRequestError, VectorFileError
+from steer_engine.fields import block_ranges
 from steer_engine.settings import ADMIN_KEY_ENV, API_KEY_ENVS, URL_ENV
 
 if TYPE_CHECKING:
@@ -161,14 +163,29 @@ def status(
 ) -> None:
     """Print a server's model, blocks, operations and limits as JSON. Fails unless the server is ready to steer.
 
+    Blocks are ranges, such as "0-29"; `GET /v1/steering` lists their numbers.
+
     Example: steer-engine status --url http://localhost:8000
     """
     remote = Remote(url)
     remote.ready()
     found = remote.get().json()
+    for name in ("armed_blocks", "capture_blocks"):
+        found[name] = block_ranges(found[name])
     if counters:
         found["stats"] = remote.get("stats").json()
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def new_table(*columns: str, folded: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """A table without frame: twelve columns of numbers fit 80 characters.
+
+    folded: columns whose cells may take several lines if the terminal is narrow. No cell is cut.
+    """
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name not in folded)
+    return table
 
 
 def print_table(table: Table, *, stderr: bool = False) -> None:
@@ -198,9 +215,9 @@ def list_vectors(url: Url = DEFAULT_URL) -> None:
 
     Example: steer-engine vectors list --url http://localhost:8000
     """
-    table = Table("name", "digest")
+    table = new_table("name", "digest", folded=("name",))
     for entry in Remote(url).pages("vectors"):
-        table.add_row(entry["name"], entry["digest"])
+        table.add_row(entry["name"], short_digest(entry["digest"]))
     print_table(table)
 
 
@@ -269,7 +286,7 @@ def list_presets(url: Url = DEFAULT_URL) -> None:
     """
     from steer_engine.vectors.manifest import vectors_of
 
-    table = Table("name", "vectors", "digest")
+    table = new_table("name", "vectors", "digest", folded=("name", "vectors"))
     for entry in Remote(url).pages("presets"):
         vectors = sorted(vectors_of(entry["spec"]))
         table.add_row(entry["name"], ", ".join(vectors), short_digest(entry["digest"]))

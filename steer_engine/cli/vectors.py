@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from steer_engine.cli.registry import (
     DEFAULT_URL,
@@ -19,12 +18,14 @@ from steer_engine.cli.registry import (
     add,
     fetched,
     list_vectors,
+    new_table,
     print_table,
     pull,
     remove_vector,
     short_digest,
 )
 from steer_engine.errors import VectorFileError
+from steer_engine.fields import block_ranges
 
 if TYPE_CHECKING:
     from steer_engine.vectors import ControlVector
@@ -128,7 +129,7 @@ def _save(vector: ControlVector, out: Path) -> None:
 
     save(vector, out)
     Console(soft_wrap=True, highlight=False).print(
-        f"{out}: blocks {list(vector.blocks)}, {vector.digest}", markup=False
+        f"{out}: blocks {block_ranges(vector.blocks)}, {vector.digest}", markup=False
     )
 
 
@@ -164,7 +165,8 @@ def _show_folder(folder: Path) -> None:
     from steer_engine.vectors import load
     from steer_engine.vectors.files import SUFFIXES
 
-    table = Table("name", "blocks", "D", "method", "model", "digest", title=str(folder))
+    columns = ("name", "blocks", "D", "method", "model", "digest")
+    table = new_table(*columns, folded=("name", "blocks", "method", "model"), title=str(folder))
     broken: list[str] = []
     for file in sorted(entry for entry in folder.iterdir() if entry.suffix in SUFFIXES):
         try:
@@ -173,7 +175,7 @@ def _show_folder(folder: Path) -> None:
             broken.append(f"{file.name}: {error.message}")
             continue
         about = vector.metadata
-        blocks, size = _ranges(vector.blocks), str(vector.hidden_size)
+        blocks, size = block_ranges(vector.blocks), str(vector.hidden_size)
         table.add_row(file.stem, blocks, size, about.method, about.model, short_digest(vector.digest))
     print_table(table)
     if broken:
@@ -199,20 +201,9 @@ def _show_file(vector: ControlVector) -> None:
     for name, value in lines.items():
         if value:
             console.print(f"{name:>12}  {value}", markup=False, highlight=False)
-    table = Table("block", "|v|", "mean |x|", "dose at scale 1")
+    table = new_table("block", "|v|", "mean |x|", "dose at scale 1")
     for block, norm in vector.norms.items():
         stream = about.residual_norms.get(block)
         known = ("", "") if not stream else (f"{stream:.3f}", f"{norm / stream:.1%}")
         table.add_row(str(block), f"{norm:.4f}", *known)
     print_table(table)
-
-
-def _ranges(blocks: tuple[int, ...]) -> str:
-    """`(8, 9, 10, 14)` as `8-10, 14`."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

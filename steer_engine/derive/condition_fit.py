@@ -20,7 +20,7 @@ from steer_engine.derive.make_pairs import read_words
 from steer_engine.derive.moments import Array
 from steer_engine.derive.texts import Text, load_texts
 from steer_engine.errors import DerivationError
-from steer_engine.fields import parse_blocks
+from steer_engine.fields import block_ranges, parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import At, Measure
 
@@ -89,8 +89,8 @@ def candidate_blocks(vector: ControlVector, blocks: str | int | Iterable[int]) -
         return vector.blocks
     if lacking := sorted(set(numbers) - set(vector.blocks)):
         raise DerivationError(
-            f"--blocks: the vector has no direction at block(s) {', '.join(map(str, lacking))}; "
-            f"it has {', '.join(map(str, vector.blocks))}."
+            f"--blocks: the vector has no direction at block(s) {block_ranges(lacking)}; "
+            f"it has {block_ranges(vector.blocks)}."
         )
     return numbers
 

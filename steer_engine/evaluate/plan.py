@@ -11,7 +11,7 @@ from typing import Literal
 
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import Against, Condition, Unit
-from steer_engine.fields import parse_blocks
+from steer_engine.fields import block_ranges, parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
 
 Score = Literal["accuracy", "share_correct"]
@@ -120,7 +120,8 @@ class Plan:
             missing = set(parse_blocks(blocks) or vector.blocks) - set(vector.blocks)
             if missing:
                 raise EvaluationError(
-                    f"Vector {name} has no direction for block(s) {sorted(missing)}; it has {list(vector.blocks)}. "
+                    f"Vector {name} has no direction for block(s) {block_ranges(sorted(missing))}; "
+                    f"it has {block_ranges(vector.blocks)}. "
                     "Choose --blocks from these."
                 )
         return [self.condition(name, vector, blocks, alpha) for blocks, alpha in product(ranges, self.steps)]

@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import click
 import numpy as np
@@ -110,6 +112,119 @@ def test_a_port_in_use() -> None:
 @pytest.mark.parametrize("name", ["smollm-135m", "smollm2", "SmolLM2-135M"])
 def test_an_unknown_model_name_suggests_a_packaged_one(name: str) -> None:
     Done("serve", name).assert_mistake(f"'{name}'", "smollm2-135m", "OWNER/NAME")
+
+
+@pytest.fixture
+def commands_with(tmp_path: Path) -> Callable[..., list[tuple[str, ...]]]:
+    """Every command that starts an engine, valid but for what is given: a model, and its blocks."""
+    (tmp_path / "pairs.jsonl").write_text('{"positive": "a b", "negative": "c d"}\n' * 3)
+    (tmp_path / "in.jsonl").write_text('{"custom_id": "1", "url": "/v1/completions", "body": {"prompt": "a"}}')
+    vector, prompts, pairs = str(tmp_path / "v.safetensors"), str(tmp_path / "p.txt"), str(tmp_path / "pairs.jsonl")
+    save(ControlVector(directions={3: np.ones(576, dtype=np.float32)}), Path(vector))
+    Path(prompts).write_text("".join(f"prompt {number}\n" for number in range(12)))
+    out = ("--out", str(tmp_path / "out.safetensors"))
+    both = ("--positive", prompts, "--negative", prompts)
+    results = ("--task", "ioi", "--out", str(tmp_path / "results"))
+
+    def commands_of(model: str, blocks: str = "") -> list[tuple[str, ...]]:
+        some = ("--blocks", blocks) if blocks else ()
+        steered = ("--steering-blocks", blocks) if blocks else ()
+        return [
+            ("serve", model, *steered),
+            ("doctor", model, *steered),
+            ("batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", model, *steered),
+            ("derive", model, "--pairs", pairs, *out, *some),
+            ("dump", model, "--pairs", pairs, "--out", str(tmp_path / "dump"), *some),
+            ("eval", model, *results, *some),
+            ("calibrate", model, vector, *results, *some),
+            ("probe", "fit", "--model", model, *both, *out, *some),
+        ]
+
+    return commands_of
+
+
+def run_all(commands: list[tuple[str, ...]], *words: str, env: dict[str, str], missing: tuple[str, ...] = ()) -> None:
+    """All commands fail at once with these words. `doctor` prints its verdict on standard output."""
+    for command in commands:
+        done = Done(*command, missing=missing, **env)
+        if command[0] == "doctor" and not missing:
+            assert done.out.startswith("no: ")
+            done.error, done.out = f"error: {done.out}", ""
+        done.assert_mistake(*words)
+
+
+CommandsWith = Callable[..., list[tuple[str, ...]]]
+
+
+def test_every_command_names_an_unknown_model_at_once(commands_with: CommandsWith, tmp_path: Path) -> None:
+    run_all(commands_with("smollm-135m"), "'smollm-135m'", "smollm2-135m", env={})
+    run_all(commands_with(str(tmp_path)), str(tmp_path), "no config.json", env={})
+
+
+def test_every_command_names_a_block_that_the_model_lacks(commands_with: CommandsWith, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"num_hidden_layers": 12}))
+    run_all(commands_with(str(model), "8-14"), "block 12-14", "12 blocks, 0-11", env={})
+
+
+def test_every_command_names_a_missing_extra(commands_with: CommandsWith) -> None:
+    run_all(
+        commands_with("smollm2-135m"), "vLLM is missing: pip install 'steer-engine[cpu]'", env={}, missing=("vllm",)
+    )
+    derive = [command for command in commands_with("smollm2-135m") if command[0] == "derive"]
+    run_all(derive, "ray is missing: pip install 'steer-engine[derive]'", env={}, missing=("ray",))
+    measure = [command for command in commands if command[0] == "eval"]
+    run_all(measure, "scipy is missing", env={}, missing=("scipy",))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that has one model, hides another, and fails for a third."""
+
+    def do_HEAD(self) -> None:
+        statuses = {"/api/models/org/there": 200, "/api/models/org/hidden": 401, "/api/models/org/broken": 500}
+        self.send_response(statuses.get(self.path, 404))
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        del format, arguments
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Environment of a command whose hub is `Hub`, and whose cache is empty."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hub"),
+        }
+        server.shutdown()
+
+
+def test_a_mistyped_model_of_the_hub_is_named_at_once(hub: dict[str, str], commands_with: CommandsWith) -> None:
+    few = [command for command in commands_with("org/ther") if command[0] in ("serve", "derive", "eval")]
+    run_all(few, hub["HF_ENDPOINT"], "no model 'org/ther'", "Check the spelling", env=hub)
+    Done("serve", "org/hidden", **hub).assert_mistake("'org/hidden'", "HF_TOKEN")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = ("--host", "127.0.0.1", "--port", str(taken.getsockname()[1]))
+        for model in ("org/there", "org/broken"):  # only the hub's own client can tell more
+            Done("serve", model, *flags, **hub).assert_mistake("Port ")
+
+
+def test_a_folder_or_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").touch()
+    Done("serve", str(tmp_path)).assert_mistake(f"The folder {tmp_path} has no config.json")
+    Done("serve", str(tmp_path / "weights.bin")).assert_mistake("weights.bin is a file")
+
+
+def test_results_that_cannot_be_written_are_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "results")
+    Done("eval", "smollm2-135m", "--task", "ioi", "--out", out).assert_mistake(out, "not a folder")
 
 
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_check_says_what_a_request_would_get(living: Server) -> None:
 def test_status(living: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(call("status"))
     assert (found["model"], found["limits"]["max_edits"]) == ("tiny", 8)
+    assert found["armed_blocks"] == "0-2"
     assert "stats" not in found
     assert json.loads(call("status", "--counters"))["stats"]["engine"]["ok"]
     with pytest.raises(RegistryError, match="unreachable"):
