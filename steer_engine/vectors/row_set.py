@@ -43,7 +43,7 @@ MAX_INDEX = 2**31 - 1
 MAX_LABEL = 512
 """Characters of the label of a row."""
 
-MAX_LABEL_CHARS = 1 << 19
+MAX_LABEL_CHARS = 1 << 18
 """Characters of all labels, so that they fit into the header of a file."""
 
 DIGEST_TAG = b"steer-engine row set v1\n"
@@ -111,7 +111,7 @@ class RowSet:
             if self.kind == "low_rank" and count > hidden_size:
                 raise VectorFileError(f"Block {block} has rank {count}, above the hidden size {hidden_size}.")
             indices[block] = _checked_indices(self.indices.get(block), count, block)
-            order = np.argsort(indices[block])
+            order = np.argsort(indices[block]) if (np.diff(indices[block]) < 0).any() else slice(None)
             bias = np.zeros(count, np.float32) if block not in self.bias else self.bias[block]
             given = {"read": self.read[block], "write": self.write[block], "bias": bias}
             if block in self.threshold:
@@ -146,6 +146,11 @@ class RowSet:
         """Bytes of all arrays."""
         mappings = (self.read, self.write, self.bias, self.threshold, self.indices)
         return sum(array.nbytes for mapping in mappings for array in mapping.values())
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no row can have an effect."""
+        return not any(rows.any() for rows in self.write.values())
 
     def count(self, block: int) -> int:
         """k, the rows of a block; 0 if it has none."""
@@ -293,7 +298,7 @@ def _check_size(arrays: Iterable[Any]) -> None:
                 f"Rows of shape {list(shape)} are not usable; [k, D] with k up to {MAX_ROWS} and D up to "
                 f"{MAX_HIDDEN_SIZE} is needed. Choose fewer features."
             )
-        total += 4 * shape[0] * shape[1]
+        total += 4 * shape[0] * (shape[1] + 2)  # a row's share of bias, threshold and index is 8 bytes
     if total > MAX_ROW_SET_BYTES:
         raise VectorFileError(f"The rows need {total} bytes, at most {MAX_ROW_SET_BYTES}; choose fewer features.")
 
@@ -341,9 +346,10 @@ def _checked_labels(
                 raise VectorFileError(
                     f"There is a label for row {shown(row)} of block {block}, which it does not have."
                 )
-            if not isinstance(label, str) or not 1 <= len(label) <= MAX_LABEL:
+            # Not printable are control characters, which a terminal would obey, and characters that no file can have.
+            if not isinstance(label, str) or not 1 <= len(label) <= MAX_LABEL or not label.isprintable():
                 raise VectorFileError(
-                    f"The label of row {row} of block {block} is not a text of 1 to {MAX_LABEL} characters."
+                    f"The label of row {row} of block {block} is not one printable line of 1 to {MAX_LABEL} characters."
                 )
             total += len(label)
         if given[block]:

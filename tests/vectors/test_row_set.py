@@ -186,8 +186,8 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = np.broadcast_to(np.float32(0), (module.MAX_ROWS + 1, 4))
     with pytest.raises(VectorFileError, match="k up to 4096"):
         RowSet(kind="features", read={0: wide}, write={0: wide})
-    monkeypatch.setattr(module, "MAX_ROW_SET_BYTES", 95)
-    with pytest.raises(VectorFileError, match="need 96 bytes, at most 95"):
+    monkeypatch.setattr(module, "MAX_ROW_SET_BYTES", 143)
+    with pytest.raises(VectorFileError, match="need 144 bytes, at most 143"):
         features()
     monkeypatch.undo()
     monkeypatch.setattr(module, "MAX_LABEL_CHARS", 6)
