@@ -295,8 +295,8 @@ def _check_measured(vector: ControlVector, blocks: tuple[int, ...], param: str, 
 def _lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
     try:
         vector = vectors(name)
-    except UnknownVectorError as error:
-        raise UnknownVectorError(error.message, param) from None
+    except SteeringRequestError as error:  # unknown, or a row set
+        raise type(error)(error.message, param) from None
     if vector.hidden_size != model.hidden_size:
         raise SteeringRequestError(
             f"Vector {shown(name)} has hidden size {vector.hidden_size}, the model has "

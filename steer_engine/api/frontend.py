@@ -33,8 +33,9 @@ from steer_engine.settings import (
     Limits,
     SteeringConfig,
 )
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vectors.cache import InlineVectors
+from steer_engine.vectors.files import AnyVector, as_directions, as_rows
 from steer_engine.vectors.registry import Registry
 
 STEERING_KEY = "steering"
@@ -95,9 +96,17 @@ class Frontend:
         return asyncio.Semaphore(self.limits.max_captures)
 
     def vector(self, name_or_digest: str) -> ControlVector:
-        """The registered vector, or an inline vector seen before. Raises UnknownVectorError."""
+        """The control vector of a name or digest. Raises as `found`; SteeringRequestError if it is a row set."""
+        return as_directions(self.found(name_or_digest), name_or_digest)
+
+    def rows(self, name_or_digest: str) -> RowSet:
+        """The row set of a name or digest. Raises as `found`; SteeringRequestError if it is a control vector."""
+        return as_rows(self.found(name_or_digest), name_or_digest)
+
+    def found(self, name_or_digest: str) -> AnyVector:
+        """What is registered, or was seen inline before. Raises UnknownVectorError."""
         try:
-            return self.registry.get(name_or_digest)
+            return self.registry.find(name_or_digest)
         except UnknownVectorError:
             if (inline := self.inline.find(name_or_digest)) is not None:
                 return inline

@@ -30,7 +30,8 @@ from steer_engine.errors import (
     SteeringRequestError,
     UnusableVectorError,
 )
-from steer_engine.vectors import ControlVector, files, safetensors_format
+from steer_engine.vectors import RowSet, files
+from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.folder import NAME, check_preset
 from steer_engine.vectors.manifest import preset_digest, vectors_of
 from steer_engine.vectors.storage import disk_errors, lock_upload
@@ -59,7 +60,7 @@ Name = Annotated[
 _FILE_BODY = {
     "requestBody": {
         "required": True,
-        "description": "The unchanged file: a control vector in safetensors or GGUF.",
+        "description": "The unchanged file: a control vector in safetensors or GGUF, or a row set in safetensors.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
@@ -85,12 +86,12 @@ async def list_vectors(request: Request, after: str = "", limit: Limit = 100) ->
 
 @vector_router.get("/{name}")
 async def show_vector(request: Request, name: Name, download: str | None = None) -> Response:
-    """One vector: its blocks, norms and origin. With `?download`, the file in safetensors."""
-    vector = await asyncio.to_thread(frontend_of(request).registry.get, name)
+    """One vector or row set: its blocks, norms or rows, and origin. With `?download`, the file in safetensors."""
+    vector = await asyncio.to_thread(frontend_of(request).registry.find, name)
     if download is not None:
         file_name = f"{vector.digest.removeprefix('sha256:')[:16]}.safetensors"
         headers = etag(vector.digest) | {"Content-Disposition": f'attachment; filename="{file_name}"'}
-        return Response(safetensors_format.to_bytes(vector), media_type="application/octet-stream", headers=headers)
+        return Response(files.to_bytes(vector), media_type="application/octet-stream", headers=headers)
     body = {} if name.startswith("sha256:") else {"name": name}
     return JSONResponse(body | _vector_body(vector), headers=etag(vector.digest))
 
@@ -184,7 +185,7 @@ class Uploads:
         self.max_bytes = max_bytes
         self._free = at_once
 
-    async def receive(self, request: Request, folder: Path) -> ControlVector:
+    async def receive(self, request: Request, folder: Path) -> AnyVector:
         """The vector in the request's body. The body is stored in a temporary file in `folder`.
 
         Raises:
@@ -258,12 +259,26 @@ def _page(
     return JSONResponse({"object": "list", "data": data, "has_more": len(names) > limit})
 
 
-def _vector_body(vector: ControlVector) -> dict[str, Any]:
-    """The description of a vector in answers."""
+def _vector_body(vector: AnyVector) -> dict[str, Any]:
+    """The description of a vector or a row set in answers."""
     about = vector.metadata
     norms = about.residual_norms
+    if isinstance(vector, RowSet):
+        return {
+            "digest": vector.digest,
+            "kind": vector.kind,
+            "hidden_size": vector.hidden_size,
+            "blocks": list(vector.blocks),
+            "rows": {str(block): list(vector.numbers(block)) for block in vector.blocks},
+            "labels": {str(block): {str(row): text for row, text in by.items()} for block, by in vector.labels.items()},
+            "residual_norms": {str(block): norms[block] for block in vector.blocks if block in norms},
+            "model": about.model,
+            "method": about.method,
+            "notes": about.notes,
+        }
     return {
         "digest": vector.digest,
+        "kind": "directions",
         "hidden_size": vector.hidden_size,
         "blocks": list(vector.blocks),
         "norms": {str(block): norm for block, norm in vector.norms.items()},
@@ -287,16 +302,16 @@ def _check_usable(spec: dict[str, Any], frontend: Frontend) -> None:
     """
     frontend.resolve(spec)
     for name in sorted(vectors_of(spec)):
-        frontend.registry.get(name)
+        frontend.registry.find(name)
 
 
-def _load_vector(path: Path) -> ControlVector:
+def _load_vector(path: Path) -> AnyVector:
     """Load safetensors or GGUF, as the first bytes indicate.
 
     Raises:
         VectorFileError: not a usable control vector.
     """
     vector = files.from_bytes(path.read_bytes())
-    if not any(vector.norms.values()):
+    if vector.is_zero:
         raise UnusableVectorError("All directions of the vector are zero.")
     return vector

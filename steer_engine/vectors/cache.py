@@ -13,8 +13,7 @@ from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, Vect
 from steer_engine.fields import InlineVector
 from steer_engine.settings import ApiLimits
 from steer_engine.spec import SteeringSpec, with_vectors
-from steer_engine.vectors import safetensors_format
-from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.files import AnyVector, from_safetensors
 
 INLINE_BUDGET = 1 << 28
 """Bytes for inline vectors."""
@@ -24,7 +23,7 @@ Content = TypeVar("Content")
 
 @dataclass(kw_only=True)
 class VectorCache(Generic[Content]):
-    """Digest, or name of an object -> content, usually a `ControlVector`. Thread-safe.
+    """Digest, or name of an object -> content, usually a vector or a row set. Thread-safe.
 
     The least recently used entries are removed first.
 
@@ -69,7 +68,7 @@ class InlineVectors:
 
     def __init__(self, max_request_bytes: int, budget: int = INLINE_BUDGET) -> None:
         self._max_request_bytes = max_request_bytes
-        self._cache = VectorCache[ControlVector](budget=budget)
+        self._cache = VectorCache[AnyVector](budget=budget)
 
     def take(self, spec: SteeringSpec) -> SteeringSpec:
         """Cache the inline vectors of a spec; returns the spec with their digests in their place.
@@ -91,11 +90,11 @@ class InlineVectors:
 
         return with_vectors(spec, registered)
 
-    def find(self, digest: str) -> ControlVector | None:
+    def find(self, digest: str) -> AnyVector | None:
         """The inline vector with that digest, if it is still cached."""
         return self._cache.get(digest)
 
-    def _decode(self, inline: InlineVector, bytes_left: int, param: str) -> tuple[ControlVector, int]:
+    def _decode(self, inline: InlineVector, bytes_left: int, param: str) -> tuple[AnyVector, int]:
         """The vector and the size of its file in bytes."""
         if self._max_request_bytes == 0:
             raise SteeringRequestError("Inline vectors are switched off on this server (max_inline_bytes).", param)
@@ -109,10 +108,10 @@ class InlineVectors:
         if len(data) > bytes_left:
             raise self._too_large(param)
         try:
-            vector = safetensors_format.from_bytes(data)
+            vector = from_safetensors(data)
         except VectorFileError as error:
             raise SteeringRequestError(f"Not a control vector: {error.message}", f"{param}.data") from None
-        if not any(vector.norms.values()):
+        if vector.is_zero:
             raise SteeringRequestError("All directions of the vector are zero.", f"{param}.data")
         return vector, len(data)
 

@@ -82,6 +82,11 @@ class ControlVector:
         """The smallest norm of a direction that is not zero (infinity if all are), and the largest norm."""
         return min(filter(None, self.norms.values()), default=math.inf), max(self.norms.values())
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it has no effect at all."""
+        return not any(self.norms.values())
+
     @cached_property
     def digest(self) -> str:
         """`"sha256:<64 hex>"` of the content: directions and residual norms, never names.

@@ -15,8 +15,8 @@ from typing import Any
 from steer_engine.errors import SteeringRequestError, UnreadableFileError, VectorFileError
 from steer_engine.parse import parse_spec
 from steer_engine.spec import vectors_in
-from steer_engine.vectors.control_vector import ControlVector
-from steer_engine.vectors.files import SUFFIXES, load
+from steer_engine.vectors.files import SUFFIXES, AnyVector, load_any
+from steer_engine.vectors.row_set import RowSet
 from steer_engine.vectors.storage import FileSignature, file_signature, read_file
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class FolderWatch:
 
 
 class FolderVectors:
-    """Names and digests -> control vectors. Thread-safe.
+    """Names and digests -> control vectors and row sets. Thread-safe.
 
     A `*.safetensors` or `*.gguf` file of the folder has its stem as its name. A lookup by name calls `stat` on that
     name's files and reads them only if they changed. A vector is available by digest while a name has it; requests that
@@ -80,8 +80,8 @@ class FolderVectors:
         self._directory = None if directory is None else Path(directory)
         self._lock = threading.RLock()
         # A file's vector is None if no version of it was usable.
-        self._files: dict[Path, tuple[FileSignature, ControlVector | None]] = {}
-        self._by_name: dict[str, ControlVector] = {}
+        self._files: dict[Path, tuple[FileSignature, AnyVector | None]] = {}
+        self._by_name: dict[str, AnyVector] = {}
         self._sources: dict[str, Path] = {}
         self._names_of: dict[str, dict[str, None]] = {}
         """Digest -> its names, an ordered set."""
@@ -108,13 +108,13 @@ class FolderVectors:
         with self._lock:
             return self._folder_fault()
 
-    def find(self, name: str) -> ControlVector | None:
+    def find(self, name: str) -> AnyVector | None:
         """The current vector of a name."""
         with self._lock:
             self._refresh(name)
             return self._by_name.get(name)
 
-    def find_digest(self, digest: str) -> ControlVector | None:
+    def find_digest(self, digest: str) -> AnyVector | None:
         """The vector with that digest."""
         with self._lock:
             for name in list(self._names_of.get(digest, ())):
@@ -134,7 +134,7 @@ class FolderVectors:
         with self._lock:
             return list(islice(self._by_name, count))
 
-    def all(self) -> dict[str, ControlVector]:
+    def all(self) -> dict[str, AnyVector]:
         """Name -> vector, after a scan of the folder."""
         with self._lock:
             self._scan()
@@ -146,7 +146,7 @@ class FolderVectors:
             self._refresh(name)
             return self._sources.get(name)
 
-    def add(self, name: str, vector: ControlVector) -> str:
+    def add(self, name: str, vector: AnyVector) -> str:
         """Add a vector in memory, or replace one; returns its digest.
 
         Raises:
@@ -236,7 +236,7 @@ class FolderVectors:
             del self._sources[name]
             self._unbind(name)
 
-    def _vector_of(self, path: Path) -> ControlVector | None:
+    def _vector_of(self, path: Path) -> AnyVector | None:
         """The vector of a file, which is read only if it changed; None if the file is absent or was never usable."""
         before, vector = self._files.get(path, (None, None))
         try:
@@ -254,7 +254,7 @@ class FolderVectors:
         if before == signature:
             return vector
         try:
-            vector = load(path)
+            vector = load_any(path)
             self._faults.pop(path, None)
         except VectorFileError as error:
             self._report(path, error.message + _stays(vector))
@@ -263,11 +263,11 @@ class FolderVectors:
         self._files[path] = (signature, vector)
         return vector
 
-    def _bind(self, name: str, vector: ControlVector, source: Path | None = None) -> None:
+    def _bind(self, name: str, vector: AnyVector, source: Path | None = None) -> None:
         before = self._by_name.get(name)
         if source is not None:
             self._sources[name] = source
-        if before is not None and before == vector and before.metadata == vector.metadata:
+        if before is not None and _same(before, vector):
             return
         if before is not None:
             self._unbind(name)
@@ -373,8 +373,14 @@ def check_preset(spec: Any) -> dict[str, Any]:
     return spec
 
 
-def _stays(vector: ControlVector | None) -> str:
+def _stays(vector: AnyVector | None) -> str:
     return " It is left out." if vector is None else f" The version read before ({vector.digest}) stays."
+
+
+def _same(a: AnyVector, b: AnyVector) -> bool:
+    """Whether two have the same content and the same description."""
+    labels = [each.labels if isinstance(each, RowSet) else {} for each in (a, b)]
+    return a == b and a.metadata == b.metadata and labels[0] == labels[1]
 
 
 def _is_vector_file(filename: str) -> bool:

@@ -279,6 +279,8 @@ def _agreed(mine: str, theirs: str) -> str:
 
 FORMAT = "control-vector"
 FORMAT_VERSION = "1"
+ROW_SET_VERSION = "2"
+"""Format version of files with a row set."""
 
 BLOCK_FIELDS = ("residual_norms", "separation", "explained_variance")
 JSON_FIELDS = (*BLOCK_FIELDS, "condition", "probe", "created_with", "extra")
@@ -286,9 +288,9 @@ NUMBER_FIELDS = ("hidden_size", "num_blocks")
 TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
 
 
-def metadata_to_text(metadata: VectorMetadata) -> dict[str, str]:
+def metadata_to_text(metadata: VectorMetadata, version: str = FORMAT_VERSION) -> dict[str, str]:
     """The `__metadata__` map, text to text. Unknown fields are left out; mappings are written as JSON."""
-    text = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    text = {"format": FORMAT, "format_version": version}
     for name, value in metadata.model_dump(exclude_none=True).items():
         if name in JSON_FIELDS:
             if value:
@@ -299,15 +301,30 @@ def metadata_to_text(metadata: VectorMetadata) -> dict[str, str]:
     return text
 
 
-def metadata_from_text(text: Any) -> VectorMetadata:
-    """Inverse of `metadata_to_text`. Other keys are kept in `extra`. Raises VectorFileError."""
+def format_version(text: Any) -> str:
+    """The version of a file by its `__metadata__`. Raises VectorFileError if it is not a file of this format."""
     if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
         raise VectorFileError("The file's `__metadata__` is missing or is not a map of text to text.")
     if text.get("format") != FORMAT:
         raise VectorFileError(f"The file's metadata does not say `format: {FORMAT}`; this is not a control vector.")
-    if text.get("format_version") != FORMAT_VERSION:
-        found = text.get("format_version", "none")
-        raise VectorFileError(f"Format version {found[:32]!r} is not supported; this release reads {FORMAT_VERSION!r}.")
+    found: str = text.get("format_version", "none")
+    if found not in (FORMAT_VERSION, ROW_SET_VERSION):
+        raise VectorFileError(
+            f"Format version {found[:32]!r} is not supported; this release reads {FORMAT_VERSION!r} and "
+            f"{ROW_SET_VERSION!r}."
+        )
+    return found
+
+
+def metadata_from_text(text: Any, version: str = FORMAT_VERSION) -> VectorMetadata:
+    """Inverse of `metadata_to_text`. Other keys are kept in `extra`. Raises VectorFileError."""
+    if (found := format_version(text)) != version:
+        wanted, is_one = (
+            ("a control vector is needed", "features or a low-rank edit")
+            if version == FORMAT_VERSION
+            else ("features or a low-rank edit are needed", "a control vector")
+        )
+        raise VectorFileError(f"The file contains {is_one} (format version {found}), but {wanted}.")
     fields: dict[str, Any] = {name: text[name] for name in TEXT_FIELDS if name in text}
     for name in NUMBER_FIELDS:
         if name in text:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steer_engine.errors import RegistryError, SteeringRequestError, UnsupportedEngineError, VectorFileError
 from steer_engine.settings import RegistryLimits
-from steer_engine.vectors import files, gguf_format, safetensors_format
+from steer_engine.vectors import files, gguf_format
 from steer_engine.vectors.folder import MAX_PRESET_FILE_BYTES, NAME, NAME_RULE, PRESET_SUFFIX, check_preset
 from steer_engine.vectors.manifest import FOLDER, MANIFEST, OBJECTS, Manifest, preset_digest
 from steer_engine.vectors.storage import disk_errors, read_file, write_atomically
@@ -159,7 +159,7 @@ class Mirror:
         if name.endswith(PRESET_SUFFIX):
             check_preset(json.loads(data))
         else:
-            digest = (gguf_format if name.endswith(".gguf") else safetensors_format).from_bytes(data).digest
+            digest = (gguf_format.from_bytes if name.endswith(".gguf") else files.from_safetensors)(data).digest
             if source.digest not in (None, digest):
                 raise VectorFileError(f"its content is {digest}, not {source.digest}.")
         write_atomically(target, data)

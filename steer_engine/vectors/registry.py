@@ -17,11 +17,13 @@ from steer_engine.errors import (
 )
 from steer_engine.settings import RegistryLimits
 from steer_engine.spelling import MAX_COMPARED, closest
-from steer_engine.vectors import safetensors_format
+from steer_engine.vectors import files
 from steer_engine.vectors.cache import VectorCache
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.files import AnyVector, as_directions, as_rows
 from steer_engine.vectors.folder import MAX_NAME, NAME, FolderVectors, PresetFiles, check_name, check_preset
 from steer_engine.vectors.manifest import Manifest, VectorEntry
+from steer_engine.vectors.row_set import RowSet
 from steer_engine.vectors.uploaded import UploadedVectors
 
 logger = logging.getLogger(__name__)
@@ -32,9 +34,9 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Registry:
-    """Names and digests -> control vectors; names -> presets. Thread-safe. Several processes may share the folder.
+    """Names and digests -> control vectors and row sets; names -> presets. Thread-safe.
 
-    An uploaded vector takes precedence over a file of the same name.
+    Several processes may share the folder. An uploaded vector takes precedence over a file of the same name.
 
     Args:
         directory: the folder; None for a registry in memory only.
@@ -45,7 +47,7 @@ class Registry:
         self, directory: Path | str | None = None, *, strict: bool = False, limits: RegistryLimits | None = None
     ) -> None:
         self._folder = FolderVectors(directory)
-        self._cache = VectorCache[ControlVector]()
+        self._cache = VectorCache[AnyVector]()
         self._uploaded: UploadedVectors | None = None
         self._preset_files: PresetFiles | None = None
         faults = self._folder.faults
@@ -82,7 +84,23 @@ class Registry:
         return 0 if self._uploaded is None else self._uploaded.manifest().generation
 
     def get(self, name_or_digest: str) -> ControlVector:
-        """The current vector of a name or digest. Raises UnknownVectorError; RegistryError if it cannot be read now."""
+        """The current control vector of a name or digest.
+
+        Raises:
+            SteeringRequestError: it is a row set. UnknownVectorError, RegistryError: as `find`.
+        """
+        return as_directions(self.find(name_or_digest), name_or_digest)
+
+    def rows(self, name_or_digest: str) -> RowSet:
+        """The current row set of a name or digest.
+
+        Raises:
+            SteeringRequestError: it is a control vector. UnknownVectorError, RegistryError: as `find`.
+        """
+        return as_rows(self.find(name_or_digest), name_or_digest)
+
+    def find(self, name_or_digest: str) -> AnyVector:
+        """What a name or digest stands for now. Raises UnknownVectorError; RegistryError if it cannot be read now."""
         found = self._find(name_or_digest)
         if found is None and self._uploaded is not None:
             self._uploaded.manifest(reopen=True)
@@ -96,7 +114,7 @@ class Registry:
 
     def digest_of(self, name: str) -> str:
         """The current digest of a name. Raises UnknownVectorError."""
-        return self._uploaded_digest(name) or self.get(name).digest
+        return self._uploaded_digest(name) or self.find(name).digest
 
     def names(self) -> dict[str, str]:
         """Name -> digest of every vector, sorted by name, after a scan of the folder."""
@@ -114,7 +132,7 @@ class Registry:
         misfits: dict[str, str] = {}
         for name in self.names():
             try:
-                self.get(name).check(hidden_size=hidden_size, num_blocks=num_blocks)
+                self.find(name).check(hidden_size=hidden_size, num_blocks=num_blocks)
             except ModelMismatchError as error:
                 misfits[name] = error.message
                 logger.warning("Control vector %s does not fit this model: %s", name, error.message)
@@ -124,7 +142,7 @@ class Registry:
             raise ModelMismatchError(" ".join(f"{name}: {reason}" for name, reason in misfits.items()))
         return misfits
 
-    def add(self, name: str, vector: ControlVector) -> str:
+    def add(self, name: str, vector: AnyVector) -> str:
         """Add a vector in memory, or replace one; returns its digest.
 
         Raises:
@@ -132,7 +150,7 @@ class Registry:
         """
         return self._folder.add(name, vector)
 
-    def put(self, name: str, vector: ControlVector, *, if_match: str | None = None) -> bool:
+    def put(self, name: str, vector: AnyVector, *, if_match: str | None = None) -> bool:
         """Store an uploaded vector durably. True if the name is new.
 
         Raises:
@@ -143,7 +161,7 @@ class Registry:
         if (source := self._folder.source_of(name)) is not None and self._uploaded_digest(name) is None:
             raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
         is_new = uploaded.put(name, vector, if_match=if_match, file_presets=self._file_presets())
-        stored = VectorEntry.of(vector.digest, safetensors_format.to_bytes(vector))
+        stored = VectorEntry.of(vector.digest, files.to_bytes(vector))
         self._cache.put(stored.object_name, vector, vector.num_bytes)
         return is_new
 
@@ -205,7 +223,7 @@ class Registry:
             raise RegistryConflictError(f"The preset {name!r} belongs to a file of the folder; remove the file.")
         uploaded.delete_preset(name, if_match=if_match)
 
-    def _find(self, name_or_digest: str) -> ControlVector | None:
+    def _find(self, name_or_digest: str) -> AnyVector | None:
         # Once, so that it costs one `stat`, and all that is found here is of the same generation.
         manifest = Manifest() if self._uploaded is None else self._uploaded.manifest()
         if _DIGEST.fullmatch(name_or_digest):
@@ -214,7 +232,7 @@ class Registry:
         entry = manifest.vectors.get(name_or_digest)
         return self._folder.find(name_or_digest) if entry is None else self._load(entry)
 
-    def _load(self, entry: VectorEntry) -> ControlVector | None:
+    def _load(self, entry: VectorEntry) -> AnyVector | None:
         """The uploaded vector of an entry, with that entry's metadata; None if it was deleted meanwhile.
 
         Raises:

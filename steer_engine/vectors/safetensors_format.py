@@ -11,13 +11,16 @@ before it allocates anything. Each kind of invalid file has its own VectorFileEr
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from steer_engine.errors import VectorFileError
@@ -47,6 +50,11 @@ MAX_FILE_BYTES = 8 + MAX_HEADER_BYTES + MAX_BLOCKS * MAX_HIDDEN_SIZE * 4
 DType = Literal["float32", "float16", "bfloat16"]
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+ITEMSIZE = {**_ITEMSIZE, "F64": 8, "I64": 8}
+MAX_RANK = 4
+MAX_SIDE = 2**31 - 1
+"""Numbers of dimensions, and of one of them, that are multiplied with each other."""
+
 _NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
 
 
@@ -56,24 +64,37 @@ def to_bytes(vector: ControlVector, dtype: DType = "float32") -> bytes:
     Raises:
         VectorFileError: a value is too large for the dtype, or the dtype is unknown.
     """
-    code = _CODES.get(dtype)
-    if code is None:
+    code = code_of(dtype)
+    tensors = {
+        f"direction.{block}": (code, direction.shape, encode(direction, code, f"direction of block {block}"))
+        for block, direction in vector.directions.items()
+    }
+    return joined(metadata_to_text(vector.metadata), tensors)
+
+
+def code_of(dtype: str) -> str:
+    """The code of a dtype in a header. Raises VectorFileError."""
+    if dtype not in _CODES:
         raise VectorFileError(f"dtype {dtype!r} is not supported; valid are {', '.join(_CODES)}.")
-    payloads = {block: _encode(direction, code, block) for block, direction in vector.directions.items()}
-    header: dict[str, Any] = {"__metadata__": metadata_to_text(vector.metadata)}
+    return _CODES[dtype]
+
+
+def joined(metadata: dict[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
+    """The bytes of a file. tensors: name -> (dtype code, shape, data), in the order of the data.
+
+    Raises:
+        VectorFileError: the header is too long to be read.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
-    for block, payload in payloads.items():
-        header[f"direction.{block}"] = {
-            "dtype": code,
-            "shape": [vector.hidden_size],
-            "data_offsets": [offset, offset + len(payload)],
-        }
+    for name, (code, shape, payload) in tensors.items():
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + len(payload)]}
         offset += len(payload)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # safetensors requires 8-byte alignment of the data
     if len(text) > MAX_HEADER_BYTES:
         raise VectorFileError(f"The metadata is too long: a header of {len(text)} bytes, at most {MAX_HEADER_BYTES}.")
-    return struct.pack("<Q", len(text)) + text + b"".join(payloads.values())
+    return struct.pack("<Q", len(text)) + text + b"".join(payload for _, _, payload in tensors.values())
 
 
 def from_bytes(data: bytes | memoryview) -> ControlVector:
@@ -82,6 +103,11 @@ def from_bytes(data: bytes | memoryview) -> ControlVector:
     Raises:
         VectorFileError: the file does not follow the convention exactly. The message says how, in one sentence.
     """
+    return from_header(*split_header(data))
+
+
+def split_header(data: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
+    """The header of a safetensors file and the data after it. Raises VectorFileError."""
     if len(data) > MAX_FILE_BYTES:
         raise VectorFileError(f"{len(data)} bytes are more than the largest control vector ({MAX_FILE_BYTES}).")
     if len(data) < 8:
@@ -91,14 +117,18 @@ def from_bytes(data: bytes | memoryview) -> ControlVector:
         raise VectorFileError(f"The header says it has {header_size} bytes; at most {MAX_HEADER_BYTES} are read.")
     if 8 + header_size > len(data):
         raise VectorFileError(f"The header says it has {header_size} bytes; only {len(data) - 8} follow.")
-    header = _parse_header(bytes(data[8 : 8 + header_size]))
-    metadata = metadata_from_text(header.pop("__metadata__", None))
-    body = memoryview(data)[8 + header_size :]
-    spans = {name: _checked_span(name, entry) for name, entry in header.items()}
+    return parse_header(bytes(data[8 : 8 + header_size])), memoryview(data)[8 + header_size :]
+
+
+def from_header(header: dict[str, Any], body: memoryview) -> ControlVector:
+    """Read a control vector from the parts of a file. Raises VectorFileError."""
+    tensors = dict(header)
+    metadata = metadata_from_text(tensors.pop("__metadata__", None))
+    spans = {name: _checked_span(name, entry) for name, entry in tensors.items()}
     if not spans:
         raise VectorFileError("The file has no tensors; a control vector has one `direction.{l}` per block.")
-    _require_gapless(spans, len(body))
-    directions = {int(name.partition(".")[2]): _decode(body[a:b], code) for name, (code, a, b) in spans.items()}
+    require_gapless(spans, len(body))
+    directions = {int(name.partition(".")[2]): decode(body[a:b], code) for name, (code, a, b) in spans.items()}
     return ControlVector(directions=directions, metadata=metadata)
 
 
@@ -116,7 +146,8 @@ def save(vector: ControlVector, path: str | os.PathLike[str], dtype: DType = "fl
     write_atomically(Path(path), to_bytes(vector, dtype))
 
 
-def _parse_header(raw: bytes) -> dict[str, Any]:
+def parse_header(raw: bytes) -> dict[str, Any]:
+    """The JSON of a header. Raises VectorFileError."""
     if not raw.startswith(b"{"):  # a rule of safetensors; it also refuses other kinds of files early
         raise VectorFileError("The header does not begin with '{'; this is not a safetensors file.")
     try:
@@ -133,19 +164,32 @@ def _checked_span(name: str, entry: Any) -> tuple[str, int, int]:
         raise VectorFileError(
             f"Tensor {name[:64]!r} does not belong here; names are direction.0 to direction.{MAX_BLOCKS - 1}."
         )
+    code, shape, begin, end = checked_entry(name, entry, tuple(_ITEMSIZE))
+    if len(shape) != 1 or not 1 <= shape[0] <= MAX_HIDDEN_SIZE:
+        raise VectorFileError(f"Tensor {name} has shape {str(shape)[:64]}; [D], D up to {MAX_HIDDEN_SIZE}, is needed.")
+    return code, begin, end
+
+
+def checked_entry(name: str, entry: Any, codes: tuple[str, ...]) -> tuple[str, list[int], int, int]:
+    """(dtype code, shape, begin, end) of an entry of a header. The data has exactly the size that shape and dtype say.
+
+    Raises:
+        VectorFileError: the entry is not valid, or its dtype is none of `codes`.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise VectorFileError(f"Tensor {name} is not described by exactly dtype, shape and data_offsets.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _ITEMSIZE:
-        raise VectorFileError(f"Tensor {name} has dtype {str(code)[:32]!r}; valid are {', '.join(_ITEMSIZE)}.")
-    if not _whole_numbers(shape) or len(shape) != 1 or not 1 <= shape[0] <= MAX_HIDDEN_SIZE:
-        raise VectorFileError(f"Tensor {name} has shape {str(shape)[:64]}; [D], D up to {MAX_HIDDEN_SIZE}, is needed.")
-    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != shape[0] * _ITEMSIZE[code]:
+    if not isinstance(code, str) or code not in codes:
+        raise VectorFileError(f"Tensor {name} has dtype {str(code)[:32]!r}; valid are {', '.join(codes)}.")
+    if not _whole_numbers(shape) or len(shape) > MAX_RANK or max(shape, default=0) > MAX_SIDE:
+        raise VectorFileError(f"Tensor {name} has shape {str(shape)[:64]}, but a list of sizes is needed.")
+    size = math.prod(shape) * ITEMSIZE[code]
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise VectorFileError(f"Tensor {name} has data_offsets {str(offsets)[:64]} that do not fit shape and dtype.")
-    return code, offsets[0], offsets[1]
+    return code, shape, offsets[0], offsets[1]
 
 
-def _require_gapless(spans: dict[str, tuple[str, int, int]], size: int) -> None:
+def require_gapless(spans: dict[str, tuple[str, int, int]], size: int) -> None:
     """Raise VectorFileError unless the tensors cover the data exactly: no gap, no overlap, nothing before or after."""
     end_of_last = 0
     for name, (_, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
@@ -160,27 +204,29 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _decode(raw: memoryview, code: str) -> Direction:
+def decode(raw: bytes | memoryview, code: str) -> Direction:
+    """The numbers of a tensor, widened to float32, flat."""
     if code == "BF16":
         return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, dtype="<f4" if code == "F32" else "<f2").astype(np.float32)
 
 
-def _encode(direction: Direction, code: str, block: int) -> bytes:
+def encode(array: npt.NDArray[np.float32], code: str, what: str) -> bytes:
+    """The data of a tensor. what: for the VectorFileError about a value that is too large for the dtype."""
     if code == "F32":
-        return direction.astype("<f4").tobytes()
+        return array.astype("<f4").tobytes()
     if code == "F16":
         with np.errstate(over="ignore"):
-            half = direction.astype("<f2")
+            half = array.astype("<f2")
         fits = bool(np.isfinite(half).all())
         encoded = half.tobytes()
     else:
-        bits = direction.view(np.uint32).astype(np.uint64)
+        bits = array.view(np.uint32).astype(np.uint64)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # to nearest even
         fits = bool(np.isfinite((rounded.astype(np.uint32) << 16).view(np.float32)).all())
         encoded = rounded.tobytes()
     if not fits:
-        raise VectorFileError(f"The direction of block {block} has values too large for {code}; save it as float32.")
+        raise VectorFileError(f"The {what} has values too large for {code}; save it as float32.")
     return encoded
 
 

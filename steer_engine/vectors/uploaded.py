@@ -28,8 +28,8 @@ from steer_engine.errors import (
 )
 from steer_engine.fields import shown
 from steer_engine.settings import RegistryLimits
-from steer_engine.vectors import safetensors_format
-from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors import files
+from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.manifest import (
     FOLDER,
     INCOMING,
@@ -113,11 +113,11 @@ class UploadedVectors:
             self._set_fault(None)
         return self._state[0]
 
-    def load(self, entry: VectorEntry) -> ControlVector:
+    def load(self, entry: VectorEntry) -> AnyVector:
         """The vector of an entry. Raises UnknownVectorError if it does not exist, VectorFileError if it is damaged."""
         path = self._objects / entry.object_name
         try:
-            vector = safetensors_format.from_bytes(read_file(path, safetensors_format.MAX_FILE_BYTES)[0])
+            vector = files.from_safetensors(read_file(path, files.MAX_FILE_BYTES)[0])
         except FileNotFoundError:
             raise UnknownVectorError(f"There is no control vector {entry.digest}.", param="vector") from None
         if vector.digest != entry.digest:
@@ -127,7 +127,7 @@ class UploadedVectors:
     def put(
         self,
         name: str,
-        vector: ControlVector,
+        vector: AnyVector,
         *,
         if_match: str | None = None,
         file_presets: Mapping[str, dict[str, Any]] | None = None,
@@ -141,7 +141,7 @@ class UploadedVectors:
             RegistryFullError: a limit is reached.
             CapacityError, RegistryError: the registry cannot be changed now.
         """
-        data = safetensors_format.to_bytes(vector)
+        data = files.to_bytes(vector)
         entry = VectorEntry.of(vector.digest, data)
         with self._changing() as manifest:
             before = manifest.vectors.get(name)

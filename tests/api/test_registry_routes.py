@@ -19,7 +19,7 @@ from helpers.registry_app import ADMIN, KEY, app_of
 
 from steer_engine.api.routing import HEADER, AdminKeys
 from steer_engine.settings import ADMIN_KEYS_ENV, ApiLimits, EngineLimits, Limits, NamedLimits, RegistryLimits
-from steer_engine.vectors import ControlVector, Registry, VectorMetadata, save
+from steer_engine.vectors import ControlVector, Registry, RowSet, VectorMetadata, row_set_format, save
 from steer_engine.vectors.metadata import FittedCondition, FittedProbe
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
 from steer_engine.vocabulary import Tags, Vocabulary
@@ -150,6 +150,30 @@ async def test_put_show_download_and_delete(client: httpx.AsyncClient) -> None:
     assert deleted.json() == {"name": "calm", "digest": vector.digest, "in_flight": 0}
     assert error(await client.get("/v1/steering/vectors/calm")) == (404, "vector")
     assert error(await client.delete("/v1/steering/vectors/calm", headers=ADMIN))[0] == 404
+
+
+async def test_a_row_set_is_put_shown_downloaded_and_not_taken_for_a_vector(client: httpx.AsyncClient) -> None:
+    read = np.eye(8, dtype=np.float32)[:2]
+    numbers = {1: np.array([7, 4099])}
+    rows = RowSet(kind="features", read={1: read}, write={1: read}, indices=numbers, labels={1: {7: "praise"}})
+    created = await put(client, "praise", row_set_format.to_bytes(rows))
+    assert created.status_code == 201
+    shown = (await client.get("/v1/steering/vectors/praise")).json()
+    assert shown == created.json()
+    assert (shown["kind"], shown["rows"], shown["labels"]) == ("features", {"1": [7, 4099]}, {"1": {"7": "praise"}})
+    assert shown["digest"] == rows.digest
+    file = await client.get("/v1/steering/vectors/praise?download")
+    assert row_set_format.from_bytes(file.content) == rows
+    listed = (await client.get("/v1/steering/vectors")).json()
+    assert listed["data"] == [{"name": "praise", "digest": rows.digest}]
+    refused = await client.put("/v1/steering/presets/p", json={"edits": [{"vector": "praise"}]}, headers=ADMIN)
+    assert refused.status_code == 422
+    assert "is a set of features, not a control vector" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == "steering.edits[0].vector"
+    wide = RowSet(kind="features", read={1: np.ones((1, 9), np.float32)}, write={1: np.ones((1, 9), np.float32)})
+    assert (await put(client, "wide", row_set_format.to_bytes(wide))).status_code == 400
+    zero = RowSet(kind="features", read={1: read}, write={1: 0 * read})
+    assert (await put(client, "zero", row_set_format.to_bytes(zero))).status_code == 400
 
 
 async def test_a_file_is_taken_as_curl_sends_it(client: httpx.AsyncClient) -> None:

@@ -15,6 +15,7 @@ from registry_costs import counted_stats
 from steer_engine.errors import ModelMismatchError, SteeringRequestError, UnknownVectorError, VectorFileError
 from steer_engine.vectors import ControlVector, Registry, save
 from steer_engine.vectors import folder as folder_module
+from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.folder import MAX_PRESET_FILE_BYTES, PresetFiles, check_preset
 
 CALM = {"edits": [{"vector": "calm", "scale": 1.5, "blocks": "8-22"}]}
@@ -28,13 +29,13 @@ def one(value: float, block: int = 1, width: int = 4) -> ControlVector:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Records the paths that the registry reads from disk."""
     seen: list[Path] = []
-    original = folder_module.load
+    original = folder_module.load_any
 
-    def load(path: Path) -> ControlVector:
+    def load_any(path: Path) -> AnyVector:
         seen.append(path)
         return original(path)
 
-    monkeypatch.setattr(folder_module, "load", load)
+    monkeypatch.setattr(folder_module, "load_any", load_any)
     return seen
 
 
