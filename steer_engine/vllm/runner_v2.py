@@ -64,7 +64,7 @@ class V2Adapter(RunnerAdapter):
         self.decisions.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
         self.scores.plan(self._scored_rows(batch) if self._scored else {})
         if self.runtime.capture_blocks:
-            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens, batch.positions)
 
     def _scored_rows(self, batch: Any) -> dict[int, Score]:
         """Token rows of the step at which the prompt of a scored request ends."""

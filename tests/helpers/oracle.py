@@ -28,19 +28,47 @@ class Oracle:
     def logprobs(self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None) -> np.ndarray:
         """float64 [T, V]: log-softmax at every position, the stream edited as `spec` says."""
         prompt_len = len(tokens) if prompt_len is None else prompt_len
-        if spec is None:
-            return self._run(tokens, [])
+        return self._run(tokens, [] if spec is None else self._edits(tokens, spec, prompt_len))
+
+    def _edits(self, tokens: Sequence[int], spec: dict[str, Any], prompt_len: int) -> list[Any]:
+        """A hook per block that edits as `spec` says."""
         decisions = None
         if "when" in spec or any("when" in edit for edit in spec["edits"]):
             # Over the prompt alone: a decision is made while its last token is computed.
             decisions = self.decisions(tokens, spec, prompt_len)
-        return self._run(tokens, self._hooks(spec, tokens, prompt_len, decisions))
+        return self._hooks(spec, tokens, prompt_len, decisions)
 
     def decisions(self, tokens: Sequence[int], spec: dict[str, Any], prompt_len: int) -> Decisions:
         """What the conditions of a spec measure in the prompt."""
         decisions = Decisions(spec, prompt_len)
         self._run(tokens[:prompt_len], self._hooks(spec, tokens[:prompt_len], prompt_len, decisions, measure=True))
         return decisions
+
+    def streams(
+        self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None, *, after: bool = False
+    ) -> np.ndarray:
+        """float32 [L, T, D]: the stream after every block, before the edit of the same block or `after` it."""
+        found: list[np.ndarray] = []
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            found.append(x.reshape(len(tokens), -1).numpy().copy())
+
+        def register() -> list[Any]:
+            return [block.register_forward_hook(keep) for block in self.model.model.layers]
+
+        edits = [] if spec is None else self._edits(tokens, spec, len(tokens) if prompt_len is None else prompt_len)
+        handles = [] if after else register()
+        for block, hook in zip(self.model.model.layers, edits, strict=False):
+            handles.append(block.register_forward_hook(hook))
+        handles += register() if after else []
+        try:
+            with torch.inference_mode():
+                self.model(torch.tensor([list(tokens)]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return np.stack(found)
 
     def _run(self, tokens: Sequence[int], hooks: Sequence[Any]) -> np.ndarray:
         """With a hook per block."""
