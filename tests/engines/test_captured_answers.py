@@ -14,7 +14,8 @@ from helpers.engines import RUNNER, TINY_BLOCKS
 from helpers.oracle import Oracle
 from helpers.traffic import SPECS, Ask, Start, asks, core_of, drafts_of, marked, run
 
-from steer_engine import LLM, SteeringRequestError
+from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError
 
 NUM = 24 if RUNNER == "v1" else 4
 SCOPES: tuple[Scope, ...] = ("generation", "all")
