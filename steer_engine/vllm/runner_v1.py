@@ -107,7 +107,8 @@ class V1Adapter(RunnerAdapter):
         self.decisions.plan(request_ids, first_positions_B, num_scheduled_tokens)
         self.probes.plan(request_ids, first_positions_B, num_scheduled_tokens)
         if self.runtime.capture_blocks:
-            self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens)
+            positions_T = runner.positions[:num_tokens]
+            self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens, positions_T)
         self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
 
     def computed(self, state: Any) -> Computed:

@@ -68,7 +68,7 @@ class V2Adapter(RunnerAdapter):
         self.probes.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
         self.scores.plan(self._scored_rows(batch) if self._scored else {})
         if self.runtime.capture_blocks:
-            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens, batch.positions)
 
     def computed(self, state: Any) -> Computed:
         batch = state.input_batch
