@@ -46,7 +46,7 @@ def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, 
     require_absent(out, force=force)
 
 
-def _parsed(blocks: str) -> tuple[int, ...] | None:
+def parsed_blocks(blocks: str) -> tuple[int, ...] | None:
     try:
         return parse_blocks(blocks)
     except ValueError as error:
@@ -114,7 +114,7 @@ def derive_command(
     from steer_engine.vectors.files import save
 
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
-    require_writable(out, force=force, blocks=_parsed(blocks), remedy=remedy)
+    require_writable(out, force=force, blocks=parsed_blocks(blocks), remedy=remedy)
     require_method(method)
     settings: dict[str, Any] = {"blocks": blocks, "position": position, **capture.arguments}
     if keep_dump is None:
