@@ -342,7 +342,7 @@ def test_a_capture_that_is_impossible_is_a_400(capturing: Server, name: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["_steer_capture", "steering_capture"])
+@pytest.mark.parametrize("key", ["_steer_capture", "capture"])
 def test_the_key_of_the_engine_is_not_for_clients(capturing: Server, key: str) -> None:
     fields = {"vllm_xargs": {key: '{"key": "x", "start": 0, "end": null}'}}
     answer = capturing.post("/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 1, **fields})
