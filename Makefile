@@ -6,7 +6,7 @@
 #   make bench            measure the cost of steering [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: measure again]
 #   make mutants          break the code in known ways; each time a test must fail
 #   make floors           help and unit tests with the lowest versions of the dependencies, in a fresh environment
-#   make docs             build the documentation into site/
+#   make docs             check the links of all pages, and build the documentation into site/
 #   make setup            make .venv only
 EXTRA ?= cpu
 PYTHON ?= python3
@@ -48,4 +48,5 @@ floors: $(STAMP)
 	@$(BIN)/python -P scripts/floors.py
 
 docs: $(STAMP)
+	@$(BIN)/python -P scripts/check_links.py
 	$(BIN)/mkdocs build --strict

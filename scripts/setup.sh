@@ -25,7 +25,7 @@ if compgen -G ".venv/lib/python*/site-packages/${other/-/_}-*.dist-info" >/dev/n
 fi
 
 echo "==> installing vLLM ($extra), Ray and tools: 2 to 4 minutes and about 4 GB the first time; full log in $log"
-if ! .venv/bin/python -m pip install -e ".[$extra,demo,derive,report,dev]" 2>&1 |
+if ! .venv/bin/python -m pip install -e ".[$extra,demo,derive,report,dev,docs]" 2>&1 |
     tee "$log" | awk '/^(  Downloading .*MB\)|Installing|Building|ERROR|Successfully)/ { print substr($0, 1, 110); fflush() }'; then
     if [ "$extra" = cpu ] && grep -q 'No matching distribution found for torch==' "$log"; then
         echo >&2

@@ -41,8 +41,8 @@ def armed(*argv: str) -> Any:
     return args
 
 
-def test_the_serving_page_lists_exactly_our_flags() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+def test_the_page_of_flags_lists_exactly_our_flags() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "flags.md").read_text()
     table = re.findall(r"^\| `(--steering-[a-z-]+)", page, re.MULTILINE)
     ours = [flag for flag in parsed("org/model").__dict__ if flag.startswith("steering_")]
     assert sorted(table) == sorted("--" + flag.replace("_", "-") for flag in ours)
