@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from random import Random
 
-from steer_engine.derive import Pairs, derive
-from steer_engine.derive.make_pairs import Question, answer_all, from_answers
+from steer_engine.derive.make_pairs import Question
+from steer_engine.derive.own_answers import derive_from_answers
 from steer_engine.vectors import save
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
@@ -36,10 +36,18 @@ def questions(count: int, seed: int = 0) -> list[Question]:
 
 def main() -> None:
     sums = questions(60)
-    answers = answer_all(MODEL, sums, samples=8, max_tokens=24, temperature=0.8, engine_args={"dtype": "float32"})
-    pairs = Pairs(tuple(from_answers(sums, answers)), "own answers")
+    # The rows are captured while the model answers: no second pass over the answers.
+    pairs, vector = derive_from_answers(
+        MODEL,
+        sums,
+        samples=8,
+        max_tokens=24,
+        temperature=0.8,
+        method="pca_centred",
+        blocks="15",
+        engine_args={"dtype": "float32"},
+    )
     print(f"{len(pairs)} of {len(sums)} questions have both a correct and a wrong answer")
-    vector = derive(MODEL, pairs, method="pca_centred", blocks="15", dtype="float32")
     print(f"held-out AUROC {vector.metadata.separation[15]:.3f}, {vector.digest}")
     OUT.unlink(missing_ok=True)
     save(vector, OUT)

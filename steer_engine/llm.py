@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from steer_engine.models import resolve_model
 from steer_engine.probe_report import ProbeAnswer
 from steer_engine.program import SCORE_KEY, Score
 from steer_engine.resolve import ResolvedSpec
+from steer_engine.resolve_capture import check_rows_known
 from steer_engine.settings import SteeringConfig
 from steer_engine.vectors import ControlVector
 from steer_engine.vectors.registry import Registry
@@ -160,7 +161,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
     @staticmethod
     def _with_steering(params: Any, resolved: ResolvedSpec) -> Any:
         params = copy.copy(params)
-        params.extra_args = {**params.extra_args, STEERING_KEY: resolved}
+        params.extra_args = {**(params.extra_args or {}), STEERING_KEY: resolved}
         return params
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -191,21 +192,65 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         """
         if isinstance(position, str) and position not in WORDS:
             raise SteeringRequestError(f"position {position!r} is none of 'last', 'mean', 'all', or a list of numbers.")
+        resolved = self._frontend.resolve(steering) or ResolvedSpec()
+        positions = position if isinstance(position, str) else tuple(position)
+        captures = [CaptureRequest(key=uuid.uuid4().hex, positions=positions, after=after) for _ in prompts]
+        params = [self._one_token({STEERING_KEY: replace(resolved, capture=capture)}) for capture in captures]
+        return [rows_LPD for _, rows_LPD in self._capture(prompts, captures, params, use_tqdm)]
+
+    def capture_answers(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: Any = None,
+        *,
+        scope: Literal["generation", "all"] = "generation",
+        position: Literal["last", "mean", "all"] = "all",
+        after: bool = False,
+        use_tqdm: bool = False,
+    ) -> list[Any]:
+        """Answer prompts as `generate` does, and capture the residual stream of the answers in the same pass.
+
+        sampling_params: for all prompts, or one for each; steering belongs there, and `n` is 1. scope: "generation" is
+        one row for each token of the answer, at the position that chose it (the first at the last token of the prompt);
+        "all" is the rest of the prompt as well. position: which rows of the scope. after: as in `capture`. The rows of
+        all prompts are in memory at once: pass long answers a few at a time.
+
+        Returns vLLM's outputs. Each has one more attribute, `captured`: float32 [blocks, positions, D].
+        """
+        if scope not in ("generation", "all") or position not in WORDS:
+            raise SteeringRequestError(
+                f"scope {scope!r} or position {position!r} is wrong: the scope is 'generation' or 'all', the position "
+                "'last', 'mean' or 'all'. To capture prompts, use LLM.capture."
+            )
+        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
+        if any(params.n != 1 for params in each):
+            raise SteeringRequestError("A capture is of one answer: leave n out, and repeat the prompt instead.")
+        captures, params = [], []
+        for asked in each:
+            captures.append(CaptureRequest(key=uuid.uuid4().hex, positions=position, scope=scope, after=after))
+            resolved = replace(self._resolved(asked) or ResolvedSpec(), capture=captures[-1])
+            params.append(self._with_steering(asked, resolved))
+        found = self._capture(prompts, captures, params, use_tqdm)
+        for output, rows_LPD in found:
+            output.captured = rows_LPD
+        return [output for output, _ in found]
+
+    def _capture(
+        self, prompts: Sequence[Prompt], captures: list[CaptureRequest], params: list[Any], use_tqdm: bool
+    ) -> list[tuple[Any, np.ndarray]]:
+        """Runs the prompts: vLLM's output and the captured rows of each."""
         if not self.capture_blocks:
             raise SteeringRequestError("Capture is not armed on this engine: steer_engine.LLM(..., capture=True).")
-        resolved = self._frontend.resolve(steering) or ResolvedSpec()
-        captures = [
-            CaptureRequest(
-                key=uuid.uuid4().hex,
-                positions=position if isinstance(position, str) else tuple(position),
-                after=after,
-            )
-            for _ in prompts
-        ]
-        params = [self._one_token({STEERING_KEY: replace(resolved, capture=capture)}) for capture in captures]
+        check_rows_known(self._frontend.model)
         inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
-        outputs = self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
-        return [self._fetch(capture, output) for capture, output in zip(captures, outputs, strict=True)]
+        try:
+            outputs = self.generate(cast(Any, inputs), params, use_tqdm=use_tqdm)
+        except BaseException:
+            for capture in captures:
+                engine_client.call(self.llm_engine, "fetch_capture", capture.key, False)
+            raise
+        return [(output, self._fetch(capture, output)) for capture, output in zip(captures, outputs, strict=True)]
 
     def score(
         self,
@@ -247,8 +292,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         return vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args)
 
     def _fetch(self, capture: CaptureRequest, output: Any) -> np.ndarray:
-        reply = engine_client.call(self.llm_engine, "fetch_capture", capture.key)
-        return capture.arranged(engine_client.rows_of(reply), len(output.prompt_token_ids))[1]
+        lengths = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
+        reply = engine_client.call(self.llm_engine, "fetch_capture", capture.key, True, capture.end(*lengths))
+        return capture.arranged(engine_client.rows_of(reply), *lengths)[1]
 
 
 def probed_numbers(output: Any, choice: Any, resolved: ResolvedSpec) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class ModelShape:
     """Where the stream can be captured; empty if capture is off."""
     is_pipeline: bool = False
     """The blocks are spread over the stages of a pipeline."""
+    deals_rows_on_device: bool = False
+    """The device decides how many drafts of each request a step verifies: the host does not know whose a row is."""
 
     @cached_property
     def armed(self) -> frozenset[int]:

@@ -254,7 +254,7 @@ def _resolve_edit(
             requested.when or when,
             f"{param}.when" if requested.when else "steering.when",
             blocks[-1],
-            lambda name, param: _measurable("Conditions", name, param, vectors, model),
+            lambda name, param: _deciding(name, param, vectors, model),
             lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         ),
     )
@@ -281,9 +281,14 @@ def _measurable(what: str, name: str, param: str, vectors: VectorSource, model: 
     """The vector of a condition or probe. what: these. param: path of the one that names it."""
     if model.ops == (Op.ADD,):
         raise SteeringRequestError(f"{what} need more than op 'add' armed (--steering-ops).", param)
-    if model.is_pipeline:
-        raise SteeringRequestError(f"{what} are not supported with pipeline parallelism.", param)
     return _lookup(name, f"{param}.vector", vectors, model)
+
+
+def _deciding(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
+    """The vector of a condition: a decision made in a late stage of a pipeline would have to reach the early ones."""
+    if model.is_pipeline:
+        raise SteeringRequestError("Conditions are not supported with pipeline parallelism.", param)
+    return _measurable("Conditions", name, param, vectors, model)
 
 
 def _check_measured(vector: ControlVector, blocks: tuple[int, ...], param: str, model: ModelShape) -> None:

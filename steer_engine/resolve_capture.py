@@ -22,6 +22,7 @@ def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Li
         return None
     if not model.capture_blocks:
         raise SteeringRequestError("Capture is switched off on this server (--steering-capture).", PARAM)
+    check_rows_known(model)
     blocks = parse_blocks(requested.blocks) or model.capture_blocks
     missing = tuple(sorted(set(blocks) - set(model.capture_blocks)))
     if missing:
@@ -31,10 +32,22 @@ def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Li
             f"{PARAM}.blocks",
         )
     row_bytes = 4 * model.hidden_size * len(blocks)  # float32
+    positions = requested.positions or ("last" if requested.scope == "prompt" else "all")
     return CaptureRequest(
         key=uuid.uuid4().hex,
-        positions=requested.positions if isinstance(requested.positions, str) else tuple(requested.positions),
+        positions=positions if isinstance(positions, str) else tuple(positions),
+        scope=requested.scope,
         blocks=blocks,
         after=requested.after,
         max_rows=limits.max_capture_bytes // row_bytes,
     )
+
+
+def check_rows_known(model: ModelShape) -> None:
+    """Raise SteeringRequestError where a captured row could be that of another request."""
+    if model.deals_rows_on_device:
+        raise SteeringRequestError(
+            "Nothing can be captured with enable_adaptive_verification: only the device knows whose each row is. Use a "
+            "server without it in its speculative configuration.",
+            PARAM,
+        )

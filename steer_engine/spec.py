@@ -119,15 +119,24 @@ class EditSpec(Strict):
 
 
 class CaptureSpec(Strict):
-    """Return the residual stream of the prompt's tokens. The operator must have enabled capture.
+    """Return the residual stream of the request's tokens. The operator must have enabled capture.
 
-    blocks: "all" means every block that the server captures. positions: tokens of the prompt; "mean" is one row, the
-    mean of all. after: capture the stream after the block's edit instead of before it.
+    blocks: "all" means every block that the server captures. scope: "prompt"; "generation", one row for each token of
+    the answer: the position that chose it; or "all", both. positions: of the scope; "mean" is one row, the mean of all;
+    token numbers are for the prompt only. Default: "last" in the prompt, else "all". after: capture the stream after
+    the block's edit instead of before it.
     """
 
     blocks: BlocksField = "all"
-    positions: PositionsField = "last"
+    scope: Literal["prompt", "generation", "all"] = "prompt"
+    positions: PositionsField | None = None
     after: bool = False
+
+    @model_validator(mode="after")
+    def _check_positions(self) -> CaptureSpec:
+        if self.scope != "prompt" and isinstance(self.positions, list):
+            raise field_error("positions", "token numbers apply to scope 'prompt'; use 'all', 'mean' or 'last'")
+        return self
 
 
 class SteeringSpec(Strict):

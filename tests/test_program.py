@@ -244,6 +244,8 @@ def test_an_empty_program_travels_too() -> None:
     assert Program.from_wire(Program().to_wire()) == Program()
     capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5)))
     assert Program.from_wire(capture.to_wire()) == capture
+    capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5), scope="all"))
+    assert Program.from_wire(capture.to_wire()) == capture
 
 
 def test_a_wire_is_this() -> None:

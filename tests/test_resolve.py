@@ -531,10 +531,27 @@ def with_capture(capture: dict[str, Any], capture_blocks: tuple[int, ...]) -> Re
 
 def test_a_capture_at_all_capture_blocks() -> None:
     found = with_capture({"positions": [0, -1]}, (1, 2))
-    assert found.report()["capture"] == {"blocks": [1, 2], "positions": [0, -1], "after": False}
+    report = {"blocks": [1, 2], "positions": [0, -1], "scope": "prompt", "after": False}
+    assert found.report()["capture"] == report
     assert found.report()["edits"] == []
     assert found.vectors == {}
     assert with_capture({"blocks": 2, "after": True}, (1, 2)).report()["capture"]["blocks"] == [2]
+
+
+@pytest.mark.parametrize(("scope", "positions"), [("prompt", "last"), ("generation", "all"), ("all", "all")])
+def test_the_rows_of_a_scope_that_names_no_positions(scope: str, positions: str) -> None:
+    found = with_capture({"scope": scope}, (1, 2)).capture
+    assert found is not None
+    assert (found.scope, found.positions) == (scope, positions)
+    assert with_capture({"scope": scope, "positions": "mean"}, (1, 2)).report()["capture"]["positions"] == "mean"
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generation"])
+def test_no_capture_where_the_host_does_not_know_whose_rows_are_whose(scope: str) -> None:
+    model = shape(capture_blocks=(1, 2), deals_rows_on_device=True)
+    with pytest.raises(SteeringRequestError, match="enable_adaptive_verification.* Use a server without") as caught:
+        resolved_here({"capture": {"scope": scope}}, model, LIMITS)
+    assert caught.value.param == "steering.capture"
 
 
 def test_a_capture_that_is_off_or_at_other_blocks() -> None:

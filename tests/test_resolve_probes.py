@@ -76,14 +76,14 @@ def test_an_unknown_vector_is_not_found() -> None:
     assert error.value.param == "steering.probes[0].vector"
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [(replace(MODEL, ops=(Op.ADD,)), "--steering-ops"), (replace(MODEL, is_pipeline=True), "pipeline")],
-)
-def test_engines_that_measure_nothing_refuse(model: ModelShape, words: str) -> None:
-    param, message = refused({"probes": [PROBE]}, model=model)
+def test_engines_that_measure_nothing_refuse() -> None:
+    param, message = refused({"probes": [PROBE]}, model=replace(MODEL, ops=(Op.ADD,)))
     assert param == "steering.probes[0]"
-    assert words in message
+    assert "--steering-ops" in message
+
+
+def test_a_pipeline_measures_at_the_blocks_of_its_stages() -> None:
+    resolved({"probes": [PROBE]}, model=replace(MODEL, is_pipeline=True))
 
 
 def test_limits_are_named() -> None:

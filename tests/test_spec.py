@@ -96,7 +96,7 @@ def test_null_is_the_same_as_leaving_an_optional_field_out() -> None:
     plain = parse_spec({"edits": [{"vector": "v"}], "capture": {}})
     nulls = {
         "edits": [{"vector": "v", **dict.fromkeys(optional)}],
-        "capture": dict.fromkeys(("blocks", "positions", "after")),
+        "capture": dict.fromkeys(("blocks", "scope", "positions", "after")),
         "preserve_norm": None,
         "preset": None,
     }
@@ -158,7 +158,22 @@ def test_a_capture_alone_or_beside_what_steers() -> None:
         spec = parse_spec(other | {"capture": capture})
         assert spec is not None
         assert spec.capture == CaptureSpec(**capture)
-    assert parse_spec({"capture": {}}) == SteeringSpec(capture=CaptureSpec(blocks="all", positions="last", after=False))
+    plain = CaptureSpec(blocks="all", scope="prompt", positions=None, after=False)
+    assert parse_spec({"capture": {}}) == SteeringSpec(capture=plain)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generation", "all"])
+@pytest.mark.parametrize("positions", ["last", "mean", "all", [0, -1]])
+def test_token_numbers_are_of_the_prompt(scope: Any, positions: Any) -> None:
+    capture = {"scope": scope, "positions": positions}
+    if scope != "prompt" and isinstance(positions, list):
+        error = refused({"capture": capture})
+        assert error.param == "steering.capture.positions"
+        assert "use 'all', 'mean' or 'last'" in str(error)
+    else:
+        spec = parse_spec({"capture": capture})
+        assert spec is not None
+        assert spec.capture == CaptureSpec(**capture)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +187,9 @@ def test_a_capture_alone_or_beside_what_steers() -> None:
         ({"positions": list(range(1025))}, ".positions"),
         ({"positions": {"start": 0}}, ".positions"),
         ({"after": 1}, ".after"),
+        ({"scope": "answer"}, ".scope"),
+        ({"scope": {"start": 0}}, ".scope"),
+        ({"scope": ["all"]}, ".scope"),
         ({"layers": 3}, ".layers"),
         ("all", ""),
         (True, ""),

@@ -130,7 +130,9 @@ class Frontend:
             return None
         model = self.model
         if spec.capture is not None and not can_capture:
-            raise SteeringRequestError("Captured rows cannot be returned this way; offline, use LLM.capture.", PARAM)
+            raise SteeringRequestError(
+                "Captured rows cannot be returned this way; offline, use LLM.capture or LLM.capture_answers.", PARAM
+            )
         spec = self.inline.take(spec)
         if spec.preset is None:
             return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
@@ -157,8 +159,10 @@ class Frontend:
         """Digests that must be shipped or confirmed before the request is sent to the engines."""
         return [digest for digest in resolved.vectors if not self.shipped.is_fresh(digest)]
 
-    def compile(self, extra_args: Mapping[str, Any], prompt_len: int) -> dict[str, Any]:
+    def compile(self, extra_args: Mapping[str, Any], prompt_len: int, max_tokens: int) -> dict[str, Any]:
         """New `extra_args` with the program for a prompt of `prompt_len` tokens, in plain data.
+
+        max_tokens: upper bound on the tokens of the answer.
 
         Raises:
             SteeringRequestError: as `resolve`; or the client wrote a reserved key.
@@ -173,7 +177,7 @@ class Frontend:
         if program.probes is not None:
             check_prompt_numbers(program.probes, prompt_len, self.limits)
         if resolved is not None and resolved.capture is not None:
-            program = replace(program, capture=resolved.capture.at(prompt_len))
+            program = replace(program, capture=resolved.capture.at(prompt_len, max_tokens))
         if score is not None:
             program = replace(program, score=score)
         return rest | {PROGRAM_KEY: program.to_wire()}

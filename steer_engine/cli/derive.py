@@ -50,7 +50,7 @@ def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, 
     require_absent(out, force=force)
 
 
-def _parsed(blocks: str) -> tuple[int, ...] | None:
+def parsed_blocks(blocks: str) -> tuple[int, ...] | None:
     try:
         return parse_blocks(blocks)
     except ValueError as error:
@@ -119,7 +119,7 @@ def derive_command(
     from steer_engine.vectors.files import save
 
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
-    require_writable(out, force=force, blocks=_parsed(blocks), remedy=remedy)
+    require_writable(out, force=force, blocks=parsed_blocks(blocks), remedy=remedy)
     require_method(method)
     loaded = load_pairs(pairs)
     check_model(model, blocks, modules=ENGINES)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from steer_engine.cli.checks import check_model
-from steer_engine.cli.derive import Force, require_absent
+from steer_engine.cli.derive import Force, parsed_blocks, require_absent, require_writable, say, summary
 from steer_engine.cli.engine_options import (
     Chat,
     DType,
@@ -84,34 +84,62 @@ def answers(
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemoryUtilization = None,
     seed: Seed = 0,
+    vector: Annotated[
+        Path | None,
+        typer.Option(
+            help="Control vector to derive from the pairs, captured while the model answers: .safetensors, .gguf."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Method of the vector, as in `derive`.")] = "diffmean",
+    blocks: Annotated[str, typer.Option(help="Blocks of the vector, as in `derive`.")] = "all",
+    position: Annotated[
+        str,
+        typer.Option(
+            help="Row of an answer for the vector: `last` chose its last token, `mean` is the mean of the rows that "
+            "chose its tokens."
+        ),
+    ] = "last",
     force: Force = False,
 ) -> None:
     """Let the model answer, and contrast its own correct answers with its own wrong ones.
 
     A question whose answers are all correct, or all wrong, gives no pair.
-    Example: steer-engine pairs answers gsm8k.jsonl --model smollm2-135m --out pairs.jsonl
+    Example: steer-engine pairs answers gsm8k.jsonl --model smollm2-135m --out pairs.jsonl --vector right.safetensors
     """
     from steer_engine.derive.make_pairs import answer_all, from_answers, load_questions
 
     require_absent(out, force=force)
+    if vector is not None:
+        require_writable(vector, force=force, blocks=parsed_blocks(blocks), remedy="Leave it out with --blocks")
+    elif (method, blocks, position) != ("diffmean", "all", "last"):
+        raise DerivationError("--method, --blocks and --position are of the vector; name its file with --vector.")
     loaded = load_questions(str(questions))
     check_model(model)
-    completions = answer_all(
-        model,
-        loaded,
-        samples=samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        engine_args=engine_args(
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "chat": chat,
+        "engine_args": engine_args(
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
         ),
-    )
-    _write(from_answers(loaded, completions), out, force, f" of {len(loaded)} questions")
+    }
+    suffix = f" of {len(loaded)} questions"
+    if vector is None:
+        _write(from_answers(loaded, answer_all(model, loaded, **settings)), out, force, suffix)
+        return
+    from steer_engine.derive.own_answers import derive_from_answers
+    from steer_engine.vectors.files import save
+
+    settings |= {"method": method, "blocks": blocks, "position": position, "source": str(questions)}
+    made, derived = derive_from_answers(model, loaded, **settings)
+    _write(made, out, force, suffix)
+    save(derived, vector)
+    say(summary(vector, derived))
 
 
 def _write(pairs: Iterable[Pair], out: Path, force: bool, suffix: str = "") -> None:

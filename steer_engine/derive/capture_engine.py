@@ -18,6 +18,7 @@ import numpy as np
 
 from steer_engine.derive.capture_config import CaptureConfig, Position
 from steer_engine.derive.condition import Readout
+from steer_engine.derive.make_pairs import Question
 from steer_engine.derive.moments import Array, Chunk, Rows, Sample, summarise
 from steer_engine.derive.texts import Pair, Text
 from steer_engine.errors import DerivationError
@@ -55,6 +56,15 @@ class CapturedText:
     norm_count: int
     num_tokens: int
     tokens_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer of the model. sample: of the token rows that the position rule names among those of its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    sample: Sample
 
 
 class CaptureEngine:
@@ -137,6 +147,36 @@ class CaptureEngine:
             )
         return captured
 
+    def answer(
+        self, questions: Sequence[Question], *, samples: int, max_tokens: int, temperature: float, seed: int
+    ) -> list[list[Answer]]:
+        """`samples` answers to each question, all in one batch, captured while they are generated.
+
+        Raises:
+            DerivationError: as `capture_pairs`; or the question leaves no room for an answer.
+        """
+        position = self._config.position
+        prompts = [self._tokens("", question.prompt, question.line, Position("last")) for question in questions]
+        params = []
+        for number in range(samples):
+            each = self._llm.get_default_sampling_params()
+            each.max_tokens, each.temperature, each.seed = max_tokens, temperature, seed + number
+            params.append(each)
+        outputs = self._llm.capture_answers(
+            [prompt for prompt in prompts for _ in params],
+            params * len(prompts),
+            position="last" if position.rule == "last" else "all",
+        )
+        answers = [
+            Answer(
+                text=output.outputs[0].text,
+                token_ids=tuple(output.outputs[0].token_ids),
+                sample=self._sample(output.captured, question.line, position, skip_first=False),
+            )
+            for question, output in zip((each for each in questions for _ in params), outputs, strict=True)
+        ]
+        return [answers[start : start + samples] for start in range(0, len(answers), samples)]
+
     def text_errors(self, texts: Sequence[Text], position: Position) -> list[str]:
         """One sentence, with the line, for each text that cannot be captured. Nothing is captured."""
         found = []
@@ -182,9 +222,9 @@ class CaptureEngine:
                 yield from map(readout.numbers, self._llm.capture(batch, position="all"))
                 batch = []
 
-    def _sample(self, rows_LTD: Rows, line: int, position: Position) -> Sample:
+    def _sample(self, rows_LTD: Rows, line: int, position: Position, skip_first: bool | None = None) -> Sample:
         try:
-            return summarise(rows_LTD, skip_first=position.includes_first)
+            return summarise(rows_LTD, skip_first=position.includes_first if skip_first is None else skip_first)
         except DerivationError as error:
             raise DerivationError(f"{self._where(line)}: {error.message}") from None
 

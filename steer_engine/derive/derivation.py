@@ -72,7 +72,7 @@ def derive(
         engine_args=engine_args,
         progress=progress,
     ) as run:
-        keep_rows_of = _num_pairs_to_keep(method, len(pairs), run.facts)
+        keep_rows_of = num_pairs_to_keep(method, len(pairs), run.facts)
         rows = CapturedRows()
         with run.shown.counting("capturing", total=len(pairs), unit="pairs") as advance:
             for chunk in run.engines.capture_pairs(pairs, keep_rows_of=keep_rows_of):
@@ -90,7 +90,7 @@ def _as_pairs(pairs: str | os.PathLike[str] | Pairs | Sequence[Pair]) -> Pairs:
     return Pairs(tuple(pairs))
 
 
-def _num_pairs_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:
+def num_pairs_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:
     """Pairs whose rows are kept: all if the method needs them, else the first few, for the quality numbers.
 
     Raises:

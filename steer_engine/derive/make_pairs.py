@@ -143,11 +143,17 @@ def from_answers(questions: Sequence[Question], completions: Sequence[Sequence[s
     A question without both gives no pair.
     """
     for question, texts in zip(questions, completions, strict=True):
-        not_empty = [text for text in texts if text.strip()]
-        correct = next((text for text in not_empty if is_correct(text, question.answer)), None)
-        wrong = next((text for text in not_empty if not is_correct(text, question.answer)), None)
-        if correct is not None and wrong is not None:
-            yield Pair(prompt=question.prompt, positive=correct, negative=wrong, line=question.line)
+        if (chosen := contrast(question, texts)) is not None:
+            right, wrong = (texts[number] for number in chosen)
+            yield Pair(prompt=question.prompt, positive=right, negative=wrong, line=question.line)
+
+
+def contrast(question: Question, texts: Sequence[str]) -> tuple[int, int] | None:
+    """The numbers of the first correct answer and of the first wrong one that is not empty; None without both."""
+    not_empty = [number for number, text in enumerate(texts) if text.strip()]
+    right = next((number for number in not_empty if is_correct(texts[number], question.answer)), None)
+    wrong = next((number for number in not_empty if not is_correct(texts[number], question.answer)), None)
+    return None if right is None or wrong is None else (right, wrong)
 
 
 def is_correct(completion: str, answer: str) -> bool:

@@ -21,33 +21,49 @@ from steer_engine.program import Score
 Numbers = dict[str, object]
 
 
+MAX_TAKEN = 4096
+"""Keys of fetched rows that are remembered: many times the requests that an engine runs or has preempted."""
+
+
 class CaptureBuffer:
     """Plans which token rows of a step are captured, and keeps them by the key of their capture request.
 
     The device buffer of a step is read when the next step is prepared, or when rows are fetched, whichever is first.
+    Positions come from the device as well: after drafts, the host does not know them.
     """
 
     def __init__(self, runtime: EngineRuntime) -> None:
         self._runtime = runtime
         self._requests: dict[str, CaptureRequest] = {}
-        self._planned: list[tuple[CaptureRequest, int]] = []
-        """The rows of the last step in order: capture request and position."""
+        self._planned: list[CaptureRequest] = []
+        """The capture request of each row of the last step, in order."""
+        self._positions_C: torch.Tensor | None = None
+        """The positions of these rows, on the device."""
         self._rows: dict[str, dict[int, np.ndarray]] = {}
+        self._taken: dict[str, None] = {}
+        """The last keys that were fetched or dropped, oldest first."""
 
     def start(self, request_id: str, capture: CaptureRequest | None) -> None:
         """A request enters the batch."""
-        if capture is not None and self._runtime.capture_blocks:
+        if capture is not None and self._runtime.capture_blocks and capture.key not in self._taken:
             self._requests[request_id] = capture
 
     def stop(self, request_id: str) -> None:
         """A request leaves the batch."""
         self._requests.pop(request_id, None)
 
-    def plan(self, request_ids: Sequence[str], first_positions_B: np.ndarray, counts_B: np.ndarray) -> None:
+    def plan(
+        self,
+        request_ids: Sequence[str],
+        first_positions_B: np.ndarray,
+        counts_B: np.ndarray,
+        positions_T: torch.Tensor,
+    ) -> None:
         """Before a step of an engine that captures: mark the rows to capture.
 
-        request_ids: the batch in row order. first_positions_B: first computed position of each request. counts_B: token
-        rows of each request.
+        request_ids: the batch in row order. first_positions_B: first computed position of each request, as if all
+        earlier drafts had been accepted. counts_B: token rows of each request. positions_T: the true position of each
+        row, on the device.
         """
         rows: list[int] = []
         self._planned = []
@@ -60,29 +76,40 @@ class CaptureBuffer:
                 if capture is not None:
                     for position in capture.within(first, count):
                         rows.append(start_row + position - first)
-                        self._planned.append((capture, position))
+                        self._planned.append(capture)
                 start_row += count
-        self._runtime.capture(rows, [capture.after for capture, _ in self._planned])
+        self._runtime.capture(rows, [capture.after for capture in self._planned])
+        if rows:
+            # A copy: the runner writes the positions of the next step before these rows are read.
+            self._positions_C = positions_T[torch.tensor(rows, dtype=torch.int64, device=positions_T.device)]
 
     def collect(self) -> None:
-        """After a step: copy its rows to the host. A position that is computed again (preemption) is overwritten."""
+        """After a step: copy its rows to the host.
+
+        A position that is computed again is overwritten: after a preemption, and where a draft was rejected.
+        """
         if not self._planned:
             return
+        assert self._positions_C is not None
         rows_LCD = self._runtime.captured(len(self._planned)).numpy()
-        for c, (capture, position) in enumerate(self._planned):
-            rows_LD = rows_LCD[self._places(capture), c]
-            self._rows.setdefault(capture.key, {})[position] = rows_LD.copy()
+        for c, (capture, position) in enumerate(zip(self._planned, self._positions_C.tolist(), strict=True)):
+            if capture.keeps(position):
+                rows_LD = rows_LCD[self._places(capture), c]
+                self._rows.setdefault(capture.key, {})[position] = rows_LD.copy()
         self._planned = []
 
-    def take(self, key: str) -> tuple[list[int], np.ndarray]:
-        """Positions in order, and float32 [L, P, D] with L the requested blocks of this worker.
+    def take(self, key: str, end: int | None = None) -> tuple[list[int], np.ndarray]:
+        """Positions in order, those before `end`, and float32 [L, P, D] with L the requested blocks of this worker.
 
-        The rows are forgotten, and nothing more is captured under the key.
+        All rows are forgotten, and nothing more is captured under the key, even if its request runs on.
         """
         self.collect()
         self._requests = {name: capture for name, capture in self._requests.items() if capture.key != key}
+        self._taken[key] = None
+        if len(self._taken) > MAX_TAKEN:
+            del self._taken[next(iter(self._taken))]
         rows = self._rows.pop(key, {})
-        positions = sorted(rows)
+        positions = sorted(position for position in rows if end is None or position < end)
         if not positions:
             shape = (len(self._runtime.capture_blocks), 0, self._runtime.hidden_size)
             return [], np.zeros(shape, dtype=np.float32)

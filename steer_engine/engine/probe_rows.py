@@ -1,4 +1,7 @@
-"""Which token rows of a step carry numbers of probes, and their way from the device to the engine core."""
+"""Which token rows of a step carry numbers of probes, and their way from the device to the engine core.
+
+In a pipeline, each stage passes on what it and the stages before it have measured; the last one reports it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,12 @@ from steer_engine.engine.step_report import ProbedRows, to_host
 from steer_engine.probe import ProbePlan
 from steer_engine.program import Program
 
+PASSED_ON = "steer_probed"
+"""Key of the numbers among the tensors that a stage of a pipeline sends to the next one."""
+
 
 class ProbeRows:
-    """The requests with probes on this worker, by id. N rows of a step, T all of its rows."""
+    """The requests with probes on this worker, by id. N rows of a step, T all of its rows, K columns of numbers."""
 
     def __init__(self, runtime: EngineRuntime) -> None:
         self._runtime = runtime
@@ -22,6 +28,7 @@ class ProbeRows:
         self._request_ids: list[str] = []
         self._counts: list[int] = []
         self._rows: list[range] = []
+        self._earlier_NK: torch.Tensor | None = None
 
     def start(self, request_id: str, program: Program) -> None:
         """A request gets a slot."""
@@ -52,18 +59,43 @@ class ProbeRows:
                 self._rows.append(range(start_row + skipped, start_row + count))
             start_row += count
 
+    @property
+    def planned(self) -> bool:
+        """Whether there are rows to copy after the step."""
+        return bool(self._rows)
+
+    def receive(self, numbers_NK: torch.Tensor) -> None:
+        """Before a step: what earlier stages measured in it. NaN at blocks that they do not have."""
+        self._earlier_NK = numbers_NK
+
+    def pass_on(self) -> torch.Tensor | None:
+        """After the forward pass of a stage that is not the last one: float32 [N, K], for `receive`."""
+        if not self._rows:
+            return None
+        numbers_NK = self._numbers(self._device_rows())
+        self._request_ids, self._counts, self._rows = [], [], []
+        return numbers_NK
+
     def collect(self, positions_T: torch.Tensor) -> ProbedRows | None:
         """After the forward pass: copy the rows that were planned, without waiting for the device."""
         if not self._rows:
             return None
-        rows_N = torch.tensor([row for rows in self._rows for row in rows], dtype=torch.int64)
-        rows_N = rows_N.to(positions_T.device, non_blocking=True)
-        num_columns = max(self._plans[request_id].num_columns for request_id in self._request_ids)
+        rows_N = self._device_rows()
         probed = ProbedRows(
             request_ids=self._request_ids,
             counts=self._counts,
             positions_N=to_host(positions_T.index_select(0, rows_N)),
-            numbers_NK=to_host(self._runtime.probed(rows_N, num_columns)),
+            numbers_NK=to_host(self._numbers(rows_N)),
         )
         self._request_ids, self._counts, self._rows = [], [], []
         return probed
+
+    def _device_rows(self) -> torch.Tensor:
+        rows_N = torch.tensor([row for rows in self._rows for row in rows], dtype=torch.int64)
+        return rows_N.to(self._runtime.device, non_blocking=True)
+
+    def _numbers(self, rows_N: torch.Tensor) -> torch.Tensor:
+        num_columns = max(self._plans[request_id].num_columns for request_id in self._request_ids)
+        numbers_NK = self._runtime.probed(rows_N, num_columns)
+        earlier_NK, self._earlier_NK = self._earlier_NK, None
+        return numbers_NK if earlier_NK is None else torch.where(numbers_NK.isnan(), earlier_NK, numbers_NK)

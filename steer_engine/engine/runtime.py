@@ -30,13 +30,14 @@ def allocate_tables(
     max_tokens: int,
     num_drafts: int,
     captures: bool,
+    num_armed_blocks: int | None = None,
 ) -> Tables:
     """Zeroed device buffers of an engine with `num_sites` armed blocks. On device "meta" they only count bytes.
 
     max_tokens: token rows of the largest batch. num_drafts: draft tokens of a request in one step, at most.
-    captures: whether the stream can be captured.
+    captures: whether the stream can be captured. num_armed_blocks: of all stages of a pipeline; default: num_sites.
     """
-    max_probes, num_probes = config.probe_room(num_sites)
+    max_probes, num_probes = config.probe_room(num_armed_blocks or num_sites)
     return Tables.allocate(
         num_slots=max_requests + 1,
         num_sites=num_sites,
@@ -137,6 +138,7 @@ class EngineRuntime:
             max_tokens=max_tokens,
             num_drafts=num_drafts,
             captures=bool(capture_blocks),
+            num_armed_blocks=len(forms) + len(elsewhere),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
         self.programs = Programs(self.tables, self.bank, self.armed_blocks, elsewhere)
@@ -154,6 +156,10 @@ class EngineRuntime:
         self._plan: StepPlan | None = None
         self._quiet: QuietDecoding | None = None
         self._capturing = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.tables.slot_T.device
 
     @property
     def num_bytes(self) -> int:
@@ -208,6 +214,8 @@ class EngineRuntime:
     def probed(self, rows_N: torch.Tensor, num_columns: int) -> torch.Tensor:
         """float32 [N, columns]: a copy of what the probes measured at these token rows of the step, on the device."""
         assert self.tables.probed_TK is not None
+        if not self.programs.probe_slots:  # those of other stages only; the buffer has numbers of an earlier step
+            return torch.full((len(rows_N), num_columns), torch.nan, device=rows_N.device)
         return self.tables.probed_TK[:, :num_columns].index_select(0, rows_N)
 
     def release(self, slot: int) -> None:

@@ -311,7 +311,7 @@ _DESCRIPTIONS = {
     "hidden_size": "D, the length of every direction.",
     "num_blocks": "Number of blocks of the model. Block numbers of directions are below it.",
     "method": "How it was derived: diffmean, pca, ...",
-    "position": "Which token rows were captured: last, mean, or token numbers.",
+    "position": "Which token rows were captured: last, mean, token numbers, answer last or answer mean.",
     "residual_norms": "Block -> mean Euclidean norm of a token row of the stream at its output. Part of the digest.",
     "separation": "Block -> AUROC of the direction on texts that it was not derived from; 0.5 is chance.",
     "explained_variance": "Block -> share of the squared differences of the pairs that lies along the direction.",

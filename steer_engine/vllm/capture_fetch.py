@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
+from vllm.sampling_params import RequestOutputKind
 
 from steer_engine.api.answers import RequestNote, current_note
 from steer_engine.capture import PARAM, CaptureRequest
@@ -63,14 +64,16 @@ def fetching(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
         params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
         # A capture that no check resolved is refused where it is resolved: nobody would deliver its rows.
         resolved = checked_steering(getattr(params, "extra_args", None))
-        if resolved is None or resolved.capture is None:
+        if params is None or resolved is None or resolved.capture is None:
             return stream
-        return _fetching(self, resolved.capture, stream)
+        return _fetching(self, resolved.capture, stream, is_delta=params.output_kind == RequestOutputKind.DELTA)
 
     return generate
 
 
-async def _fetching(async_llm: Any, capture: CaptureRequest, stream: Any) -> AsyncGenerator[Any, None]:
+async def _fetching(
+    async_llm: Any, capture: CaptureRequest, stream: Any, *, is_delta: bool
+) -> AsyncGenerator[Any, None]:
     from vllm.exceptions import VLLMValidationError
 
     note, frontend = current_note.get(), frontend_of(async_llm)
@@ -78,14 +81,17 @@ async def _fetching(async_llm: Any, capture: CaptureRequest, stream: Any) -> Asy
         await stream.aclose()
         raise VLLMValidationError(ONE_PROMPT, parameter=PARAM)
     note.captured = True
-    fetched = False
+    fetched, num_tokens = False, 0
     async with frontend.capture_slots:
         try:
             async with aclosing(stream):
                 async for output in stream:
+                    new = sum(len(choice.token_ids) for choice in output.outputs)  # of the one answer
+                    num_tokens = num_tokens + new if is_delta else new
                     if output.finished and all(choice.finish_reason != "abort" for choice in output.outputs):
-                        rows_LPD = await engine_client.fetch_capture(async_llm, capture.key)
-                        await asyncio.to_thread(deliver, note, capture, rows_LPD, len(output.prompt_token_ids))
+                        lengths = len(output.prompt_token_ids), num_tokens
+                        rows_LPD = await engine_client.fetch_capture(async_llm, capture.key, capture.end(*lengths))
+                        await asyncio.to_thread(deliver, note, capture, rows_LPD, *lengths)
                         fetched = True
                     yield output
         finally:
@@ -93,14 +99,14 @@ async def _fetching(async_llm: Any, capture: CaptureRequest, stream: Any) -> Asy
                 await _drop(async_llm, capture.key)
 
 
-def deliver(note: RequestNote, capture: CaptureRequest, rows_LPD: np.ndarray, prompt_len: int) -> None:
+def deliver(note: RequestNote, capture: CaptureRequest, rows_LPD: np.ndarray, prompt_len: int, num_tokens: int) -> None:
     """Put captured rows into the note's report: base64 of a safetensors file.
 
-    rows_LPD: float32 [blocks, positions, D], as the workers return them.
+    rows_LPD: float32 [blocks, positions, D], as the workers return them. num_tokens: of the answer.
     """
     assert note.report is not None
     assert capture.blocks is not None
-    positions, rows_LPD = capture.arranged(rows_LPD, prompt_len)
+    positions, rows_LPD = capture.arranged(rows_LPD, prompt_len, num_tokens)
     tensors = {
         f"residual.{block}": np.ascontiguousarray(rows) for block, rows in zip(capture.blocks, rows_LPD, strict=True)
     }
@@ -109,10 +115,13 @@ def deliver(note: RequestNote, capture: CaptureRequest, rows_LPD: np.ndarray, pr
         "positions": ",".join(map(str, positions)),
         "edit": "after" if capture.after else "before",
     }
+    if capture.scope != "prompt":
+        metadata["scope"] = capture.scope
+        metadata["prompt_tokens"] = str(prompt_len)
     if capture.positions == "mean":
         metadata["mean"] = "true"
     data = base64.b64encode(save(tensors, metadata=metadata)).decode("ascii")
-    rows = {"positions": positions, "prompt_tokens": prompt_len, "data": data}
+    rows = {"positions": positions, "prompt_tokens": prompt_len, "completion_tokens": num_tokens, "data": data}
     note.report["capture"] = note.report["capture"] | rows
 
 

@@ -98,9 +98,9 @@ async def handshake(async_llm: Any) -> dict[str, Any]:
     return check_status(task.result())
 
 
-async def fetch_capture(async_llm: Any, key: str) -> np.ndarray:
-    """The rows captured under a key, as `rows_of`. The workers forget them."""
-    replies = await call_all(async_llm, "fetch_capture", key, True)
+async def fetch_capture(async_llm: Any, key: str, end: int | None) -> np.ndarray:
+    """The rows captured under a key, as `rows_of`; those from position `end` on are dropped. The workers forget all."""
+    replies = await call_all(async_llm, "fetch_capture", key, True, end)
     # One of several engines ran the request; the others do not know the key.
     return rows_of(max(replies, key=lambda reply: len(reply.get("positions", ()))))
 

@@ -89,9 +89,12 @@ def status(core: Any) -> Reply:
     }
 
 
-def fetch_capture(core: Any, key: str, wanted: bool = True) -> Reply:
-    """The rows captured under a key, from the first rank of each stage: all its ranks see the same stream."""
-    replies = _workers(core, "fetch_capture", key, wanted)
+def fetch_capture(core: Any, key: str, wanted: bool = True, end: int | None = None) -> Reply:
+    """The rows captured under a key, from the first rank of each stage: all its ranks see the same stream.
+
+    wanted, end: see `worker.fetch_capture`.
+    """
+    replies = _workers(core, "fetch_capture", key, wanted, end)
     if failed := [reply for reply in replies if not reply["ok"]]:
         return failed[0]
     if not wanted:

@@ -23,6 +23,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from steer_engine.api.answers import current_note
 from steer_engine.api.frontend import STEERING_KEY, Frontend, check_reserved_keys
+from steer_engine.capture import CaptureRequest
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.program import PROGRAM_KEY
 from steer_engine.resolve import ResolvedSpec
@@ -78,7 +79,8 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         sampling = request.sampling_params
         if isinstance(sampling, SamplingParams) and sampling.extra_args:
-            sampling.extra_args = _compile(self.steering, request, bool(kwargs.get("resumable")))
+            max_model_len = self.vllm_config.model_config.max_model_len
+            sampling.extra_args = _compile(self.steering, request, max_model_len, bool(kwargs.get("resumable")))
         return request
 
     return process_inputs
@@ -91,11 +93,13 @@ def _check_prompt_logprobs(vllm_config: Any) -> None:
         )
 
 
-def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any]:
+def _compile(frontend: Frontend, request: Any, max_model_len: int, resumable: bool) -> dict[str, Any]:
     sampling = request.sampling_params
     prompt_len = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    # vLLM has replaced a missing max_tokens by what fits. The token that reaches the model's limit is the last one.
+    max_tokens = max(1, min(sampling.max_tokens, max_model_len - prompt_len))
     try:
-        extra_args = frontend.compile(sampling.extra_args, prompt_len)
+        extra_args = frontend.compile(sampling.extra_args, prompt_len, max_tokens)
         if PROGRAM_KEY in extra_args and resumable:
             raise SteeringRequestError("Streaming input cannot be steered: its prompt length changes.", "steering")
         if request.prompt_token_ids is None and "triggers" in extra_args.get(PROGRAM_KEY, ()):
@@ -107,7 +111,8 @@ def _compile(frontend: Frontend, request: Any, resumable: bool) -> dict[str, Any
     program = extra_args.get(PROGRAM_KEY)
     if program is not None:
         _log(logging.INFO if frontend.log_requests else logging.DEBUG, request.request_id, program)
-        if "capture" in program or program.get("measures_prompt"):
+        capture = program.get("capture")
+        if (capture and CaptureRequest.from_wire(capture).reads_prompt) or program.get("measures_prompt"):
             # A position that comes from the cache is never computed, so it could not be captured or measured.
             sampling.skip_reading_prefix_cache = True
     return extra_args

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from vllm.sequence import IntermediateTensors
 
 from steer_engine.engine.decisions import Decisions
 from steer_engine.engine.outputs import CaptureBuffer, Scores, count_non_finite
-from steer_engine.engine.probe_rows import ProbeRows
+from steer_engine.engine.probe_rows import PASSED_ON, ProbeRows
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.step_report import StepReport, to_host
 from steer_engine.program import PROGRAM_KEY, Program
+from steer_engine.vllm.patching import Symbol
+
+USED = (Symbol("vllm.sequence:IntermediateTensors"),)
 
 ADAPTER = "_steer_adapter"
 """Attribute of an armed model runner."""
@@ -61,11 +65,15 @@ class RunnerAdapter:
             if logits_RV is not None:
                 self.scores.reduce(logits_RV)
         self.decisions.copy()
-        if not self.runtime.programs.steered_slots:
+        steers = bool(self.runtime.programs.steered_slots)
+        if not steers and not self.probes.planned:  # in a pipeline, probes may be at blocks of other stages only
             return None
-        counts_B = count_non_finite(step.hidden_TD, step.query_start_loc_B1)
-        probed = self.probes.collect(step.positions_T)
-        return StepReport(request_ids=list(step.request_ids), non_finite_B=to_host(counts_B), probed=probed)
+        counts_B = count_non_finite(step.hidden_TD, step.query_start_loc_B1) if steers else None
+        return StepReport(
+            request_ids=list(step.request_ids),
+            non_finite_B=None if counts_B is None else to_host(counts_B),
+            probed=self.probes.collect(step.positions_T),
+        )
 
 
 def adapter_of(runner: Any) -> RunnerAdapter | None:
@@ -106,6 +114,30 @@ def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return sample_tokens
+
+
+def through_stages(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `execute_model`: in a pipeline, numbers of probes travel with the stream from stage to stage."""
+
+    def execute_model(
+        self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        adapter = adapter_of(self)
+        if adapter is not None and intermediate_tensors is not None and _has_numbers(intermediate_tensors):
+            adapter.probes.receive(intermediate_tensors.tensors.pop(PASSED_ON))
+        output = original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+        if adapter is not None and isinstance(output, IntermediateTensors):
+            adapter.runtime.end_step()
+            if (numbers_NK := adapter.probes.pass_on()) is not None:
+                output.tensors[PASSED_ON] = numbers_NK
+        return output
+
+    return execute_model
+
+
+def _has_numbers(tensors: IntermediateTensors) -> bool:
+    # Read as any other attribute, `tensors` waits until they have arrived.
+    return PASSED_ON in vars(tensors)["tensors"]
 
 
 def _synchronous(output: Any) -> Any:

@@ -1,6 +1,6 @@
 """V1 model runner: a request owns a slot while it is in the input batch; each step is routed after `_prepare_inputs`.
 
-Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, sample_tokens}` of
+Wraps `GPUModelRunner.{_update_states, _prepare_inputs, _dummy_run, execute_model, sample_tokens}` of
 `vllm.v1.worker.gpu_model_runner`; the CPU class inherits them. Known for vLLM 0.32 and 0.33.
 """
 
@@ -16,7 +16,7 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting
+from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting, through_stages
 
 USED: tuple[Symbol, ...] = ()
 
@@ -107,7 +107,8 @@ class V1Adapter(RunnerAdapter):
         self.decisions.plan(request_ids, first_positions_B, num_scheduled_tokens)
         self.probes.plan(request_ids, first_positions_B, num_scheduled_tokens)
         if self.runtime.capture_blocks:
-            self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens)
+            positions_T = runner.positions[:num_tokens]
+            self.captures.plan(request_ids, first_positions_B, num_scheduled_tokens, positions_T)
         self.scores.plan(self._scored_rows(num_scheduled_tokens) if self._scored else {})
 
     def computed(self, state: Any) -> Computed:
@@ -195,6 +196,7 @@ PATCHES = (
     Patch(Symbol(f"{RUNNER}._update_states", ("scheduler_output",)), _update_states),
     Patch(Symbol(f"{RUNNER}._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")), _prepare_inputs),
     Patch(Symbol(f"{RUNNER}._dummy_run", ("num_tokens",)), idle_first),
+    Patch(Symbol(f"{RUNNER}.execute_model", ("scheduler_output", "intermediate_tensors")), through_stages),
     Patch(Symbol(f"{RUNNER}.sample_tokens", ("grammar_output",)), reporting),
 )
 

@@ -1,6 +1,6 @@
 """V2 model runner: slot = request-state index + 1; each step is routed on the device after `prepare_inputs`.
 
-Wraps `GPUModelRunner.{add_requests, _remove_request, prepare_inputs, _dummy_run, sample_tokens}` of
+Wraps `GPUModelRunner.{add_requests, _remove_request, prepare_inputs, _dummy_run, execute_model, sample_tokens}` of
 `vllm.v1.worker.gpu.model_runner`; the CPU class inherits them. Known for vLLM 0.32 and 0.33.
 """
 
@@ -15,7 +15,7 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting
+from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting, through_stages
 
 USED: tuple[Symbol, ...] = ()
 
@@ -68,7 +68,7 @@ class V2Adapter(RunnerAdapter):
         self.probes.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
         self.scores.plan(self._scored_rows(batch) if self._scored else {})
         if self.runtime.capture_blocks:
-            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+            self.captures.plan(batch.req_ids, batch.num_computed_tokens_np, batch.num_scheduled_tokens, batch.positions)
 
     def computed(self, state: Any) -> Computed:
         batch = state.input_batch
@@ -132,6 +132,7 @@ PATCHES = (
     Patch(Symbol(f"{RUNNER}._remove_request", ("req_id",)), _remove_request),
     Patch(Symbol(f"{RUNNER}.prepare_inputs", ("scheduler_output", "batch_req_state", "batch_desc")), _prepare_inputs),
     Patch(Symbol(f"{RUNNER}._dummy_run", ("num_tokens",)), idle_first),
+    Patch(Symbol(f"{RUNNER}.execute_model", ("scheduler_output", "intermediate_tensors")), through_stages),
     Patch(Symbol(f"{RUNNER}.sample_tokens", ("grammar_output",)), reporting),
 )
 

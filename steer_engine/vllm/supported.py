@@ -74,4 +74,5 @@ def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
         bank_rows=config.bank_rows,
         capture_blocks=config.capture_blocks(num_blocks),
         is_pipeline=vllm_config.parallel_config.pipeline_parallel_size > 1,
+        deals_rows_on_device=bool(getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)),
     )

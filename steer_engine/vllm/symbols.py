@@ -17,6 +17,7 @@ from steer_engine.vllm import (
     intake,
     non_finite,
     probed,
+    runner,
     runner_v1,
     runner_v2,
     scheduler,
@@ -55,7 +56,7 @@ def wrapped() -> tuple[Symbol, ...]:
 
 def engine_symbols() -> tuple[Symbol, ...]:
     """What every process needs."""
-    used = [module.USED for module in (*ENGINE_MODULES, arming, blocks, fused_norm, engine_client, tags)]
+    used = [module.USED for module in (*ENGINE_MODULES, arming, blocks, fused_norm, engine_client, runner, tags)]
     patched = [patch.symbol for module in ENGINE_MODULES for patch in module.PATCHES]
     return (*patched, *(symbol for symbols in used for symbol in symbols))
 

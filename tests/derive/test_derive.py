@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from steer_engine.derive import Pair, Pairs, derive, load_pairs
 from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, capture_pool
 from steer_engine.derive.capture_engine import EngineFacts
-from steer_engine.derive.derivation import _num_pairs_to_keep
+from steer_engine.derive.derivation import num_pairs_to_keep
 from steer_engine.derive.dump_folder import DumpFolder
 from steer_engine.derive.fit import CapturedRows
 from steer_engine.derive.moments import Chunk
@@ -209,12 +209,12 @@ def test_rows_that_do_not_fit_in_memory_are_refused() -> None:
     facts = EngineFacts(
         architecture="x", hidden_size=4096, num_blocks=32, blocks=tuple(range(32)), dtype="float32", versions={}
     )
-    assert _num_pairs_to_keep("pca", 1024, facts) == 1024
+    assert num_pairs_to_keep("pca", 1024, facts) == 1024
     with pytest.raises(DerivationError, match="rows of 1025 pairs at 32 blocks take 1025 MiB"):
-        _num_pairs_to_keep("pca", 1025, facts)
+        num_pairs_to_keep("pca", 1025, facts)
     # Methods that need only sums keep a sample, so that memory does not grow with the data.
-    assert _num_pairs_to_keep("diffmean", 100, facts) == 100
-    assert _num_pairs_to_keep("diffmean", 1_000_000, facts) == 256
+    assert num_pairs_to_keep("diffmean", 100, facts) == 100
+    assert num_pairs_to_keep("diffmean", 1_000_000, facts) == 256
     narrow = replace(facts, hidden_size=64, blocks=(0, 1))
-    assert _num_pairs_to_keep("diffmean", 1_000_000, narrow) == 1024
-    assert _num_pairs_to_keep("pca", 100_000, narrow) == 100_000
+    assert num_pairs_to_keep("diffmean", 1_000_000, narrow) == 1024
+    assert num_pairs_to_keep("pca", 100_000, narrow) == 100_000

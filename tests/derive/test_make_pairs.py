@@ -13,6 +13,7 @@ from steer_engine.cli.main import app
 from steer_engine.derive.make_pairs import (
     SHUFFLED_CHARS,
     Question,
+    contrast,
     from_answers,
     from_shuffled,
     from_template,
@@ -134,6 +135,31 @@ def test_a_pair_needs_both_of_the_models_own_answers() -> None:
         ("q0", "7", "8", 1),
         ("q3", "#### 7", "#### 8", 4),
     ]
+
+
+def test_the_answers_of_a_pair_are_named_by_their_numbers() -> None:
+    question = Question(prompt="q", answer="7")
+    assert contrast(question, [" ", "8", "#### 7", "9", "7"]) == (2, 1)
+    assert contrast(question, ["7", " "]) is None
+    assert contrast(question, ["8"]) is None
+
+
+def test_options_of_a_vector_need_its_file(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    arguments = ("answers", tmp_path / "q.jsonl", "--model", "none", "--out", tmp_path / "pairs.jsonl")
+    for option, value in (("--method", "pca"), ("--blocks", "3"), ("--position", "mean")):
+        with pytest.raises(DerivationError, match="name its file with --vector"):
+            run(*arguments, option, value)
+    for name, value, told in (
+        ("v.txt", "all", "must end in"), ("v.gguf", "all", "--blocks"), ("v.gguf", "0", "block 0"),
+        ("v.safetensors", "x", "--blocks"),
+    ):  # fmt: skip
+        with pytest.raises(DerivationError, match=told):
+            run(*arguments, "--vector", tmp_path / name, "--blocks", value)
+    with pytest.raises(DerivationError, match="neither 'last' nor 'mean'"):
+        run(*arguments, "--vector", tmp_path / "v.safetensors", "--position", "-1")
+    with pytest.raises(DerivationError, match="median"):
+        run(*arguments, "--vector", tmp_path / "v.safetensors", "--method", "median")
 
 
 def test_questions_are_read_strictly(tmp_path: Path) -> None:

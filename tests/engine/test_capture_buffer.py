@@ -12,7 +12,7 @@ from helpers.random_specs import NUM_BLOCKS
 from helpers.stepping import HIDDEN_SIZE, changed, edited, new_runtime, program, route, stream
 
 from steer_engine.capture import CaptureRequest, Positions
-from steer_engine.engine.outputs import CaptureBuffer
+from steer_engine.engine.outputs import MAX_TAKEN, CaptureBuffer
 from steer_engine.engine.runtime import EngineRuntime
 
 CAPTURE_BLOCKS = (1, 3)
@@ -36,11 +36,16 @@ def request(key: str, positions: Positions, **fields: Any) -> CaptureRequest:
     return CaptureRequest(key=key, positions=positions, **fields)
 
 
-def plan(buffer: CaptureBuffer, batch: Sequence[tuple[str, int, int]]) -> None:
-    """Plan a step of (request id, first position, rows)."""
-    firsts_B = np.array([first for _, first, _ in batch], dtype=np.int64)
+def plan(buffer: CaptureBuffer, batch: Sequence[tuple[str, int, int]], ahead: int = 0) -> torch.Tensor:
+    """Plan a step of (request id, first position, rows). ahead: how much higher the host believes the positions to be.
+
+    Returns the positions of the rows, as the runner has them on the device.
+    """
+    firsts_B = np.array([first + ahead for _, first, _ in batch], dtype=np.int64)
     counts_B = np.array([count for *_, count in batch], dtype=np.int64)
-    buffer.plan([name for name, _, _ in batch], firsts_B, counts_B)
+    positions_T = torch.tensor([first + i for _, first, count in batch for i in range(count)], dtype=torch.int64)
+    buffer.plan([name for name, _, _ in batch], firsts_B, counts_B, positions_T)
+    return positions_T
 
 
 def step(
@@ -49,22 +54,29 @@ def step(
     requests: Sequence[tuple[int, CaptureRequest | None, int, int]],
     *,
     offset: float = 0.0,
+    ahead: int = 0,
 ) -> None:
-    """One step of (request, its capture, first position, rows): every row holds its request, position and block."""
+    """One step of (request, its capture, first position, rows): every row holds its request, position and block.
+
+    ahead: see `plan`.
+    """
     route(runtime, *((0, first, count) for _, _, first, count in requests))
     for number, capture, _, _ in requests:
         buffer.start(str(number), capture)
-    plan(buffer, [(str(number), first, count) for number, _, first, count in requests])
+    positions_T = plan(buffer, [(str(number), first, count) for number, _, first, count in requests], ahead)
     for block in range(NUM_BLOCKS):
         rows = [value(r, p, block) + offset for r, _, first, n in requests for p in range(first, first + n)]
         runtime.edit(None, torch.tensor(rows)[:, None].expand(-1, HIDDEN_SIZE).contiguous(), block)
     for number, *_ in requests:
         buffer.stop(str(number))
+    positions_T.fill_(-1)  # the runner uses its buffer for the next step
     buffer.collect()
 
 
-def assert_taken(buffer: CaptureBuffer, key: str, request: int, positions: list[int], offset: float = 0.0) -> None:
-    found, rows_LPD = buffer.take(key)
+def assert_taken(
+    buffer: CaptureBuffer, key: str, request: int, positions: list[int], offset: float = 0.0, end: int | None = None
+) -> None:
+    found, rows_LPD = buffer.take(key, end)
     assert found == positions
     assert rows_LPD.dtype == np.float32
     assert rows_LPD.shape == (len(CAPTURE_BLOCKS), len(positions), HIDDEN_SIZE)
@@ -156,6 +168,71 @@ def test_positions_computed_again_are_overwritten(runtime: EngineRuntime, buffer
     assert_taken(buffer, "k", 1, [0, 1, 2, 3], offset=0.5)
 
 
+def answer(key: str, prompt_len: int, max_tokens: int) -> CaptureRequest:
+    return CaptureRequest(key=key, positions="all", scope="generation").at(prompt_len, max_tokens)
+
+
+def test_an_answer_in_steps(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
+    """From the last token of the prompt, which chooses the first token, one row for each token."""
+    capture = answer("k", prompt_len=6, max_tokens=4)
+    step(runtime, buffer, [(1, capture, 0, 4)])
+    for first, count in ((4, 2), (6, 1), (7, 1), (8, 1)):
+        step(runtime, buffer, [(2, None, first, 1), (1, capture, first, count)])
+    assert_taken(buffer, "k", 1, [5, 6, 7, 8], end=9)
+
+
+def test_what_follows_the_end_of_an_answer_is_dropped(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
+    """A stop string is found after the engine has gone on, and a step may be under way."""
+    capture = answer("k", prompt_len=2, max_tokens=9)
+    step(runtime, buffer, [(1, capture, 0, 2)])
+    for first in (2, 3, 4):
+        step(runtime, buffer, [(1, capture, first, 1)])
+    assert_taken(buffer, "k", 1, [1, 2], end=3)
+    assert buffer.num_bytes == 0
+
+
+def test_rejected_drafts_give_way_to_the_tokens_that_came(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
+    """The rows of a step hold where the device puts them, also where the host believes that all drafts were taken."""
+    capture = answer("k", prompt_len=3, max_tokens=7)
+    step(runtime, buffer, [(1, capture, 0, 3)])
+    step(runtime, buffer, [(1, capture, 3, 4)], offset=0.5)  # one draft of three is taken: positions 3 and 4 stay
+    step(runtime, buffer, [(2, None, 9, 2), (1, capture, 5, 4)], ahead=2)  # all are taken
+    step(runtime, buffer, [(1, capture, 9, 4)], ahead=2)
+    found, rows_LPD = buffer.take("k")
+    assert found == [2, 3, 4, 5, 6, 7, 8], "no row beyond the longest answer is kept"
+    expected = [value(1, position, 3) + 0.5 * (position in (3, 4)) for position in found]
+    assert rows_LPD[1, :, 0].tolist() == expected
+
+
+def test_an_answer_computed_again_is_overwritten(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
+    """After a preemption, the prompt and what there was of the answer run as one prompt, from a cached part on."""
+    capture = answer("k", prompt_len=3, max_tokens=7)
+    for first, count in ((0, 3), (3, 1), (4, 1), (5, 1)):
+        step(runtime, buffer, [(1, capture, first, count)])
+    step(runtime, buffer, [(1, capture, 4, 3)], offset=0.5)
+    found, rows_LPD = buffer.take("k", 6)
+    assert found == [2, 3, 4, 5]
+    assert rows_LPD[0, :, 0].tolist() == [value(1, position, 1) + 0.5 * (position > 3) for position in found]
+
+
+def test_a_request_that_returns_after_its_rows_were_taken(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
+    """Preempted while its stop string was found: it may enter the batch once more before it is aborted."""
+    capture = answer("k", prompt_len=3, max_tokens=7)
+    step(runtime, buffer, [(1, capture, 0, 3)])
+    assert_taken(buffer, "k", 1, [2])
+    step(runtime, buffer, [(1, capture, 0, 4)])
+    assert buffer.num_bytes == 0
+    assert_taken(buffer, "k", 1, [])
+
+
+def test_keys_that_were_taken_are_not_remembered_for_ever(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
+    for number in range(MAX_TAKEN + 1):
+        buffer.take(f"k{number}")
+    assert len(buffer._taken) == MAX_TAKEN
+    step(runtime, buffer, [(1, request("k1", range(1)), 0, 1)])
+    assert_taken(buffer, "k1", 1, [])
+
+
 def test_rows_are_taken_once(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
     step(runtime, buffer, [(1, request("k", range(2)), 0, 2)])
     assert_taken(buffer, "k", 1, [0, 1])
@@ -202,4 +279,4 @@ def test_captured_rows_are_copies(runtime: EngineRuntime, buffer: CaptureBuffer)
 def test_a_plan_must_agree_in_length(buffer: CaptureBuffer) -> None:
     buffer.start("1", request("k", range(2)))
     with pytest.raises(ValueError, match="zip"):
-        buffer.plan(["1"], np.zeros(2, dtype=np.int64), np.ones(1, dtype=np.int64))
+        buffer.plan(["1"], np.zeros(2, dtype=np.int64), np.ones(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64))

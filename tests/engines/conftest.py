@@ -66,6 +66,20 @@ def start(tiny_llama: str) -> Start:
     return partial(tiny_engine, tiny_llama, enforce_eager=True)
 
 
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU platform switches it off; switched on again, the scheduler runs a step ahead of the sampled tokens."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def checked(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(checked))
+
+
 @pytest.fixture(scope="session")
 def oracle(tiny_llama: str) -> Oracle:
     """The Hugging Face model behind `tiny`, with the same vectors."""

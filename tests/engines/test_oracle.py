@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.driving import distribution, edit, generate, prompt_logprobs, sampled, steering, tokens
 from helpers.engines import TINY_BLOCKS, TINY_VOCAB, random_vector
-from helpers.oracle import Oracle
+from helpers.oracle import Oracle, stacked
 
 from steer_engine import LLM
 
@@ -101,29 +101,13 @@ def test_scopes_over_prompt_and_answer(tiny: LLM, oracle: Oracle, scope: Any) ->
 def test_captured_streams_are_those_of_the_oracle(tiny: LLM, oracle: Oracle) -> None:
     """A capture is taken before the edit of the same block, and after those of earlier blocks."""
     spec = steering(edit("r0", 1.5, blocks=1))
-    streams: list[np.ndarray] = []
-    hooks = [
-        block.register_forward_hook(
-            lambda module, args, output: streams.append(
-                (output[0] if isinstance(output, tuple) else output).reshape(len(PROMPT), -1).numpy().copy()
-            )
-        )
-        for block in oracle.model.model.layers
-    ]
-    try:
-        oracle.logprobs(PROMPT, None)
-        plain, streams[:] = list(streams), []
-        oracle.logprobs(PROMPT, spec)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    plain, streams = stacked(oracle.streams(PROMPT, None)), stacked(oracle.streams(PROMPT, spec))
     ours_plain = tiny.capture([PROMPT], "all")[0]
     ours = tiny.capture([PROMPT], "all", steering=spec)[0]
-    assert ours.shape == (TINY_BLOCKS, len(PROMPT), plain[0].shape[1])
+    assert ours.shape == plain.shape
     for block in range(TINY_BLOCKS):
         bound = 1e-5 * float(np.abs(plain[block]).max())
         assert np.abs(ours_plain[block] - plain[block]).max() <= bound
-        # Our own hooks ran before the oracle's edit of the same block, as the engine's capture does.
         assert np.abs(ours[block] - streams[block]).max() <= 2 * bound
     assert np.abs(ours[1] - ours_plain[1]).max() == 0.0
     assert np.abs(ours[2] - ours_plain[2]).max() >= 0.1

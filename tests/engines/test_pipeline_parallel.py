@@ -61,3 +61,7 @@ def test_algebra(parallel: dict[str, Any]) -> None:
 
 def test_what_the_stages_read_is_put_together(parallel: dict[str, Any], oracle: Oracle) -> None:
     shared.assert_read(parallel, oracle, BLOCKS, TINY_HIDDEN)
+
+
+def test_every_number_of_a_probe_comes_back_once(parallel: dict[str, Any], oracle: Oracle) -> None:
+    shared.assert_probes(parallel, oracle)

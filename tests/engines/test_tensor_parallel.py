@@ -51,3 +51,7 @@ def test_algebra(parallel: dict[str, Any]) -> None:
 def test_the_stream_is_read_whole(parallel: dict[str, Any], oracle: Oracle) -> None:
     """Each worker has the whole stream, not its share of it."""
     shared.assert_read(parallel, oracle, TINY_BLOCKS, TINY_HIDDEN)
+
+
+def test_every_number_of_a_probe_comes_back_once(parallel: dict[str, Any], oracle: Oracle) -> None:
+    shared.assert_probes(parallel, oracle)

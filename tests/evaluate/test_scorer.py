@@ -229,7 +229,7 @@ def test_a_client_cannot_request_scores(tiny_engine: LLM) -> None:
     """A client's `vllm_xargs` arrive in this form. No one would collect the scores."""
     requested = {"_steer_score": {"key": "a", "baseline": "a", "answers": []}}
     with pytest.raises(SteeringRequestError, match="'_steer_score' is a reserved key"):
-        tiny_engine._frontend.compile(requested, 8)
+        tiny_engine._frontend.compile(requested, 8, 1)
 
 
 def test_neutral_texts_are_many_and_short() -> None:

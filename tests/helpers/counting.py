@@ -1,4 +1,4 @@
-"""Counts how often specs are resolved in this process."""
+"""Counts calls in this process: of any method, and of the function that resolves specs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from steer_engine import resolve as module
+
+
+@contextmanager
+def counting(owner: Any, name: str) -> Iterator[list[Any]]:
+    """Arguments of the calls of a method of one object while the block runs."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    try:
+        yield calls
+    finally:
+        delattr(owner, name)
 
 
 @contextmanager

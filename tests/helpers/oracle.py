@@ -28,24 +28,29 @@ class Oracle:
     def logprobs(self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None) -> np.ndarray:
         """float64 [T, V]: log-softmax at every position, the stream edited as `spec` says."""
         prompt_len = len(tokens) if prompt_len is None else prompt_len
-        if spec is None:
-            return self._run(tokens, [])
+        return self._run(tokens, [] if spec is None else self._edits(tokens, spec, prompt_len))
+
+    def _edits(
+        self,
+        tokens: Sequence[int],
+        spec: dict[str, Any],
+        prompt_len: int,
+        recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> list[Any]:
+        """A hook per block that edits as `spec` says, and adds to `recorded`."""
         decisions = None
         if "when" in spec or any("when" in edit for edit in spec["edits"]):
             # Over the prompt alone: a decision is made while its last token is computed.
             decisions = self.decisions(tokens, spec, prompt_len)
-        return self._run(tokens, self._hooks(spec, tokens, prompt_len, decisions))
+        return self._hooks(spec, tokens, prompt_len, decisions, recorded=recorded)
 
     def streams(
-        self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int
+        self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """By block, the stream [T, D] before and after its edits."""
-        spec = {"edits": []} if spec is None else spec
-        decisions = None
-        if "when" in spec or any("when" in edit for edit in spec["edits"]):
-            decisions = self.decisions(tokens, spec, prompt_len)
+        prompt_len = len(tokens) if prompt_len is None else prompt_len
         recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._run(tokens, self._hooks(spec, tokens, prompt_len, decisions, recorded=recorded))
+        self._run(tokens, self._edits(tokens, {"edits": []} if spec is None else spec, prompt_len, recorded))
         return recorded
 
     def decisions(self, tokens: Sequence[int], spec: dict[str, Any], prompt_len: int) -> Decisions:
@@ -144,6 +149,11 @@ class Oracle:
             if bound is not None:
                 self.closest_gate = min(self.closest_gate, float((cos_T - bound).abs().min()))
         return (cos_T >= gate.get("min_cos", -2.0)) & (cos_T <= gate.get("max_cos", 2.0))
+
+
+def stacked(streams: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: bool = False) -> np.ndarray:
+    """float32 [L, T, D]: what `Oracle.streams` recorded before the edits of each block, or `after` them."""
+    return np.stack([pair[after].numpy() for pair in streams])
 
 
 def _apply(edit: dict[str, Any], x_TD: torch.Tensor, v_D: torch.Tensor) -> torch.Tensor:

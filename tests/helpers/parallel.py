@@ -16,9 +16,11 @@ import pytest
 from helpers.driving import edit, steering, tokens
 from helpers.engines import RUNNER, SETTINGS
 from helpers.oracle import Oracle
+from helpers.oracle_probes import assert_numbers
 from helpers.tiny_models import tiny_llama_path
 
 LONG = 11
+LAST_PROBED = 2
 PROMPTS = [tokens(seed, 20 + 9 * seed) for seed in range(4)]
 
 SPECS: list[Any] = [
@@ -41,6 +43,19 @@ BATCHES: list[list[list[Any]]] = [
         [PROMPTS[3], None],
     ],
 ]
+PROBES = [
+    {"name": "everywhere", "vector": "r9", "measure": "dot", "scope": "all"},
+    {"name": "late", "vector": "r10", "blocks": [LAST_PROBED], "after": True},
+    {"name": "early", "vector": "r11", "blocks": [0], "measure": "dot"},
+]
+PROBED: list[list[Any]] = [
+    [PROMPTS[0], {"probes": PROBES}],
+    [PROMPTS[1], {**SPECS[1], "probes": PROBES[:2]}],
+    [PROMPTS[2], {**SPECS[2], "probes": PROBES[1:2]}],
+    [PROMPTS[3], {**SPECS[3], "probes": PROBES[2:]}],
+    [PROMPTS[1], SPECS[1]],
+]
+"""Probes at blocks of one worker or of all."""
 WRONG = f"sha256:{64 * '0'}"
 ROUNDING_FACTOR = 8.0
 """Of what two workers and Hugging Face differ by without steering: an edited stream is of another size."""
@@ -54,6 +69,7 @@ def run(folder: Path, model: str, num_blocks: int, **llm: Any) -> dict[str, Any]
         "num_blocks": num_blocks,
         "llm": {**eager, **llm},
         "batches": BATCHES,
+        "probed": PROBED,
         "params": {"max_tokens": LONG, "prompt_logprobs": 0},
         "wrong": WRONG,
     }
@@ -132,3 +148,13 @@ def assert_read(parallel: dict[str, Any], oracle: Oracle, num_blocks: int, hidde
     assert captured_LPD.shape == (num_blocks, len(PROMPTS[0]), hidden_size)
     for block in range(num_blocks - 1):  # the last of Hugging Face's states is normed
         np.testing.assert_allclose(captured_LPD[block], states[block + 1][0], rtol=1e-4, atol=1e-5)
+
+
+def assert_probes(parallel: dict[str, Any], oracle: Oracle) -> None:
+    """Every number is the oracle's, whichever worker measured it; and the answers are as without probes."""
+    for (prompt, spec), (answer, told) in zip(PROBED, parallel["probed"], strict=True):
+        if "probes" in spec:
+            assert_numbers(oracle, prompt, answer, spec if "edits" in spec else None, spec["probes"], told)
+    answers = [answer for answer, _ in parallel["probed"]]
+    assert answers[:2] == [parallel["batches"][0][0][0], parallel["batches"][1][1][0]]
+    assert answers[4] == answers[1]

@@ -3,9 +3,10 @@
     python parallel_process.py SETTINGS.json OUT.json
 
 SETTINGS: {"model", "num_blocks", "llm": {...}, "batches": [[[tokens, spec or null], ...], ...], "params": {...},
-"wrong": a digest under which r0 is offered at the end}; r0..r31 are the vectors.
-OUT: {"batches": [[[tokens, logprobs, prompt logprobs], ...], ...], "captured": [blocks, positions, D] of the first
-prompt, "workers": what each says of itself at the end, "refused": the answer to the offer}.
+"probed": [[tokens, spec], ...], "wrong": a digest under which r0 is offered at the end}; r0..r31 are the vectors.
+OUT: {"batches": [[[tokens, logprobs, prompt logprobs], ...], ...], "probed": [[tokens, what is told], ...],
+"captured": [blocks, positions, D] of the first prompt, "workers": what each says of itself at the end, "refused": the
+answer to the offer}.
 """
 
 from __future__ import annotations
@@ -60,11 +61,22 @@ def main() -> None:
         outputs = generate(llm, prompts, specs, **settings["params"])
         batches.append([[*sampled(output), prompt_logprobs(output).tolist()] for output in outputs])
         llm.llm_engine.reset_prefix_cache()
+    prompts, specs = [prompt for prompt, _ in settings["probed"]], [spec for _, spec in settings["probed"]]
+    choices = [
+        output.outputs[0] for output in generate(llm, prompts, specs, max_tokens=settings["params"]["max_tokens"])
+    ]
+    probed = [[list(choice.token_ids), getattr(choice, "steering", None)] for choice in choices]
     captured = llm.capture([settings["batches"][0][0][0]], position="all")[0]
     payload = safetensors_format.to_bytes(vectors["r0"])
     refused = engine_client.call(llm.llm_engine, "put", settings["wrong"], payload)
     workers = llm.steering_status()["workers"]
-    found = {"batches": batches, "captured": captured.tolist(), "workers": workers, "refused": refused}
+    found = {
+        "batches": batches,
+        "probed": probed,
+        "captured": captured.tolist(),
+        "workers": workers,
+        "refused": refused,
+    }
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 

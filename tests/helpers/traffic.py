@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ class Start(Protocol):
 
     def __call__(self, **settings: Any) -> LLM: ...
 
+
+Run = Callable[[LLM, Sequence["Ask"]], list[Any]]
 
 BOUND = 1e-4
 """Of a float32 logprob against the oracle; edits make the stream a few times larger than its own rounding assumes."""
@@ -146,7 +148,7 @@ def core_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core
 
 
-def drafts_of(llm: LLM, requested: list[Ask]) -> tuple[list[Any], int]:
+def drafts_of(llm: LLM, requested: list[Ask], runs: Run = run) -> tuple[list[Any], int]:
     """The outputs, and how many drafted tokens were accepted."""
     accepted = 0
     scheduler = core_of(llm).scheduler
@@ -158,6 +160,6 @@ def drafts_of(llm: LLM, requested: list[Ask]) -> tuple[list[Any], int]:
         return original(*args, **kwargs)
 
     scheduler.make_spec_decoding_stats = counted
-    outputs = run(llm, requested)
+    outputs = runs(llm, requested)
     del scheduler.make_spec_decoding_stats
     return outputs, accepted

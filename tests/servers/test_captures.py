@@ -42,8 +42,23 @@ CAPTURES: dict[str, tuple[str, Any, Any, bool]] = {
 }
 """Name -> prompt, positions, steering, after the edit."""
 
+ANSWERS: dict[str, tuple[str, Any, Any, str]] = {
+    "generation": ("long", "all", None, "generation"),
+    "short generation": ("short", "all", None, "generation"),
+    "steered generation": ("long", "all", STEERED, "generation"),
+    "prompt and generation": ("long", "all", STEERED, "all"),
+    "mean of the generation": ("long", "mean", None, "generation"),
+    "last of the generation": ("short", "last", STEERED, "generation"),
+}
+"""Name -> prompt, positions, steering, scope."""
+
+NUM_TOKENS = 6
+"""Of these answers."""
+
 MAX_CAPTURES = 2
-MAX_BYTES = NUM_BLOCKS * HIDDEN_SIZE * 4 * len(PROMPTS["long"])
+MAX_ROWS = len(PROMPTS["long"]) + NUM_TOKENS
+"""At all blocks."""
+MAX_BYTES = NUM_BLOCKS * HIDDEN_SIZE * 4 * MAX_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +74,7 @@ def offline(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFact
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
     settings |= {"max_num_batched_tokens": CHUNK, "block_size": BLOCK, "gpu_memory_utilization": 0.2}
     task = {"model": tiny_llama, "vector": str(vector), "llm": settings, "prompts": PROMPTS, "captures": CAPTURES}
+    task |= {"answers": ANSWERS, "max_tokens": NUM_TOKENS}
     source, target = folder / "task.json", folder / "rows.npz"
     source.write_text(json.dumps(task))
     script = Path(__file__).parents[1] / "helpers" / "offline_rows.py"
@@ -81,9 +97,9 @@ def capturing(tiny_llama: str, vector: Path, tmp_path_factory: pytest.TempPathFa
     running.kill()
 
 
-def ask(server: Server, prompt: Any, steering: Any) -> httpx.Response:
+def ask(server: Server, prompt: Any, steering: Any, **fields: Any) -> httpx.Response:
     body = {"model": "tiny", "max_tokens": 2, "temperature": 0, "ignore_eos": True, "prompt": prompt}
-    return server.post("/v1/completions", body | {"steering": steering})
+    return server.post("/v1/completions", body | {"steering": steering} | fields)
 
 
 def rows_of(answer: httpx.Response) -> np.ndarray:
@@ -131,6 +147,68 @@ def test_rows_are_those_of_the_offline_engine_to_the_bit(
     assert reported["capture"]["positions"] == expected
     assert reported["capture"]["prompt_tokens"] == length
     assert len(reported["edits"]) == (steering is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANSWERS)
+def test_rows_of_answers_are_those_of_the_offline_engine_to_the_bit(
+    capturing: Server, offline: dict[str, np.ndarray], name: str
+) -> None:
+    prompt, positions, steering, scope = ANSWERS[name]
+    capture = {"capture": {"positions": positions, "scope": scope}}
+    answer = ask(capturing, PROMPTS[prompt], (steering or {}) | capture, max_tokens=NUM_TOKENS)
+    assert np.array_equal(rows_of(answer), offline[name])
+    reported, length = answer.json()["steering"]["capture"], len(PROMPTS[prompt])
+    last = length + NUM_TOKENS - 2  # chose the last token
+    first = 0 if scope == "all" else last if positions == "last" else length - 1
+    assert reported["positions"] == list(range(first, last + 1))
+    assert (reported["scope"], reported["prompt_tokens"], reported["completion_tokens"]) == (scope, length, NUM_TOKENS)
+    assert captured_bytes(capturing) == 0
+
+
+@pytest.mark.slow
+def test_the_default_is_one_row_for_each_token_that_is_returned(
+    capturing: Server, offline: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Also where a stop string ends an answer that the engine has continued."""
+    capture = {"capture": {"scope": "generation"}}
+    fields = {"max_tokens": NUM_TOKENS, "return_token_ids": True}
+    whole = ask(capturing, PROMPTS["long"], capture, **fields)
+    assert np.array_equal(rows_of(whole), offline["generation"])
+    choice = whole.json()["choices"][0]
+    assert rows_of(whole).shape[1] == len(choice["token_ids"]) == whole.json()["usage"]["completion_tokens"]
+    stop = choice["text"][len(choice["text"]) // 2]
+    stopped = ask(capturing, PROMPTS["long"], capture, **fields, stop=stop)
+    shorter = stopped.json()["choices"][0]
+    assert (shorter["finish_reason"], shorter["stop_reason"]) == ("stop", stop)
+    number = len(shorter["token_ids"])
+    assert number == stopped.json()["usage"]["completion_tokens"] < NUM_TOKENS
+    assert shorter["token_ids"] == choice["token_ids"][:number]
+    assert np.array_equal(rows_of(stopped), rows_of(whole)[:, :number])
+    file = tmp_path / "rows.safetensors"
+    file.write_bytes(base64.b64decode(stopped.json()["steering"]["capture"]["data"]))
+    with safe_open(file, framework="numpy") as opened:
+        found, length = opened.metadata(), len(PROMPTS["long"])
+        assert found == {
+            "format": "steer-engine/capture/1",
+            "scope": "generation",
+            "positions": ",".join(str(length - 1 + i) for i in range(number)),
+            "prompt_tokens": str(length),
+            "edit": "before",
+        }
+    wait_until(lambda: steered_slots(capturing) == 0)
+    assert captured_bytes(capturing) == 0
+
+
+@pytest.mark.slow
+def test_the_rows_of_an_answer_may_be_computed_after_a_cached_prompt(
+    capturing: Server, offline: dict[str, np.ndarray]
+) -> None:
+    capture = {"capture": {"scope": "generation"}}
+    answers = [ask(capturing, PROMPTS["long"], capture, max_tokens=NUM_TOKENS) for _ in range(2)]
+    assert answers[1].json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 3 * BLOCK
+    bound = 2e-5 * np.abs(offline["generation"]).max()
+    assert np.abs(rows_of(answers[1]) - offline["generation"]).max() <= bound
 
 
 @pytest.mark.slow
@@ -195,6 +273,15 @@ def test_every_endpoint_that_can_carry_it(capturing: Server, offline: dict[str, 
     assert rows[0].shape[1] > 3  # the template is captured too
     assert np.array_equal(rows[0], rows[1])
     assert np.array_equal(rows[0], rows[2])
+    generation = {"steering": {"capture": {"scope": "generation"}}}
+    sampling = {"max_tokens": 3, "ignore_eos": True}
+    for path, body in (
+        ("/v1/chat/completions", chat | {"max_tokens": 3, "ignore_eos": True}),
+        ("/v1/responses", responses | {"max_output_tokens": 3, "ignore_eos": True}),
+        ("/inference/v1/generate", {"model": "tiny", "token_ids": PROMPTS["short"], "sampling_params": sampling}),
+    ):
+        answer = capturing.post(path, body | generation)
+        assert rows_of(answer).shape[1] == answer.json()["steering"]["capture"]["completion_tokens"] == 3, path
 
 
 LONG = {"prompt": PROMPTS["long"]}
@@ -208,9 +295,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "an unknown field": ("completions", {}, {"layers": [1]}, "unknown field 'layers'"),
     "no object": ("completions", {}, True, "steering.capture"),
     "one row too many": (
-        "completions", LONG, {"positions": [*range(len(PROMPTS["long"])), 0]}, "max_capture_bytes",
+        "completions", LONG, {"positions": [*range(len(PROMPTS["long"])), *range(NUM_TOKENS + 1)]}, "max_capture_bytes",
     ),
-    "a longer prompt": ("completions", {"prompt": [5] * (len(PROMPTS["long"]) + 1)}, {"positions": "all"}, "limit of"),
+    "a longer prompt": ("completions", {"prompt": [5] * (MAX_ROWS + 1)}, {"positions": "all"}, "limit of"),
+    "an answer that may be too long": (
+        "completions", {"max_tokens": MAX_ROWS + 1}, {"scope": "generation"},
+        f"(max_capture_bytes). Set max_tokens to at most {MAX_ROWS}, or request fewer blocks",
+    ),
+    "prompt and answer that may be too long": (
+        "completions", LONG | {"max_tokens": NUM_TOKENS + 2}, {"scope": "all"},
+        f"Set max_tokens to at most {NUM_TOKENS + 1},",
+    ),
+    "an answer without max_tokens": (
+        "chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": None},
+        {"scope": "generation", "positions": "last"}, f"Set max_tokens to at most {MAX_ROWS}",
+    ),
+    "a position of the answer": ("completions", {}, {"scope": "generation", "positions": [0]}, "use 'all', 'mean'"),
+    "another scope": ("completions", {}, {"scope": "answer"}, "'generation'"),
+    "a stream of the answer": ("completions", {"stream": True}, {"scope": "generation"}, "leave 'stream' out"),
     "a stream": ("completions", {"stream": True}, {}, "leave 'stream' out"),
     "several answers": ("completions", {"n": 2, "temperature": 1}, {}, "one prompt and one answer"),
     "several prompts": ("completions", {"prompt": ["a", "b"]}, {}, "one prompt and one answer"),
@@ -240,7 +342,7 @@ def test_a_capture_that_is_impossible_is_a_400(capturing: Server, name: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["_steer_capture", "steering_capture"])
+@pytest.mark.parametrize("key", ["_steer_capture", "capture"])
 def test_the_key_of_the_engine_is_not_for_clients(capturing: Server, key: str) -> None:
     fields = {"vllm_xargs": {key: '{"key": "x", "start": 0, "end": null}'}}
     answer = capturing.post("/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 1, **fields})
@@ -274,9 +376,13 @@ async def test_more_captures_than_the_limit_wait_and_all_are_answered(capturing:
 
 
 @pytest.mark.slow
-async def test_captured_rows_of_an_aborted_request_are_dropped(capturing: Server) -> None:
-    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": 400, "ignore_eos": True}
-    body |= {"steering": {"capture": {"positions": "all"}} | STEERED}
+@pytest.mark.parametrize(
+    "capture", [{"positions": "all"}, {"scope": "generation", "blocks": [0]}, {"scope": "all", "blocks": [0]}]
+)
+async def test_captured_rows_of_an_aborted_request_are_dropped(capturing: Server, capture: dict[str, Any]) -> None:
+    num_tokens = 200 if "scope" in capture else 400
+    body = {"model": "tiny", "prompt": PROMPTS["long"], "max_tokens": num_tokens, "ignore_eos": True}
+    body |= {"steering": {"capture": capture} | STEERED}
     num_aborted, deadline = 0, time.monotonic() + 120
     while num_aborted < 3:  # more than the limit of captures: slots are freed too
         assert time.monotonic() < deadline, "no request was seen while its rows were kept"
@@ -303,7 +409,7 @@ def test_capture_blocks_are_published_and_checked_by_validate(capturing: Server)
     assert described["limits"]["max_captures"] == 2
     requested = {"capture": {"blocks": "1-2", "positions": [-1]}}
     checked = capturing.post("/v1/steering/validate", requested).json()
-    assert checked["capture"] == {"blocks": [1, 2], "positions": [-1], "after": False}
+    assert checked["capture"] == {"blocks": [1, 2], "positions": [-1], "scope": "prompt", "after": False}
     assert checked["edits"] == []
 
 

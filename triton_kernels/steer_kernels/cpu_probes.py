@@ -17,23 +17,26 @@ from steer_kernels.shares import field, probe_columns
 from steer_kernels.tables import Tables
 
 MAX_PAIR_NUMBERS = 2**18
-"""Most float32 numbers of the stream that are copied for pairs at once (1 MiB), so that they stay in the cache."""
+"""Most float32 numbers of bank rows that are copied for pairs at once (1 MiB), so that they stay in the cache, and that
+a plan keeps for all sites."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """The probes of one site that are all late, or all early."""
+    """The probes of one site that are all late, or all early: U rows with M probes each."""
 
-    at_P: torch.Tensor
-    """The pairs' rows in the batch."""
-    steered_P: torch.Tensor
-    """The pairs' rows among the steered rows."""
-    row_P: torch.Tensor
+    at_U: torch.Tensor
+    """The rows in the batch."""
+    steered_U: torch.Tensor
+    """The same rows among the steered rows."""
+    row_UM: torch.Tensor
     """Bank rows."""
-    place_P: torch.Tensor
+    place_UM: torch.Tensor
     """Places in the flat `probed_TK`."""
-    is_cosine_P: torch.Tensor | None
+    is_cosine_UM: torch.Tensor | None
     """None = no pair measures the cosine."""
+    gathered_UMD: torch.Tensor | None
+    """The bank rows as float32; None = not gathered, look them up in every step."""
 
     def write(
         self,
@@ -44,14 +47,11 @@ class Pairs:
         probed_TK: torch.Tensor,
     ) -> None:
         """Measure x + delta in every pair. delta_ND: [N or 1, D], or None for x as it is."""
-        size = max(1, MAX_PAIR_NUMBERS // carried_TD.shape[1])
-        number_P = torch.cat(
-            [
-                self._numbers(slice(first, first + size), hidden_TD, carried_TD, delta_ND, bank_RD)
-                for first in range(0, len(self.at_P), size)
-            ]
-        )
-        probed_TK.view(-1).index_copy_(0, self.place_P, number_P)
+        size = max(1, MAX_PAIR_NUMBERS // (self.row_UM.shape[1] * carried_TD.shape[1]))
+        for first in range(0, len(self.at_U), size):
+            chosen = slice(first, first + size)
+            number_UM = self._numbers(chosen, hidden_TD, carried_TD, delta_ND, bank_RD)
+            probed_TK.view(-1).index_copy_(0, self.place_UM[chosen].flatten(), number_UM.flatten())
 
     def _numbers(
         self,
@@ -61,20 +61,25 @@ class Pairs:
         delta_ND: torch.Tensor | None,
         bank_RD: torch.Tensor,
     ) -> torch.Tensor:
-        at_P = self.at_P[chosen]
-        x_PD = carried_TD.index_select(0, at_P).float()
+        at_U = self.at_U[chosen]
+        x_UD = carried_TD.index_select(0, at_U).float()
         if hidden_TD is not None:
-            x_PD = hidden_TD.index_select(0, at_P).float() + x_PD
+            x_UD = hidden_TD.index_select(0, at_U).float() + x_UD
         if delta_ND is not None:
             shared = delta_ND.shape[0] == 1
-            x_PD = x_PD + (delta_ND if shared else delta_ND.index_select(0, self.steered_P[chosen]))
-        row_PD = bank_RD.index_select(0, self.row_P[chosen]).float()
-        dot_P = (x_PD * row_PD).sum(1)
-        if self.is_cosine_P is None:
-            return dot_P
-        size_P = x_PD.norm(dim=1) * row_PD.norm(dim=1)
-        cosine_P = torch.where(size_P > 0, dot_P / size_P, 0.0)
-        return torch.where(self.is_cosine_P[chosen], cosine_P, dot_P)
+            x_UD = x_UD + (delta_ND if shared else delta_ND.index_select(0, self.steered_U[chosen]))
+        row_UMD = bank_rows(bank_RD, self.row_UM[chosen]) if self.gathered_UMD is None else self.gathered_UMD[chosen]
+        dot_UM = (x_UD.unsqueeze(1) * row_UMD).sum(2)
+        if self.is_cosine_UM is None:
+            return dot_UM
+        size_UM = x_UD.norm(dim=1, keepdim=True) * row_UMD.norm(dim=2)
+        cosine_UM = torch.where(size_UM > 0, dot_UM / size_UM, 0.0)
+        return torch.where(self.is_cosine_UM[chosen], cosine_UM, dot_UM)
+
+
+def bank_rows(bank_RD: torch.Tensor, row_UM: torch.Tensor) -> torch.Tensor:
+    """float32 [U, M, D]."""
+    return bank_RD.index_select(0, row_UM.flatten()).view(*row_UM.shape, -1).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,25 +125,39 @@ def take_probes(
     late_P = field(words_PW[:, tb.WHEN], tb.LATE)
     order_P = (2 * site_P + late_P).argsort(stable=True)
     counts = torch.bincount(2 * site_P + late_P, minlength=2 * words_NLEW.shape[1]).tolist()
+    keeps_rows = len(n_P) * tables.bank_RD.shape[1] <= MAX_PAIR_NUMBERS
     pairs: list[Pairs | None] = []
     for chosen_P in torch.split(order_P, counts):
+        if not len(chosen_P):
+            pairs.append(None)
+            continue
         words_CW, n_C = words_PW[chosen_P], n_P[chosen_P]
+        shape = _rows_and_probes(n_C)
         is_cosine_C = field(words_CW[:, tb.WHEN], tb.MEASURE) == tb.COSINE
-        at_C = rows_N[n_C]
+        at_C, row_UM = rows_N[n_C], words_CW[:, tb.ROW].long().view(shape)
         group = Pairs(
-            at_P=at_C,
-            steered_P=n_C,
-            row_P=words_CW[:, tb.ROW].long(),
-            place_P=at_C * probed_TK.shape[1] + words_CW[:, tb.PROBE_COLUMN],
-            is_cosine_P=is_cosine_C if bool(is_cosine_C.any()) else None,
+            at_U=at_C.view(shape)[:, 0],
+            steered_U=n_C.view(shape)[:, 0],
+            row_UM=row_UM,
+            place_UM=(at_C * probed_TK.shape[1] + words_CW[:, tb.PROBE_COLUMN]).view(shape),
+            is_cosine_UM=is_cosine_C.view(shape) if bool(is_cosine_C.any()) else None,
+            gathered_UMD=bank_rows(tables.bank_RD, row_UM) if keeps_rows else None,
         )
-        pairs.append(group if len(n_C) else None)
+        pairs.append(group)
     sites = {
         site: SiteProbes(early=early, late=late, probed_TK=probed_TK)
         for site, (early, late) in enumerate(zip(pairs[::2], pairs[1::2], strict=True))
         if early is not None or late is not None
     }
     return sites, *_without_probes(is_probe_NLE, words_NLEW, share_NLE)
+
+
+def _rows_and_probes(n_C: torch.Tensor) -> tuple[int, int]:
+    """U and M of pairs in the order of their rows. If all rows have as many probes, each row is read once for all."""
+    num_probes = int((n_C == n_C[0]).sum())
+    if len(n_C) % num_probes == 0 and bool((n_C.view(-1, num_probes) == n_C[::num_probes].unsqueeze(1)).all()):
+        return len(n_C) // num_probes, num_probes
+    return len(n_C), 1
 
 
 def _without_probes(
