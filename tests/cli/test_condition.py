@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from helpers.no_weights import NO_WEIGHTS
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
@@ -43,7 +44,7 @@ def invoke(*arguments: object) -> Result:
 
 def refusal(*arguments: object) -> str:
     """The message of a refused `condition fit` for a model that does not exist, so that no engine can start."""
-    done = invoke("fit", *arguments, "--model", "no/such-model")
+    done = invoke("fit", *arguments, "--model", NO_WEIGHTS)
     assert isinstance(done.exception, SteerError), done.output  # which `steer-engine` prints as one line
     return done.exception.message
 
@@ -77,7 +78,7 @@ def test_invalid_options_need_no_engine(
 
 @pytest.mark.parametrize("held_out", ["0", "1", "x"])
 def test_a_share_that_leaves_nothing_is_a_usage_error(held_out: str, vector: Path, prompts: tuple[str, str]) -> None:
-    options = ("--model", "no/such-model", "--positive", prompts[0], "--negative", prompts[1], "--held-out", held_out)
+    options = ("--model", NO_WEIGHTS, "--positive", prompts[0], "--negative", prompts[1], "--held-out", held_out)
     assert invoke("fit", vector, *options).exit_code == 2
 
 
@@ -147,7 +148,7 @@ def test_a_requested_picture_needs_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     options = ("--positive", prompts[0], "--negative", prompts[1], "--plot", tmp_path / "p.png")
-    done = invoke("fit", vector, "--model", "no/such-model", *options)
+    done = invoke("fit", vector, "--model", NO_WEIGHTS, *options)
     assert isinstance(done.exception, EvaluationError)
     assert "steer-engine[report]" in done.exception.message
 

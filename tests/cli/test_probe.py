@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from helpers.no_weights import NO_WEIGHTS
 from typer.testing import CliRunner
 
 from steer_engine.cli.main import app
@@ -50,7 +51,7 @@ def invoke(*arguments: object) -> Result:
 
 def refusal(*arguments: object) -> str:
     """The one-line message of a refused command for a model that does not exist, so that no engine can start."""
-    done = invoke(*arguments, "--model", "no/such-model")
+    done = invoke(*arguments, "--model", NO_WEIGHTS)
     assert isinstance(done.exception, SteerError), done.output  # which `steer-engine` prints as one line
     assert "\n" not in done.exception.message
     return done.exception.message
