@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,36 +33,11 @@ def say(line: str) -> None:
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
-def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, remedy: str) -> None:
-    """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`.
-
-    blocks: those that the vector will have; None for all. remedy: how to leave out block 0.
-    """
-    from steer_engine.vectors.files import SUFFIXES
-
-    if out.suffix not in SUFFIXES:
-        raise DerivationError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
-    if out.suffix == ".gguf" and (blocks is None or 0 in blocks):
-        raise DerivationError(
-            f"{out}: llama.cpp rejects a control vector with a direction for block 0. {remedy}, or write .safetensors."
-        )
-    require_absent(out, force=force)
-
-
 def parsed_blocks(blocks: str) -> tuple[int, ...] | None:
     try:
         return parse_blocks(blocks)
     except ValueError as error:
         raise DerivationError(f"--blocks: {error}.") from None
-
-
-def require_absent(out: Path, *, force: bool) -> None:
-    """Raise DerivationError if a file exists and `force` is not given, or if none can be written there."""
-    folder = next(each for each in out.absolute().parents if each.exists())  # missing folders are made
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise DerivationError(f"{out}: {folder} is not a folder that can be written to; choose another place.")
-    if out.exists() and not force:
-        raise DerivationError(f"{out}: this file exists already; choose another name, or --force to replace it.")
 
 
 def summary(out: Path, vector: ControlVector) -> str:
@@ -111,7 +85,7 @@ def derive_command(
 
     Example: steer-engine derive smollm2-135m --pairs sentiment --blocks 8-19 --out cheerful.safetensors
     """
-    from steer_engine.derive.derivation import derive
+    from steer_engine.derive.derivation import derive, require_writable
     from steer_engine.derive.dump_fitter import fit_dump
     from steer_engine.derive.dump_writer import dump
     from steer_engine.derive.methods import require_method
@@ -200,6 +174,7 @@ def fit_command(
 
     Example: steer-engine fit sentiment.dump --method pca --out cheerful-pca.safetensors
     """
+    from steer_engine.derive.derivation import require_writable
     from steer_engine.derive.dump_fitter import fit_dump
     from steer_engine.derive.dump_folder import DumpFolder
     from steer_engine.vectors.files import save

@@ -9,7 +9,7 @@ import typer
 
 from steer_engine.cli.checks import check_model
 from steer_engine.cli.condition import Prompts, picture_path
-from steer_engine.cli.derive import ENGINES, require_writable, say
+from steer_engine.cli.derive import ENGINES, say
 from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
 from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
@@ -70,6 +70,7 @@ def fit(
     Example: steer-engine probe fit --model smollm2-135m --positive good.txt --negative bad.txt --blocks 8-20
     --out mood.safetensors
     """
+    from steer_engine.derive.derivation import require_writable
     from steer_engine.derive.probe_fit import fit_probe
     from steer_engine.fields import parse_blocks
     from steer_engine.vectors.files import save
