@@ -91,6 +91,18 @@ def test_help_of_serve_shows_our_flags_first_and_how_to_see_those_of_vllm() -> N
         assert text.index("--steering-vectors") < text.index("--steering-strict") < text.index("--port")
         assert "steer-engine serve --help=all" in text
         assert max(map(len, text.splitlines())) <= 120
+        headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert headings == [
+            "Vectors:",
+            "What is armed:",
+            "Requests:",
+            "Output:",
+            "Often used, of vLLM's flags:",
+            "Example:",
+        ]
+        place = {words: text.index(words) for words in (*headings, "--steering-mirror", "--steering-rows", "--verbose")}
+        assert place["Vectors:"] < place["--steering-mirror"] < place["What is armed:"] < place["--steering-rows"]
+        assert place["Output:"] < place["--verbose"] < place["Often used, of vLLM's flags:"]
 
 
 def test_commands_are_in_groups() -> None:
