@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from steer_engine.cli.checks import check_model
-from steer_engine.cli.derive import ENGINES, say
+from steer_engine.cli.checks import check_capture
+from steer_engine.cli.derive import say
 from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
 from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
@@ -98,7 +98,7 @@ def fit(
     if out is None and loaded.metadata.condition is not None and not force:
         raise DerivationError(f"{vector}: it has a condition already; choose another file with --out, or --force.")
     picture = picture_path(plot, target, "condition", force=force)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     found = fit_condition(
         model,
         loaded,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer_engine.cli.checks import check_model
+from steer_engine.cli.checks import check_capture
 from steer_engine.cli.engine_options import CaptureOptions, Model, RayAddress, captures
 from steer_engine.errors import DerivationError
 from steer_engine.fields import parse_blocks
@@ -19,9 +19,6 @@ Method = Annotated[str, typer.Option(help="diffmean, mean, mean_centred, pca, pc
 Blocks = Annotated[str, typer.Option(help="Blocks to capture, from 0: `all`, `8-22`, `14`.")]
 Out = Annotated[Path, typer.Option(help="File to write: .safetensors, or .gguf for llama.cpp.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]
-
-ENGINES = ("vllm", "ray", "scipy")
-"""Modules that a command needs whose engines capture texts."""
 
 _MIB = 1 << 20
 
@@ -96,7 +93,7 @@ def derive_command(
     require_writable(out, force=force, blocks=parsed_blocks(blocks), remedy=remedy)
     require_method(method)
     loaded = load_pairs(pairs)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     settings: dict[str, Any] = {"blocks": blocks, "position": position, **capture.arguments}
     if keep_dump is None:
         vector = derive(model, loaded, method=method, **settings)
@@ -139,7 +136,7 @@ def dump_command(
     from steer_engine.derive.texts import load_texts
 
     loaded = load_texts(texts)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     for sentence in loaded.duplicates():
         say(f"warning: {sentence}")
     folder = dump(
