@@ -46,7 +46,7 @@ def check_start(argv: Sequence[str], *, listens: bool = True) -> None:
     own = own_flags(argv)
     if own.steering_vectors is not None or os.environ.get(VECTORS_ENV):
         vectors_folder(own.steering_vectors)
-    model = _model(argv)
+    model = None if _value(argv, "--hf-config-path") else _model(argv)  # then the folder needs no config.json
     wanted = {
         flag: _parsed(flag, text)
         for flag, text in (("--steering-blocks", own.steering_blocks), ("--steering-capture", own.steering_capture))
@@ -71,6 +71,14 @@ def check_model(model: str, *blocks: str, modules: Sequence[str] = ("vllm",)) ->
     check_model_name(model)
     for text in blocks:
         _check_blocks(_parsed("--blocks", text), model, "--blocks")
+
+
+def check_capture(model: str, blocks: str = "all", *, ray_address: str | None) -> None:
+    """As `check_model`, for a command whose engines capture texts. On a cluster, only its nodes need model and vLLM."""
+    if ray_address is not None:
+        require_modules("ray", "scipy")
+    else:
+        check_model(model, blocks, modules=("vllm", "ray", "scipy"))
 
 
 def require_modules(*names: str) -> None:

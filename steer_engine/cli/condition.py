@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from steer_engine.cli.checks import check_model
-from steer_engine.cli.derive import ENGINES, require_absent, require_writable, say
+from steer_engine.cli.checks import check_capture
+from steer_engine.cli.derive import say
 from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
 from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
@@ -86,6 +86,7 @@ def fit(
     --negative other.txt
     """
     from steer_engine.derive.condition_fit import fit_condition
+    from steer_engine.derive.derivation import require_writable
     from steer_engine.vectors.files import load, save
     from steer_engine.vectors.storage import write_atomically
 
@@ -97,7 +98,7 @@ def fit(
     if out is None and loaded.metadata.condition is not None and not force:
         raise DerivationError(f"{vector}: it has a condition already; choose another file with --out, or --force.")
     picture = picture_path(plot, target, "condition", force=force)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     found = fit_condition(
         model,
         loaded,
@@ -135,6 +136,8 @@ def picture_path(plot: Path | None, target: Path, kind: str, *, force: bool) -> 
     path = plot or target.with_suffix(f".{kind}.svg")
     if path.suffix not in PLOT_SUFFIXES:
         raise DerivationError(f"{path}: the name of a picture must end in {' or '.join(PLOT_SUFFIXES)}.")
+    from steer_engine.derive.derivation import require_absent
+
     require_absent(path, force=force)
     if plot is None and find_spec("matplotlib") is None:
         say("No picture is drawn without matplotlib: pip install 'steer-engine[report]'.")

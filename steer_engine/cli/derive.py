@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer_engine.cli.checks import check_model
+from steer_engine.cli.checks import check_capture
 from steer_engine.cli.engine_options import CaptureOptions, Model, RayAddress, captures
 from steer_engine.errors import DerivationError
 from steer_engine.fields import parse_blocks
@@ -21,9 +20,6 @@ Blocks = Annotated[str, typer.Option(help="Blocks to capture, from 0: `all`, `8-
 Out = Annotated[Path, typer.Option(help="File to write: .safetensors, or .gguf for llama.cpp.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]
 
-ENGINES = ("vllm", "ray", "scipy")
-"""Modules that a command needs whose engines capture texts."""
-
 _MIB = 1 << 20
 
 
@@ -34,36 +30,11 @@ def say(line: str) -> None:
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
-def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, remedy: str) -> None:
-    """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`.
-
-    blocks: those that the vector will have; None for all. remedy: how to leave out block 0.
-    """
-    from steer_engine.vectors.files import SUFFIXES
-
-    if out.suffix not in SUFFIXES:
-        raise DerivationError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
-    if out.suffix == ".gguf" and (blocks is None or 0 in blocks):
-        raise DerivationError(
-            f"{out}: llama.cpp rejects a control vector with a direction for block 0. {remedy}, or write .safetensors."
-        )
-    require_absent(out, force=force)
-
-
 def parsed_blocks(blocks: str) -> tuple[int, ...] | None:
     try:
         return parse_blocks(blocks)
     except ValueError as error:
         raise DerivationError(f"--blocks: {error}.") from None
-
-
-def require_absent(out: Path, *, force: bool) -> None:
-    """Raise DerivationError if a file exists and `force` is not given, or if none can be written there."""
-    folder = next(each for each in out.absolute().parents if each.exists())  # missing folders are made
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise DerivationError(f"{out}: {folder} is not a folder that can be written to; choose another place.")
-    if out.exists() and not force:
-        raise DerivationError(f"{out}: this file exists already; choose another name, or --force to replace it.")
 
 
 def summary(out: Path, vector: ControlVector) -> str:
@@ -111,7 +82,7 @@ def derive_command(
 
     Example: steer-engine derive smollm2-135m --pairs sentiment --blocks 8-19 --out cheerful.safetensors
     """
-    from steer_engine.derive.derivation import derive
+    from steer_engine.derive.derivation import derive, require_writable
     from steer_engine.derive.dump_fitter import fit_dump
     from steer_engine.derive.dump_writer import dump
     from steer_engine.derive.methods import require_method
@@ -122,7 +93,7 @@ def derive_command(
     require_writable(out, force=force, blocks=parsed_blocks(blocks), remedy=remedy)
     require_method(method)
     loaded = load_pairs(pairs)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     settings: dict[str, Any] = {"blocks": blocks, "position": position, **capture.arguments}
     if keep_dump is None:
         vector = derive(model, loaded, method=method, **settings)
@@ -165,7 +136,7 @@ def dump_command(
     from steer_engine.derive.texts import load_texts
 
     loaded = load_texts(texts)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     for sentence in loaded.duplicates():
         say(f"warning: {sentence}")
     folder = dump(
@@ -200,6 +171,7 @@ def fit_command(
 
     Example: steer-engine fit sentiment.dump --method pca --out cheerful-pca.safetensors
     """
+    from steer_engine.derive.derivation import require_writable
     from steer_engine.derive.dump_fitter import fit_dump
     from steer_engine.derive.dump_folder import DumpFolder
     from steer_engine.vectors.files import save

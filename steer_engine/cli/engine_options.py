@@ -16,9 +16,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from steer_engine.derive.capture_config import EngineOptions
 
 
 def _require_room(max_model_len: int | None) -> int | None:
@@ -83,7 +86,7 @@ class CaptureOptions:
     gpu_memory_utilization: GpuMemoryUtilization = None
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> EngineOptions:
         """Keyword arguments of the functions of `steer_engine.derive` that start engines."""
         return {
             "chat": self.chat,

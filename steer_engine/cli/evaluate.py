@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 
 from steer_engine.cli.checks import check_model
-from steer_engine.cli.derive import require_absent
 from steer_engine.cli.engine_options import (
     Chat,
     DType,
@@ -23,6 +22,7 @@ from steer_engine.cli.engine_options import (
     TensorParallelSize,
     engine_args,
 )
+from steer_engine.derive.derivation import require_absent
 from steer_engine.derive.methods import require_method
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import Against

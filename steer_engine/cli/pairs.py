@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from steer_engine.cli.checks import check_model
-from steer_engine.cli.derive import Force, parsed_blocks, require_absent, require_writable, say, summary
+from steer_engine.cli.derive import Force, parsed_blocks, say, summary
 from steer_engine.cli.engine_options import (
     Chat,
     DType,
@@ -106,6 +106,7 @@ def answers(
     A question whose answers are all correct, or all wrong, gives no pair.
     Example: steer-engine pairs answers gsm8k.jsonl --model smollm2-135m --out pairs.jsonl --vector right.safetensors
     """
+    from steer_engine.derive.derivation import require_absent, require_writable
     from steer_engine.derive.make_pairs import answer_all, from_answers, load_questions
 
     require_absent(out, force=force)
@@ -143,6 +144,7 @@ def answers(
 
 
 def _write(pairs: Iterable[Pair], out: Path, force: bool, suffix: str = "") -> None:
+    from steer_engine.derive.derivation import require_absent
     from steer_engine.derive.make_pairs import to_jsonl
     from steer_engine.vectors.storage import write_atomically
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from steer_engine.cli.checks import check_model
+from steer_engine.cli.checks import check_capture
 from steer_engine.cli.condition import Prompts, picture_path
-from steer_engine.cli.derive import ENGINES, require_writable, say
+from steer_engine.cli.derive import say
 from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
 from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
@@ -70,6 +70,7 @@ def fit(
     Example: steer-engine probe fit --model smollm2-135m --positive good.txt --negative bad.txt --blocks 8-20
     --out mood.safetensors
     """
+    from steer_engine.derive.derivation import require_writable
     from steer_engine.derive.probe_fit import fit_probe
     from steer_engine.fields import parse_blocks
     from steer_engine.vectors.files import save
@@ -81,7 +82,7 @@ def fit(
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
     require_writable(out, force=force, blocks=numbers, remedy=remedy)
     picture = picture_path(plot, out, "probe", force=force)
-    check_model(model, blocks, modules=ENGINES)
+    check_capture(model, blocks, ray_address=capture.ray_address)
     found = fit_probe(
         model,
         positive,
@@ -132,7 +133,7 @@ def report(
     if loaded.metadata.probe is None:
         raise DerivationError(f"{vector}: it has no probe in its metadata; train one with `steer-engine probe fit`.")
     picture = picture_path(plot, vector, "report", force=force)
-    check_model(model, modules=ENGINES)
+    check_capture(model, ray_address=capture.ray_address)
     found = report_probe(model, loaded, positive, negative, blocks=blocks, seed=seed, **capture.arguments)
     _print(found, {})
     _draw(found, picture)

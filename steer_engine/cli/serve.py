@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from steer_engine.models import PACKAGED
 from steer_engine.vllm.flags import add_flags
+
+GROUPS = {
+    "Vectors": ("--steering-vectors", "--steering-mirror", "--steering-mirror-seconds", "--steering-strict"),
+    "What is armed": (
+        "--steering-blocks", "--steering-ops", "--steering-rows", "--steering-bank-rows", "--steering-capture",
+        "--steering-fuse-norm",
+    ),
+    "Requests": ("--steering-default", "--steering-limit"),
+    "Output": ("--verbose",),
+}  # fmt: skip
+"""Our flags in the help, and the order of the groups. A flag that is in none of them is shown with those of REST."""
+
+REST = "What is armed"
 
 EPILOG = """\
 Often used, of vLLM's flags:
@@ -37,8 +51,19 @@ def help_text() -> str:
         f"Face id, a folder, or a packaged model ({', '.join(PACKAGED)}).",
         epilog=EPILOG, add_help=False, formatter_class=_Formatter,
     )  # fmt: skip
-    add_flags(parser.add_argument_group("Steering"))
+    add_flags(_Grouped(parser))
     return parser.format_help()
+
+
+class _Grouped:
+    """Stands for a parser, and adds each flag to its group in the help."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._groups = {name: parser.add_argument_group(name) for name in GROUPS}
+
+    def add_argument(self, flag: str, **settings: Any) -> None:
+        name = next((name for name, flags in GROUPS.items() if flag in flags), REST)
+        self._groups[name].add_argument(flag, **settings)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from steer_engine.derive.capture_config import EngineOptions
 from steer_engine.derive.condition_fit import fit_condition
 from steer_engine.derive.derivation import derive
 from steer_engine.derive.dump_fitter import fit_dump
@@ -13,6 +14,7 @@ from steer_engine.derive.probe_fit import fit_probe, report_probe
 from steer_engine.derive.texts import Pair, Pairs, Text, Texts, load_pairs, load_texts
 
 __all__ = [
+    "EngineOptions",
     "Pair",
     "Pairs",
     "Text",

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from steer_engine.derive.capture_config import CAPTURE_ENV, CaptureConfig, Position
+from steer_engine.derive.capture_config import CAPTURE_ENV, CaptureConfig, Position, name_of, require_captured
 from steer_engine.derive.capture_engine import CapturedText, CaptureEngine, EngineFacts
 from steer_engine.derive.condition import Readout
 from steer_engine.derive.moments import Array, Chunk
 from steer_engine.derive.progress import Progress
 from steer_engine.derive.texts import Pair, Text
 from steer_engine.errors import DerivationError, SteerError
+
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
 
 CALLS_IN_FLIGHT = 2
 """Calls per actor: one runs and one waits, so that no actor is idle."""
@@ -126,20 +130,16 @@ class Workers:
             ) from error
 
 
-class CapturePool(Workers):
-    """Actors with one engine each. `capture_pool` starts and stops them."""
+class Capturer(ABC):
+    """What captures texts chunk by chunk: a pool of actors, or an engine in this process."""
 
+    @abstractmethod
     def facts(self) -> EngineFacts:
-        """Wait until every engine is up.
+        """What the engines are, once all are up. Raises SteerError if one is not."""
 
-        Raises:
-            DerivationError: two engines differ, or none was ready in time.
-            SteerError: what stopped an engine.
-        """
-        facts: list[EngineFacts] = self.everywhere("facts", timeout=START_SECONDS)
-        if any(other != facts[0] for other in facts):
-            raise DerivationError(f"The actors run different engines: {facts}. Install the same on every node.")
-        return facts[0]
+    @abstractmethod
+    def ordered(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """Answers of `CaptureEngine` to all calls, in the order of the calls."""
 
     def capture_pairs(self, pairs: Sequence[Pair], *, keep_rows_of: int = 0) -> Iterator[Chunk]:
         """All pairs, chunk by chunk, in order. Chunks that begin before pair `keep_rows_of` contain rows."""
@@ -166,37 +166,83 @@ class CapturePool(Workers):
         return [error for found in self.ordered("text_errors", calls) for error in found]
 
 
+class CapturePool(Workers, Capturer):
+    """Actors with one engine each. `capture_pool` starts and stops them."""
+
+    def facts(self) -> EngineFacts:
+        """Wait until every engine is up.
+
+        Raises:
+            DerivationError: two engines differ, or none was ready in time.
+            SteerError: what stopped an engine.
+        """
+        facts: list[EngineFacts] = self.everywhere("facts", timeout=START_SECONDS)
+        if any(other != facts[0] for other in facts):
+            raise DerivationError(f"The actors run different engines: {facts}. Install the same on every node.")
+        return facts[0]
+
+
+class LivingEngine(Capturer):
+    """A `steer_engine.LLM` of the caller's. It is used in this process, without Ray, and stays up."""
+
+    def __init__(self, engine: CaptureEngine) -> None:
+        self._engine = engine
+
+    def facts(self) -> EngineFacts:
+        return self._engine.facts()
+
+    def ordered(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        return (getattr(self._engine, method)(*call) for call in calls)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capturing:
     """Engines that are up, what they are, and where their progress is shown."""
 
     config: CaptureConfig
-    engines: CapturePool
+    engines: Capturer
     facts: EngineFacts
     shown: Progress
 
 
 @contextmanager
 def start_capturing(
-    model: str,
+    model: str | LLM,
     *,
     source: str,
     position: str,
     blocks: str | int | Iterable[int],
-    chat: bool,
-    dtype: str,
-    actors: int,
-    ray_address: str | None,
-    gpus_per_actor: float | None,
-    engine_args: Mapping[str, Any] | None,
-    progress: bool,
+    chat: bool = False,
+    dtype: str = "auto",
+    actors: int = 1,
+    ray_address: str | None = None,
+    gpus_per_actor: float | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Iterator[Capturing]:
-    """Start the engines of `derive` and `dump`, whose arguments these are, and stop them. source: of the texts.
+    """Start the engines of `derive` and `dump`, and stop them; or use a living one, which stays up.
+
+    source: of the texts. From `chat` on, the arguments and their defaults are those of `EngineOptions`.
 
     Raises:
         DerivationError: a setting is invalid, or the engines did not start.
         SteerError: what stopped an engine.
     """
+    if not isinstance(model, str):
+        if (dtype, actors, ray_address, gpus_per_actor, engine_args) != ("auto", 1, None, None, None):
+            raise DerivationError(
+                "dtype, actors, ray_address, gpus_per_actor and engine_args are for engines that are started here; "
+                "leave them out with a living LLM."
+            )
+        with Progress(enabled=progress) as shown:
+            config = CaptureConfig.of(
+                name_of(model), position=position, blocks=blocks, chat=chat, source=source, dtype=dtype,
+                engine_args=None, local=False,
+            )  # fmt: skip
+            require_captured(model, config.blocks)
+            living = LivingEngine(CaptureEngine(config, model))
+            yield Capturing(config=config, engines=living, facts=living.facts(), shown=shown)
+        return
     config = CaptureConfig.of(
         model,
         position=position,

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from steer_engine.errors import DerivationError
-from steer_engine.fields import parse_blocks
-from steer_engine.models import PACKAGED, resolve_model
+from steer_engine.fields import block_ranges, parse_blocks
+from steer_engine.models import PACKAGED, checkpoint_path, resolve_model
+
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
 
 CAPTURE_ENV = {
     # For each number of tokens in a step, oneDNN caches the primitives of every matrix product. Texts differ in length:
@@ -23,6 +26,29 @@ _VALID_POSITIONS = (
     "'last', 'mean' (of all tokens), 'all', or token numbers such as '-2' or '-1,-2' (averaged; negative: from the end)"
 )
 _WORDS = ("last", "mean", "all")
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword arguments of every function that captures texts: the engines, and how texts become prompts.
+
+    chat: apply the model's chat template to the texts (default: no).
+    dtype: of the engines (default: `"auto"`).
+    actors: number of engines that run in parallel (default: 1).
+    ray_address: cluster to run them on (default: a local Ray for this call).
+    gpus_per_actor: GPUs of one engine (default: one each, or the tensor parallel size, if Ray has enough).
+    engine_args: further arguments of the engine, such as `{"tensor_parallel_size": 2}`.
+    progress: show progress on standard error or in the notebook (default: yes).
+
+    With a living `steer_engine.LLM` as the model, nothing is started, and only `chat` and `progress` are accepted.
+    """
+
+    chat: bool
+    dtype: str
+    actors: int
+    ray_address: str | None
+    gpus_per_actor: float | None
+    engine_args: Mapping[str, Any] | None
+    progress: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +148,26 @@ def engine_defaults() -> dict[str, Any]:
 def model_name(model: str) -> str:
     """Name of the model in files: a folder's own name, without the path."""
     return Path(model).name if Path(model).exists() else model
+
+
+def name_of(model: str | LLM) -> str:
+    """The model as a user would name it: of a living engine, a packaged model's name, its path or its id."""
+    if isinstance(model, str):
+        return model
+    path = str(model.model_config.model)
+    return next((name for name, each in PACKAGED.items() if str(checkpoint_path(each)) == path), path)
+
+
+def require_captured(llm: LLM, blocks: tuple[int, ...] | None) -> None:
+    """Raise DerivationError unless a living engine captures the blocks (None: any)."""
+    armed = llm.capture_blocks
+    if not armed:
+        raise DerivationError("This LLM captures no block; make it with LLM(model, capture=True).")
+    if missing := sorted(set(blocks or ()) - set(armed)):
+        raise DerivationError(
+            f"This LLM captures blocks {block_ranges(armed)}, and not {block_ranges(missing)}; choose among the first, "
+            "or make it with other capture_blocks."
+        )
 
 
 def _model_for_actors(model: str, *, local: bool) -> str:

@@ -72,13 +72,18 @@ class CaptureEngine:
 
     The engine starts with the first call, not in the constructor: the caller then gets the error that stopped it, and
     a restarted actor needs no special care.
+
+    living: an engine that is up already, and captures the blocks of the configuration among others.
     """
 
-    def __init__(self, config: CaptureConfig) -> None:
+    def __init__(self, config: CaptureConfig, living: LLM | None = None) -> None:
         self._config = config
+        self._living = living
 
     @cached_property
     def _llm(self) -> LLM:
+        if self._living is not None:
+            return self._living
         # One process per actor, engine core included. vLLM reads the variable when it is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from steer_engine.llm import LLM
@@ -106,7 +111,7 @@ class CaptureEngine:
             architecture=str(self._llm.model_config.architecture),
             hidden_size=self._llm.hidden_size,
             num_blocks=self._llm.num_blocks,
-            blocks=tuple(self._llm.capture_blocks),
+            blocks=self._config.blocks or tuple(self._llm.capture_blocks),
             dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
             versions=installed_versions(),
             weights=fingerprint(str(self._llm.model_config.model), self._llm.model_config.hf_config),
@@ -121,7 +126,7 @@ class CaptureEngine:
         position = self._config.position
         texts = [(pair.prompt, text, pair.line) for pair in pairs for text in (pair.positive, pair.negative)]
         prompts = [self._tokens(*text, position) for text in texts]
-        arrays = self._llm.capture(prompts, position=position.capture_position)
+        arrays = self._capture(prompts, position.capture_position)
         samples = [self._sample(array, line, position) for array, (_, _, line) in zip(arrays, texts, strict=True)]
         return Chunk.of(samples[::2], samples[1::2], keep_rows=keep_rows)
 
@@ -132,7 +137,7 @@ class CaptureEngine:
             DerivationError: as `capture_pairs`.
         """
         prompts = [self._tokens(text.prompt, text.text, text.line, position, source) for text in texts]
-        arrays = self._llm.capture(prompts, position=position.capture_position)
+        arrays = self._capture(prompts, position.capture_position)
         captured = []
         for text, tokens, rows_LTD in zip(texts, prompts, arrays, strict=True):
             sample = self._sample(rows_LTD, text.line, position)
@@ -199,7 +204,7 @@ class CaptureEngine:
         """
         prompts = [self._tokens(text.prompt, text.text, text.line, Position("last"), source) for text in texts]
         if readout.at == "last_prompt_token":
-            numbers = [readout.numbers(rows_L1D) for rows_L1D in self._llm.capture(prompts, position="last")]
+            numbers = [readout.numbers(rows_L1D) for rows_L1D in self._capture(prompts, "last")]
         else:
             num_blocks, hidden_size = readout.directions_LD.shape
             max_rows = max(1, max_bytes // (num_blocks * hidden_size * np.dtype(np.float32).itemsize))
@@ -213,14 +218,23 @@ class CaptureEngine:
             if len(prompt) > max_rows:
                 starts = range(0, len(prompt), max_rows)
                 windows = [list(range(start, min(start + max_rows, len(prompt)))) for start in starts]
-                captured = (self._llm.capture([prompt], position=window)[0] for window in windows)
+                captured = (self._capture([prompt], window)[0] for window in windows)
                 yield np.concatenate([readout.numbers(rows_LTD) for rows_LTD in captured], axis=1)
                 continue
             batch.append(prompt)
             following = len(prompts[index + 1]) if index + 1 < len(prompts) else max_rows
             if sum(map(len, batch)) + following > max_rows:
-                yield from map(readout.numbers, self._llm.capture(batch, position="all"))
+                yield from map(readout.numbers, self._capture(batch, "all"))
                 batch = []
+
+    def _capture(self, prompts: Sequence[list[int]], position: str | list[int]) -> list[Rows]:
+        """Rows of each prompt, `[L, P, D]`, at the blocks of the configuration."""
+        arrays: list[Rows] = self._llm.capture(prompts, position=position)
+        blocks = self._llm.capture_blocks
+        if self._config.blocks in (None, blocks):
+            return arrays
+        chosen = [blocks.index(block) for block in self._config.blocks or ()]
+        return [array_LPD[chosen] for array_LPD in arrays]
 
     def _sample(self, rows_LTD: Rows, line: int, position: Position, skip_first: bool | None = None) -> Sample:
         try:

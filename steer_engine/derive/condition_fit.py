@@ -6,15 +6,15 @@ Engines capture the residual stream of the prompts and reduce it to one number p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Unpack, get_args
 
 import numpy as np
 
 from steer_engine.derive.actors import Capturing, start_capturing
-from steer_engine.derive.capture_config import model_name
+from steer_engine.derive.capture_config import EngineOptions, model_name
 from steer_engine.derive.condition import MIN_PROMPTS, ConditionFit, Readout, choose, require_enough
 from steer_engine.derive.make_pairs import read_words
 from steer_engine.derive.moments import Array
@@ -23,6 +23,12 @@ from steer_engine.errors import DerivationError
 from steer_engine.fields import block_ranges, parse_blocks
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import At, Measure
+
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
+
+PromptSource = str | os.PathLike[str] | Iterable[str]
+"""A file as `load_prompts` reads it, or prompts."""
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 POSITIONS: tuple[At, ...] = get_args(At)
@@ -38,19 +44,19 @@ class Prompts:
     repeated: int = 0
 
 
-def load_prompts(
-    name_or_path: str | os.PathLike[str], label: str, *, least: int = MIN_PROMPTS, what: str = "condition"
-) -> Prompts:
-    """Load the prompts of a class: a `.txt` file with one per line, or what `load_texts` reads.
+def load_prompts(given: PromptSource, label: str, *, least: int = MIN_PROMPTS, what: str = "condition") -> Prompts:
+    """Load the prompts of a class: a `.txt` file with one per line, what `load_texts` reads, or prompts in memory.
 
     label: `positive` or `negative`. Texts that have the other label, or are the other side of a pair, are left out.
     least: how many are needed; what: what needs them.
 
     Raises:
-        DerivationError: the file cannot be read, or has too few prompts of the class.
+        DerivationError: the file cannot be read, a prompt is no text or empty, or the class has too few prompts.
     """
-    source = str(name_or_path)
-    if Path(source).suffix == ".txt":
+    source = str(given) if isinstance(given, str | os.PathLike) else f"{label} prompts"
+    if not isinstance(given, str | os.PathLike):
+        texts = list(_in_memory(given, source))
+    elif Path(source).suffix == ".txt":
         texts = [Text(id=str(line), text=text, line=line) for line, text in read_words(Path(source), "prompt")]
     else:
         loaded = load_texts(source)
@@ -61,6 +67,13 @@ def load_prompts(
         unique.setdefault((text.prompt, text.text), text)
     require_enough(len(unique), label, source, least=least, what=what)
     return Prompts(items=tuple(unique.values()), label=label, source=source, repeated=len(texts) - len(unique))
+
+
+def _in_memory(prompts: Iterable[str], source: str) -> Iterator[Text]:
+    for number, text in enumerate(prompts, start=1):
+        if not isinstance(text, str) or not text.strip():
+            raise DerivationError(f"{source}:{number}: a prompt is text that is not empty, and this is {text!r:.64}.")
+        yield Text(id=str(number), text=text, line=number)
 
 
 def require_disjoint(positive: Prompts, negative: Prompts) -> None:
@@ -96,10 +109,10 @@ def candidate_blocks(vector: ControlVector, blocks: str | int | Iterable[int]) -
 
 
 def fit_condition(
-    model: str,
+    model: str | LLM,
     vector: ControlVector,
-    positive: str | os.PathLike[str],
-    negative: str | os.PathLike[str],
+    positive: PromptSource,
+    negative: PromptSource,
     *,
     at: At = "last_prompt_token",
     measure: Measure = "cosine",
@@ -107,17 +120,11 @@ def fit_condition(
     num_blocks: int = 1,
     held_out: float = 0.3,
     seed: int = 0,
-    chat: bool = False,
-    dtype: str = "auto",
-    actors: int = 1,
-    ray_address: str | None = None,
-    gpus_per_actor: float | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    **engine: Unpack[EngineOptions],
 ) -> ConditionFit:
     """Find the blocks and the threshold at which a vector tells prompts that need steering from those that do not.
 
-    Args, as of `derive`, and:
+    Args, `EngineOptions` (see `derive`), and:
         vector: its directions are compared with the residual stream of the prompts.
         positive: prompts for which the condition shall hold, as `load_prompts` reads them.
         negative: prompts for which it shall not hold.
@@ -146,13 +153,7 @@ def fit_condition(
         source="prompts",
         position="last",
         blocks=candidates,
-        chat=chat,
-        dtype=dtype,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args,
-        progress=progress,
+        **engine,
     ) as run:
         vector.check(hidden_size=run.facts.hidden_size, num_blocks=run.facts.num_blocks)
         positive_NL, negative_NL = (_values(run, prompts, readout) for prompts in classes)
@@ -167,10 +168,10 @@ def fit_condition(
         seed=seed,
     )
     notes = repeated(classes)
-    made_for = vector.metadata.model
-    if made_for and made_for != model_name(model):
-        notes.append(f"the vector was derived on {made_for[:64]!r}, and {model_name(model)!r} is another name.")
-    return replace(fit, chat=chat, notes=tuple(notes))
+    made_for, name = vector.metadata.model, model_name(run.config.model)
+    if made_for and made_for != name:
+        notes.append(f"the vector was derived on {made_for[:64]!r}, and {name!r} is another name.")
+    return replace(fit, chat=run.config.chat, notes=tuple(notes))
 
 
 def repeated(classes: Iterable[Prompts]) -> list[str]:

@@ -3,74 +3,76 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from steer_engine.derive.actors import start_capturing
+from steer_engine.derive.capture_config import CaptureConfig, EngineOptions
 from steer_engine.derive.capture_engine import EngineFacts
 from steer_engine.derive.dump_folder import DumpManifest
 from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_TEXTS, CapturedRows
 from steer_engine.derive.methods import FROM_ROWS, require_method
-from steer_engine.derive.texts import Pair, Pairs, from_pairs, load_pairs
+from steer_engine.derive.texts import Pair, PairRow, Pairs, as_pairs, from_pairs
 from steer_engine.errors import DerivationError
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.files import SUFFIXES, save
+
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
 
 SAMPLE_BYTES = 1 << 28
 """Size of the rows that are kept for the quality numbers of a method that needs only sums."""
 
 
 def derive(
-    model: str,
-    pairs: str | os.PathLike[str] | Pairs | Sequence[Pair],
+    model: str | LLM,
+    pairs: str | os.PathLike[str] | Pairs | Iterable[Pair | PairRow],
     *,
     method: str = "diffmean",
     blocks: str | int | Iterable[int] = "all",
     position: str = "last",
-    chat: bool = False,
-    dtype: str = "auto",
-    actors: int = 1,
-    ray_address: str | None = None,
-    gpus_per_actor: float | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    **engine: Unpack[EngineOptions],
 ) -> ControlVector:
     """Derive a control vector on the engine that will serve it.
 
     Ray actors, each with a `steer_engine.LLM`, capture the residual stream of every text at the same hook that steers.
-    They send back sums, and rows if the method needs them.
+    They send back sums, and rows if the method needs them. A living `LLM` captures in this process, without Ray.
+
+        vector = derive("smollm2-135m", [("I love it.", "I hate it."), ("What joy!", "What a mess!")], blocks="8-19")
 
     Args:
-        model: path, Hugging Face id, or the name of a packaged model.
-        pairs: JSONL file or name of a packaged set (see `load_pairs`), or pairs.
+        model: path, Hugging Face id, or the name of a packaged model; or a living `LLM(..., capture=True)`.
+        pairs: JSONL file or name of a packaged set (see `load_pairs`); or an iterable of (positive, negative), of
+            (positive, negative, prompt), or of mappings with these keys, such as the rows of a dataset.
         method: one of `methods.METHODS`. Scale 1 of the vector is the difference of the means for all but `mean`.
         blocks: sites to capture, `"all"`, `"8-22"`, a number or numbers.
         position: token rows that represent a text: `"last"`, `"mean"`, or numbers such as `"-1,-2"`.
-        chat: apply the model's chat template to the texts.
-        actors: number of engines that run in parallel.
-        ray_address: cluster to run them on (None: a local Ray for this call).
-        gpus_per_actor: None for one each (or the tensor parallel size) if Ray has enough.
-        engine_args: further arguments of the engine, such as `{"tensor_parallel_size": 2}`.
+        out: file to save the vector to, `.safetensors` or `.gguf`. An existing one is replaced only with `force`.
+        engine: `chat`, `dtype`, `actors`, `ray_address`, `gpus_per_actor`, `engine_args`, `progress`: see
+            `EngineOptions`.
 
     Raises:
         DerivationError: pairs or settings are unusable, or give no direction; names file and line if there is one.
+            All that needs no engine is checked before one starts.
         UnsupportedEngineError: the model cannot be armed.
     """
     require_method(method)
-    pairs = _as_pairs(pairs)
+    pairs = as_pairs(pairs)
+    if out is not None:
+        numbers = CaptureConfig.of("", position=position, blocks=blocks, chat=False, source="", dtype="",
+                                   engine_args=None, local=False).blocks  # fmt: skip
+        require_writable(Path(out), force=force, blocks=numbers, remedy="Leave it out, for example with blocks='1-29'")
     with start_capturing(
         model,
         source=pairs.source or "pairs",
         position=position,
         blocks=blocks,
-        chat=chat,
-        dtype=dtype,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args,
-        progress=progress,
+        **engine,
     ) as run:
         keep_rows_of = num_pairs_to_keep(method, len(pairs), run.facts)
         rows = CapturedRows()
@@ -78,16 +80,34 @@ def derive(
             for chunk in run.engines.capture_pairs(pairs, keep_rows_of=keep_rows_of):
                 rows.add(chunk)
                 advance(chunk.positive.count)
-    manifest = DumpManifest.of(model, run.config, run.facts, from_pairs(pairs))
-    return rows.fit(method, run.facts.blocks, manifest.vector_metadata(method))
+    manifest = DumpManifest.of(run.config.model, run.config, run.facts, from_pairs(pairs))
+    vector = rows.fit(method, run.facts.blocks, manifest.vector_metadata(method))
+    if out is not None:
+        save(vector, Path(out))
+    return vector
 
 
-def _as_pairs(pairs: str | os.PathLike[str] | Pairs | Sequence[Pair]) -> Pairs:
-    if isinstance(pairs, Pairs):
-        return pairs
-    if isinstance(pairs, str | os.PathLike):
-        return load_pairs(pairs)
-    return Pairs(tuple(pairs))
+def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, remedy: str) -> None:
+    """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`.
+
+    blocks: those that the vector will have; None for all. remedy: how to leave out block 0.
+    """
+    if out.suffix not in SUFFIXES:
+        raise DerivationError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
+    if out.suffix == ".gguf" and (blocks is None or 0 in blocks):
+        raise DerivationError(
+            f"{out}: llama.cpp rejects a control vector with a direction for block 0. {remedy}, or write .safetensors."
+        )
+    require_absent(out, force=force)
+
+
+def require_absent(out: Path, *, force: bool) -> None:
+    """Raise DerivationError if a file exists and `force` is not given, or if none can be written there."""
+    folder = next(each for each in out.absolute().parents if each.exists())  # missing folders are made
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DerivationError(f"{out}: {folder} is not a folder that can be written to; choose another place.")
+    if out.exists() and not force:
+        raise DerivationError(f"{out}: this file exists already; choose another name, or force to replace it.")
 
 
 def num_pairs_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from steer_engine.derive.actors import PAIRS_PER_CHUNK, CapturePool, start_capturing
-from steer_engine.derive.capture_config import Position
+from steer_engine.derive.actors import PAIRS_PER_CHUNK, Capturer, start_capturing
+from steer_engine.derive.capture_config import EngineOptions, Position
 from steer_engine.derive.capture_engine import CapturedText
 from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
 from steer_engine.derive.progress import Progress
 from steer_engine.derive.shard import CODES
-from steer_engine.derive.texts import Pair, Pairs, Text, Texts, from_pairs, load_texts
+from steer_engine.derive.texts import Pair, PairRow, Pairs, Text, Texts, as_pairs, from_pairs, load_texts
 from steer_engine.errors import DerivationError
+
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
 
 TEXTS_PER_CHUNK = 2 * PAIRS_PER_CHUNK
 """The texts of a chunk of `derive`, so that both run the same batches."""
@@ -39,25 +42,19 @@ _EXTRA_TOKENS = 64  # of a chat template and the tokenizer, beside one token per
 
 
 def dump(
-    model: str,
-    texts: str | os.PathLike[str] | Texts | Pairs | Sequence[Pair],
+    model: str | LLM,
+    texts: str | os.PathLike[str] | Texts | Pairs | Iterable[Pair | PairRow],
     folder: str | os.PathLike[str],
     *,
     blocks: str | int | Iterable[int] = "all",
     position: str = "last",
-    chat: bool = False,
-    dtype: str = "auto",
     store: str = "auto",
     shard_bytes: int = SHARD_BYTES,
-    actors: int = 1,
-    ray_address: str | None = None,
-    gpus_per_actor: float | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    **engine: Unpack[EngineOptions],
 ) -> DumpFolder:
     """Capture the residual stream of texts and store it in a folder. A second call resumes a run that stopped.
 
-    Args, as of `derive`, and:
+    Args, `EngineOptions` (see `derive`), and:
         texts: JSONL file of pairs or texts (see `load_texts`), name of a packaged set, or either in memory.
         folder: a new folder, or that of an unfinished run with the same settings.
         position: also `"all"`, which keeps the row of every token.
@@ -78,22 +75,16 @@ def dump(
         source=texts.source,
         position=position,
         blocks=blocks,
-        chat=chat,
-        dtype=dtype,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args,
-        progress=progress,
+        **engine,
     ) as run:
-        started = DumpFolder.start(Path(folder), DumpManifest.of(model, run.config, run.facts, texts, store))
+        started = DumpFolder.start(Path(folder), DumpManifest.of(run.config.model, run.config, run.facts, texts, store))
         fill(started, run.engines, texts, run.shown, shard_bytes=shard_bytes)
     return started
 
 
 def fill(
     folder: DumpFolder,
-    engines: CapturePool,
+    engines: Capturer,
     texts: Texts,
     shown: Progress,
     *,
@@ -120,12 +111,12 @@ def fill(
                 folder.write(first, texts[first : first + len(rows)], rows)
 
 
-def _as_texts(texts: str | os.PathLike[str] | Texts | Pairs | Sequence[Pair]) -> Texts:
+def _as_texts(texts: str | os.PathLike[str] | Texts | Pairs | Iterable[Pair | PairRow]) -> Texts:
     if isinstance(texts, Texts):
         return texts
     if isinstance(texts, str | os.PathLike):
         return load_texts(texts)
-    return from_pairs(texts if isinstance(texts, Pairs) else Pairs(tuple(texts)))
+    return from_pairs(as_pairs(texts))
 
 
 def chunks(texts: Sequence[Text], manifest: DumpManifest) -> list[range]:

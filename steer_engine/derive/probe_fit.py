@@ -5,16 +5,22 @@ Engines capture rows of the residual stream at the hook that serves probes; the 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from steer_engine.derive.actors import Capturing, start_capturing
-from steer_engine.derive.capture_config import model_name
-from steer_engine.derive.condition_fit import Prompts, candidate_blocks, load_prompts, repeated, require_disjoint
+from steer_engine.derive.capture_config import EngineOptions, model_name
+from steer_engine.derive.condition_fit import (
+    Prompts,
+    PromptSource,
+    candidate_blocks,
+    load_prompts,
+    repeated,
+    require_disjoint,
+)
 from steer_engine.derive.dump_folder import DumpManifest
 from steer_engine.derive.dump_writer import chunks
 from steer_engine.derive.fit import MAX_ROWS_BYTES
@@ -26,14 +32,17 @@ from steer_engine.errors import DerivationError
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import ProbeAt
 
+if TYPE_CHECKING:
+    from steer_engine.llm import LLM
+
 POSITIONS: dict[ProbeAt, str] = {"last_prompt_token": "last", "mean_prompt": "mean", "every_prompt_token": "all"}
 """Position rule of the rows that a probe is trained on."""
 
 
 def fit_probe(
-    model: str,
-    positive: str | os.PathLike[str],
-    negative: str | os.PathLike[str],
+    model: str | LLM,
+    positive: PromptSource,
+    negative: PromptSource,
     *,
     method: str = "logistic",
     blocks: str | int | Iterable[int] = "all",
@@ -41,17 +50,11 @@ def fit_probe(
     held_out: float = 0.3,
     rate: float = 0.01,
     seed: int = 0,
-    chat: bool = False,
-    dtype: str = "auto",
-    actors: int = 1,
-    ray_address: str | None = None,
-    gpus_per_actor: float | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    **engine: Unpack[EngineOptions],
 ) -> ProbeFit:
     """Train a probe that tells prompts of two classes apart.
 
-    Args, as of `derive`, and:
+    Args, `EngineOptions` (see `derive`), and:
         positive: prompts at which the probe shall fire, as `load_prompts` reads them. negative: the others.
         method: `"diffmean"`, `"logistic"` or `"lda"`.
         at: `"last_prompt_token"`, `"mean_prompt"`, or `"every_prompt_token"`: each token is an example by itself.
@@ -70,18 +73,15 @@ def fit_probe(
         source=texts.source,
         position=POSITIONS[at],
         blocks=blocks,
-        chat=chat,
-        dtype=dtype,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args,
-        progress=progress,
+        **engine,
     ) as run:
-        manifest = DumpManifest.of(model, run.config, run.facts, texts)
+        manifest = DumpManifest.of(run.config.model, run.config, run.facts, texts)
         examples = _capture(run, classes, manifest)
         captured = run.facts.blocks
-    with Progress(enabled=progress) as shown, shown.counting("fitting", total=len(captured), unit="blocks") as advance:
+    with (
+        Progress(enabled=engine.get("progress", True)) as shown,
+        shown.counting("fitting", total=len(captured), unit="blocks") as advance,
+    ):
         fit = fit_blocks(
             examples[0],
             examples[1],
@@ -92,27 +92,21 @@ def fit_probe(
             held_out=held_out,
             rate=rate,
             seed=seed,
-            chat=chat,
+            chat=run.config.chat,
             advance=advance,
         )
     return replace(fit, held_out=replace(fit.held_out, notes=(*repeated(classes), *fit.held_out.notes)))
 
 
 def report_probe(
-    model: str,
+    model: str | LLM,
     vector: ControlVector,
-    positive: str | os.PathLike[str],
-    negative: str | os.PathLike[str],
+    positive: PromptSource,
+    negative: PromptSource,
     *,
     blocks: str | int | Iterable[int] = "all",
     seed: int = 0,
-    chat: bool = False,
-    dtype: str = "auto",
-    actors: int = 1,
-    ray_address: str | None = None,
-    gpus_per_actor: float | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    **engine: Unpack[EngineOptions],
 ) -> ProbeReport:
     """Measure a trained probe on prompts that it was not trained on, at the tokens that it was trained on.
 
@@ -132,30 +126,26 @@ def report_probe(
     measured = candidate_blocks(trained, blocks)
     classes = _load(positive, negative)
     texts = _joined(classes)
+    chat = engine.get("chat", False)
+    options: EngineOptions = {**engine, "chat": chat or probe.chat}
     with start_capturing(
         model,
         source=texts.source,
         position=POSITIONS[probe.at],
         blocks=measured,
-        chat=chat or probe.chat,
-        dtype=dtype,
-        actors=actors,
-        ray_address=ray_address,
-        gpus_per_actor=gpus_per_actor,
-        engine_args=engine_args,
-        progress=progress,
+        **options,
     ) as run:
         vector.check(hidden_size=run.facts.hidden_size, num_blocks=run.facts.num_blocks)
-        examples = _capture(run, classes, DumpManifest.of(model, run.config, run.facts, texts))
+        examples = _capture(run, classes, DumpManifest.of(run.config.model, run.config, run.facts, texts))
     by_block = {}
     for index, block in enumerate(measured):
         direction_D = vector.directions[block].astype(np.float64)
         scores = [Scores(value_N=each.at(index) @ direction_D, prompt_N=each.prompt_N) for each in examples]
         by_block[block] = report_block(probe.blocks[block], *scores, seed=seed)
     notes = repeated(classes)
-    if vector.metadata.model and vector.metadata.model != model_name(model):
-        made_for = vector.metadata.model[:64]
-        notes.append(f"the probe was trained on {made_for!r}, and {model_name(model)!r} is another name.")
+    made_for, name = vector.metadata.model, model_name(run.config.model)
+    if made_for and made_for != name:
+        notes.append(f"the probe was trained on {made_for[:64]!r}, and {name!r} is another name.")
     if chat and not probe.chat:
         notes.append("the probe was trained without the chat template; its threshold may not hold for chats.")
     return ProbeReport(
@@ -168,7 +158,7 @@ def report_probe(
     )
 
 
-def _load(positive: str | os.PathLike[str], negative: str | os.PathLike[str]) -> tuple[Prompts, Prompts]:
+def _load(positive: PromptSource, negative: PromptSource) -> tuple[Prompts, Prompts]:
     classes = (
         load_prompts(positive, "positive", least=MIN_PROMPTS, what="probe"),
         load_prompts(negative, "negative", least=MIN_PROMPTS, what="probe"),

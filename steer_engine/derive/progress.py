@@ -1,9 +1,10 @@
-"""Progress bars on a terminal or in a notebook; plain lines if the output is a file."""
+"""Progress bars on a terminal or in a notebook; plain lines in a file, or in a notebook without ipywidgets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console
@@ -11,11 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as RichProgress
 
 
+def new_console() -> Console:
+    """Standard error, or the output of a notebook's cell. Rich draws bars in a notebook with ipywidgets only."""
+    console = Console(stderr=True)
+    if console.is_jupyter and find_spec("ipywidgets") is None:
+        return Console(stderr=True, force_jupyter=False, force_terminal=False)
+    return console
+
+
 class Progress:
     """Stages of one run on standard error."""
 
     def __init__(self, *, enabled: bool, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or new_console()
         self._enabled = enabled
         self._bars = RichProgress(
             SpinnerColumn(),

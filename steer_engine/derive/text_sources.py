@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -77,6 +77,12 @@ def _parse_line(raw: bytes, line: int, required: tuple[str, ...], optional: Set[
         raise DerivationError(f"not JSON ({error}).") from None
     if not isinstance(entry, dict):
         raise DerivationError(f"not a JSON object with {' and '.join(map(repr, required))}.")
+    check_entry(entry, required, optional)
+    return entry
+
+
+def check_entry(entry: Mapping[str, Any], required: tuple[str, ...], optional: Set[str]) -> None:
+    """Raise DerivationError unless an entry has the keys, no others, and texts that a tokenizer accepts."""
     for name in required:
         if name not in entry:
             raise DerivationError(f"the key {name!r} is missing.")
@@ -88,7 +94,6 @@ def _parse_line(raw: bytes, line: int, required: tuple[str, ...], optional: Set[
             raise DerivationError(f"{name!r} is not text.")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise DerivationError(f"{name!r} contains half a surrogate pair, which no tokenizer accepts.")
-    return entry
 
 
 def read_dataset(address: str) -> bytes:

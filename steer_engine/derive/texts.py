@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
-from steer_engine.derive.text_sources import parse_lines, read_set
+from steer_engine.derive.text_sources import check_entry, parse_lines, read_set
 from steer_engine.errors import DerivationError
 
 LABELS = ("positive", "negative")
+
+PairRow = tuple[str, str] | tuple[str, str, str] | Sequence[str] | Mapping[str, Any]
+"""A pair in memory: (positive, negative), (positive, negative, prompt), or a mapping with the keys of a JSONL file."""
 
 MIN_PAIRS = 2
 MIN_TEXTS = 2
@@ -146,6 +149,41 @@ def load_pairs(name_or_path: str | os.PathLike[str]) -> Pairs:
     """
     source, data = read_set(name_or_path)
     return _parse_pairs(data, source)
+
+
+def as_pairs(pairs: str | os.PathLike[str] | Pairs | Iterable[Pair | PairRow], source: str = "pairs") -> Pairs:
+    """Pairs from a file (see `load_pairs`), or from anything that yields pairs: lists, tuples, rows of a dataset.
+
+    Raises:
+        DerivationError: as `load_pairs`; names the item, from 1.
+    """
+    if isinstance(pairs, Pairs):
+        return pairs
+    if isinstance(pairs, str | os.PathLike):
+        return load_pairs(pairs)
+    found: list[Pair] = []
+    for number, item in enumerate(pairs, start=1):
+        try:
+            found.append(item if isinstance(item, Pair) else _pair_of(item, number))
+        except DerivationError as error:
+            raise DerivationError(f"{source}:{number}: {error.message}") from None
+    return Pairs(tuple(found), source)
+
+
+def _pair_of(item: PairRow, line: int) -> Pair:
+    if isinstance(item, Mapping):
+        entry = {key: value for key, value in item.items() if value is not None}
+        check_entry(entry, LABELS, {"prompt", "id"})
+    elif isinstance(item, Sequence) and not isinstance(item, str | bytes) and len(item) in (2, 3):
+        entry = dict(zip((*LABELS, "prompt"), item, strict=False))
+        check_entry(entry, LABELS, {"prompt"})
+    else:
+        raise DerivationError(
+            f"a {type(item).__name__} is no pair; give (positive, negative), (positive, negative, prompt), or a "
+            "mapping with the keys positive and negative. Of a DatasetDict choose a split; of a DataFrame take "
+            "to_dict('records')."
+        )
+    return Pair(**entry, line=line)
 
 
 def load_texts(name_or_path: str | os.PathLike[str]) -> Texts:

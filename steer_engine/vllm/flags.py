@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_flags(parser: Any) -> None:
-    """The flags of Steer Engine; every one begins with `--steering-`."""
+    """The flags of Steer Engine; every one but `--verbose` begins with `--steering-`."""
     add = parser.add_argument
     add("--steering-vectors", type=Path, metavar="DIR", help="Folder of control vectors (safetensors or GGUF); the "
         f"file stem is the name. Default: {VECTORS_ENV}, else a folder in the user's data directory.")  # fmt: skip
@@ -78,13 +78,15 @@ def add_flags(parser: Any) -> None:
         "publishes, such as max_edits=4; may be given several times.")  # fmt: skip
     add("--steering-default", metavar="PRESET", help="Preset for requests that do not mention steering.")
     add("--steering-strict", action="store_true", help="Refuse to start if a file of the folder is unusable.")
+    add("--verbose", action="store_true", help="Show every line that vLLM and its dependencies log. Default: warnings, "
+        "errors, and what concerns requests.")  # fmt: skip
 
 
 def refuse_unknown_flags(argv: Sequence[str]) -> None:
     """Raise UnsupportedEngineError for a misspelt or abbreviated flag of ours."""
     own = argparse.ArgumentParser(add_help=False)
     add_flags(own)
-    known = set(own._option_string_actions)
+    known = {name for name in own._option_string_actions if name.startswith("--steering")}
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
         if name.startswith("--steering") and name not in known:

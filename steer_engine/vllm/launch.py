@@ -22,6 +22,7 @@ from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown
 from steer_engine.vllm.lifetime import exit_on_signal
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import inference_keys
+from steer_engine.vllm.start_log import hide_routine
 
 CLI_ENV_SETUP = Symbol(
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup", moved_to="vllm.entrypoints.common.startup:cli_env_setup"
@@ -35,6 +36,8 @@ USED = (
     Symbol("vllm.entrypoints.cli.serve:ServeSubcommand.cmd", ("args",)),
     CLI_ENV_SETUP,
     Symbol("vllm.logger:configure_logging_from_args"),
+    Symbol("vllm.logger:DEFAULT_LOGGING_CONFIG"),
+    Symbol("vllm.logging_utils:UvicornAccessLogFilter", ("excluded_paths",)),
     Symbol("vllm.platforms:current_platform"),
     Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
 )
@@ -55,6 +58,7 @@ def serve(argv: Sequence[str]) -> int:
     # conversion of a packaged model, and the copy of a mirror.
     signal.signal(signal.SIGTERM, exit_on_signal)
     args = parse_serve_flags(argv)
+    args.says_ready = True
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     ServeSubcommand.cmd(args)
@@ -76,6 +80,7 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
     CLI_ENV_SETUP.get()()
     command = ServeSubcommand()
     args = _parser(command).parse_args(["serve", *argv])
+    hide_routine(args)
     configure_logging_from_args(args)
     arm(args)
     command.validate(args)

@@ -141,6 +141,10 @@ class SteerEndpointPlugin:
             # Kept on the state: a task without a reference may be collected.
             state.steering_gauges = asyncio.create_task(refresh_gauges(state.steering_readiness, frontend.registry))
             state.steering_mirror = start_mirror(frontend.registry.directory)
+            if getattr(args, "says_ready", False) and engine_client.vllm_config.parallel_config._api_process_rank == 0:
+                from steer_engine.vllm.start_log import say_ready
+
+                state.steering_ready = asyncio.create_task(say_ready(state, args))
 
 
 def _admit_admin_keys(args: Namespace, admin_keys: list[str]) -> None:

@@ -91,6 +91,18 @@ def test_help_of_serve_shows_our_flags_first_and_how_to_see_those_of_vllm() -> N
         assert text.index("--steering-vectors") < text.index("--steering-strict") < text.index("--port")
         assert "steer-engine serve --help=all" in text
         assert max(map(len, text.splitlines())) <= 120
+        headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert headings == [
+            "Vectors:",
+            "What is armed:",
+            "Requests:",
+            "Output:",
+            "Often used, of vLLM's flags:",
+            "Example:",
+        ]
+        place = {words: text.index(words) for words in (*headings, "--steering-mirror", "--steering-rows", "--verbose")}
+        assert place["Vectors:"] < place["--steering-mirror"] < place["What is armed:"] < place["--steering-rows"]
+        assert place["Output:"] < place["--verbose"] < place["Often used, of vLLM's flags:"]
 
 
 def test_commands_are_in_groups() -> None:
@@ -178,6 +190,13 @@ def test_every_command_names_a_missing_extra(commands_with: CommandsWith) -> Non
     run_all(measure, "scipy is missing", env={}, missing=("scipy",))
 
 
+def test_on_a_cluster_only_the_nodes_need_the_model(commands_with: CommandsWith) -> None:
+    (derive,) = (command for command in commands_with("/models/of/the/nodes", "0-99") if command[0] == "derive")
+    done = Done(*derive, "--ray-address", "127.0.0.1:1", missing=("vllm",))
+    assert done.status == 1
+    assert done.error.startswith("error: There is no Ray cluster at '127.0.0.1:1'")
+
+
 class Hub(BaseHTTPRequestHandler):
     """A hub that has one model, hides another, and fails for a third."""
 
@@ -219,6 +238,8 @@ def test_a_folder_or_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     Done("serve", str(tmp_path)).assert_mistake(f"The folder {tmp_path} has no config.json")
     Done("serve", str(tmp_path / "weights.bin")).assert_mistake("weights.bin is a file")
+    elsewhere = ("--hf-config-path", "org/config", "--port", "70000")
+    Done("serve", str(tmp_path), *elsewhere).assert_mistake("70000")
 
 
 def test_results_that_cannot_be_written_are_refused_before_an_engine_starts(tmp_path: Path) -> None:

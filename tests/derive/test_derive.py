@@ -218,3 +218,25 @@ def test_rows_that_do_not_fit_in_memory_are_refused() -> None:
     narrow = replace(facts, hidden_size=64, blocks=(0, 1))
     assert num_pairs_to_keep("diffmean", 1_000_000, narrow) == 1024
     assert num_pairs_to_keep("pca", 100_000, narrow) == 100_000
+
+
+def test_what_needs_no_engine_is_refused_before_one_starts(tmp_path: Path) -> None:
+    """The model does not exist: with a start, the error would be about it."""
+    pairs = [("a b", "c d"), ("e f", "g h")]
+    (tmp_path / "there.safetensors").write_bytes(b"precious")
+    for settings, words in (
+        ({"out": tmp_path / "there.safetensors"}, "exists already"),
+        ({"out": tmp_path / "there.bin"}, "must end in"),
+        ({"out": tmp_path / "v.gguf"}, "block 0"),
+        ({"out": tmp_path / "there.safetensors" / "v.safetensors"}, "not a folder"),
+        ({"method": "guess"}, "guess"),
+        ({"blocks": "9-3"}, "backwards"),
+        ({"position": "first"}, "Position 'first'"),
+    ):
+        with pytest.raises(DerivationError, match=words):
+            derive("/no/such/model", pairs, **settings)  # type: ignore[arg-type]
+    with pytest.raises(DerivationError, match="1 pair"):
+        derive("/no/such/model", pairs[:1])
+    assert (tmp_path / "there.safetensors").read_bytes() == b"precious"
+    with pytest.raises(TypeError, match="actor"):
+        derive("/no/such/model", pairs, actor=2)  # type: ignore[call-arg]

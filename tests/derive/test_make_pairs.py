@@ -146,7 +146,7 @@ def test_the_answers_of_a_pair_are_named_by_their_numbers() -> None:
 
 def test_options_of_a_vector_need_its_file(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
-    arguments = ("answers", tmp_path / "q.jsonl", "--model", "none", "--out", tmp_path / "pairs.jsonl")
+    arguments = ("answers", tmp_path / "q.jsonl", "--model", "smollm2-135m", "--out", tmp_path / "pairs.jsonl")
     for option, value in (("--method", "pca"), ("--blocks", "3"), ("--position", "mean")):
         with pytest.raises(DerivationError, match="name its file with --vector"):
             run(*arguments, option, value)

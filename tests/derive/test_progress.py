@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+from importlib.util import find_spec
 
+import pytest
 from rich.console import Console
 
-from steer_engine.derive.progress import Progress
+from steer_engine.derive.progress import Progress, new_console
 
 
 def run(console: Console, *, enabled: bool = True) -> None:
@@ -34,3 +36,13 @@ def test_silence_on_demand() -> None:
         out = io.StringIO()
         run(Console(file=out, force_terminal=terminal), enabled=False)
         assert out.getvalue() == ""
+
+
+@pytest.mark.skipif(find_spec("ipywidgets") is not None, reason="ipywidgets is installed")
+def test_a_notebook_without_widgets_gets_one_line_a_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert Console().is_jupyter
+    run(new_console())
+    assert capsys.readouterr().err == "starting\ncapturing 3 pairs\n"

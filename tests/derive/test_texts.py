@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from steer_engine.derive.text_sources import PACKAGED
-from steer_engine.derive.texts import Pair, Pairs, from_pairs, load_pairs, load_texts
+from steer_engine.derive.texts import Pair, Pairs, as_pairs, from_pairs, load_pairs, load_texts
 from steer_engine.errors import DerivationError
 
 GOOD_PAIRS = '{"positive": "I am glad.", "negative": "I am sad."}\n{"negative": "No.", "positive": "Yes.", "id": "b"}\n'
@@ -187,3 +188,32 @@ def test_duplicates_are_named(tmp_path: Path) -> None:
     texts = load_texts(write(tmp_path, pair, {"positive": "a", "negative": "c"}, pair))
     assert list(texts.duplicates()) == [f"{tmp_path}/texts.jsonl:3: the same as line 1; it counts twice."]
     assert len(list(load_texts(write(tmp_path, {"text": "a"}, {"text": "a"})).duplicates())) == 1
+
+
+def test_pairs_in_memory_equal_those_of_a_file(tmp_path: Path) -> None:
+    file = load_pairs(write_content(tmp_path, GOOD_PAIRS))
+    rows: list[Any] = [json.loads(line) for line in GOOD_PAIRS.splitlines()]
+    texts = [("I am glad.", "I am sad."), ["Yes.", "No."]]
+    for given in (rows, iter(rows), texts, tuple(texts), Dataset.from_list(rows), [Pair(positive="I am glad.",
+                  negative="I am sad."), {"positive": "Yes.", "negative": "No.", "prompt": None}]):  # fmt: skip
+        assert as_pairs(given).digest == file.digest
+    assert [pair.line for pair in as_pairs(texts)] == [1, 2]
+    assert as_pairs([("glad", "sad", "I am "), ("good", "bad", "It is ")])[1].prompt == "It is "
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("ab", "a str is no pair"),
+        (("a", "b", "c", "d"), "a tuple is no pair"),
+        (("a", 3), "'negative' is not text"),
+        (("a", " "), "'negative' is empty"),
+        (("a", "a"), "the same text"),
+        ({"positive": "a"}, "the key 'negative' is missing"),
+        ({"positive": "a", "negative": "b", "promt": "c"}, "unknown key 'promt'"),
+        (None, "a NoneType is no pair"),
+    ],
+)
+def test_a_wrong_item_is_named_by_its_number(item: Any, words: str) -> None:
+    with pytest.raises(DerivationError, match=f"^pairs:2: .*{words}"):
+        as_pairs([("x", "y"), item])

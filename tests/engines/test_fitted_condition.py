@@ -23,8 +23,7 @@ BOUND = 3 * 192 * 2.0**-23
 @pytest.mark.parametrize("at", ["last_prompt_token", "mean_prompt", "max_prompt"])
 @pytest.mark.parametrize(("measure", "num_blocks"), [("cosine", 1), ("dot", 2)])
 def test_a_request_decides_as_the_fit_says(tiny: LLM, tiny_llama: str, at: Any, measure: Any, num_blocks: int) -> None:
-    reader = CaptureEngine(config(tiny_llama))
-    reader.__dict__["_llm"] = tiny  # this engine, which also serves the requests below
+    reader = CaptureEngine(config(tiny_llama), tiny)  # this engine also serves the requests below
     words = [f"{kind} {number}" for kind in ("what is in room", "the weather was good on day") for number in range(12)]
     texts = [Text(id=word, text=word) for word in words]
     vector = VECTORS["r3"]

@@ -58,7 +58,12 @@ def server(smollm2: str, vectors_dir: Path, tmp_path_factory: pytest.TempPathFac
     del smollm2  # converted by now: the server's own start is what takes the time
     log = tmp_path_factory.mktemp("server") / "server.log"
     command = steer_engine_serve(
-        "smollm2-135m", "--steering-vectors", str(vectors_dir), "--enable-scale-out", "--enable-prompt-tokens-details"
+        "smollm2-135m",
+        "--steering-vectors",
+        str(vectors_dir),
+        "--enable-scale-out",
+        "--enable-prompt-tokens-details",
+        "--verbose",
     )
     running = Server(command, log, env={"VLLM_SERVER_DEV_MODE": "1"})
     yield running
