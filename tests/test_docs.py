@@ -24,6 +24,8 @@ from helpers.families import FORM
 from helpers.oracle_when import covered
 from typer.testing import CliRunner
 
+from steer_engine.api import registry_routes, routes
+from steer_engine.api.middleware import CARRYING_PATHS
 from steer_engine.cli.main import app
 from steer_engine.cli.serve import help_text
 from steer_engine.scope import ScopeWord
@@ -182,6 +184,19 @@ def test_the_api_page_names_what_exists() -> None:
         source = importlib.util.find_spec(module)
         assert source is not None, name
         assert attribute in getattr(importlib.import_module(module), "__all__", ()), name
+
+
+def test_the_table_of_routes_is_complete() -> None:
+    page = (ROOT / "docs" / "http_api.md").read_text()
+    listed = set()
+    for first in re.findall(r"^\| (`(?:GET|POST|PUT|DELETE) .*?) \|", page, re.MULTILINE):
+        method = ""
+        for span in re.findall(r"`([^`]+)`", first):
+            method, path = span.split() if " " in span else (method, span)
+            listed.add((method, path.partition("?")[0]))
+    routers = (routes.router, registry_routes.vector_router, registry_routes.preset_router)
+    ours = {(method, route.path) for router in routers for route in router.routes for method in route.methods}
+    assert listed == ours | {("POST", path) for path in CARRYING_PATHS} | {("GET", "/playground")}
 
 
 def test_the_readme_names_the_supported_versions() -> None:
