@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from steer_engine import __version__
-from steer_engine.cli import condition, pairs, probe, registry, vectors
+from steer_engine.cli import condition, features, pairs, probe, registry, vectors
 from steer_engine.cli.registry import status
 from steer_engine.errors import ModelError, SteerError
 from steer_engine.models import PACKAGED, checkpoint_path, get_model
@@ -39,6 +39,7 @@ app.add_typer(models_app, name="models", rich_help_panel=MANAGE)
 app.add_typer(condition.app, name="condition", rich_help_panel=DERIVE)
 app.add_typer(pairs.app, name="pairs", rich_help_panel=DERIVE)
 app.add_typer(probe.app, name="probe", rich_help_panel=DERIVE)
+app.add_typer(features.app, name="features", rich_help_panel=MANAGE)
 app.add_typer(registry.app, name="presets", rich_help_panel=MANAGE)
 app.add_typer(vectors.app, name="vectors", rich_help_panel=MANAGE)
 app.command(rich_help_panel=SERVE)(status)

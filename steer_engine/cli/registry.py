@@ -25,7 +25,7 @@ from steer_engine.fields import block_ranges
 from steer_engine.settings import ADMIN_KEY_ENV, API_KEY_ENVS, URL_ENV
 
 if TYPE_CHECKING:
-    from steer_engine.vectors import ControlVector
+    from steer_engine.vectors.files import AnyVector
 
 DEFAULT_URL = "http://localhost:8000"
 TIMEOUT_SECONDS = 60
@@ -199,12 +199,12 @@ def short_digest(digest: str) -> str:
     return digest[: len("sha256:") + 12] if sys.stdout.isatty() else digest
 
 
-def fetched(name: str, url: str) -> ControlVector:
-    """A vector of a server, verified by its digest. Raises RegistryError, VectorFileError."""
-    from steer_engine.vectors.safetensors_format import from_bytes
+def fetched(name: str, url: str) -> AnyVector:
+    """A vector or a row set of a server, verified by its digest. Raises RegistryError, VectorFileError."""
+    from steer_engine.vectors.files import from_safetensors
 
     answer = Remote(url).get("vectors", name, download="")
-    vector = from_bytes(answer.body)
+    vector = from_safetensors(answer.body)
     if vector.digest != answer.digest:
         raise VectorFileError(f"The server announced {answer.digest} but sent {vector.digest}.")
     return vector
@@ -222,9 +222,7 @@ def list_vectors(url: Url = DEFAULT_URL) -> None:
 
 
 def add(
-    file: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="A control-vector file, safetensors or GGUF.")
-    ],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A vector file, safetensors or GGUF.")],
     name: Annotated[str, typer.Option(help="Name on the server (default: the file's stem).")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Replace the current content of the name.")] = False,
     url: Url = DEFAULT_URL,
@@ -233,9 +231,9 @@ def add(
 
     Example: steer-engine vectors add cheerful.safetensors --url http://localhost:8000
     """
-    from steer_engine.vectors import load
+    from steer_engine.vectors.files import load_any
 
-    vector = load(file)  # reports an unusable file before it is sent
+    vector = load_any(file)  # reports an unusable file before it is sent
     answer = Remote(url).put(
         "vectors", name or file.stem, body=file.read_bytes(), content_type="application/octet-stream", replace=replace
     )

@@ -1,4 +1,4 @@
-"""Imports control vectors from the files of other tools. A server never does this.
+"""Imports control vectors and row sets from the files of other tools. A server never does this.
 
 Tools count layers differently. Here block l means the output of block l, counted from 0.
 
@@ -10,6 +10,10 @@ Tools count layers differently. Here block l means the output of block l, counte
 | refusal | `[D]`, the stream *before* block l; l is in `direction_metadata.json` beside it | l - 1 |
 | layers | a dict layer -> `[D]`, outputs of blocks | layer |
 | vllm-lens | JSON with `activations` and `layer_indices`, outputs of blocks | layer index |
+| neuronpedia | JSON of its API: one `vector`, with `hookName` | N of hook_resid_post, N - 1 of hook_resid_pre |
+| steering-lite | safetensors, `layer{L}.v`, outputs of blocks | L |
+| saelens, gemma-scope | features of a sparse autoencoder (`sae_formats`) | as hook_name or the folder says |
+| reft, axbench | low-rank edits, or directions (`reft_format`) | as the configuration or the keys say |
 
 `.pt` files are pickles. `torch_format` reads tensors and plain containers from them, and never runs code.
 """
@@ -20,16 +24,28 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steer_engine.errors import VectorFileError
-from steer_engine.vectors import gguf_format, torch_format, vllm_lens_format
+from steer_engine.errors import UnreadableFileError, VectorFileError
+from steer_engine.vectors import (
+    gguf_format,
+    neuronpedia_format,
+    reft_format,
+    sae_formats,
+    safetensors_format,
+    torch_format,
+    vllm_lens_format,
+)
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.gguf_keys import Keys
-from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata
+from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata, parse_json_object
+from steer_engine.vectors.row_set import RowSet
 from steer_engine.vectors.storage import read_vector_file
 from steer_engine.vectors.torch_format import Array, NotOnlyTensorsError
 
@@ -42,29 +58,152 @@ REEXPORT = (
 )
 """Exports a pickled object of the steering-vectors package as the kind `layers`. Needs that package."""
 
+MAX_LISTED = 10_000
+"""Names of a folder that are looked at to tell its kind."""
+
+MAX_START = 4096
+"""Bytes of a file that are looked at to tell its kind."""
+
+_STEERING_LITE = {
+    "mean_diff": "Made for op 'add' with scale {:g}.",
+    "pca": "Made for op 'add' with scale {:g}.",
+    "directional_ablation": "Made for op 'ablate', then op 'add' with scale {:g}.",
+}
+"""Methods with one direction per block, and how the tool applies them."""
+
+_LITE_NAME = re.compile(r"layer(0|[1-9][0-9]{0,3})\.v")
 _CAA_NAME = re.compile(r"vec_layer_(0|[1-9][0-9]{0,3})(_.*)?\.pt")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What to take from a file that holds much, and what the file does not say.
+
+    features: numbers of features or concepts. block: the block, where the file does not say it. part: which of several
+    interventions of a block. labels: an export of Neuronpedia's explanations.
+    """
+
+    features: tuple[int, ...] = ()
+    block: int | None = None
+    part: int | None = None
+    labels: Path | None = None
+
+
 def import_vector(
-    path: str | os.PathLike[str], kind: str, *, model: str = "", keys: Keys = "understood"
-) -> ControlVector:
-    """Read a file of another tool, or for `caa` a folder of files. The metadata's notes say what the file says.
+    path: str | os.PathLike[str], kind: str, *, model: str = "", keys: Keys = "understood", choice: Choice | None = None
+) -> AnyVector:
+    """Read a file of another tool, or a folder of files. The metadata's notes say what the file says.
 
     Args:
-        kind: one of `KINDS`. It cannot be detected from the file.
+        kind: one of `KINDS`, or `auto` to tell it by content.
         model: the model that the vector was derived on, for the metadata.
         keys: of kind `gguf`: which files are taken.
+        choice: of kinds of `CHOOSING`.
 
     Raises:
         VectorFileError: not a file of this kind. The message names the file and says what is wrong.
     """
-    if kind not in KINDS:
-        raise VectorFileError(f"There is no kind {kind[:64]!r} of vector file; valid are {', '.join(KINDS)}.")
     path = Path(path)
-    vector = gguf_format.load(path, keys=keys) if kind == "gguf" else KINDS[kind](path)
+    if kind not in KINDS and kind != "auto":
+        raise VectorFileError(f"There is no kind {kind[:64]!r} of vector file; valid are {', '.join(KINDS)}.")
+    if not path.exists():
+        raise UnreadableFileError(f"{path}: cannot be read (no such file or folder).")
+    kind = kind_of(path) if kind == "auto" else kind
+    choice = choice or Choice()
+    _check_choice(kind, choice)
+    vector = gguf_format.load(path, keys=keys) if kind == "gguf" else KINDS[kind](path, choice)
+    if choice.labels is not None and isinstance(vector, RowSet):
+        vector = _labelled(vector, choice.labels)
     notes = f"Imported from {path.name} ({kind}). {vector.metadata.notes}".strip()
     fields = {"notes": notes, "model": model} if model else {"notes": notes}
     return vector.with_metadata(**fields)
+
+
+def kind_of(path: Path) -> str:
+    """The kind of a file or folder by its content. Raises VectorFileError where several kinds look alike."""
+    if path.is_dir():
+        inside = {each.name for each in islice(path.iterdir(), MAX_LISTED)}
+        for kind, names in FOLDERS.items():
+            if inside >= names:
+                return kind
+        if any(_CAA_NAME.fullmatch(name) for name in inside):
+            return "caa"
+        raise VectorFileError(f"{path}: the folder has none of {_known_folders()}; name the kind with --kind.")
+    if path.name in FOLDERS["saelens"]:
+        raise VectorFileError(f"{path}: give the folder, {path.parent}.")
+    if path.suffix == ".npz" or path.name == "params.safetensors":
+        return "gemma-scope"
+    if path.name.endswith("_weight.pt"):
+        return "axbench"
+    start = _start(path)
+    if start.startswith(gguf_format.MAGIC):
+        return "gguf"
+    if path.suffix == ".safetensors":
+        return "steering-lite"
+    if start.lstrip()[:1] in (b"{", b"["):
+        return "vllm-lens" if b"activations" in start else "neuronpedia"
+    raise VectorFileError(f"{path}: the file does not say its kind; name it with --kind: {', '.join(KINDS)}.")
+
+
+def _known_folders() -> str:
+    return ", ".join(" and ".join(sorted(names)) for names in FOLDERS.values())
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_START)
+    except OSError as error:
+        raise UnreadableFileError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _check_choice(kind: str, choice: Choice) -> None:
+    """Raise VectorFileError for a choice that the kind would ignore."""
+    given = {"--features": choice.features, "--block": choice.block, "--part": choice.part, "--labels": choice.labels}
+    for option, value in given.items():
+        if value not in ((), None) and option not in CHOOSING.get(kind, ()):
+            takes = [each for each, options in CHOOSING.items() if option in options]
+            raise VectorFileError(f"{option} has no meaning for {kind}; it is for {', '.join(takes)}.")
+
+
+def _labelled(rows: RowSet, file: Path) -> RowSet:
+    """The row set with the first explanation of each of its features."""
+    (block,) = rows.blocks
+    wanted = set(rows.numbers(block))
+    found: dict[int, str] = {}
+    for number, text in neuronpedia_format.explanations(file):
+        if number in wanted:
+            found.setdefault(number, text)
+            if len(found) == len(wanted):
+                break
+    return rows.with_labels({block: found})
+
+
+def _axbench(path: Path, choice: Choice) -> RowSet:
+    return reft_format.load_axbench(path, choice.features, choice.block)
+
+
+def _steering_lite(path: Path) -> ControlVector:
+    """`Vector.save` of steering-lite: `layer{L}.v`, and its configuration as JSON in the metadata's `cfg`."""
+    header, body = safetensors_format.split_header(read_vector_file(path, safetensors_format.MAX_FILE_BYTES))
+    text = header.pop("__metadata__", {}).get("cfg", "{}")
+    config = parse_json_object(text if isinstance(text, str) else "{}", "the configuration")
+    method, coefficient = str(config.get("method", "none"))[:64], config.get("coeff", 1.0)
+    if method not in _STEERING_LITE or config.get("target_submodule") is not None:
+        raise VectorFileError(
+            f"method {method!r} is not one direction per block; valid are {', '.join(_STEERING_LITE)}."
+        )
+    directions: dict[int, Any] = {}
+    for name, entry in header.items():
+        match = _LITE_NAME.fullmatch(name)
+        if match is None or int(match[1]) >= MAX_BLOCKS:
+            raise VectorFileError(f"Tensor {name[:64]!r} is not layer0.v to layer{MAX_BLOCKS - 1}.v.")
+        code, shape, begin, end = safetensors_format.checked_entry(name, entry, ("F32", "F16", "BF16"))
+        if end > len(body):
+            raise VectorFileError(f"Tensor {name} ends after the end of the file.")
+        directions[int(match[1])] = safetensors_format.decode(body[begin:end], code).reshape(shape)
+    made_for = _STEERING_LITE[method].format(coefficient if type(coefficient) in (int, float) else 1.0)
+    return ControlVector(directions=directions, metadata=VectorMetadata(method=method, notes=made_for))
 
 
 def _caa(path: Path) -> ControlVector:
@@ -124,6 +263,17 @@ def _layers(path: Path) -> ControlVector:
         raise VectorFileError(f"{path}: {error.message}") from None
 
 
+def _named(path: Path, load: Callable[[Path], ControlVector]) -> ControlVector:
+    """Load, with the file's name in errors."""
+    try:
+        return load(path)
+    except UnreadableFileError:
+        raise
+    except VectorFileError as error:
+        message = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
+        raise type(error)(message) from None
+
+
 def _one(path: Path, *, rank: int) -> Array:
     tensor = _load_tensors(path)
     if isinstance(tensor, dict) or tensor.ndim != rank:
@@ -152,11 +302,32 @@ def _load_tensors(path: Path) -> Array | dict[Any, Array]:
     return found
 
 
-KINDS: dict[str, Callable[[Path], ControlVector]] = {
-    "gguf": gguf_format.load,
-    "caa": _caa,
-    "persona": _persona,
-    "refusal": _refusal,
-    "layers": _layers,
-    "vllm-lens": vllm_lens_format.load,
+KINDS: dict[str, Callable[[Path, Choice], AnyVector]] = {
+    "gguf": lambda path, _: gguf_format.load(path),
+    "caa": lambda path, _: _caa(path),
+    "persona": lambda path, _: _persona(path),
+    "refusal": lambda path, _: _refusal(path),
+    "layers": lambda path, _: _layers(path),
+    "vllm-lens": lambda path, _: vllm_lens_format.load(path),
+    "neuronpedia": lambda path, _: neuronpedia_format.load(path),
+    "steering-lite": lambda path, _: _named(path, _steering_lite),
+    "saelens": lambda path, choice: sae_formats.load_saelens(path, choice.features, choice.block),
+    "gemma-scope": lambda path, choice: sae_formats.load_gemma_scope(path, choice.features, choice.block),
+    "reft": lambda path, choice: reft_format.load_reft(path, choice.part),
+    "axbench": _axbench,
 }
+
+CHOOSING = {
+    "saelens": ("--features", "--block", "--labels"),
+    "gemma-scope": ("--features", "--block", "--labels"),
+    "reft": ("--part",),
+    "axbench": ("--features", "--block"),
+}
+"""Kinds that hold more than one takes, and the options that choose."""
+
+FOLDERS: dict[str, set[str]] = {
+    "saelens": {sae_formats.CONFIG, sae_formats.WEIGHTS},
+    "gemma-scope": {"params.npz"},
+    "reft": {reft_format.CONFIG},
+}
+"""Kind of a folder -> names of files in it."""

@@ -1,4 +1,4 @@
-"""The HTML report about control vectors: one page with tables and small SVG figures, without scripts or other files."""
+"""The HTML report about control vectors and row sets: one page with tables and SVG figures, without scripts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector
+from steer_engine.vectors.files import AnyVector
+from steer_engine.vectors.row_set import RowSet
 from steer_engine.vectors.suggestion import doses, suggest
 
 Projections = Mapping[int, tuple[np.ndarray, np.ndarray]]
@@ -27,7 +29,7 @@ figcaption { font-weight: 600 } dt { float: left; width: 9rem; color: #666 } cod
 """
 
 
-def html_report(vectors: Mapping[str, ControlVector], projections: Mapping[str, Projections] | None = None) -> str:
+def html_report(vectors: Mapping[str, AnyVector], projections: Mapping[str, Projections] | None = None) -> str:
     """The page: norms, dose and separation by block, cosines between blocks and between several vectors.
 
     All text from a file is escaped.
@@ -39,9 +41,11 @@ def html_report(vectors: Mapping[str, ControlVector], projections: Mapping[str, 
     """
     if not vectors:
         raise VectorFileError("A report needs at least one control vector.")
-    parts = [_section(name, vector, (projections or {}).get(name, {})) for name, vector in vectors.items()]
-    if len(vectors) > 1:
-        parts.append(_between(vectors))
+    directions = {name: vector for name, vector in vectors.items() if isinstance(vector, ControlVector)}
+    parts = [_section(name, vector, (projections or {}).get(name, {})) for name, vector in directions.items()]
+    parts += [_rows_section(name, rows) for name, rows in vectors.items() if isinstance(rows, RowSet)]
+    if len(directions) > 1:
+        parts.append(_between(directions))
     title = ", ".join(map(escape, vectors))
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>\n'
@@ -88,7 +92,7 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
         "notes": about.notes,
         "suggestion": suggestion,
     }
-    listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items() if value)
+    listed = _listed(facts)
     figures = [_figure("|v|", bars(vector.norms))]
     if dose := doses(vector):
         figures.append(_figure("dose of scale 1: |v| / |x|", bars(dose)))
@@ -98,6 +102,40 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
     for block, sides in projections.items():
         figures.append(_figure(f"projection of texts at block {block}", histograms(*sides)))
     return f"<h2>{escape(name)}</h2><dl>{listed}</dl>{''.join(figures)}{_table(vector)}\n"
+
+
+def _rows_section(name: str, rows: RowSet) -> str:
+    about = rows.metadata
+    facts = {
+        "digest": rows.digest,
+        "kind": rows.kind,
+        "model": about.model,
+        "method": about.method,
+        "notes": about.notes,
+    }
+    skew = {block: rows.orthonormality_error(block) for block in rows.blocks}
+    figure = _figure("deviation of R from orthonormal", bars(skew)) if rows.kind == "low_rank" else ""
+    return f"<h2>{escape(name)}</h2><dl>{_listed(facts)}</dl>{figure}{_grid(*row_figures(rows))}\n"
+
+
+def row_figures(rows: RowSet) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of a table with one line per row: its label, the norms of both rows, and the angle between."""
+    lines = []
+    for block in rows.blocks:
+        for number in rows.numbers(block):
+            row = rows.row(block, number)
+            read, write = row.read.astype(np.float64), row.write.astype(np.float64)
+            norms = float(np.linalg.norm(read)), float(np.linalg.norm(write))
+            cosine = float(read @ write) / (norms[0] * norms[1]) if min(norms) > 0 else 0.0
+            threshold = "" if row.threshold is None else f"{row.threshold:.4g}"
+            numbers = [f"{norms[0]:.4g}", f"{norms[1]:.4g}", f"{cosine:.3f}", f"{row.bias:.4g}", threshold]
+            lines.append([str(block), str(number), *numbers, row.label])
+    name = "feature" if rows.kind == "features" else "row"
+    return ["block", name, "|read|", "|write|", "cosine", "bias", "threshold", "label"], lines
+
+
+def _listed(facts: Mapping[str, str]) -> str:
+    return "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items() if value)
 
 
 def _table(vector: ControlVector) -> str:

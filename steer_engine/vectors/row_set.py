@@ -250,6 +250,10 @@ class RowSet:
         metadata = VectorMetadata.checked({**self.metadata.model_dump(), **fields})
         return RowSet(**{**_parts(self), "metadata": metadata})
 
+    def with_labels(self, labels: Mapping[int, Mapping[int, str]]) -> RowSet:
+        """The same rows with other labels: block -> number of a row -> text. Raises VectorFileError."""
+        return RowSet(**{**_parts(self), "labels": labels})
+
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, RowSet) else NotImplemented
 

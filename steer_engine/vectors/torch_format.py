@@ -1,4 +1,4 @@
-"""Reads the tensors of a `.pt` file of `torch.save`, without torch and without running anything.
+"""Reads and writes the tensors of a `.pt` file of `torch.save`, without torch and without running anything.
 
 Such a file is a zip archive: a pickle that describes the tensors, and one member with the bytes of each storage. A
 tensor is a view of a storage, and a view may be far larger than its storage, or reach beyond it. So every number is
@@ -13,9 +13,10 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +42,13 @@ Array = npt.NDArray[np.float32]
 _STORED = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
 """NumPy type of the stored values. bfloat16 is stored as its bits."""
 
+_WHOLE_NUMBERS = frozenset({"LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage"})
+
 _OPCODES = re.compile(
     "PROTO|FRAME|STOP|MARK|(STACK_)?GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|(EMPTY_)?(TUPLE|DICT)|TUPLE[123]|"
-    "EMPTY_LIST|APPENDS?|SETITEMS?|BININT[12]?|LONG1|BINFLOAT|(SHORT_)?BINUNICODE|(LONG_)?BIN(PUT|GET)|MEMOIZE"
+    "EMPTY_LIST|APPENDS?|SETITEMS?|BININT[12]?|LONG1|BINFLOAT|(SHORT_)?BINUNICODE|(LONG_)?BIN(PUT|GET)|MEMOIZE|BUILD"
 )
-"""What tensors, numbers, text and plain containers need."""
+"""What tensors, numbers, text and plain containers need. BUILD: the versions in a module's state (`_Unpickler`)."""
 
 
 class NotOnlyTensorsError(VectorFileError):
@@ -70,8 +73,11 @@ class _Storage:
     data: bytes
 
 
-def load(path: Path) -> Any:
+def load(path: Path, *, whole_numbers: bool = False) -> Any:
     """What the file contains, with tensors as float32 arrays: an array, a dict of them, or other plain values.
+
+    whole_numbers: leave out tensors of whole numbers, such as the buffers in a module's state. Otherwise they are
+        refused.
 
     Raises:
         VectorFileError: it cannot be read, is not such a file, or its tensors are not dense floating-point ones of the
@@ -80,12 +86,44 @@ def load(path: Path) -> Any:
     """
     data = read_vector_file(path, MAX_FILE_BYTES)
     try:
-        return _read(data)
+        return _read(data, whole_numbers)
     except VectorFileError as error:
         raise type(error)(f"{path}: {error.message}") from None
 
 
-def _read(data: bytes) -> Any:
+def to_bytes(tensors: Mapping[str, Array]) -> bytes:
+    """A file with a dict of float32 tensors, as `torch.save` writes it: an archive with the tensors' pickle.
+
+    The pickle is written here, opcode by opcode, because it names functions of torch.
+    """
+    text = [b"\x80\x02}("]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for number, (name, array) in enumerate(tensors.items()):
+            stored = np.ascontiguousarray(array, "<f4")
+            strides = [stride // 4 for stride in stored.strides]
+            storage = [b"(", _text("storage"), b"ctorch\nFloatStorage\n", _text(str(number)), _text("cpu")]
+            storage += [_number(stored.size), b"tQ"]
+            view = [_number(0), b"(", *map(_number, stored.shape), b"t(", *map(_number, strides), b"t"]
+            hooks = b"\x89ccollections\nOrderedDict\n)R"
+            text += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", *storage, *view, hooks, b"tR"]
+            archive.writestr(f"archive/data/{number}", stored.tobytes())
+        archive.writestr("archive/data.pkl", b"".join([*text, b"u."]))
+        archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/version", b"3\n")
+    return out.getvalue()
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+
+
+def _number(number: int) -> bytes:
+    return b"J" + number.to_bytes(4, "little", signed=True)
+
+
+def _read(data: bytes, whole_numbers: bool) -> Any:
     members = _members(data)
     described = [name for name in members if name.endswith("/data.pkl")]
     if len(described) != 1:
@@ -96,7 +134,7 @@ def _read(data: bytes) -> Any:
     text = members[described[0]]
     _check_opcodes(text)
     try:
-        found = _Unpickler(text, members, folder).load()
+        found = _Unpickler(text, members, folder, whole_numbers).load()
     except VectorFileError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -141,12 +179,25 @@ def _check_opcodes(text: bytes) -> None:
         raise VectorFileError("its data.pkl is damaged.") from None
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows storages and dense tensors, and no other class or function."""
+class _Unpickler(pickle._Unpickler):
+    """Knows storages and dense tensors, and no other class or function.
 
-    def __init__(self, text: bytes, members: dict[str, bytes], folder: str) -> None:
+    Python's own implementation, in which the meaning of an opcode can be changed: BUILD sets attributes of any object,
+    here it only passes over the versions that a module's state has as an attribute.
+    """
+
+    def __init__(self, text: bytes, members: dict[str, bytes], folder: str, whole_numbers: bool) -> None:
         super().__init__(io.BytesIO(text))
-        self._members, self._folder = members, folder
+        self._members, self._folder, self._whole_numbers = members, folder, whole_numbers
+
+    stack: list[Any]
+
+    def load_build(self) -> None:
+        self.stack.pop()
+        if type(self.stack[-1]) is not OrderedDict:
+            raise NotOnlyTensorsError("this pickle contains more than tensors, and loading it could run any code.")
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -154,7 +205,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name.endswith("Storage"):
             return _StorageKind(name)
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return _describe
+            return _describe_or_leave_out if self._whole_numbers else _describe
         if module == "torch._utils" and name == "_rebuild_parameter":
             return _parameter
         if module == "torch._utils" and name.startswith("_rebuild"):
@@ -194,6 +245,11 @@ def _describe(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> T
     if count and max(count, last + 1) * size > len(storage.data):
         raise VectorFileError(f"a tensor of shape {str(list(shape))[:64]} is larger than its storage.")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _describe_or_leave_out(storage: Any, *view: Any) -> Any:
+    """None for a tensor of whole numbers."""
+    return None if isinstance(storage, _Storage) and storage.kind in _WHOLE_NUMBERS else _describe(storage, *view)
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from steer_engine.errors import VectorFileError
-from steer_engine.vectors import ControlVector, load, save
-from steer_engine.vectors.importers import KINDS, import_vector
+from steer_engine.vectors import ControlVector, RowSet, load, save
+from steer_engine.vectors.importers import KINDS, Choice, import_vector, kind_of
 
 
 class SteeringVector:
@@ -147,3 +149,90 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "vec_layer_1_x.pt").write_bytes(content)
     with pytest.raises(VectorFileError, match=r"vec_layer_1_x\.pt"):
         import_vector(tmp_path / "vec_layer_1_x.pt", "caa")
+
+
+def steering_lite(path: Path, tensors: dict[str, np.ndarray], **changes: Any) -> Path:
+    """As `Vector.save` of steering-lite writes it."""
+    config = {"method": "mean_diff", "layers": [3, 8], "target": "residual", "target_submodule": None, "coeff": 2.5}
+    save_file(tensors, path, metadata={"cfg": json.dumps(config | changes)})
+    return path
+
+
+def test_steering_lite(tmp_path: Path) -> None:
+    v = np.arange(4, dtype=np.float32)
+    path = steering_lite(tmp_path / "v.safetensors", {"layer3.v": v, "layer8.v": v.astype(np.float16)})
+    vector = import_vector(path, "auto")
+    assert vector == ControlVector(directions={3: v, 8: v})
+    assert vector.metadata.notes == "Imported from v.safetensors (steering-lite). Made for op 'add' with scale 2.5."
+    for changes in ({"method": "sspace"}, {"target_submodule": "mlp.down_proj"}, {"method": ["x"]}):
+        with pytest.raises(VectorFileError, match="is not one direction per block"):
+            import_vector(steering_lite(path, {"layer3.v": v}, **changes), "steering-lite")
+    with pytest.raises(VectorFileError, match=r"v\.safetensors: Tensor 'layer3\.V' is not layer0\.v"):
+        import_vector(steering_lite(path, {"layer3.V": np.ones((2, 4), np.float32)}), "steering-lite")
+    with pytest.raises(VectorFileError, match="shape"):
+        import_vector(steering_lite(path, {"layer3.v": np.ones((2, 4), np.float32)}), "steering-lite")
+
+
+def sae(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    shapes = {"W_enc": (4, 9), "W_dec": (9, 4), "b_enc": (9,), "b_dec": (4,)}
+    save_file({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"hook_name": "blocks.3.hook_resid_post"}))
+    return folder
+
+
+def test_features_are_chosen_and_labelled(tmp_path: Path) -> None:
+    folder = sae(tmp_path / "sae")
+    lines = [{"index": "5", "description": "praise"}, {"index": "5", "description": "later"}, {"index": "4"}]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"index": 0, "description": "blame"}])))
+    rows = import_vector(folder, "auto", model="m", choice=Choice(features=(5, 2), labels=tmp_path / "e.jsonl"))
+    assert isinstance(rows, RowSet)
+    assert rows.numbers(3) == (2, 5)
+    assert rows.labels == {3: {5: "praise"}}
+    assert (rows.metadata.model, rows.metadata.notes) == ("m", "Imported from sae (saelens).")
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "message"),
+    [
+        ("caa", Choice(features=(1,)), "--features has no meaning for caa; it is for saelens, gemma-scope, axbench"),
+        ("reft", Choice(block=1), "--block has no meaning for reft"),
+        ("saelens", Choice(part=0), "--part has no meaning for saelens; it is for reft"),
+        ("axbench", Choice(labels=Path("x")), "--labels has no meaning for axbench"),
+        ("saelens", Choice(), "--features 12,345"),
+    ],
+)
+def test_a_choice_that_a_kind_would_ignore_is_refused(tmp_path: Path, kind: str, choice: Choice, message: str) -> None:
+    with pytest.raises(VectorFileError, match=message):
+        import_vector(sae(tmp_path / "sae"), kind, choice=choice)
+
+
+def test_kinds_are_told_by_content(tmp_path: Path) -> None:
+    (tmp_path / "g.bin").write_bytes(b"GGUF")
+    (tmp_path / "lens.json").write_text('[{"activations": {}}]')
+    (tmp_path / "np.json").write_text('{"vector": {}}')
+    (tmp_path / "params.npz").write_bytes(b"PK")
+    (tmp_path / "DiffMean_weight.pt").write_bytes(b"PK")
+    found = {each.name: kind_of(each) for each in tmp_path.iterdir()}
+    assert found == {
+        "g.bin": "gguf",
+        "lens.json": "vllm-lens",
+        "np.json": "neuronpedia",
+        "params.npz": "gemma-scope",
+        "DiffMean_weight.pt": "axbench",
+    }
+    assert kind_of(sae(tmp_path / "sae")) == "saelens"
+    assert kind_of(tmp_path) == "gemma-scope"
+    (tmp_path / "caa").mkdir()
+    (tmp_path / "caa" / "vec_layer_3.pt").touch()
+    assert kind_of(tmp_path / "caa") == "caa"
+    (tmp_path / "x.pt").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "x.pt", "name it with --kind: gguf, caa"), (tmp_path / "empty", "has none of")):
+        with pytest.raises(VectorFileError, match=message):
+            kind_of(path)
+    with pytest.raises(VectorFileError, match=r"give the folder, .*sae\."):
+        kind_of(tmp_path / "sae" / "cfg.json")
+    with pytest.raises(VectorFileError, match="cannot be read"):
+        kind_of(tmp_path / "none.bin")
