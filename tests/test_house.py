@@ -7,6 +7,7 @@ import subprocess
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import floors
 import pytest
 import structure
 import yaml
@@ -97,3 +98,13 @@ def test_the_map_names_files_that_exist() -> None:
 def test_contributing_quotes_the_targets_of_structure() -> None:
     quoted = re.findall(r"\(at most ([\d.]+)\)", (ROOT / "CONTRIBUTING.md").read_text())
     assert quoted == [f"{each.target:g}" for each in structure.measure(structure.PACKAGE) if each.target is not None]
+
+
+def test_every_dependency_has_one_lowest_version() -> None:
+    """`make floors` installs these, and takes minutes; a dependency without a floor stops it."""
+    pinned = floors.floors()
+    names = [requirement.split("==")[0] for requirement in pinned]
+    assert len(set(names)) == len(names), "two extras name different floors"
+    assert {"numpy", "pydantic", "typer", "ray", "scipy", "matplotlib", "datasets"} <= set(names)
+    tests = (ROOT / path for path in floors.TESTS)
+    assert [path for path in tests if not path.exists()] == []
