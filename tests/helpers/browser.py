@@ -61,6 +61,18 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def each(self, selector: str, what: str) -> list[Any]:
+        """A property, or the value of a method, of every element that a CSS selector finds."""
+        found: list[Any] = self.evaluate(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.{what})"
+        )
+        return found
+
+    def the(self, selector: str, what: str) -> Any:
+        """The same of the only element that a selector finds."""
+        (found,) = self.each(selector, what)
+        return found
+
     def wait_for(self, script: str, seconds: float = 60) -> Any:
         """The value of `script` as soon as it is true."""
         deadline = time.monotonic() + seconds
@@ -82,12 +94,31 @@ class Page:
         """Into the focused control, as an input method does."""
         self._call("Input.insertText", text=text)
 
+    def write(self, selector: str, text: str) -> None:
+        """Replace what is in a field."""
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus(), document.activeElement.select()")
+        self.type(text)
+
+    def focused(self) -> str:
+        """What has the focus: its id, its name in its form, or its text."""
+        name = "document.activeElement.id || document.activeElement.dataset.field || document.activeElement.textContent"
+        return str(self.evaluate(name))
+
+    def tab_to(self, name: str) -> None:
+        """Press Tab until a control has the focus; each time, the focus must be visible."""
+        for _ in range(60):
+            self.press("Tab")
+            outline = self.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline != "none", f"The focus of {self.focused()} cannot be seen."
+            if self.focused() == name:
+                return
+        raise AssertionError(f"The Tab key does not reach {name}.")
+
     def click(self, selector: str) -> None:
         """A click with the mouse at the middle of an element, which is scrolled into view."""
-        where = self.evaluate(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        (box,) = self.each(selector, "getBoundingClientRect().toJSON()")[:1]
+        where = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
 

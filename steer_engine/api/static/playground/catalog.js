@@ -81,6 +81,6 @@ export class Catalog {
     const vector = this.known.get(name);
     if (!vector) return "";
     const blocks = vector.blocks.length === 1 ? `block ${vector.blocks[0]}` : `${vector.blocks.length} blocks`;
-    return vector.probe ? `${blocks} · trained probe` : blocks;
+    return vector.probe ? `${blocks} · probe` : blocks;
   }
 }

@@ -116,12 +116,12 @@ class TurnView {
     }
     segments.forEach((segment, at) => {
       const token = this.body.children[at];
-      const text = segment.text || "∎";
+      const text = segment.text || " end";
       if (token.textContent !== text) token.textContent = text;
       const value = valueOf(segment);
       const level = levelOf(value, scale);
       const marked = at === this.marked ? " marked" : "";
-      token.className = `token ${level === null ? "none" : `level${level}`}${segment.thinking ? " thought" : ""}${marked}`;
+      token.className = `token ${level === null ? "none" : `level${level}`}${segment.thinking ? " thought" : ""}${segment.text ? "" : " end"}${marked}`;
       token.title = describe(segment);
     });
   }

@@ -193,7 +193,7 @@ export class Edits {
     this.cards.forEach((card, at) => {
       const title = this.cards.length > 1 ? `Edit ${at + 1}` : "Edit";
       card.part("legend").replaceChildren(make("span", {}, title));
-      card.part(".remove").setAttribute("aria-label", `Remove ${title.toLowerCase()}`);
+      card.part(".remove").textContent = this.cards.length > 1 ? `Remove ${title.toLowerCase()}` : "Remove this edit";
     });
   }
 }
