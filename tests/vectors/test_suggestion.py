@@ -68,7 +68,8 @@ def test_a_starting_point_lies_between_gentle_and_strong() -> None:
 
 
 def test_a_calibrated_strength_comes_first() -> None:
-    measured = {"suggested_scale": "0.1", "suggested_blocks": "7", "suggested_unit": "residual", "suggested_because": "x"}
+    measured = {"suggested_scale": "0.1", "suggested_blocks": "7", "suggested_unit": "residual"}
+    measured |= {"suggested_because": "x"}
     assert starting_point(vector(extra=measured)) == {
         "blocks": "7", "scale": 0.1, "unit": "residual", "scope": "all", "because": "x"
     }  # fmt: skip
