@@ -5,7 +5,7 @@ import { test } from "node:test";
 
 import { levelOf, linesOf, scaleOf, shown, summaryOf, valueOf } from "./chart.js";
 import { addPart, appliedText, endOf, newTurn, textOf } from "./columns.js";
-import { chosenBlocks, describeDose, doseOf, probeStart, ranges, rangeOf, startOf, thresholdOf } from "./dose.js";
+import { chosenBlocks, describeDose, doseOf, probeStart, ranges, rangeOf, scaleFor, startOf, thresholdOf } from "./dose.js";
 import { inline, parse } from "./markdown.js";
 import { DEFAULTS, PROBE, bodyOf, curl, decodeLink, encodeLink, factorsOf, literal, node, python, withProbe } from "./request.js";
 import { eventsOf, explain, partOf } from "./server.js";
@@ -121,6 +121,14 @@ test("strength and slider begin where the vector suggests", () => {
   assert.equal(rangeOf({ op: "ablate", scale: 1 }, VECTOR).limit, 2);
   assert.deepEqual(chosenBlocks("9-30", VECTOR), [9, 10, 11]);
   assert.deepEqual([ranges([8, 9, 10]), ranges([8, 10]), ranges([8])], ["8-10", "8, 10", "8"]);
+});
+
+test("another operation or unit begins with a strength of its own", () => {
+  assert.equal(scaleFor({ op: "ablate" }, VECTOR), "1");
+  assert.equal(scaleFor({ op: "add" }, VECTOR), "0.25");
+  assert.equal(scaleFor({ op: "add", unit: "residual", blocks: [8, 9, 10] }, VECTOR), "0.13");
+  assert.equal(scaleFor({ op: "add_relative" }, VECTOR), "0.094");
+  assert.equal(scaleFor({ op: "add" }, null), "1");
 });
 
 test("a probe begins at the best block of a trained one", () => {

@@ -3,7 +3,7 @@
 import { OPERATIONS } from "./spec.js";
 
 /** Vectors whose facts are fetched at once, so that lists can tell which are probes. Others when they are chosen. */
-const EAGER = 60;
+const EAGER = 40;
 const AT_ONCE = 4;
 
 export class Catalog {

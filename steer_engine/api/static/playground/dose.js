@@ -81,12 +81,17 @@ export function startOf(vector, armed = null) {
   const found = vector?.suggested;
   const blocks = chosenBlocks(found?.blocks, vector).filter(isArmed);
   const isWhole = blocks.length === (vector?.blocks ?? []).length;
-  const start = { blocks: isWhole || !blocks.length ? "" : ranges(blocks), unit: found?.unit ?? "vector" };
-  if (found && Number.isFinite(found.scale)) {
-    return { ...start, scale: String(nice(found.scale)), scope: found.scope ?? "all" };
-  }
-  const dose = doseOf({ scale: 1, blocks: start.blocks || undefined, unit: start.unit }, vector);
-  return { ...start, scale: String(dose?.total ? nice((0.75 * WARN_ABOVE) / dose.total) : 1), scope: "all" };
+  const chosen = { blocks: isWhole || !blocks.length ? "" : ranges(blocks), unit: found?.unit ?? "vector" };
+  return { ...chosen, scale: scaleFor({ unit: chosen.unit, blocks: chosen.blocks || undefined }, vector), scope: found?.scope ?? "all" };
+}
+
+/** The strength, as text, that an operation begins with: an edit's other fields are given. 1 if nothing is known. */
+export function scaleFor(edit, vector) {
+  const [op, unit, found] = [edit.op ?? "add", edit.unit ?? "vector", vector?.suggested];
+  if (op === "ablate") return "1";
+  if (op === "add" && found?.unit === unit && Number.isFinite(found.scale)) return String(nice(found.scale));
+  const dose = doseOf({ ...edit, scale: 1 }, vector);
+  return String(dose?.total ? nice((0.75 * WARN_ABOVE) / dose.total) : 1);
 }
 
 /** { limit, step } of the slider: twice the strength that is warned about, and never less than the present value. */

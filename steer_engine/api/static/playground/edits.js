@@ -1,8 +1,8 @@
 // The cards of edits: one form for each edit, with a strength that fits its vector.
 
 import { VectorBox, fillFields, firstInvalid, make, readFields, setChoices, showFields, $ } from "./dom.js";
-import { describeDose, nice, rangeOf, startOf } from "./dose.js";
-import { EMPTY, FieldError, OPERATIONS, SCOPE_FORMS, SCOPE_WORDS, editOf, fieldsOf } from "./spec.js";
+import { describeDose, nice, rangeOf, scaleFor, startOf } from "./dose.js";
+import { EMPTY, FieldError, OPERATIONS, SCOPE_FORMS, SCOPE_WORDS, blocksOf, editOf, fieldsOf } from "./spec.js";
 
 class EditCard {
   /** catalog: what the server has. onChange: called after every change. onRemove: called with this card. */
@@ -44,6 +44,7 @@ class EditCard {
     if (!this.vector || this.fields.vector !== name) return;
     const { scale, blocks, unit, scope } = startOf(this.vector, this.catalog.armed);
     fillFields(this.root, { scale, blocks, unit, ...(typeof scope === "string" ? { scope } : {}) });
+    if (this.fields.op !== "add") this.#fit();
     this.#draw();
     this.onChange();
   }
@@ -86,9 +87,18 @@ class EditCard {
   #changed(control) {
     const scale = this.control("scale");
     if (control === this.slider) scale.value = nice(Number(this.slider.value));
+    if (["op", "unit"].includes(control.dataset.field)) this.#fit();
     showFields(this.root);
     this.#draw(control === this.slider);
     this.onChange();
+  }
+
+  /** A strength means something else in another operation or unit. */
+  #fit() {
+    const { op, unit, blocks } = this.fields;
+    try {
+      fillFields(this.root, { scale: scaleFor({ op, unit, ...(blocks ? { blocks: blocksOf(blocks) } : {}) }, this.vector) });
+    } catch { /* the blocks are not finished; the strength stays */ }
   }
 
   async #look() {

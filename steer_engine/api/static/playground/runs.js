@@ -21,7 +21,7 @@ export function restoreTab() {
 export class History {
   /** onOpen: called with the run that is to be shown again. */
   constructor(onOpen) {
-    Object.assign(this, { onOpen, runs: restoreTab().runs, draft: null });
+    Object.assign(this, { onOpen, ...restoreTab() });
     this.draw();
   }
 
