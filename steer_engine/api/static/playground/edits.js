@@ -11,6 +11,7 @@ class EditCard {
     this.onChange = onChange;
     this.root = $("edit").content.cloneNode(true).firstElementChild;
     this.vector = null;
+    this.ready = null; // a promise while a chosen vector is looked up
     this.slider = this.part(".slider");
     this.boxes = ["vector", "when_vector", "gate_vector"].map((field) => this.#box(field));
     this.offer();
@@ -38,7 +39,12 @@ class EditCard {
   }
 
   /** Choose a vector, with the strength and blocks that fit it. */
-  async choose(name) {
+  choose(name) {
+    this.ready = this.#begin(name);
+    return this.ready;
+  }
+
+  async #begin(name) {
     this.boxes[0].set(name);
     await this.#look();
     if (!this.vector || this.fields.vector !== name) return;
@@ -144,7 +150,6 @@ export class Edits {
     this.catalog = catalog;
     this.onChange = onChange;
     this.cards = [];
-    this.waiting = [];
   }
 
   /** A new card with the first vector that no card has. */
@@ -172,6 +177,11 @@ export class Edits {
       card.offer();
       card.describe();
     }
+  }
+
+  /** Until every chosen vector has its strength. */
+  ready() {
+    return Promise.all(this.cards.map((card) => card.ready));
   }
 
   /** The edits of a request. Raises FieldError. */

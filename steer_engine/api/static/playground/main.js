@@ -124,7 +124,7 @@ async function connect() {
 /** Answers with the steering at each factor. Earlier answers stay in the history. */
 async function compare(factors) {
   let prepared = null;
-  if (!catalog.connected && !(await connect())) return;
+  if (!(await isReady())) return;
   try {
     prepared = prepare();
     const { spec, asked } = prepared;
@@ -144,7 +144,7 @@ async function compare(factors) {
 
 /** The prompt as the next message of every answer's conversation. */
 async function nextTurn() {
-  if (!catalog.connected && !(await connect())) return;
+  if (!(await isReady())) return;
   try {
     const prepared = prepare();
     const sent = $("prompt").value;
@@ -156,6 +156,13 @@ async function nextTurn() {
   } catch (error) {
     fail(error);
   }
+}
+
+/** Connected, and every chosen vector has its strength. A click may come before that. */
+async function isReady() {
+  if (!catalog.connected && !(await connect())) return false;
+  await Promise.all([edits.ready(), probe.ready]);
+  return true;
 }
 
 /** { draft, spec, asked }: what is sent. Raises an error that says which control is wrong. */

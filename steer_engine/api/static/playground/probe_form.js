@@ -9,7 +9,7 @@ const EMPTY = { vector: "", block: "", measure: "cosine", after: false, rule: ""
 
 export class ProbeForm {
   constructor(catalog, onChange) {
-    Object.assign(this, { catalog, onChange, vector: null, root: $("probe") });
+    Object.assign(this, { catalog, onChange, vector: null, ready: null, root: $("probe") });
     this.box = new VectorBox(this.control("vector"), () => catalog.probeOptions(), (name) => this.choose(name));
     this.root.addEventListener("input", () => { showFields(this.root); this.#describe(); onChange(); });
     showFields(this.root);
@@ -39,7 +39,12 @@ export class ProbeForm {
   }
 
   /** Choose a vector, with the block and the kind of number that fit it. */
-  async choose(name) {
+  choose(name) {
+    this.ready = this.#begin(name);
+    return this.ready;
+  }
+
+  async #begin(name) {
     this.box.set(name);
     await this.#look();
     if (this.vector) {
