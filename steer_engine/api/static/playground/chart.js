@@ -63,7 +63,7 @@ export function summaryOf(values) {
 }
 
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, EDGE] = [320, 84, 44, 8];
+const [HEIGHT, LEFT, EDGE] = [84, 44, 8];
 
 function shape(tag, attributes, text) {
   const made = document.createElementNS(SVG, tag);
@@ -75,11 +75,12 @@ function shape(tag, attributes, text) {
 /**
  * A line chart of `values`. beside: the plain answer's numbers, drawn faintly, or null.
  * isThreshold: the middle of the scale is a threshold, and gets a line. marked: the token with a dot, or null.
+ * width: of the chart in pixels, so that its text is as large as other text.
  */
-export function draw(values, scale, { beside = null, isThreshold = false, marked = null } = {}) {
-  const box = { width: WIDTH - LEFT - EDGE, height: HEIGHT - 2 * EDGE, length: Math.max(values.length, beside?.length ?? 0) };
+export function draw(values, scale, { beside = null, isThreshold = false, marked = null, width = 320 } = {}) {
+  const box = { width: width - LEFT - EDGE, height: HEIGHT - 2 * EDGE, length: Math.max(values.length, beside?.length ?? 0) };
   const label = `Line chart of the probe by token. ${summaryOf(values)}`;
-  const chart = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label, class: "chart" });
+  const chart = shape("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label, class: "chart" });
   const inner = shape("g", { transform: `translate(${LEFT} ${EDGE})` });
   inner.append(shape("path", { class: "axis", d: `M0 0V${box.height}H${box.width}` }));
   if (isThreshold) {

@@ -135,7 +135,8 @@ class TurnView {
     }
     const before = this.turn.segments.slice(0, (this.marked ?? -1) + 1).flatMap((each) => each.numbers ?? []).length;
     const marked = this.marked === null || !before ? null : before - 1;
-    this.chart.replaceChildren(draw(numbers, scale, { beside, isThreshold, marked }), make("p", { className: "hint" }, summaryOf(numbers)));
+    const width = Math.max(160, Math.min(480, this.chart.clientWidth || 320));
+    this.chart.replaceChildren(draw(numbers, scale, { beside, isThreshold, marked, width }), make("p", { className: "hint" }, summaryOf(numbers)));
   }
 
   /** Show the number of one token, in words and in the chart. */

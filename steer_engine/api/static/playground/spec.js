@@ -11,10 +11,10 @@ export const EMPTY = Object.freeze({
 
 /** Scopes that are objects: the value of the choice, its label, and the fields that it shows. */
 export const SCOPE_FORMS = [
-  ["answer_tokens", "some tokens of the answer", ["start", "end", "except"]],
-  ["positions", "positions of the prompt", ["start", "end", "except"]],
-  ["window", "after or until a text", ["after", "until", "each", "tokens", "except"]],
-  ["all_but", "everywhere except in", ["except"]],
+  ["answer_tokens", "part of the answer", ["start", "end", "except"]],
+  ["positions", "prompt positions", ["start", "end", "except"]],
+  ["window", "around a text", ["after", "until", "each", "tokens", "except"]],
+  ["all_but", "all except", ["except"]],
 ];
 
 export const SCOPE_WORDS = {
