@@ -233,12 +233,11 @@ def test_a_trained_probe_brings_its_block_and_threshold(server: Server, many: No
         compared(page)
         assert "the probe's threshold" in page.the("#legend", "textContent")
         assert len(page.each(".chart .threshold", "tagName")) == 2
-        # No probability is above 2, so the first token ends the answer.
-        page.evaluate(
-            "const rule = document.querySelector('#probe [data-field=rule]'); rule.value = 'below';"
-            "rule.dispatchEvent(new Event('input', {bubbles: true}))"
-        )
-        page.write("#probe [data-field=bound]", "2")
+        # No number is that large, so the first token ends the answer.
+        for field, value in (("measure", "dot"), ("rule", "below")):
+            choice = f"document.querySelector('#probe [data-field={field}]')"
+            page.evaluate(f"{choice}.value = '{value}', {choice}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        page.write("#probe [data-field=bound]", "1000000")
         compared(page)
         assert page.each(".note", "textContent") == ["Ended by the probe's rule."] * 2
         assert page.each(ANSWERS, "querySelectorAll('.token').length") == [1, 1]

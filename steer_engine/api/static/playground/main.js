@@ -267,6 +267,7 @@ function controlOf(error) {
   if (error.field in DEFAULTS) return $(error.field);
   const [, at, field] = /^steering\.edits\[(\d+)\]\.(\w+)/.exec(error.param ?? "") ?? [];
   if (at !== undefined && !$("preset").value) return edits.cards[at]?.control(field) ?? null;
+  if (error.param?.startsWith("steering.stop")) return probe.control("bound");
   const [, probeField] = /^steering\.probes\[\d+\]\.(\w+)/.exec(error.param ?? "") ?? [];
   return probeField ? probe.control({ blocks: "block" }[probeField] ?? probeField) : null;
 }
