@@ -123,6 +123,15 @@ test("strength and slider begin where the vector suggests", () => {
   assert.deepEqual([ranges([8, 9, 10]), ranges([8, 10]), ranges([8])], ["8-10", "8, 10", "8"]);
 });
 
+test("a set of rows is told apart from a vector", () => {
+  const rows = { kind: "features", blocks: [8], rows: { 8: [7] }, residual_norms: { 8: 100 } };
+  assert.deepEqual(describeDose({ scale: 1 }, rows), { text: "This is a set of features, not a control vector.", warning: true });
+  assert.equal(startOf(rows).scale, "1");
+  assert.equal(rangeOf({ scale: 1 }, rows).limit, 4);
+  assert.equal(probeStart(rows).block, 8);
+  assert.equal(describeDose({ scale: 1 }, { ...VECTOR, kind: "directions" }).warning, false);
+});
+
 test("another operation or unit begins with a strength of its own", () => {
   assert.equal(scaleFor({ op: "ablate" }, VECTOR), "1");
   assert.equal(scaleFor({ op: "add" }, VECTOR), "0.25");

@@ -1,5 +1,6 @@
 // What the server has: model, limits, vectors, presets. Facts about a vector are fetched when they are needed.
 
+import { isRowSet } from "./dose.js";
 import { OPERATIONS } from "./spec.js";
 
 /** Vectors whose facts are fetched at once, so that lists can tell which are probes. Others when they are chosen. */
@@ -71,6 +72,13 @@ export class Catalog {
     return this.options().sort((a, b) => isProbe(a.name) - isProbe(b.name));
   }
 
+  /** The first vector that is not in `used`; the first one if all are; undefined without any. Row sets are passed over. */
+  async firstVector(used) {
+    const names = this.names.filter((name) => !used.includes(name)).slice(0, EAGER);
+    for (const name of names) if (!isRowSet(await this.vector(name))) return name;
+    return this.names[0];
+  }
+
   describe() {
     const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
     const counts = [count(this.names.length, "vector"), count(Object.keys(this.presets).length, "preset")];
@@ -81,6 +89,7 @@ export class Catalog {
     const vector = this.known.get(name);
     if (!vector) return "";
     const blocks = vector.blocks.length === 1 ? `block ${vector.blocks[0]}` : `${vector.blocks.length} blocks`;
+    if (isRowSet(vector)) return `${blocks} · ${vector.kind}`;
     return vector.probe ? `${blocks} · probe` : blocks;
   }
 }

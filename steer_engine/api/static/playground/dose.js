@@ -20,11 +20,14 @@ export function chosenBlocks(blocks, vector) {
   return known.filter((block) => [blocks].flat().includes(block));
 }
 
+/** Whether an entry of the registry is a set of rows, such as features, instead of one direction per block. */
+export const isRowSet = (vector) => (vector?.kind ?? "directions") !== "directions";
+
 /** Residual norms that scale 1 adds at each block: block -> share. null if the file has no residual norms. */
 export function sharesOfOne(edit, vector) {
   const op = edit.op ?? "add";
   const blocks = chosenBlocks(edit.blocks, vector);
-  if (!blocks.length || !["add", "add_relative"].includes(op)) return null;
+  if (isRowSet(vector) || !blocks.length || !["add", "add_relative"].includes(op)) return null;
   const relative = op === "add_relative" || edit.unit === "residual";
   const shares = new Map();
   for (const block of blocks) {
@@ -51,6 +54,7 @@ export function doseOf(edit, vector) {
 /** One sentence about the size of an edit, and whether it is a warning. */
 export function describeDose(edit, vector) {
   if (!vector) return { text: "", warning: false };
+  if (isRowSet(vector)) return { text: `This is a set of ${vector.kind}, not a control vector.`, warning: true };
   const op = edit.op ?? "add";
   if (op === "ablate") {
     return { text: `Removes ${percent(edit.scale ?? 1)} of what the stream has along this direction.`, warning: false };

@@ -154,10 +154,10 @@ export class Edits {
 
   /** A new card with the first vector that no card has. */
   async add() {
-    const card = this.#append();
     const used = this.cards.map((each) => each.fields.vector);
-    const name = this.catalog.names.find((each) => !used.includes(each)) ?? this.catalog.names[0];
-    if (name) await card.choose(name);
+    const card = this.#append();
+    card.ready = this.catalog.firstVector(used).then((name) => name && card.choose(name));
+    await card.ready;
     return card;
   }
 
