@@ -35,6 +35,7 @@ from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.folder import NAME, check_preset
 from steer_engine.vectors.manifest import preset_digest, vectors_of
 from steer_engine.vectors.storage import disk_errors, lock_upload
+from steer_engine.vectors.suggestion import starting_point
 
 MAX_PAGE = 1000
 """Entries of one page of a list."""
@@ -287,6 +288,7 @@ def _vector_body(vector: AnyVector) -> dict[str, Any]:
         "method": about.method,
         "condition": None if about.condition is None else about.condition.model_dump(mode="json", exclude_none=True),
         "probe": None if about.probe is None else about.probe.model_dump(mode="json", exclude_none=True),
+        "suggested": starting_point(vector),
         "notes": about.notes,
     }
 

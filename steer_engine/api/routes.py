@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import cache
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any, get_args
 
 from fastapi import APIRouter, Request
@@ -112,7 +113,7 @@ async def stats(request: Request) -> JSONResponse:
 playground_router = APIRouter(include_in_schema=False)
 """One static page that compares plain and steered answers. It needs no key; the requests it sends may."""
 
-_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}
+_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 
 HEADERS = {
     # Nothing from other origins and nothing inline: a model's text can never run as code here.
@@ -126,26 +127,26 @@ HEADERS = {
 
 @playground_router.get("/playground")
 async def page() -> Response:
-    return _file("html")
+    return _file("playground.html")
 
 
-@playground_router.get("/playground.css")
-async def style() -> Response:
-    return _file("css")
+@playground_router.get("/playground/{name}")
+async def part(name: str) -> Response:
+    """The style sheet, or a module of the page's script. Other names are a 404."""
+    path = f"playground/{name}"
+    return _file(path) if path in _contents() else Response(status_code=404, headers=HEADERS)
 
 
-@playground_router.get("/playground.js")
-async def script() -> Response:
-    return _file("js")
-
-
-def _file(kind: str) -> Response:
-    return Response(_content(kind), media_type=_TYPES[kind], headers=HEADERS)
+def _file(path: str) -> Response:
+    return Response(_contents()[path], media_type=_TYPES[PurePath(path).suffix], headers=HEADERS)
 
 
 @cache
-def _content(kind: str) -> bytes:
-    return files("steer_engine.api").joinpath("static", f"playground.{kind}").read_bytes()
+def _contents() -> dict[str, bytes]:
+    """Every file of the page, by its path."""
+    static = files("steer_engine.api").joinpath("static")
+    parts = {f"playground/{each.name}": each.read_bytes() for each in static.joinpath("playground").iterdir()}
+    return {"playground.html": static.joinpath("playground.html").read_bytes(), **parts}
 
 
 REQUESTS = (

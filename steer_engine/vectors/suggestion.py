@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors.control_vector import ControlVector
@@ -56,6 +58,33 @@ def suggest(vector: ControlVector) -> Suggestion:
     if total == 0.0:
         raise VectorFileError("The vector's directions are zero, so no scale has an effect.")
     return Suggestion(first=run[0], last=run[-1], gentle=GENTLE / total, strong=STRONG / total)
+
+
+def starting_point(vector: ControlVector) -> dict[str, Any] | None:
+    """What to try first, as fields of an edit: `blocks`, `scale`, `unit`, `scope`, and `because`, the reason in words.
+
+    A vector that `steer-engine calibrate` measured has its result. Another one with known doses has the scale in the
+    middle between gentle and strong. None if neither is known, or the stored result is not usable.
+    """
+    stored = vector.metadata.extra
+    if "suggested_scale" in stored:
+        blocks, because = stored.get("suggested_blocks", "all"), stored.get("suggested_because", "calibrated")
+        unit, scope = stored.get("suggested_unit", "vector"), stored.get("suggested_scope", "all")
+        try:
+            scale = float(stored["suggested_scale"])
+        except ValueError:
+            return None
+    else:
+        try:
+            found = suggest(vector)
+        except VectorFileError:
+            return None
+        blocks, unit, scope = f"{found.first}-{found.last}", "vector", "all"
+        scale = float(f"{(found.gentle + found.strong) / 2:.2g}")
+        because = f"adds {(GENTLE + STRONG) / 2:.2g} residual norms over the blocks that separate best"
+    if not math.isfinite(scale) or unit not in ("vector", "residual"):
+        return None
+    return {"blocks": blocks, "scale": scale, "unit": unit, "scope": scope, "because": because}
 
 
 def shown_blocks(vector: ControlVector) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -329,22 +330,34 @@ def test_the_example_for_curl(living: Server, tmp_path: Path) -> None:
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 def test_the_playground_with_a_key(living: Server, tmp_path: Path) -> None:
     """Typed in, it opens the server, and it is nowhere but in its field."""
-    with Page(f"{living.url}/playground", tmp_path / "profile") as page:
-        assert "key" in page.wait_for("document.getElementById('error')?.textContent").lower()
-        page.evaluate(f"document.getElementById('key').value = '{INFERENCE}'")
-        page.evaluate("document.getElementById('key').dispatchEvent(new Event('change'))")
-        page.wait_for("document.getElementById('about').textContent.includes('tiny')")
-        page.evaluate("document.getElementById('tokens').value = 4")
-        page.wait_for("document.querySelectorAll('.edit').length === 1")
-        assert page.evaluate("document.querySelector('.scale').max") == "1000"
-        page.evaluate("document.querySelector('.vector').value = 'house'")
-        page.evaluate("document.getElementById('run').click()")
-        assert page.wait_for("document.getElementById('applied').textContent").startswith("applied: sha256:")
-        kept = (
-            "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, link(), curl(), python()])"
-        )
+    shared = quote(json.dumps({"prompt": "abc", "tokens": 4, "steering": {"edits": [{"vector": "house", "scale": 2}]}}))
+    with Page(f"{living.url}/playground#{shared}", tmp_path / "profile") as page:
+        missing = page.wait_for("document.getElementById('error')?.textContent")
+        assert missing == "This server needs an API key. Enter it at the top; nothing you typed is lost."
+        assert page.focused() == "key"
+        page.write("#prompt", "typed before the key")
+        page.write("#key", "wrong")
+        page.press("Enter")
+        page.wait_for("document.getElementById('error').textContent.startsWith('The server refused this API key.')")
+        page.write("#key", INFERENCE)
+        page.press("Enter")
+        page.wait_for("document.getElementById('about').textContent.startsWith('tiny')")
+        assert page.the("#prompt", "value") == "typed before the key"
+        assert page.the(".edit [data-field=vector]", "value") == "house"
+        assert page.the(".edit [data-field=scale]", "value") == "2"
+        assert page.the("#error", "hidden")
+        page.click("#compare")
+        page.wait_for("document.getElementById('status').textContent.startsWith('2 of 2')")
+        assert page.each(".applied:not([hidden]) summary", "textContent")[0].startswith("Steered house: ")
+        for name in ("curl", "python", "node", "link"):
+            page.click(f"#copy-{name}")
+            copied = page.wait_for("document.getElementById('code').textContent")
+            assert INFERENCE not in copied
+            assert name == "link" or "API_KEY" in copied
+        kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])"
         assert INFERENCE not in page.evaluate(kept)
-        assert INFERENCE in page.evaluate("document.getElementById('key').value")
+        assert "typed before the key" in page.evaluate(kept)
+        assert page.the("#key", "value") == INFERENCE
 
 
 def test_drain(living: Server) -> None:

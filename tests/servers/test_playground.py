@@ -1,104 +1,380 @@
-"""The playground: a static page without outside resources, tested in a real browser if one is installed."""
+"""The playground in a real browser, used as a person would use it, against a server with the demo's vector.
+
+`tests/api/test_playground_modules.py` tests the logic of its modules. With `STEER_TEST_PICTURES=docs/images`, the
+pictures of the documentation are made again.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, unquote
+from typing import Any
+from urllib.parse import quote
 
-import httpx
 import pytest
-from fastapi import FastAPI
 from helpers import browser
-from helpers.asking import STRONG
+from helpers.accessibility import axe_source, too_small, violations
 from helpers.browser import Page
-from helpers.server_process import Server
+from helpers.server_process import Server, steer_engine_serve
 
-from steer_engine.api import routes
+from steer_engine.demo.__main__ import MODEL, NAME, derive_once
+from steer_engine.vectors import load, save
 
-with_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 
-
-async def test_the_page_loads_nothing_from_other_hosts() -> None:
-    app = FastAPI()
-    app.include_router(routes.playground_router)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
-        page = await client.get("/playground")
-        assert page.headers["content-type"].startswith("text/html")
-        linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
-        assert sorted(linked) == ["playground.css", "playground.js"]
-        for name in linked:
-            part = await client.get(f"/{name}")
-            assert part.status_code == 200
-            assert "http://" not in part.text
-            assert "https://" not in part.text
-            assert "localStorage" not in part.text
-        for answer in (page, part):
-            assert "default-src 'none'" in answer.headers["content-security-policy"]
-            assert answer.headers["x-content-type-options"] == "nosniff"
-    assert not re.search(r"<script(?! src)|\sstyle=|\son\w+=", page.text)
+PROBED_BLOCKS = {"12": {"auroc": 0.8}, "15": {"auroc": 0.95, "threshold": 0.5, "platt": {"a": 0.1, "b": 0.0}}}
+ANSWERS = "#columns .turn:last-child .body"
+"""The newest answer of each column."""
+KEEP_REQUESTS = """
+window.sent = [];
+const real = fetch;
+window.fetch = (path, options) => {
+  if (options.body) sent.push(JSON.parse(options.body));
+  return real(path, options);
+};
+0"""
 
 
-@with_browser
-def test_compare_plain_and_steered(server: Server, tmp_path: Path) -> None:
-    shared = {"prompt": "Describe the weather today.", "tokens": 6, "temperature": 0, "steering": STRONG}
-    with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:
-        page.wait_for("document.querySelectorAll('.edit').length === 1")
-        assert page.evaluate("document.querySelector('.scale').value") == "60"
-        assert page.evaluate("document.querySelector('.blocks').value") == "8-21"
-        assert "smollm2-135m: 30 blocks" in page.evaluate("document.getElementById('about').textContent")
-        page.evaluate("document.getElementById('run').click()")
-        applied = page.wait_for("document.getElementById('applied').textContent")
-        plain, steered = (
-            page.evaluate(f"document.getElementById('{name}').textContent") for name in ("plain", "steered")
-        )
-        assert applied.startswith("applied: sha256:")
-        assert plain
+@pytest.fixture(scope="module")
+def vectors(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the vector of `make demo`."""
+    folder = tmp_path_factory.mktemp("playground")
+    shutil.copy(derive_once(MODEL, smollm2, "float32") / f"{NAME}.safetensors", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    running = Server(steer_engine_serve(MODEL, "--steering-vectors", str(vectors)), log)
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    return tmp_path / "profile"
+
+
+@pytest.fixture
+def many(vectors: Path) -> Iterator[None]:
+    """39 more vectors for a while, one of them with a trained probe."""
+    vector = load(vectors / f"{NAME}.safetensors")
+    probe = {"blocks": PROBED_BLOCKS, "at": "every_prompt_token"}
+    files = [vectors / f"other-{number:02d}.safetensors" for number in range(38)]
+    for number, file in enumerate(files):
+        save((vector * (1 + number / 50)).with_metadata(num_blocks=30), file)
+    save(vector.with_metadata(probe=probe), vectors / "trained.safetensors")
+    yield
+    for file in [*files, vectors / "trained.safetensors"]:
+        file.unlink()
+
+
+def opened(server: Server, profile: Path, shared: dict[str, Any] | None = None) -> Page:
+    """A page that is connected and shows one edit."""
+    page = Page(f"{server.url}/playground" + (f"#{quote(json.dumps(shared))}" if shared else ""), profile)
+    try:
+        page.show_as()
+        page.wait_for(f"document.getElementById('about')?.textContent.startsWith('{MODEL}')")
+        page.wait_for("document.querySelector('.edit .dose')?.textContent")
+    except BaseException:
+        page.__exit__(None, None, None)
+        raise
+    return page
+
+
+def answered(page: Page) -> list[str]:
+    """The newest answer of each column, once all are complete."""
+    status = page.wait_for("/\\d of \\d answers are complete/.exec(document.getElementById('status').textContent)?.[0]")
+    assert status[0] == status[5], (status, page.the("#error", "textContent"))
+    return page.each(ANSWERS, "innerText")
+
+
+def compared(page: Page, button: str = "#compare") -> list[str]:
+    """The answers of a run that is started by a click."""
+    page.evaluate("document.getElementById('status').textContent = ''")
+    page.click(button)
+    return answered(page)
+
+
+def picture(page: Page, name: str) -> None:
+    if folder := os.environ.get("STEER_TEST_PICTURES"):
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(Path(folder) / name)
+
+
+def distinct_words(text: str) -> float:
+    words = re.findall(r"[a-z']+", text.lower())
+    assert len(words) >= 15, text
+    return len(set(words)) / len(words)
+
+
+def scale_of(page: Page) -> float:
+    return float(page.the(".edit [data-field=scale]", "value"))
+
+
+def test_the_first_click_gives_two_fluent_different_answers(server: Server, profile: Path) -> None:
+    with opened(server, profile) as page:
+        assert page.the(".edit [data-field=vector]", "value") == NAME
+        assert "of the residual norm over" in page.the(".dose", "textContent")
+        assert page.each(".dose.warning", "textContent") == []
+        assert 0 < scale_of(page) < float(page.the(".slider", "max")) < 20 * scale_of(page)
+        plain, steered = compared(page)
         assert plain != steered
-        curl = page.evaluate("document.getElementById('code').textContent")
-        assert json.loads(curl.partition("-d '")[2].removesuffix("'"))["steering"] == {
-            "edits": [{"vector": "east", "scale": 60, "blocks": "8-21", "scope": "all"}]
-        }
-        page.evaluate("document.getElementById('key').value = 'a-secret'")
-        link = page.evaluate("link()")
-        assert json.loads(unquote(link.partition("#")[2]))["prompt"] == shared["prompt"]
-        for text in (link, page.evaluate("curl()"), page.evaluate("python()")):
-            assert "a-secret" not in text
-        compile(page.evaluate("python()"), "copied", "exec")
-        page.screenshot(tmp_path / "playground.png")
+        assert min(distinct_words(plain), distinct_words(steered)) >= 0.6, (plain, steered)
+        assert re.search(rf"Steered {NAME}: \d+ tokens", page.the(".applied:not([hidden])", "innerText"))
+        assert page.the("#error", "hidden")
+        picture(page, "playground.png")
 
 
-@with_browser
-def test_other_fields_of_an_edit_are_kept(server: Server, tmp_path: Path) -> None:
-    edit = {"vector": "east", "scale": 60, "scope": {"from": "generation", "end": 2}}
-    shared = {"prompt": "x", "tokens": 4, "temperature": 0, "steering": {"edits": [edit]}}
-    with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:
-        page.wait_for("document.querySelectorAll('.edit').length === 1")
-        assert page.evaluate("JSON.stringify(steering().edits[0].scope)") == json.dumps(edit["scope"]).replace(" ", "")
-        assert "last_prompt_token" in page.evaluate("document.querySelector('.scope').textContent")
-        page.evaluate("document.getElementById('run').click()")
-        applied = page.wait_for("document.getElementById('applied').textContent")
-        assert applied.endswith("; tokens of each edit: 2")
-        page.evaluate("document.querySelector('.more').value = '[1]'")
-        page.evaluate("document.getElementById('run').click()")
-        assert "must be a JSON object" in page.wait_for("document.getElementById('error')?.textContent")
+def test_a_strength_above_half_the_residual_norm_is_warned_about(server: Server, profile: Path) -> None:
+    with opened(server, profile) as page:
+        page.write(".edit [data-field=scale]", "1.5")
+        assert "more than half" in page.wait_for("document.querySelector('.dose.warning')?.textContent")
+        assert page.the(".slider", "value") == "1.5"
 
 
-@with_browser
-def test_an_error_is_shown_as_text(server: Server, tmp_path: Path) -> None:
-    shared = {"prompt": "x", "tokens": 2, "steering": {"edits": [{"vector": "east", "scale": 1, "blocks": "8-99"}]}}
-    with Page(f"{server.url}/playground#{quote(json.dumps(shared))}", tmp_path / "profile") as page:
-        page.wait_for("document.querySelectorAll('.edit').length === 1")
-        page.evaluate("document.getElementById('run').click()")
-        assert "99" in page.wait_for("document.getElementById('error')?.textContent")
+def test_the_keyboard_is_enough(server: Server, profile: Path) -> None:
+    with opened(server, profile) as page:
+        page.tab_to("prompt")
+        page.write("#prompt", "Tell me about the sea.")
+        page.tab_to("vector")
+        page.press("ArrowDown")
+        page.press("ArrowDown")
+        assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+        page.press("Enter")
+        assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "false"
+        page.tab_to("scale")
+        page.press("Enter", ctrl=True)
+        plain, steered = answered(page)
+        assert plain != steered
+        assert set(page.each(".asked", "textContent")) == {"Prompt: Tell me about the sea."}
 
 
-@with_browser
-def test_damaged_links_do_no_harm(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "factors"), [("#three", [-1, None, 1]), ("#run-sweep", [None, 0.5, 1, 1.5, 2])])
+def test_several_strengths_in_one_click(server: Server, profile: Path, mode: str, factors: list[float | None]) -> None:
+    with opened(server, profile, {"prompt": "How are you?", "tokens": 24}) as page:
+        page.evaluate(KEEP_REQUESTS)
+        scale = scale_of(page)
+        texts = compared(page, mode)
+        assert len(set(texts)) >= len(factors) - 1  # two neighbours of a sweep may agree
+        steering = page.evaluate("sent.map((each) => each.steering)")
+        assert [each and each["edits"][0]["scale"] for each in steering] == [
+            False if factor is None else pytest.approx(factor * scale) for factor in factors
+        ]
+        headings = page.each("#columns h3", "textContent")
+        assert (len(headings), headings.count("Plain")) == (len(factors), 1)
+
+
+def test_a_conversation_goes_on_in_each_column(server: Server, profile: Path) -> None:
+    with opened(server, profile, {"prompt": "How are you?", "tokens": 12, "system": "Be kind.", "seed": "7"}) as page:
+        page.evaluate(KEEP_REQUESTS)
+        page.evaluate("document.getElementById('view').value = 'text'")
+        first = compared(page)
+        page.write("#prompt", "And tomorrow?")
+        page.click("#continue")
+        page.wait_for("document.querySelectorAll('.turn').length === 4")
+        page.wait_for("document.getElementById('prompt').value === ''")
+        for request, answer in zip(page.evaluate("sent.slice(2)"), first, strict=True):
+            roles = [message["role"] for message in request["messages"]]
+            assert roles == ["system", "user", "assistant", "user"]
+            assert request["messages"][2]["content"].split() == answer.split()
+            assert request["messages"][3]["content"] == "And tomorrow?"
+            assert request["seed"] == 7
+
+
+def test_a_text_is_continued(server: Server, profile: Path) -> None:
+    with opened(server, profile, {"prompt": "One day, the", "tokens": 8, "mode": "text"}) as page:
+        plain, steered = compared(page)
+        assert plain != steered
+        assert page.the("#continue", "disabled")
+
+
+def test_tokens_have_the_colours_and_numbers_of_a_probe(server: Server, profile: Path) -> None:
+    with opened(server, profile, {"prompt": "How was your day?", "tokens": 40}) as page:
+        page.evaluate(KEEP_REQUESTS)
+        page.click("#probe summary")
+        page.click("#probe [data-field=vector]")
+        page.type("cheer")
+        page.press("ArrowDown")
+        page.press("Enter")
+        page.wait_for("document.querySelector('#probe [data-field=block]').value")
+        compared(page)
+        assert min(page.each(ANSWERS, "querySelectorAll('.token:not(.none)').length")) >= 30
+        assert len(page.each("#columns .chart .line", "tagName")) == 2
+        assert len(page.each("#columns .chart .beside", "tagName")) == 1
+        assert len(set(page.each("#columns .token", "className"))) >= 4
+        page.evaluate("document.querySelector('article:last-child .tokens').focus()")
+        page.press("ArrowRight")
+        assert re.match(r"Token 2: “.+” −?\d", page.the("article:last-child .readout", "textContent"))
+        assert len(page.each("article:last-child .dot", "tagName")) == 1
+        # What is drawn is what the server tells for the same request.
+        sent = page.evaluate("sent[1]") | {"stream": False, "max_tokens": 1}
+        told = server.post("/v1/chat/completions", sent).json()["choices"][0]["steering"]["probes"]
+        ((number,),) = [numbers for blocks in told.values() for numbers in blocks.values()]
+        shown = page.each("article:last-child .token", "title")[0].rpartition(" ")[2]
+        assert float(shown.replace("−", "-")) == pytest.approx(number, rel=0.02)
+        picture(page, "playground_probe.png")
+
+
+def test_a_trained_probe_brings_its_block_and_threshold(server: Server, many: None, profile: Path) -> None:
+    with opened(server, profile, {"prompt": "Hello", "tokens": 12}) as page:
+        page.click("#probe summary")
+        page.click("#probe [data-field=vector]")
+        page.type("trained")
+        page.press("Enter")
+        page.wait_for("document.querySelector('#probe [data-field=measure]').value === 'probability'")
+        assert page.the("#probe [data-field=block]", "value") == "15"
+        compared(page)
+        assert "the probe's threshold" in page.the("#legend", "textContent")
+        assert len(page.each(".chart .threshold", "tagName")) == 2
+        # No number is that large, so the first token ends the answer.
+        for field, value in (("measure", "dot"), ("rule", "below")):
+            choice = f"document.querySelector('#probe [data-field={field}]')"
+            page.evaluate(f"{choice}.value = '{value}', {choice}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        page.write("#probe [data-field=bound]", "1000000")
+        compared(page)
+        assert page.each(".note", "textContent") == ["Ended by the probe's rule."] * 2
+        assert page.each(ANSWERS, "querySelectorAll('.token').length") == [1, 1]
+
+
+def test_one_vector_of_forty_is_found_by_its_name(server: Server, many: None, profile: Path) -> None:
+    with opened(server, profile) as page:
+        assert "40 vectors" in page.the("#about", "textContent")
+        page.click(".edit [data-field=vector]")
+        assert len(page.each(".edit .box:first-of-type [role=option]", "id")) >= 40
+        before = scale_of(page)
+        page.type("37")
+        assert page.each(".edit [role=listbox]:not([hidden])", "innerText")[0].startswith("other-37")
+        page.press("Enter")
+        # It is a longer vector, so it begins with a smaller strength.
+        page.wait_for(f"document.querySelector('.edit [data-field=scale]').value < {before}")
+        assert page.the(".edit [data-field=vector]", "value") == "other-37"
+        assert scale_of(page) > 0
+        page.type("nobody")
+        assert page.each(".edit [role=listbox]:not([hidden])", "innerText") == ["no vector has that name"]
+
+
+def test_a_link_has_every_field_and_the_answers_on_wish(server: Server, profile: Path, tmp_path: Path) -> None:
+    edit = {
+        "vector": NAME, "scale": 0.2, "blocks": "8-19", "scope": {"from": "generation", "end": 6},
+        "schedule": {"kind": "linear", "over": 4, "to": 0}, "gate": {"vector": NAME, "max_cos": 1},
+    }  # fmt: skip
+    shared = {"prompt": "Hello", "tokens": 8, "steering": {"edits": [edit], "preserve_norm": True}}
+    with opened(server, profile, shared) as page:
+        page.evaluate(KEEP_REQUESTS)
+        texts = compared(page)
+        assert page.evaluate("sent[1].steering") == shared["steering"]
+        page.write("#key", "a-secret")
+        page.click("#with-answers")
+        copied = {}
+        for name in ("curl", "python", "node", "link"):
+            page.click(f"#copy-{name}")
+            copied[name] = page.wait_for("document.getElementById('code').textContent")
+            assert "a-secret" not in copied[name] + page.evaluate("JSON.stringify(sessionStorage)")
+        assert json.loads(copied["curl"].partition("-d '")[2].removesuffix("'"))["steering"] == shared["steering"]
+        compile(copied["python"], "copied", "exec")
+        (tmp_path / "ask.mjs").write_text(copied["node"])
+        if node := shutil.which("node"):
+            subprocess.run([node, "--check", str(tmp_path / "ask.mjs")], check=True, timeout=60)
+    with Page(copied["link"], tmp_path / "other") as page:
+        page.wait_for("document.querySelectorAll('#columns article').length === 2")
+        assert page.each(ANSWERS, "innerText") == texts
+        assert "came with the link" in page.the("#status", "textContent")
+
+
+def test_runs_stay_in_the_history_of_the_tab(server: Server, profile: Path) -> None:
+    with opened(server, profile, {"prompt": "First", "tokens": 6}) as page:
+        first = compared(page)
+        page.write("#prompt", "Second")
+        compared(page, "#three")
+        page.write("#prompt", "Not sent yet")
+        page.wait_for("(sessionStorage['steer-engine-playground'] ?? '').includes('Not sent yet')")
+        page.evaluate("history.replaceState(null, '', '/playground'), location.reload()")
+        page.wait_for(f"document.getElementById('about')?.textContent.startsWith('{MODEL}')")
+        assert page.the("#prompt", "value") == "Not sent yet"
+        assert len(page.each("#history button", "type")) == 2
+        page.click("#history li:last-child button")
+        assert page.each(ANSWERS, "innerText") == first
+        assert page.the("#prompt", "value") == "First"
+
+
+def test_an_error_names_the_field_and_nothing_is_lost(server: Server, profile: Path) -> None:
+    edits = [{"vector": NAME, "scale": 0.1}, {"vector": NAME, "scale": 1, "blocks": "8-99"}]
+    with opened(server, profile, {"prompt": "Keep me", "tokens": 4, "steering": {"edits": edits}}) as page:
+        page.click("#compare")
+        assert "99" in page.wait_for("document.getElementById('error').textContent")
+        assert page.focused() == "blocks"
+        assert page.evaluate("document.activeElement.closest('.edit') === document.querySelectorAll('.edit')[1]")
+        assert page.evaluate("document.activeElement.getAttribute('aria-invalid')") == "true"
+        assert page.the("article.steered .note", "textContent").startswith("No answer: ")
+        assert page.the("#prompt", "value") == "Keep me"
+
+
+def test_damaged_links_and_markup_do_no_harm(server: Server, profile: Path) -> None:
     script = "<img src=x onerror=document.title='owned'>"
     for text in ("%", "null", "3", '{"steering": {"edits": [null, 3]}}', json.dumps({"prompt": script})):
-        with Page(f"{server.url}/playground#{quote(text)}", tmp_path / "profile") as page:
-            page.wait_for("document.getElementById('about')?.textContent.includes('vectors')")
-            assert page.evaluate("document.getElementById('error').hidden")
+        with Page(f"{server.url}/playground#{quote(text)}", profile) as page:
+            page.wait_for("document.getElementById('about')?.textContent.includes('vector')")
+            assert page.the("#error", "hidden")
             assert page.evaluate("document.title") == "Steer Engine playground"
+    with opened(server, profile) as page:
+        page.evaluate(
+            "import('/playground/markdown.js').then(({parse, render}) => document.getElementById('columns')"
+            f".append(...render(parse({json.dumps(script + ' **b** [x](javascript:x)')}), document)))"
+        )
+        assert page.each("#columns img, #columns a", "outerHTML") == []
+        assert page.the("#columns strong", "textContent") == "b"
+        assert page.evaluate("document.title") == "Steer Engine playground"
+
+
+@pytest.mark.skipif(axe_source() is None, reason="needs axe-core, which npm could not fetch")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_it_fits_390_pixels_and_breaks_no_rule_of_accessibility(
+    server: Server, many: None, profile: Path, dark: bool
+) -> None:
+    probe = {"vector": NAME, "block": "14", "measure": "cosine"}
+    with opened(server, profile, {"prompt": "How are you?", "tokens": 20, "probe": probe}) as page:
+        page.show_as(dark=dark)
+        compared(page, "#three")
+        page.evaluate("document.querySelectorAll('#settings details').forEach((each) => { each.open = true; })")
+        for width in (1280, 390):
+            page.show_as(width=width, height=844, dark=dark)
+            page.click(".edit [data-field=vector]")
+            assert violations(page) == []
+            assert too_small(page) == []
+            page.press("Escape")
+            page.evaluate("document.activeElement.blur()")
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+        page.write("#prompt", " ")
+        page.click("#compare")
+        assert page.the("#error", "textContent") == "Enter a prompt."
+        assert violations(page) == []
+        page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = false; })")
+        page.write("#prompt", "How are you?")
+        compared(page)
+        picture(page, f"playground_390_{'dark' if dark else 'light'}.png")
+        page.show_as(dark=dark)
+        picture(page, f"playground_{'dark' if dark else 'light'}.png")
+
+
+def test_half_an_answer_is_marked_when_the_server_goes_away(server: Server, profile: Path) -> None:
+    """Last: it kills the server."""
+    with opened(server, profile, {"prompt": "Tell me a long story.", "tokens": 400}) as page:
+        page.click("#compare")
+        for answer in (0, 1):
+            page.wait_for(f"document.querySelectorAll({ANSWERS!r})[{answer}]?.innerText.length > 20")
+        server.kill()
+        assert page.wait_for("document.getElementById('error').textContent")
+        page.wait_for("document.querySelectorAll('.note.half').length === 2")
+        assert all(note.startswith("Incomplete: The ") for note in page.each(".note", "textContent"))
+        assert all(len(text) > 20 for text in page.each(ANSWERS, "innerText"))
+        assert page.the("#about", "textContent") == "The server cannot be reached"
+        page.click("#compare")
+        page.wait_for("document.getElementById('error').textContent.includes('cannot be reached')")
+        assert page.the("#prompt", "value") == "Tell me a long story."

@@ -7,7 +7,7 @@ import pytest
 
 from steer_engine.errors import VectorFileError
 from steer_engine.vectors import ControlVector, VectorMetadata
-from steer_engine.vectors.suggestion import doses, shown_blocks, suggest
+from steer_engine.vectors.suggestion import doses, shown_blocks, starting_point, suggest
 
 
 def vector(size: float = 1.0, **metadata: object) -> ControlVector:
@@ -56,3 +56,22 @@ def test_shown_blocks_are_both_ends_and_the_best(vector: ControlVector) -> None:
     known = ControlVector(directions=directions, metadata=about)
     assert shown_blocks(known) == (3, 5, 7)
     assert shown_blocks(known.with_metadata(num_blocks=None)) == (6,)
+
+
+def test_a_starting_point_lies_between_gentle_and_strong() -> None:
+    start = starting_point(vector())
+    assert start is not None
+    assert start["scale"] == pytest.approx(0.375 / 0.8, rel=0.03)
+    assert (start["blocks"], start["unit"], start["scope"]) == ("5-12", "vector", "all")
+    for unknown in (vector(num_blocks=None), vector(0.0), vector(1e-40, residual_norms={5: 1e300})):
+        assert starting_point(unknown) is None
+
+
+def test_a_calibrated_strength_comes_first() -> None:
+    measured = {"suggested_scale": "0.1", "suggested_blocks": "7", "suggested_unit": "residual"}
+    measured |= {"suggested_because": "x"}
+    assert starting_point(vector(extra=measured)) == {
+        "blocks": "7", "scale": 0.1, "unit": "residual", "scope": "all", "because": "x"
+    }  # fmt: skip
+    for damage in ({"suggested_scale": "much"}, {"suggested_scale": "inf"}, {"suggested_unit": "feet"}):
+        assert starting_point(vector(extra=measured | damage)) is None
