@@ -29,6 +29,7 @@ from steer_engine.evaluate.conditions import Against
 from steer_engine.evaluate.outcome import Outcome
 from steer_engine.evaluate.plan import Plan, Recipe, parse_alphas
 from steer_engine.evaluate.prompt_vectors import INSTRUCTION, KINDS
+from steer_engine.evaluate.reasoning_tasks import MAKERS
 from steer_engine.evaluate.report import sentence, warnings
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import load
@@ -128,7 +129,7 @@ def eval_command(
 def search_command(
     tasks: Annotated[
         list[str],
-        typer.Argument(help="Packaged tasks, JSONL files, or `all` packaged tasks.", metavar="TASK..."),
+        typer.Argument(help=f"JSONL files, packaged tasks, or `all` of these: {', '.join(MAKERS)}.", metavar="TASK..."),
     ],
     model: Model,
     out: Annotated[Path, OUT],
@@ -168,11 +169,11 @@ def search_command(
     from steer_engine.evaluate.scorer import open_engine
     from steer_engine.evaluate.search import Search, SearchPlan
     from steer_engine.evaluate.search_outcome import sentence as result_sentence
-    from steer_engine.evaluate.tasks import TASKS, Sizes, load_task
+    from steer_engine.evaluate.tasks import Sizes, load_task
 
     require_matplotlib()
     sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
-    names = list(TASKS) if tasks == ["all"] else tasks
+    names = list(MAKERS) if tasks == ["all"] else tasks
     loaded = [load_task(name, sizes, seed=seed) for name in names]
     plan = SearchPlan(
         recipes=tuple(_checked("--recipe", name, KINDS) for name in recipe or ("shots", "labels", "format", "correct")),
