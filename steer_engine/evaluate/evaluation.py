@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from steer_engine.evaluate.items import Item, Task
 from steer_engine.evaluate.journal import Journal
 from steer_engine.evaluate.outcome import Example, Flip, Outcome, PaperRun, Point, Trial, Verdict, machine
 from steer_engine.evaluate.plan import Plan, Recipe, paper_plans
-from steer_engine.evaluate.prompt_vectors import IdPair, Side, capture_sides, digest_name, vector_of
+from steer_engine.evaluate.prompt_vectors import IdPair, Side, capture_sides, digest_name, safe_name, vector_of
 from steer_engine.evaluate.report import write_results
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import Paired, compare, holm, slope
@@ -49,8 +48,6 @@ MAX_FLIPS = 40
 NUM_EXAMPLES = 6
 EXAMPLE_TOKENS = 24
 """Continuations shown in a report, and their length."""
-
-_FILE_NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
 
 _ABOUT = {
     "flipped": "the same vector with the opposite sign",
@@ -183,7 +180,7 @@ class Evaluation:
 
     def _derived(self, name: str, shown: Progress, recipe: Recipe, *, shuffled: bool) -> ControlVector:
         """The vector of a recipe. An interrupted run loads the file that it wrote before."""
-        path = self._folder / "vectors" / f"{_safe_name(name)}.safetensors"
+        path = self._folder / "vectors" / f"{safe_name(name)}.safetensors"
         if path.exists():
             return load(path)
         pairs = contrasts(self._task.derive, recipe.against, seed=self._plan.seed)
@@ -326,8 +323,3 @@ def _margins(before: Table, after: Table) -> list[tuple[float, float]]:
     if "margin" not in before:
         return []
     return [(round(float(a), 4), round(float(b), 4)) for a, b in zip(before["margin"], after["margin"], strict=True)]
-
-
-def _safe_name(name: str) -> str:
-    """The name with every letter replaced that a registry or file name does not allow."""
-    return "".join(letter if letter in _FILE_NAME_LETTERS else "-" for letter in name)[:120]

@@ -6,6 +6,7 @@ The vector is applied at the same place (scope `last_prompt_token`).
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Literal, get_args
@@ -48,6 +49,8 @@ MAX_SETS = 4
 """Different sets of solved examples. Prompts of one set share their prefix in the KV cache."""
 
 INSTRUCTION = "Read the text carefully. Answer the question with one word from the text.\n\n"
+
+_FILE_NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
 
 PAIRS_PER_BATCH = 64
 """Contrast pairs captured per call of the engine."""
@@ -186,6 +189,11 @@ def vector_of(llm: LLM, sides: tuple[Side, Side], method: str, *, model: str, no
 def digest_name(vector: ControlVector) -> str:
     """A name that no other vector has. Conditions use the digest, which is available while a name has its vector."""
     return vector.digest.replace(":", "-")
+
+
+def safe_name(name: str) -> str:
+    """The name with every letter replaced that a registry or file name does not allow."""
+    return "".join(letter if letter in _FILE_NAME_LETTERS else "-" for letter in name)[:120]
 
 
 def mean_tokens(questions: Sequence[Question]) -> float:

@@ -3,7 +3,7 @@
 A bias is a constant preference for an answer: always the second name, always `No`. Correcting it moves accuracy but not
 the AUROC here, since a constant that is added to an answer's score does not change the order of the items.
 
-Shape suffixes: N items, K classes.
+Shape suffixes: N items, K classes, P parameters.
 """
 
 from __future__ import annotations
@@ -120,11 +120,17 @@ def quality(table: Table, classes: Classes) -> Quality:
 
 def margins(table: Table, classes: Classes) -> Array:
     """Log-probability of each class minus that of the best other one, nats. `[N, K]`"""
-    answer_NK = np.stack([table[ANSWER_KEY.format(k)] for k in range(len(classes.names))], axis=1)
-    score_NK = np.take_along_axis(answer_NK, classes.order_NK, axis=1)
+    score_NK = _scores(table, classes)
     others = [np.delete(score_NK, k, axis=1).max(axis=1) for k in range(score_NK.shape[1])]
     margin_NK: Array = score_NK - np.stack(others, axis=1)
     return margin_NK
+
+
+def _scores(table: Table, classes: Classes) -> Array:
+    """Log-probability of the answer of each class. `[N, K]`"""
+    answer_NK = np.stack([table[ANSWER_KEY.format(k)] for k in range(len(classes.names))], axis=1)
+    score_NK: Array = np.take_along_axis(answer_NK, classes.order_NK, axis=1)
+    return score_NK
 
 
 def mean_auroc(margin_NK: Array, gold_N: Labels) -> float:
@@ -164,6 +170,34 @@ def auroc_difference(before: Table, after: Table, classes: Classes, *, seed: int
     low, high = np.quantile(found, [0.025, 0.975])
     mean = mean_auroc(after_NK, classes.gold_N) - mean_auroc(before_NK, classes.gold_N)
     return Interval(mean=float(mean), low=float(low), high=float(high))
+
+
+def fixed_preference(before: Table, after: Table, items: Sequence[Item], classes: Classes) -> Array:
+    """Which items a fixed preference explains: 1 if the plain model with that preference is right, else 0. `[N]`
+
+    The preference is one number per answer text and one per class, added to the plain log-probabilities. It is fitted
+    to the change of the log-probabilities in one half of the items and applied to the other half, and vice versa. What
+    it does not explain depends on the prompt.
+    """
+    texts = {text: number for number, text in enumerate(dict.fromkeys(a for item in items for a in item.answers))}
+    text_NK = np.array(
+        [[texts[item.answers[i]] for i in order] for item, order in zip(items, classes.order_NK, strict=True)]
+    )
+    score_NK, change_NK = _scores(before, classes), _scores(after, classes) - _scores(before, classes)
+    change_NK = change_NK - change_NK.mean(axis=1, keepdims=True)
+    num_items, count = text_NK.shape
+    design_NKP = np.zeros((num_items, count, len(texts) + count))
+    np.put_along_axis(design_NKP, text_NK[..., None], 1.0, axis=2)
+    design_NKP[:, range(count), len(texts) + np.arange(count)] = 1.0
+    design_NKP -= design_NKP.mean(axis=1, keepdims=True)
+    right_N = np.zeros(num_items)
+    for half in (0, 1):
+        fitted = np.arange(num_items) % 2 == half
+        rows = design_NKP[fitted].reshape(-1, design_NKP.shape[2])
+        shift_P = np.linalg.lstsq(rows, change_NK[fitted].ravel(), rcond=1e-9)[0]
+        chosen_N = (score_NK[~fitted] + design_NKP[~fitted] @ shift_P).argmax(axis=1)
+        right_N[~fitted] = chosen_N == classes.gold_N[~fitted]
+    return right_N
 
 
 def problems(plain: Quality, classes: Classes) -> list[str]:

@@ -8,7 +8,6 @@ result.
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -22,7 +21,7 @@ from steer_engine.derive.progress import Progress
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import BASELINE, Condition, as_long_as, random_like
 from steer_engine.evaluate.encode import Encoder, Question
-from steer_engine.evaluate.items import Item, Task
+from steer_engine.evaluate.items import SPLITS, Item, Task
 from steer_engine.evaluate.journal import Journal
 from steer_engine.evaluate.outcome import machine
 from steer_engine.evaluate.plan import require_blocks
@@ -35,6 +34,7 @@ from steer_engine.evaluate.prompt_vectors import (
     digest_name,
     mean_tokens,
     prompt_pairs,
+    safe_name,
     shots_of,
     split_pool,
     vector_of,
@@ -44,6 +44,7 @@ from steer_engine.evaluate.quality import (
     Classes,
     Quality,
     auroc_difference,
+    fixed_preference,
     margins,
     problems,
     quality,
@@ -146,7 +147,7 @@ class Search:
         self._sides: dict[tuple[str, Kind], tuple[Side, Side]] = {}
         for task in tasks:
             examples, _ = split_pool(task.derive, plan.shots)
-            for split in ("derive", "validation", "test"):
+            for split in SPLITS:
                 items: tuple[Item, ...] = getattr(task, split)
                 self._classes[task.name, split] = require_classes(task.name, items)
                 self._add_questions(task.name, split, items)
@@ -156,7 +157,7 @@ class Search:
         self._facts: dict[str, Any] = {
             "model": model,
             "tasks": {task.name: task.digest for task in tasks},
-            "sizes": {name: {s: len(getattr(task, s)) for s in _SPLITS} for name, task in self._tasks.items()},
+            "sizes": {name: {s: len(getattr(task, s)) for s in SPLITS} for name, task in self._tasks.items()},
             "seed": plan.seed,
             "shots": plan.shots,
             "instruction": plan.instruction,
@@ -274,7 +275,7 @@ class Search:
         An interrupted run loads the file that it wrote before.
         """
         name = f"{task}-{kind}{'-shuffled' if shuffled else ''}"
-        path = self._folder / "vectors" / f"{_file_name(name)}.safetensors"
+        path = self._folder / "vectors" / f"{safe_name(name)}.safetensors"
         if path.exists():
             return self._added(load(path))
         sides = self._captured(journal, shown, task, kind)
@@ -381,6 +382,9 @@ class Search:
                     task=task, about=self._tasks[task].about, recipe=own.kind, digest=own.vector.digest,
                     blocks=own.condition.blocks, alpha=own.condition.alpha, num_test=len(self._tasks[task].test),
                     plain_validation=plain[task], plain=quality(before[task], classes), headroom=headroom[task],
+                    preference=fixed_preference(
+                        before[task], tables[task]["chosen"], self._tasks[task].test, classes
+                    ).mean().item(),
                     prompt_tokens=tokens, trials=trials_of_task,
                 )
             )  # fmt: skip
@@ -389,11 +393,3 @@ class Search:
 
 PROMPTS = ("few-shot prompt", "instruction prompt")
 """Prompts that could be used instead of a vector."""
-
-_SPLITS = ("derive", "validation", "test")
-
-_FILE_NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter in _FILE_NAME_LETTERS else "-" for letter in name)[:120]

@@ -19,6 +19,9 @@ MIN_GAIN = 0.05
 MAX_P = 0.01
 """Largest p-value after Holm of a gain that counts as one."""
 
+MAX_EXPLAINED = 0.5
+"""A gain of which a fixed preference explains this share is not called a better choice."""
+
 _POWER_Z = 2.576 + 0.842
 """Standard errors between 0 and a gain that is found with power 0.8 at p < 0.01, two-sided."""
 
@@ -63,7 +66,11 @@ class SearchTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """The point of a task, and its trials on the test items. headroom: reasons why the task cannot show a gain."""
+    """The point of a task, and its trials on the test items.
+
+    headroom: reasons why the task cannot show a gain. preference: accuracy of the plain model with a fixed preference
+    for answers and places that imitates the chosen point (see `quality.fixed_preference`).
+    """
 
     task: str
     about: str
@@ -75,6 +82,7 @@ class TaskResult:
     plain_validation: Quality
     plain: Quality
     headroom: list[str]
+    preference: float
     prompt_tokens: float
     trials: list[SearchTrial]
 
@@ -103,16 +111,24 @@ class TaskResult:
         return main.paired.difference.mean >= MIN_GAIN and main.p_holm < MAX_P and not self.close_controls
 
     @property
+    def explained(self) -> float:
+        """Share of the gain that a fixed preference explains; NaN without a gain."""
+        gain = self.main.paired.difference.mean
+        return (self.preference - self.plain.accuracy) / gain if gain > 0 else float("nan")
+
+    @property
     def nature(self) -> str:
         """What kind of change this is, in a few words."""
         main = self.main
         if main.paired.difference.mean <= 0 or main.p_holm >= MAX_P:
             return "no gain"
         if math.isnan(main.auroc_change.mean):
-            return "task induction or a preference for one answer (AUROC is undefined)"
+            return "task induction: a preference for one place (AUROC is undefined)"
         if main.auroc_change.low <= 0:
             return "correction of a bias (AUROC does not rise)"
-        return "better choices (AUROC rises), not only a shifted preference"
+        if self.explained >= MAX_EXPLAINED:
+            return "mostly a fixed preference for some answers, although AUROC rises"
+        return "better choices: AUROC rises, and a fixed preference for answers does not explain it"
 
     @property
     def detectable(self) -> float:
@@ -132,9 +148,12 @@ class SearchOutcome:
     def to_json(self) -> str:
         """Facts and test results. The tries are in the CSV."""
         results = [
-            {**asdict(each), "holds": each.holds, "nature": each.nature, "detectable": each.detectable}
+            {
+                **asdict(each), "holds": each.holds, "nature": each.nature, "detectable": each.detectable,
+                "explained": each.explained,
+            }
             for each in self.results
-        ]
+        ]  # fmt: skip
         data = {"facts": self.facts, "results": results}
         return json.dumps(_without_nan(data), indent=1, ensure_ascii=False) + "\n"
 
@@ -194,6 +213,8 @@ def _section(result: TaskResult, tries: Sequence[Try]) -> str:
     return (
         f"\n## {result.task}\n\n{result.about}\n\n**{sentence(result)}**\n\n{reasons}{warning}"
         f"{_trials(result)}\n{picture}"
+        f"The plain model with a fixed preference for words and places, fitted to imitate the chosen point, is right "
+        f"in {_percent(result.preference)}: this explains {100 * result.explained:.0f} % of the change. "
         f"This test finds a gain of {100 * result.detectable:.1f} points with power 0.8 at p < 0.01. Plain accuracy on "
         f"validation: {_percent(plain.accuracy)} (balanced {_percent(plain.balanced)}, AUROC {plain.auroc:.3f}). "
         f"The best of {len(own)} tries there:\n\n{best}"

@@ -10,7 +10,15 @@ import pytest
 
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.items import Item
-from steer_engine.evaluate.quality import Classes, auroc_difference, margins, problems, quality, require_classes
+from steer_engine.evaluate.quality import (
+    Classes,
+    auroc_difference,
+    fixed_preference,
+    margins,
+    problems,
+    quality,
+    require_classes,
+)
 from steer_engine.evaluate.statistics import choice_metrics
 from steer_engine.evaluate.sweep import Table
 
@@ -97,6 +105,31 @@ def test_margins_follow_the_classes_and_not_the_order_of_the_answers() -> None:
     classes = require_classes("t", items)
     found = margins(table(np.array([[-1.0, -3.0], [-2.0, -5.0]]), items), classes)
     assert found.tolist() == [[-2.0, 2.0], [3.0, -3.0]]
+
+
+def test_a_fixed_preference_is_told_from_a_better_choice() -> None:
+    """Numbers: preferring large ones explains "the largest"; knowing which place is asked for is not a preference."""
+    random = np.random.default_rng(1)
+    words = [f"w{i}" for i in range(12)]
+    largest, asked = [], []
+    for number in range(NUM):
+        places = random.permutation(12)[:3]
+        prompt = f"{number} " + " ".join(words[i] for i in places)
+        answers = tuple(f" {words[i]}" for i in places)
+        largest.append(item(prompt, *answers, correct=int(places.argmax())))
+        asked.append(item(f"{prompt} ?", *answers, correct=int(random.integers(3))))
+    for items, expected in ((largest, 1.0), (asked, 1 / 3)):
+        classes = require_classes("t", items)
+        plain_NK = random.normal(-3.0, 0.1, (NUM, 3))
+        steered_NK = plain_NK.copy()
+        if items is largest:
+            steered_NK += [[words.index(answer.strip()) for answer in each.answers] for each in items]
+        else:
+            steered_NK[np.arange(NUM), [each.correct for each in items]] += 5.0
+        before, after = table(plain_NK, items), table(steered_NK, items)
+        assert quality(after, classes).accuracy == 1.0
+        # Four standard deviations of a guess.
+        assert fixed_preference(before, after, items, classes).mean() == pytest.approx(expected, abs=0.1)
 
 
 def test_one_gold_class_has_no_auroc() -> None:
