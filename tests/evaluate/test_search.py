@@ -30,7 +30,7 @@ PLAN = SearchPlan(
 
 @pytest.fixture(scope="module")
 def tasks() -> list[Task]:
-    return [load_task(name, SIZES) for name in ("pick-animal", "compare")]
+    return [load_task(name, SIZES) for name in ("order-yes-no", "compare")]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def outcome(search: Callable[..., SearchOutcome], folder: Path) -> SearchOutcome
 
 def test_every_point_of_the_grid_is_a_try_and_the_best_is_tested(outcome: SearchOutcome) -> None:
     points = [(each.task, each.recipe, each.blocks, each.alpha) for each in outcome.tries]
-    assert points == [(t, r, b, 2.0) for t in ("pick-animal", "compare") for r in PLAN.recipes for b in ("0", "1")]
+    assert points == [(t, r, b, 2.0) for t in ("order-yes-no", "compare") for r in PLAN.recipes for b in ("0", "1")]
     for result in outcome.results:
         own = [each for each in outcome.tries if each.task == result.task]
         chosen = next(each for each in own if (each.recipe, each.blocks) == (result.recipe, result.blocks))
@@ -69,7 +69,7 @@ def test_controls_and_prompts_stand_beside_the_chosen_point(outcome: SearchOutco
     first, second = outcome.results
     names = ["chosen", "flipped", "random 1", "random 2", "shuffled pairs"]
     assert [trial.name for trial in first.trials] == [*names, "vector of compare", *PROMPTS]
-    assert [trial.name for trial in second.trials] == [*names, "vector of pick-animal", *PROMPTS]
+    assert [trial.name for trial in second.trials] == [*names, "vector of order-yes-no", *PROMPTS]
     for trial in first.trials:
         assert trial.is_prompt == (trial.extra_tokens > 0.0)
         assert trial.p_holm >= trial.paired.p
@@ -88,9 +88,9 @@ def test_the_files_list_every_try_and_the_numbers(outcome: SearchOutcome, folder
         each.task: each.digest for each in outcome.results
     }
     page = (folder / "search.md").read_text()
-    for text in ("## pick-animal", "few-shot prompt", "change of AUROC", sentence(outcome.results[0])):
+    for text in ("## order-yes-no", "few-shot prompt", "change of AUROC", sentence(outcome.results[0])):
         assert text in page
-    assert (folder / "pick-animal.svg").read_text().startswith("<svg")
+    assert (folder / "order-yes-no.svg").read_text().startswith("<svg")
 
 
 def test_a_second_run_measures_nothing_and_finds_the_same(
@@ -150,7 +150,7 @@ def test_the_prompts_of_a_recipe(kind: str, tasks: list[Task]) -> None:
     from steer_engine.evaluate.encode import Encoder
 
     items = tasks[0].derive
-    ids = {item.id: number % 3 for number, item in enumerate(items)}
+    ids = {item.id: number % 2 for number, item in enumerate(items)}
     pairs = prompt_pairs(
         kind, items, Encoder(Letters(), max_tokens=4000), shots=3, chosen=ids, gold=dict.fromkeys(ids, 0),
         instruction="Do it.\n",
@@ -165,18 +165,19 @@ def test_the_prompts_of_a_recipe(kind: str, tasks: list[Task]) -> None:
         for one, other in texts:
             assert any(one.startswith(each) for each in solved) == (kind != "format")
             assert (other in plain) == (kind != "labels")
-            assert one.count("Q:") == 4
+            assert one.count("Question:") == 4
         # The query itself is never among its examples.
         assert not {item.prompt for each in examples for item in each} & {item.prompt for item in queries}
     elif kind == "instruction":
         assert texts == [(f"Do it.\n{item.prompt} ", f"{item.prompt} ") for item in items]
     elif kind == "answer":
-        assert all(one == prompts[one[: one.index("A:") + 2]].prompt + prompts[one[: one.index("A:") + 2]].target
-                   for one, _ in texts)  # fmt: skip
+        for one, _ in texts:
+            prompt, answer = one[: one.index("Answer:") + 7], one[one.index("Answer:") + 7 :]
+            assert prompts[prompt].target == answer
         assert all(one != other for one, other in texts)
     else:  # chosen class 0 is right, and the favourite
         right = {item.prompt + " " for item in items if ids[item.id] == 0}
-        assert len(texts) == 8
+        assert len(texts) == 12
         assert all((one in right) == (kind == "correct") for one, _ in texts)
         assert all((other in right) == (kind == "bias") for _, other in texts)
 
