@@ -1,4 +1,4 @@
-"""The commands `eval`, `calibrate` and `paper`."""
+"""The commands `eval`, `search`, `calibrate` and `paper`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import Against
 from steer_engine.evaluate.outcome import Outcome
 from steer_engine.evaluate.plan import Plan, Recipe, parse_alphas
+from steer_engine.evaluate.prompt_vectors import INSTRUCTION, KINDS
+from steer_engine.evaluate.reasoning_tasks import MAKERS
 from steer_engine.evaluate.report import sentence, warnings
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import load
 
-TASK = typer.Option(help="Task: ioi, babi15, babi16, or a JSONL file.")
+TASK = typer.Option(help="Task: a packaged one, such as ioi or key-value, or a JSONL file.")
 OUT = typer.Option(help="Folder for results and report; an interrupted run resumes from it.")
 BLOCKS = typer.Option(help="Blocks to try, such as 15 or 10-19; may be repeated.")
 ALPHAS = typer.Option(help="Strengths: first:last:step, or a list with commas.")
@@ -122,6 +124,82 @@ def eval_command(
         llm, loaded, plan, out, model=model, chat=chat, generate=max_tokens, command=_command_line()
     ).run()
     _print_verdicts(outcome, write_results(outcome, out))
+
+
+def search_command(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(help=f"JSONL files, packaged tasks, or `all` of these: {', '.join(MAKERS)}.", metavar="TASK..."),
+    ],
+    model: Model,
+    out: Annotated[Path, OUT],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Vectors to derive: {', '.join(KINDS)} (default: shots, labels, format, correct); may be repeated."
+        ),
+    ] = None,
+    blocks: Annotated[list[str] | None, BLOCKS] = None,
+    alphas: Annotated[str, ALPHAS] = "-1,0.5,1,2,4",
+    score: Annotated[str, typer.Option(help="Measure to maximise on validation: accuracy, balanced or auroc.")] = (
+        "accuracy"
+    ),
+    shots: Annotated[int, typer.Option(min=1, help="Solved examples of the recipes, and of the few-shot prompt.")] = 10,
+    instruction: Annotated[
+        str, typer.Option(help="Text before the prompt, for the recipe and for the prompt that replaces it.")
+    ] = INSTRUCTION,
+    derive_items: Annotated[int, DERIVE_ITEMS] = 104,
+    validation_items: Annotated[int, VALIDATION_ITEMS] = 200,
+    test_items: Annotated[int, TEST_ITEMS] = 1000,
+    random_controls: Annotated[int, typer.Option(min=1, help="Number of random directions to compare with.")] = 5,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Search tasks without headroom too.")] = False,
+    chat: Chat = False,
+    seed: Annotated[int, SEED] = 0,
+    dtype: DType = "auto",
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemoryUtilization = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+) -> None:
+    """Try every recipe, block and strength on validation items, and test one point per task against controls.
+
+    Example: steer-engine search key-value compare smollm2-135m --out results/search
+    """
+    from steer_engine.evaluate.plots import require_matplotlib
+    from steer_engine.evaluate.report import write_search
+    from steer_engine.evaluate.scorer import open_engine
+    from steer_engine.evaluate.search import Search, SearchPlan
+    from steer_engine.evaluate.search_outcome import sentence as result_sentence
+    from steer_engine.evaluate.tasks import Sizes, load_task
+
+    require_matplotlib()
+    sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
+    names = list(MAKERS) if tasks == ["all"] else tasks
+    loaded = [load_task(name, sizes, seed=seed) for name in names]
+    plan = SearchPlan(
+        recipes=tuple(_checked("--recipe", name, KINDS) for name in recipe or ("shots", "labels", "format", "correct")),
+        blocks=tuple(blocks or ()),
+        alphas=parse_alphas(alphas),
+        score=_checked("--score", score, ("accuracy", "balanced", "auroc")),
+        shots=shots,
+        instruction=instruction,
+        random_controls=random_controls,
+        seed=seed,
+        anyway=anyway,
+    )
+    require_folder(out)
+    check_model(model, *(blocks or ()), modules=MODULES)
+    engine = engine_args(
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    llm = open_engine(model, **engine)
+    outcome = Search(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
+    page = write_search(outcome, out)
+    for result in outcome.results:
+        typer.echo(f"{result.task}: {result_sentence(result)}")
+    typer.echo(f"report: {page}")
 
 
 def calibrate_command(
@@ -218,13 +296,13 @@ def paper_command(
     from steer_engine.evaluate.plots import require_matplotlib
     from steer_engine.evaluate.report import folder_of, paper_index, paper_markdown
     from steer_engine.evaluate.scorer import open_engine
-    from steer_engine.evaluate.tasks import TASKS, Sizes, load_task
+    from steer_engine.evaluate.tasks import PAPER_TASKS, Sizes, load_task
     from steer_engine.vectors.storage import write_atomically
 
     require_matplotlib()
     strengths = parse_alphas(alphas)
     sizes = Sizes(derive=derive_items, validation=validation_items, test=test_items)
-    tasks = [load_task(name, sizes, seed=seed, shots=shots) for name in task or TASKS]
+    tasks = [load_task(name, sizes, seed=seed, shots=shots) for name in task or PAPER_TASKS]
     require_folder(out)
     check_model(model, modules=MODULES)
     engine = engine_args(

@@ -136,6 +136,14 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=MEASURE)
+def search(context: typer.Context) -> None:
+    """Try vectors, blocks and strengths on tasks, and test the best point of each against controls and prompts."""
+    from steer_engine.cli.evaluate import search_command
+
+    _run_parser(context, search_command)
+
+
+@app.command(add_help_option=False, context_settings=_PASS_ON, rich_help_panel=MEASURE)
 def paper(context: typer.Context) -> None:
     """Run the protocol of Højer et al. (ICLR 2025) on a model, and a stricter one."""
     from steer_engine.cli.evaluate import paper_command

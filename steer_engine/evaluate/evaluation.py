@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steer_engine.derive.capture_engine import installed_versions
-from steer_engine.derive.fit import CapturedRows
-from steer_engine.derive.moments import Chunk, Sample, summarise
 from steer_engine.derive.progress import Progress
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import (
@@ -32,6 +29,7 @@ from steer_engine.evaluate.items import Item, Task
 from steer_engine.evaluate.journal import Journal
 from steer_engine.evaluate.outcome import Example, Flip, Outcome, PaperRun, Point, Trial, Verdict, machine
 from steer_engine.evaluate.plan import Plan, Recipe, paper_plans
+from steer_engine.evaluate.prompt_vectors import IdPair, Side, capture_sides, digest_name, safe_name, vector_of
 from steer_engine.evaluate.report import write_results
 from steer_engine.evaluate.scorer import Scorer
 from steer_engine.evaluate.statistics import Paired, compare, holm, slope
@@ -39,17 +37,10 @@ from steer_engine.evaluate.sweep import Table, choose, sweep
 from steer_engine.evaluate.tasks import neutral_texts
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import load, save
-from steer_engine.vectors.metadata import VectorMetadata
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
 
-
-Side = list[Sample]
-"""The captured residual stream of the positives, or of the negatives."""
-
-PAIRS_PER_BATCH = 64
-"""Contrast pairs captured per call of the engine."""
 
 MAX_FLIPS = 40
 """Changed items listed in a report."""
@@ -57,8 +48,6 @@ MAX_FLIPS = 40
 NUM_EXAMPLES = 6
 EXAMPLE_TOKENS = 24
 """Continuations shown in a report, and their length."""
-
-_FILE_NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
 
 _ABOUT = {
     "flipped": "the same vector with the opposite sign",
@@ -186,12 +175,12 @@ class Evaluation:
         }
         vectors = {**derived, **self._plan.vectors}
         for vector in vectors.values():
-            self._llm.vectors.add(_digest_name(vector), vector)
+            self._llm.vectors.add(digest_name(vector), vector)
         return vectors
 
     def _derived(self, name: str, shown: Progress, recipe: Recipe, *, shuffled: bool) -> ControlVector:
         """The vector of a recipe. An interrupted run loads the file that it wrote before."""
-        path = self._folder / "vectors" / f"{_safe_name(name)}.safetensors"
+        path = self._folder / "vectors" / f"{safe_name(name)}.safetensors"
         if path.exists():
             return load(path)
         pairs = contrasts(self._task.derive, recipe.against, seed=self._plan.seed)
@@ -200,12 +189,15 @@ class Evaluation:
         contrast = f"{recipe.against}{' shuffled' if shuffled else ''}"
         if contrast not in self._sides:
             with shown.counting(f"capturing {contrast}:", total=len(pairs), unit="pairs") as advance:
-                self._sides[contrast] = _capture_sides(self._llm, self._encoder, pairs, advance)
+                self._sides[contrast] = capture_sides(self._llm, [self._ids(pair) for pair in pairs], advance)
         notes = f"{len(pairs)} pairs of task {self._task.name}, right answers against {contrast}."
-        vector = _vector_of(self._llm, self._sides[contrast], recipe.method, model=self._model, notes=notes)
+        vector = vector_of(self._llm, self._sides[contrast], recipe.method, model=self._model, notes=notes)
         path.parent.mkdir(parents=True, exist_ok=True)
         save(vector, path)
         return vector
+
+    def _ids(self, pair: Contrast) -> IdPair:
+        return self._encoder.ids(*pair.positive), self._encoder.ids(*pair.negative)
 
     def _trials(self, shown: Progress, name: str, vector: ControlVector, chosen: Condition) -> dict[str, Condition]:
         """Conditions that run on the test split besides the baseline: the chosen one and its controls, by name."""
@@ -228,7 +220,7 @@ class Evaluation:
         shuffled = self._derived(f"{recipe.name}-shuffled", shown, recipe, shuffled=True)
         others["shuffled"] = as_long_as(vector, dict(shuffled.directions), method="control: shuffled labels")
         for kind, other in others.items():
-            self._llm.vectors.add(_digest_name(other), other)
+            self._llm.vectors.add(digest_name(other), other)
             trials[kind] = plan.condition(f"{name}, {kind}", other, chosen.blocks, chosen.alpha)
         return trials
 
@@ -331,48 +323,3 @@ def _margins(before: Table, after: Table) -> list[tuple[float, float]]:
     if "margin" not in before:
         return []
     return [(round(float(a), 4), round(float(b), 4)) for a, b in zip(before["margin"], after["margin"], strict=True)]
-
-
-def _digest_name(vector: ControlVector) -> str:
-    """A name that no other vector has. Conditions use the digest, which is available while a name has its vector."""
-    return vector.digest.replace(":", "-")
-
-
-def _safe_name(name: str) -> str:
-    """The name with every letter replaced that a registry or file name does not allow."""
-    return "".join(letter if letter in _FILE_NAME_LETTERS else "-" for letter in name)[:120]
-
-
-def _capture_sides(
-    llm: LLM, encoder: Encoder, pairs: Sequence[Contrast], advance: Callable[[int], None] = lambda steps: None
-) -> tuple[Side, Side]:
-    """Capture the residual stream at the last token of every positive and every negative, at all blocks."""
-    positive: Side = []
-    negative: Side = []
-    for start in range(0, len(pairs), PAIRS_PER_BATCH):
-        batch = pairs[start : start + PAIRS_PER_BATCH]
-        texts = [encoder.ids(*text) for pair in batch for text in (pair.positive, pair.negative)]
-        samples = [summarise(rows_LTD, skip_first=False) for rows_LTD in llm.capture(texts, "last")]
-        positive += samples[::2]
-        negative += samples[1::2]
-        advance(len(batch))
-    return positive, negative
-
-
-def _vector_of(llm: LLM, sides: tuple[Side, Side], method: str, *, model: str, notes: str) -> ControlVector:
-    """Fit a vector to the captured sides, at all blocks of the model.
-
-    Raises:
-        DerivationError: the sides do not differ.
-    """
-    rows = CapturedRows()
-    rows.add(Chunk.of(*sides, keep_rows=True))
-    metadata = VectorMetadata(
-        model=model,
-        hidden_size=llm.hidden_size,
-        num_blocks=llm.num_blocks,
-        method=method,
-        position="last",
-        notes=notes,
-    )
-    return rows.fit(method, llm.capture_blocks, metadata)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -54,6 +54,10 @@ class Item:
     @property
     def wrong(self) -> tuple[str, ...]:
         return tuple(answer for i, answer in enumerate(self.answers) if i != self.correct)
+
+    def after(self, text: str) -> Item:
+        """The same item with a text before its prompt."""
+        return replace(self, prompt=text + self.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,4 @@ class Task:
 
 
 def _prefixed(items: Sequence[Item], examples: str) -> tuple[Item, ...]:
-    return tuple(
-        Item(id=item.id, prompt=examples + item.prompt, answers=item.answers, correct=item.correct, where=item.where)
-        for item in items
-    )
+    return tuple(item.after(examples) for item in items)

@@ -89,10 +89,7 @@ class Plan:
         Raises:
             EvaluationError: a range has blocks that the model does not have.
         """
-        for blocks in self.blocks:
-            last = (parse_blocks(blocks) or (0,))[-1]
-            if last >= num_blocks:
-                raise EvaluationError(f"--blocks {blocks}: the model's blocks are 0 to {num_blocks - 1}.")
+        require_blocks(self.blocks, num_blocks)
         # Single blocks: the residual stream carries an edit to all later blocks, so a vector that is added at ten
         # blocks counts about ten times (SmolLM2-135M, IOI, strength 0.5: KL 0.03 at block 15, 5.0 at 10-19).
         places = (num_blocks // 3, num_blocks // 2, 2 * num_blocks // 3)
@@ -125,6 +122,17 @@ class Plan:
                     "Choose --blocks from these."
                 )
         return [self.condition(name, vector, blocks, alpha) for blocks, alpha in product(ranges, self.steps)]
+
+
+def require_blocks(ranges: Sequence[str], num_blocks: int) -> None:
+    """Raise EvaluationError if a range has another form, or blocks that the model does not have."""
+    for blocks in ranges:
+        try:
+            last = (parse_blocks(blocks) or (0,))[-1]
+        except ValueError as error:
+            raise EvaluationError(f"--blocks: {error}.") from None
+        if last >= num_blocks:
+            raise EvaluationError(f"--blocks {blocks}: the model's blocks are 0 to {num_blocks - 1}.")
 
 
 def paper_plans(num_blocks: int, alphas: Sequence[float], seed: int) -> dict[str, Plan]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from steer_engine.derive.condition import ConditionFit
 from steer_engine.derive.probe_quality import ProbeReport, Scores, binned, probabilities
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.outcome import Outcome, Point, Verdict
+
+if TYPE_CHECKING:
+    from steer_engine.evaluate.search_outcome import TaskResult, Try
 
 COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#762a83", "#e08214", "#4d4d4d")
 GREY = "#777777"
@@ -132,6 +135,36 @@ def flips(verdict: Verdict) -> str:
     axis.set_ylabel("margin steered, nats")
     axis.set_title("test items")
     axis.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def search(result: TaskResult, tries: Sequence[Try]) -> str:
+    """Every try of a task on validation, as AUROC against accuracy; and the test items: gain and change of AUROC.
+
+    Bars are 95 % intervals.
+    """
+    figure, axes = _figure(1, 3, height=1.4 + 0.27 * max(8, len(result.trials)), width=12.0)
+    grid, gains, areas = axes[0]
+    for colour, recipe in zip(COLOURS * len(tries), dict.fromkeys(each.recipe for each in tries), strict=False):
+        own = [each.quality for each in tries if each.recipe == recipe]
+        grid.plot([q.accuracy for q in own], [q.auroc for q in own], ".", color=colour, ms=5, label=recipe)
+    plain = result.plain_validation
+    grid.plot([plain.accuracy], [plain.auroc], "k*", ms=10, label="plain")
+    grid.set_xlabel("accuracy")
+    grid.set_ylabel("AUROC of the margin", fontsize=9)
+    grid.set_title(f"{len(tries)} tries on validation items")
+    grid.legend(fontsize=8, frameon=False)
+    for row, trial in enumerate(result.trials):
+        colour = COLOURS[0] if trial.name == "chosen" else COLOURS[4] if trial.is_prompt else COLOURS[5]
+        for axis, change in ((gains, trial.paired.difference), (areas, trial.auroc_change)):
+            axis.plot([change.low, change.high], [row, row], color=colour, lw=2)
+            axis.plot([change.mean], [row], "o", color=colour, ms=4)
+    for axis, title in ((gains, f"accuracy, {result.num_test} test items"), (areas, "AUROC, test items")):
+        axis.axvline(0, color=GREY, lw=0.8, ls=":")
+        axis.set_title(f"change of {title}")
+        axis.invert_yaxis()
+    gains.set_yticks(range(len(result.trials)), [trial.name for trial in result.trials], fontsize=8)
+    areas.set_yticks([])
     return _svg(figure)
 
 

@@ -1,4 +1,5 @@
-"""Writes results: the folder of an evaluation (JSON, CSV, HTML), and the table of runs of the paper's protocol."""
+"""Writes results: the folder of an evaluation (JSON, CSV, HTML), the table of runs of the paper's protocol, and
+the page of a search."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from steer_engine.evaluate import plots
 from steer_engine.evaluate.outcome import Outcome, PaperRun, Trial, Verdict
 from steer_engine.evaluate.plan import PAPER_METHODS
+from steer_engine.evaluate.search_outcome import SearchOutcome
 from steer_engine.vectors.storage import write_atomically
 
 SIGNIFICANCE = 0.05
@@ -31,6 +33,18 @@ def write_results(outcome: Outcome, folder: Path) -> Path:
     write_atomically(folder / "results.csv", outcome.to_csv().encode())
     page = folder / "report.html"
     write_atomically(page, html_report(outcome).encode())
+    return page
+
+
+def write_search(outcome: SearchOutcome, folder: Path) -> Path:
+    """Write `search.md`, `search.json`, `tries.csv` and one picture per task. Returns the path of the page."""
+    page = folder / "search.md"
+    write_atomically(folder / "search.json", outcome.to_json().encode())
+    write_atomically(folder / "tries.csv", outcome.to_csv().encode())
+    for result in outcome.results:
+        own = [each for each in outcome.tries if each.task == result.task]
+        write_atomically(folder / f"{result.file_name}.svg", plots.search(result, own).encode())
+    write_atomically(page, outcome.to_markdown().encode())
     return page
 
 

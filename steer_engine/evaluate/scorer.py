@@ -15,7 +15,7 @@ import numpy as np
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import BASELINE, Condition
 from steer_engine.evaluate.encode import Question
-from steer_engine.evaluate.statistics import choice_metrics, exact_metrics, shift_metrics
+from steer_engine.evaluate.statistics import ANSWER_KEY, choice_metrics, exact_metrics, shift_metrics
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM, Numbers
@@ -52,10 +52,12 @@ class Scorer:
     """Scores (question, condition) pairs on one engine, in large batches.
 
     generate: tokens to generate for an exact match. batch: requests per call of the engine.
+    keep_answers: also return the log-probability of each answer of a choice (`answer_0`, `answer_1`, ...).
     """
 
-    def __init__(self, llm: LLM, *, generate: int = 32, batch: int = BATCH) -> None:
+    def __init__(self, llm: LLM, *, generate: int = 32, batch: int = BATCH, keep_answers: bool = False) -> None:
         self._llm = llm
+        self._keep_answers = keep_answers
         self._generate = generate
         self._batch = batch
 
@@ -100,7 +102,20 @@ class Scorer:
         )
         results = iter(zip(submitted, scored, strict=True))
         # Both lists have the same order; this skips the unsteered jobs that were added above.
-        return [next(_metrics(job, numbers) for job, numbers in results if job == requested) for requested in jobs]
+        return [next(self._metrics(job, numbers) for job, numbers in results if job == requested) for requested in jobs]
+
+    def _metrics(self, job: Job, numbers: Numbers) -> Score:
+        if not np.isfinite([numbers.kl, numbers.entropy]).all():
+            raise EvaluationError(
+                "The model's next-token distribution is not finite with this steering; try smaller strengths."
+            )
+        question, _ = job
+        score = shift_metrics(numbers.kl, numbers.entropy, numbers.top_changed)
+        if question.answer_ids:
+            score |= choice_metrics(numbers.answers, question.correct)
+            if self._keep_answers:
+                score |= {ANSWER_KEY.format(i): value for i, value in enumerate(numbers.answers)}
+        return score
 
     def continuations(self, questions: Sequence[Question], condition: Condition, num_tokens: int) -> list[str]:
         """Greedy continuations of the questions, `num_tokens` long."""
@@ -122,16 +137,6 @@ class Scorer:
         prompts: Any = [{"prompt_token_ids": list(question.prompt_ids)} for question, _ in jobs]
         outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False)
         return outputs
-
-
-def _metrics(job: Job, numbers: Numbers) -> Score:
-    if not np.isfinite([numbers.kl, numbers.entropy]).all():
-        raise EvaluationError(
-            "The model's next-token distribution is not finite with this steering; try smaller strengths."
-        )
-    question, _ = job
-    score = shift_metrics(numbers.kl, numbers.entropy, numbers.top_changed)
-    return score | (choice_metrics(numbers.answers, question.correct) if question.answer_ids else {})
 
 
 def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:

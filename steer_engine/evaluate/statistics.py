@@ -25,6 +25,9 @@ SHIFT_METRICS = ("kl", "entropy", "top_changed")
 EXACT_METRICS = ("accuracy", "distinct", "length")
 """Metrics of generated text."""
 
+ANSWER_KEY = "answer_{}"
+"""Name of the metric with the log-probability (nats) of the answer at an index, if a search keeps it."""
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 CHUNK = 1 << 22

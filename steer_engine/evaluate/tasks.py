@@ -11,11 +11,9 @@ from typing import Any
 
 from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.items import SPLITS, Item, Sizes, Task
+from steer_engine.evaluate.reasoning_tasks import MAKERS, NAMES, Make
 
-__all__ = ["TASKS", "Item", "Sizes", "Task", "load_task"]
-
-Make = Callable[[Random, str], tuple[Hashable, str, list[str], str]]
-"""Makes an item from a random generator and the name of its split: identity, prompt, answers, right answer."""
+__all__ = ["NAMES", "PAPER_TASKS", "TASKS", "Item", "Sizes", "Task", "load_task"]
 
 MAX_TRIES = 100
 """Draws per item, until the generator counts as exhausted."""
@@ -78,19 +76,6 @@ def draw(name: str, make: Make, sizes: Sizes, seed: int, about: str) -> Task:
         splits[split] = tuple(items)
     return Task(name=name, about=about, **splits)
 
-
-_NAMES = (
-    "Aaron Adam Alan Alex Alice Amy Anderson Andre Andrew Andy Anna Anthony Arthur Austin Blake Brandon Brian Carter "
-    "Charles Charlie Christian Christopher Clark Cole Collins Connor Crew Crystal Daniel David Dean Edward Elizabeth "
-    "Emily Eric Eva Ford Frank George Georgia Graham Grant Henry Ian Jack Jacob Jake James Jamie Jane Jason Jay "
-    "Jennifer Jeremy Jessica John Jonathan Jordan Joseph Joshua Justin Kate Kelly Kevin Kyle Laura Leon Lewis Lisa "
-    "Louis Luke Madison Marco Marcus Maria Mark Martin Mary Matthew Max Michael Michelle Morgan Patrick Paul Peter "
-    "Prince Rachel Richard River Robert Roman Rose Ruby Russell Ryan Sarah Scott Sean Simon Stephen Steven Sullivan "
-    "Taylor Thomas Tyler Victoria Warren William"
-)
-
-NAMES = {split: tuple(_NAMES.split()[start::3]) for start, split in enumerate(("derive", "validation", "test"))}
-"""Split -> names. Each split takes every third name, so that all splits have similar names."""
 
 OPENINGS = ("Then", "Later", "Earlier")
 SHORT = "{opening}, {first} and {second} went to the {place}. {giver} gave a {object} to"
@@ -170,8 +155,16 @@ def _babi16(random: Random, split: str) -> tuple[Hashable, str, list[str], str]:
     return identity, prompt, [f" {colour}" for colour in COLOURS], f" {colour_of[members[subject]]}"
 
 
-TASKS: dict[str, Callable[[Sizes, int], Task]] = {"ioi": ioi, "babi15": babi15, "babi16": babi16}
-"""Name -> generator."""
+def _drawn(name: str, make: Make) -> Callable[[Sizes, int], Task]:
+    about = " ".join((make.__doc__ or "").split())
+    return lambda sizes, seed: draw(name, make, sizes, seed, about)
+
+
+PAPER_TASKS: dict[str, Callable[[Sizes, int], Task]] = {"ioi": ioi, "babi15": babi15, "babi16": babi16}
+"""Name -> generator of the tasks of Højer et al. that need no data set."""
+
+TASKS = PAPER_TASKS | {name: _drawn(name, make) for name, make in MAKERS.items()}
+"""Name -> generator of every packaged task."""
 
 
 def _load_jsonl(path: Path, sizes: Sizes, seed: int) -> Task:

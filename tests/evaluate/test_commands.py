@@ -13,11 +13,13 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from steer_engine.cli.evaluate import calibrate_command, eval_command, paper_command
+from steer_engine.cli.evaluate import calibrate_command, eval_command, paper_command, search_command
 from steer_engine.errors import EvaluationError, SteerError
 from steer_engine.vectors import ControlVector, VectorMetadata, load, save
 
-COMMANDS = {"eval": eval_command, "paper": paper_command, "calibrate": calibrate_command}
+COMMANDS = {
+    "eval": eval_command, "paper": paper_command, "calibrate": calibrate_command, "search": search_command
+}  # fmt: skip
 SCRIPT = Path(sys.executable).with_name("steer-engine")
 
 
@@ -30,7 +32,26 @@ def invoke(command: str, *arguments: str) -> Result:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command: str) -> None:
-    assert f"steer-engine {command} smollm2-135m" in invoke(command, "--help").output
+    tasks = "key-value compare " if command == "search" else ""
+    assert f"steer-engine {command} {tasks}smollm2-135m" in invoke(command, "--help").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("categories", "no-such-model"), "There is no task or file 'categories'"),
+        (("category", "no-such-model", "--recipe", "magic"), "--recipe 'magic' is none of shots, labels, format"),
+        (("category", "no-such-model", "--score", "margin"), "--score 'margin' is none of accuracy, balanced, auroc"),
+        (("category", "no-such-model", "--alphas", "0"), "All strengths are 0"),
+        (("category", "no-such-model", "--recipe", "shots", "--recipe", "shots"), "Give each recipe once"),
+    ],
+)
+def test_an_invalid_search_needs_no_engine(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = invoke("search", *arguments, "--out", str(tmp_path / "out"))
+    assert isinstance(done.exception, SteerError)
+    assert message in done.exception.message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
