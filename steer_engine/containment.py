@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import fsum, prod
 
-from steer_engine.edit import LARGEST, Edit
+from steer_engine.edit import LARGEST, Edit, Growth
 from steer_engine.errors import SteeringRequestError
 from steer_engine.settings import Limits
 from steer_engine.spec import Op
@@ -144,13 +144,13 @@ def check_growth(
     if preserve_norm:
         at_block: dict[int, list[_Dose]] = {}
         for edit in edits:
-            norms = vectors[edit.vector].norms
-            for block, scale in zip(edit.blocks, edit.peak_scales, strict=True):
-                at_block.setdefault(block, []).append((edit, (scale,), (norms[block],)))
+            norms, grown = _norms_of(edit, vectors), edit.growth or (Growth(),) * len(edit.blocks)
+            for block, scale, growth in zip(edit.blocks, edit.peak_scales, grown, strict=True):
+                at_block.setdefault(block, []).append((edit, (scale,), (norms[block],), (growth,)))
         bound = max((_grown(peak, doses) for doses in at_block.values()), default=peak)
     else:
         bound = _grown(
-            peak, [(edit, edit.peak_scales, [vectors[edit.vector].norms[b] for b in edit.blocks]) for edit in edits]
+            peak, [(edit, edit.peak_scales, list(_norms_of(edit, vectors).values()), edit.growth) for edit in edits]
         )
     if not bound <= limit:
         raise SteeringRequestError(
@@ -160,14 +160,19 @@ def check_growth(
         )
 
 
-_Dose = tuple[Edit, Sequence[float], Sequence[float]]
-"""An edit, and for each of some blocks its scale and the norm of its vector."""
+_Dose = tuple[Edit, Sequence[float], Sequence[float], Sequence[Growth]]
+"""An edit, and for each of some blocks its scale, the norm of its vector, and what its parts may do."""
+
+
+def _norms_of(edit: Edit, vectors: Mapping[str, ControlVector]) -> dict[int, float]:
+    """By block, the norm of the edit's vector; 0 for an edit with parts, which has no vector of its own."""
+    return {block: 0.0 if edit.parts else vectors[edit.vector].norms[block] for block in edit.blocks}
 
 
 def _grown(peak: float, doses: Iterable[_Dose]) -> float:
     """The largest norm of a row that enters with norm `peak` and gets these doses."""
     factor, amount = 1.0, 0.0
-    for edit, scales, norms in doses:
+    for edit, scales, norms, grown in doses:
         match edit.op:
             case Op.ADD:
                 amount += fsum(abs(scale) * norm for scale, norm in zip(scales, norms, strict=True))
@@ -178,6 +183,9 @@ def _grown(peak: float, doses: Iterable[_Dose]) -> float:
             case Op.CLAMP | Op.SET:
                 # A component inside the bounds stays; one outside moves to the nearer bound.
                 amount += len(scales) * max(edit.lo or 0.0, -(edit.hi or 0.0), 0.0)
+            case Op.FEATURE | Op.LOW_RANK | Op.ROTATE:
+                factor *= prod(growth.factor for growth in grown)
+                amount += fsum(growth.amount for growth in grown)
     return factor * (peak + amount)
 
 

@@ -165,23 +165,61 @@ class When(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GateBounds:
-    """Apply an edit only where min_cos <= cos(x, vector) <= max_cos.
+    """Apply an edit only where low <= cos(x, vector) <= high; with `dot`, <x, vector / |vector|> instead.
 
-    vector: digest. The defaults are outside the range of a cosine, so they never exclude anything.
+    vector: digest. bounds: per block of the edit, (low, high).
     """
 
     vector: str
-    min_cos: float = -2.0
-    max_cos: float = 2.0
+    bounds: tuple[tuple[float, float], ...]
+    dot: bool = False
+
+
+class Part(NamedTuple):
+    """One of the terms that an edit adds at a block: g(x) * w. All terms read the x before the edit.
+
+    write: digest; w is its unit direction. read: digest; r is its unit direction, empty without a mode.
+    mode: "" adds c0 * w. The others are those of `steer_kernels.tables`: "read", "jump" and "plane".
+    """
+
+    mode: str
+    read: str
+    write: str
+    c0: float = 0.0
+    c2: float = 0.0
+    c3: float = 0.0
+    lo: float = -LARGEST
+    hi: float = LARGEST
+
+    @property
+    def does_nothing(self) -> bool:
+        return not (self.c0 or self.c2 or self.c3)
+
+
+class Growth(NamedTuple):
+    """|x'| <= factor * |x| + amount, for every share from 0 to 1 of an edit at one block."""
+
+    factor: float = 1.0
+    amount: float = 0.0
+
+
+class Dose(NamedTuple):
+    """What an edit does at one block, apart from where it applies: its scale, or its parts; and the gate's bounds."""
+
+    scale: float
+    parts: tuple[Part, ...] = ()
+    gate: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """One operation at the outputs of `blocks`.
 
-    vector: digest.
+    vector: digest of the file. toward: of the second one of a rotation.
     scales: per block, the factor on the vector (add) or on the operation (add_relative, ablate).
     lo, hi: bounds of the component along the vector (clamp; both equal the target for set).
+    parts: per block, the terms of an edit with several; such an edit uses neither scales nor bounds.
+    growth: per block, what its parts may do to the norm of x.
     schedule: how the edit changes over its window. when: decides whether it applies at all.
     """
 
@@ -195,6 +233,16 @@ class Edit:
     gate: GateBounds | None = None
     schedule: Schedule | None = None
     when: When | None = None
+    toward: str | None = None
+    parts: tuple[tuple[Part, ...], ...] = ()
+    growth: tuple[Growth, ...] = ()
+
+    @cached_property
+    def doses(self) -> dict[int, Dose]:
+        """By block."""
+        parts = self.parts or ((),) * len(self.blocks)
+        gates = self.gate.bounds if self.gate else (None,) * len(self.blocks)
+        return dict(zip(self.blocks, map(Dose, self.scales, parts, gates), strict=True))
 
     @property
     def commutes(self) -> bool:
@@ -211,19 +259,31 @@ class Edit:
     def vectors(self) -> set[str]:
         """Digests of all vectors that the edit reads."""
         gate = {self.gate.vector} if self.gate else set()
-        return {self.vector} | gate | {condition.vector for condition in (self.when.conditions if self.when else ())}
+        parts = [part for parts in self.parts for part in parts]
+        rows = {digest for part in parts for digest in (part.read, part.write) if digest} or {self.vector}
+        return rows | gate | {condition.vector for condition in (self.when.conditions if self.when else ())}
 
     @property
     def does_nothing(self) -> bool:
         """Whether the scope is empty, or all scales are 0."""
+        if self.parts and all(part.does_nothing for parts in self.parts for part in parts):
+            return True
         scaled = self.op in (Op.ADD, Op.ADD_RELATIVE, Op.ABLATE)
         return self.scope.is_empty or (scaled and not any(self.scales))
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that affects the output except the scope, which cache keys and specs add themselves."""
-        gate = [self.gate.vector, self.gate.min_cos, self.gate.max_cos] if self.gate else None
-        content = [EDIT_FORMAT, self.op.value, self.vector, self.blocks, self.scales, self.lo, self.hi, gate]
+        gate: list[Any] | None = None
+        if self.gate is not None:
+            gate = [self.gate.vector, *self.gate.bounds[0]]
+            if self.gate.dot:
+                gate = [self.gate.vector, "dot", self.gate.bounds]
+        # The parts say which rows of a file they read; the rest of it has no effect.
+        vector = "" if self.parts else self.vector
+        content = [EDIT_FORMAT, self.op.value, vector, self.blocks, self.scales, self.lo, self.hi, gate]
+        if self.parts:
+            content.append(["parts", self.parts])
         if self.schedule is not None:
             # It counts from the first token of a window, which is not seen in the blocks of tokens that follow.
             content.append(["schedule", *self.schedule, self.scope.wire])

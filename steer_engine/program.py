@@ -30,6 +30,10 @@ Row = tuple["RowKey", int]
 
 MEASURES = {"dot": 1, "cosine": 2}
 """The numbers of measures on the device."""
+MODES = {"read": 1, "jump": 2, "plane": 3}
+"""The numbers of modes on the device."""
+MEMBER, LAST = 1, 2
+"""Values of `Details.parallel`."""
 
 
 class RowKey(NamedTuple):
@@ -60,13 +64,16 @@ class Details(NamedTuple):
     largest: bool = False
     probe: int = -1
     late: bool = False
+    mode: int = 0
+    gate_dot: bool = False
+    parallel: int = 0
 
 
 class Entry(NamedTuple):
     """Adds g(x) * u to x, with u the row and g(x) = c0 + c1*|x| + c2*<x,u> + c3*(clip(<x,u>, lo, hi) - <x,u>).
 
-    start, end: absolute positions, start <= p < end. gate: a row and bounds on cos(x, row). details: what limits the
-    entry further, or what it measures instead of editing.
+    start, end: absolute positions, start <= p < end. gate: a row and bounds on cos(x, row), or on <x, row>. details:
+    what limits the entry further, or what it measures instead of editing. read: the row r of an entry with a mode.
     """
 
     row: RowKey
@@ -80,6 +87,7 @@ class Entry(NamedTuple):
     end: int = 0
     gate: tuple[RowKey, float, float] | None = None
     details: Details | None = None
+    read: RowKey | None = None
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -217,7 +225,8 @@ class Program:
 def keys_of(entries: Iterable[Entry]) -> set[RowKey]:
     """The bank rows that entries of one block need."""
     entries = tuple(entries)
-    return {entry.row for entry in entries} | {entry.gate[0] for entry in entries if entry.gate}
+    gates = {entry.gate[0] for entry in entries if entry.gate}
+    return {entry.row for entry in entries} | gates | {entry.read for entry in entries if entry.read}
 
 
 def _without(part: tuple[int, int], holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -237,11 +246,13 @@ def _row_from_wire(wire: list[Any]) -> RowKey:
 def _entry_to_wire(entry: Entry) -> list[Any]:
     gate = [_row_to_wire(entry.gate[0]), entry.gate[1], entry.gate[2]] if entry.gate else None
     wire = [_row_to_wire(entry.row), list(entry.coefficients), entry.start, entry.end, gate]
-    return wire if entry.details is None else [*wire, list(entry.details)]
+    if entry.details is None:
+        return wire
+    return [*wire, list(entry.details), *([] if entry.read is None else [_row_to_wire(entry.read)])]
 
 
 def _entry_from_wire(wire: list[Any]) -> Entry:
-    row, coefficients, start, end, gate, *details = wire
+    row, coefficients, start, end, gate, *more = wire
     c0, c1, c2, c3, lo, hi = coefficients
     gate_entry = (_row_from_wire(gate[0]), gate[1], gate[2]) if gate else None
     return Entry(
@@ -255,7 +266,8 @@ def _entry_from_wire(wire: list[Any]) -> Entry:
         start=start,
         end=end,
         gate=gate_entry,
-        details=Details(*details[0]) if details else None,
+        details=Details(*more[0]) if more else None,
+        read=_row_from_wire(more[1]) if len(more) > 1 else None,
     )
 
 

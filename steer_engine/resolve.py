@@ -6,34 +6,33 @@ A spec is resolved exactly once per request, in the API process. The `ResolvedSp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from steer_engine.capture import CaptureRequest
 from steer_engine.containment import check_dose, check_growth, check_measurable, check_representable
-from steer_engine.edit import Edit, GateBounds, canonical_order
+from steer_engine.edit import Edit, canonical_order
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.fields import parse_blocks, shown
 from steer_engine.model_shape import ModelShape, describe_blocks
 from steer_engine.probe import Probe, StopRule
 from steer_engine.resolve_capture import resolve_capture
 from steer_engine.resolve_probes import resolve_probes, resolve_stops
+from steer_engine.resolve_rows import check_kind, check_terms, feature_blocks, resolve_gate, resolve_terms
+from steer_engine.resolve_vectors import Keep, VectorSource, check_blocks, check_direction, lookup, lookup_file
 from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
 from steer_engine.room import check_room
 from steer_engine.scope import WhenField
 from steer_engine.settings import Limits
 from steer_engine.spec import EditSpec, Op, SteeringSpec
 from steer_engine.template import ProgramTemplate
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vocabulary import Vocabulary
 
 NO_VOCABULARY = Vocabulary(None, 2**31, lambda name: "there is no tokenizer.")
 """Token ids only."""
-
-VectorSource = Callable[[str], ControlVector]
-"""Name or `sha256:...` digest -> vector. Raises UnknownVectorError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,8 @@ class ResolvedEdit:
             "scope": requested.scope if isinstance(requested.scope, str) else requested.scope.report(),
             "digest": edit.digest,
         }
-        extras = {"lo": requested.lo, "hi": requested.hi, "target": requested.target}
+        names = ("lo", "hi", "target", "feature", "add", "degrees", "to_degrees")
+        extras = {name: getattr(requested, name) for name in names} | {"toward": edit.toward}
         entry |= {key: value for key, value in extras.items() if value is not None}
         if requested.gate is not None and edit.gate is not None:
             entry["gate"] = requested.gate.model_dump(exclude_none=True) | {"vector": edit.gate.vector}
@@ -139,15 +139,14 @@ def resolve(
         )
     used: dict[str, ControlVector] = {}
 
-    def lookup(name: str) -> ControlVector:
-        vector = vectors(name)
+    def keep(vector: ControlVector) -> ControlVector:
         used[vector.digest] = vector
         return vector
 
     edits = tuple(
         ResolvedEdit(
             requested=edit,
-            edit=_resolve_edit(edit, spec.when, f"steering.edits[{i}]", lookup, model, limits, vocabulary),
+            edit=_resolve_edit(edit, spec.when, f"steering.edits[{i}]", vectors, keep, model, limits, vocabulary),
         )
         for i, edit in enumerate(requested)
     )
@@ -199,6 +198,7 @@ def with_probes(
         rows=model.rows,
         num_armed_blocks=len(model.armed_blocks),
         bank_rows=model.bank_rows,
+        is_pipeline=model.is_pipeline,
         limits=limits,
     )
     named = {digest: used[digest] for digest in template.vectors}
@@ -219,11 +219,12 @@ def _resolve_edit(
     when: WhenField | None,
     param: str,
     vectors: VectorSource,
+    keep: Keep,
     model: ModelShape,
     limits: Limits,
     vocabulary: Vocabulary,
 ) -> Edit:
-    """when: the condition of the whole request."""
+    """when: the condition of the whole request. keep: gets every vector that the edit needs."""
     if requested.op not in model.ops:
         armed = ", ".join(op.value for op in model.ops)
         raise SteeringRequestError(
@@ -237,51 +238,49 @@ def _resolve_edit(
             f"{param}.scale",
         )
     assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
-    vector = _lookup(requested.vector, f"{param}.vector", vectors, model)
-    blocks = parse_blocks(requested.blocks) or vector.blocks
-    _check_blocks(blocks, vector, f"{param}.blocks", model)
+    file = lookup_file(requested.vector, f"{param}.vector", vectors, model)
+    check_kind(requested, file, f"{param}.vector")
+    blocks = parse_blocks(requested.blocks)
+    blocks = feature_blocks(requested, file, blocks, param) if isinstance(file, RowSet) else blocks or file.blocks
+    check_blocks(blocks, file, f"{param}.blocks", model)
+    toward, terms = resolve_terms(requested, file, blocks, param, vectors, keep, model, limits)
     edit = Edit(
         op=requested.op,
-        vector=vector.digest,
+        vector=file.digest,
+        toward=None if toward is None else toward.digest,
         blocks=blocks,
-        scales=_scales(requested, vector, blocks, param),
+        scales=_scales(requested, file, blocks, param) if isinstance(file, ControlVector) else (1.0,) * len(blocks),
+        parts=terms.parts if terms else (),
+        growth=terms.growth if terms else (),
         scope=resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits),
         lo=requested.target if requested.op is Op.SET else requested.lo,
         hi=requested.target if requested.op is Op.SET else requested.hi,
-        gate=_gate(requested, blocks, param, vectors, model),
+        gate=resolve_gate(requested, blocks, param, vectors, keep, model),
         schedule=resolve_schedule(requested.schedule),
         when=resolve_when(
             requested.when or when,
             f"{param}.when" if requested.when else "steering.when",
             blocks[-1],
-            lambda name, param: _deciding(name, param, vectors, model),
+            lambda name, param: keep(_deciding(name, param, vectors, model)),
             lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         ),
     )
-    if edit.op is not Op.ADD:
-        _check_direction(vector, blocks, f"{param}.vector")
-    check_representable(edit, vector, param, model.dtype, limits)
-    check_dose(edit, vector, param, limits)
+    if terms is not None and isinstance(file, RowSet):
+        check_terms(terms, requested, blocks, file, param, limits)
+    if isinstance(file, ControlVector) and terms is None:
+        keep(file)
+        if edit.op is not Op.ADD:
+            check_direction(file, blocks, f"{param}.vector")
+        check_representable(edit, file, param, model.dtype, limits)
+        check_dose(edit, file, param, limits)
     return edit
-
-
-def _gate(
-    requested: EditSpec, blocks: tuple[int, ...], param: str, vectors: VectorSource, model: ModelShape
-) -> GateBounds | None:
-    if requested.gate is None:
-        return None
-    vector = _lookup(requested.gate.vector, f"{param}.gate.vector", vectors, model)
-    _check_blocks(blocks, vector, f"{param}.gate.vector", model)
-    _check_direction(vector, blocks, f"{param}.gate.vector")
-    bounds = {"min_cos": requested.gate.min_cos, "max_cos": requested.gate.max_cos}
-    return GateBounds(vector=vector.digest, **{key: value for key, value in bounds.items() if value is not None})
 
 
 def _measurable(what: str, name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
     """The vector of a condition or probe. what: these. param: path of the one that names it."""
     if model.ops == (Op.ADD,):
         raise SteeringRequestError(f"{what} need more than op 'add' armed (--steering-ops).", param)
-    return _lookup(name, f"{param}.vector", vectors, model)
+    return lookup(name, f"{param}.vector", vectors, model)
 
 
 def _deciding(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
@@ -292,51 +291,9 @@ def _deciding(name: str, param: str, vectors: VectorSource, model: ModelShape) -
 
 
 def _check_measured(vector: ControlVector, blocks: tuple[int, ...], param: str, model: ModelShape) -> None:
-    _check_blocks(blocks, vector, param, model)
-    _check_direction(vector, blocks, param)
+    check_blocks(blocks, vector, param, model)
+    check_direction(vector, blocks, param)
     check_measurable(vector, blocks, param, model.dtype)
-
-
-def _lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
-    try:
-        vector = vectors(name)
-    except SteeringRequestError as error:  # unknown, or a row set
-        raise type(error)(error.message, param) from None
-    if vector.hidden_size != model.hidden_size:
-        raise SteeringRequestError(
-            f"Vector {shown(name)} has hidden size {vector.hidden_size}, the model has "
-            f"{model.hidden_size}: it was made for another model.",
-            param,
-        )
-    return vector
-
-
-def _check_blocks(blocks: tuple[int, ...], vector: ControlVector, param: str, model: ModelShape) -> None:
-    if blocks[-1] >= model.num_blocks:
-        raise SteeringRequestError(
-            f"Block {blocks[-1]} does not exist: the model has blocks 0 to {model.num_blocks - 1}.", param
-        )
-    wanted = frozenset(blocks)
-    if unarmed := tuple(sorted(wanted - model.armed)):
-        raise SteeringRequestError(
-            f"Blocks {describe_blocks(unarmed)} are not armed here; armed: {describe_blocks(model.armed_blocks)} "
-            "(--steering-blocks).",
-            param,
-        )
-    if absent := tuple(sorted(wanted - vector.directions.keys())):
-        raise SteeringRequestError(
-            f"The vector has no direction at blocks {describe_blocks(absent)}; it has "
-            f"{describe_blocks(vector.blocks)}.",
-            param,
-        )
-
-
-def _check_direction(vector: ControlVector, blocks: tuple[int, ...], param: str) -> None:
-    flat = tuple(block for block in blocks if vector.norms[block] == 0.0)
-    if flat:
-        raise SteeringRequestError(
-            f"The vector is zero at blocks {describe_blocks(flat)}: it has no direction there.", param
-        )
 
 
 def _scales(requested: EditSpec, vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[float, ...]:
@@ -350,5 +307,5 @@ def _scales(requested: EditSpec, vector: ControlVector, blocks: tuple[int, ...],
             "file does not carry.",
             f"{param}.unit",
         )
-    _check_direction(vector, blocks, f"{param}.vector")
+    check_direction(vector, blocks, f"{param}.vector")
     return tuple(float(requested.scale) * norms[block] / vector.norms[block] for block in blocks)

@@ -8,11 +8,18 @@ from steer_engine.template import ProgramTemplate
 
 
 def check_room(
-    template: ProgramTemplate, *, rows: int, num_armed_blocks: int, bank_rows: int | None, limits: Limits
+    template: ProgramTemplate,
+    *,
+    rows: int,
+    num_armed_blocks: int,
+    bank_rows: int | None,
+    is_pipeline: bool,
+    limits: Limits,
 ) -> None:
-    """Raise SteeringRequestError if the request names too many vectors, or needs too many bank rows.
+    """Raise SteeringRequestError if the request names too many vectors, or needs too many entries or bank rows.
 
-    rows: of a request per block. bank_rows: of a bank that can fill up; None if it has room for every request.
+    rows: entries of a request per block; the bank has as many rows per request and armed block. bank_rows: of a bank
+    that can fill up; None if it has room for every request. is_pipeline: each stage has a bank for its own blocks.
     """
     if len(template.vectors) > limits.max_request_vectors:
         raise SteeringRequestError(
@@ -20,20 +27,23 @@ def check_room(
             f"{limits.max_request_vectors}.",
             "steering.edits",
         )
-    if template.rows > rows:
+    needed = template.rows if is_pipeline else template.num_entries
+    if needed > rows:
         raise SteeringRequestError(
-            f"The edits need {template.rows} rows at one block; this server has room for {rows} "
-            "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; neighbouring "
-            "edits of op 'add' with the same scope share a row. Give edits of op 'add' the same scope, or fewer edits "
-            "the same blocks.",
+            f"The edits need {needed} rows at one block; this server has room for {rows} "
+            "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; an edit of "
+            "several features or ranks takes one for each; neighbouring edits of op 'add' with the same scope share a "
+            "row. Give edits of op 'add' the same scope, or fewer edits the same blocks.",
             "steering.edits",
         )
-    # The bank is not divided by blocks: probes may use the rows that edits leave.
-    if template.probes and template.num_bank_rows > rows * num_armed_blocks:
+    # The bank is not divided by blocks: a block may use the rows that others leave.
+    if template.num_bank_rows > rows * num_armed_blocks:
+        named, advice = ("edits and probes", "Measure") if template.probes else ("edits", "Steer")
         raise SteeringRequestError(
-            f"The edits and probes need {template.num_bank_rows} rows over all blocks; this server has room for "
-            f"{rows * num_armed_blocks} (--steering-rows). Measure at fewer blocks.",
-            "steering.probes",
+            f"The {named} need {template.num_bank_rows} rows over all blocks; this server has room for "
+            f"{rows * num_armed_blocks} (--steering-rows). Each edit takes a row, each gate vector and each condition "
+            f"one more, each rank or feature two. {advice} at fewer blocks.",
+            "steering.probes" if template.probes else "steering.edits",
         )
     if bank_rows is not None and template.num_bank_rows > bank_rows:
         raise SteeringRequestError(

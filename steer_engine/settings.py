@@ -206,8 +206,10 @@ class Limits(NamedLimits):
     """Limits on one request."""
 
     max_edits: int = Field(default=8, ge=1)
-    max_request_vectors: int = Field(default=16, ge=1)
-    """Distinct vectors of one request, including those of gates."""
+    max_request_vectors: int = Field(default=32, ge=1)
+    """Distinct vectors of one request, including those of gates. An edit of rank k reads 2k of them."""
+    max_rank: int = Field(default=8, ge=1, le=8)
+    """Rank of a low-rank edit, and features of one edit. The kernels have room for 8."""
     max_abs_scale: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     max_dose: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Largest |edit| at a block in mean residual norms, where the vector's file has them. Useful doses are below 2."""

@@ -43,22 +43,68 @@ class Op(StrEnum):
     """Limit the component along v to [lo, hi]."""
     SET = "set"
     """Set the component along v to `target`."""
+    FEATURE = "feature"
+    """Change the activation of features of a sparse autoencoder."""
+    LOW_RANK = "low_rank"
+    """x + scale * R^T (W x + b - R x): the edit that LoReFT trains."""
+    ROTATE = "rotate"
+    """Rotate x in the plane of two vectors."""
+
+
+DIRECTIONAL = (Op.ADD, Op.ADD_RELATIVE, Op.ABLATE, Op.CLAMP, Op.SET)
+"""Operations with the one direction per block of a control vector."""
+
+
+FeatureNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""The number of a feature in its dictionary."""
+MAX_FEATURES = 64
+"""The schema's own limit of the features of an edit; `Limits.max_rank` is the limit of a server."""
 
 
 class Gate(Strict):
-    """Apply an edit only where cos(x, vector) is in [min_cos, max_cos]."""
+    """Apply an edit only where cos(x, vector) is in [min_cos, max_cos], or <x, vector> in [min_dot, max_dot].
+
+    feature: the vector is a file of features; min_dot and max_dot bound <x, e> + b of this one, e its encoder row.
+    """
 
     vector: Name
+    feature: FeatureNumber | None = None
     min_cos: Annotated[Finite, Field(ge=-1, le=1)] | None = None
     max_cos: Annotated[Finite, Field(ge=-1, le=1)] | None = None
+    min_dot: Finite | None = None
+    max_dot: Finite | None = None
+
+    @property
+    def is_dot(self) -> bool:
+        return self.min_dot is not None or self.max_dot is not None
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Gate:
-        if self.min_cos is None and self.max_cos is None:
-            raise ValueError("a gate needs min_cos or max_cos")
-        if self.min_cos is not None and self.max_cos is not None and self.min_cos > self.max_cos:
-            raise field_error("min_cos", f"min_cos {self.min_cos:g} is above max_cos {self.max_cos:g}")
+        is_cosine = self.min_cos is not None or self.max_cos is not None
+        if is_cosine and self.is_dot:
+            raise ValueError("a gate tests the cosine (min_cos, max_cos) or the dot product (min_dot, max_dot)")
+        if not is_cosine and not self.is_dot:
+            raise ValueError("a gate needs min_cos or max_cos, or min_dot or max_dot")
+        if self.feature is not None and is_cosine:
+            raise field_error("feature", "a gate on a feature needs min_dot or max_dot")
+        for low, high in (("min_cos", "max_cos"), ("min_dot", "max_dot")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise field_error(low, f"{low} {least:g} is above {high} {most:g}")
         return self
+
+
+def _tag_of_feature(feature: Any) -> str | None:
+    if isinstance(feature, list):
+        return "<list>"
+    return "<number>" if isinstance(feature, int) and not isinstance(feature, bool) else None
+
+
+FeatureField = Annotated[
+    Annotated[FeatureNumber, Tag("<number>")]
+    | Annotated[list[FeatureNumber], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True), Tag("<list>")],
+    by_kind(_tag_of_feature, "the number of a feature, or a list of numbers"),
+]
 
 
 def _tag_of_positions(positions: Any) -> str | None:
@@ -72,12 +118,20 @@ PositionsField = Annotated[
 ]
 
 
+Degrees = Annotated[Finite, Field(ge=-360, le=360)]
+
+
 class EditSpec(Strict):
     """One edit: `op` with `vector` at `blocks`, over the positions of `scope`.
 
     scale: for op add in units of the vector, or in mean residual norms of the block with `unit: "residual"`; for
-    add_relative in norms of the same row; for ablate the fraction to remove. schedule: a factor that changes over the
-    window of the scope. when: apply the edit only if the prompt meets a condition; from the last prompt token on.
+    add_relative in norms of the same row; for ablate the fraction to remove; for feature a factor on the activation;
+    for low_rank a factor on the whole edit. schedule: a factor that changes over the window of the scope. when: apply
+    the edit only if the prompt meets a condition; from the last prompt token on.
+
+    feature: with op feature, the numbers of the features whose activation is set to `target`, multiplied by `scale` or
+    increased by `add`; the part of x that the dictionary does not explain stays. toward: with op rotate, the vector
+    that spans the plane with `vector`; x turns by `degrees` from `vector` toward it, or to the angle `to_degrees`.
     """
 
     vector: VectorField
@@ -92,10 +146,23 @@ class EditSpec(Strict):
     lo: Finite | None = None
     hi: Finite | None = None
     target: Finite | None = None
+    feature: FeatureField | None = None
+    add: Finite | None = None
+    toward: VectorField | None = None
+    degrees: Degrees | None = None
+    to_degrees: Degrees | None = None
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The numbers of the features, each once, in the given order."""
+        given = [self.feature] if isinstance(self.feature, int) else self.feature or []
+        return tuple(dict.fromkeys(given))
 
     @model_validator(mode="after")
     def _check_operation_fields(self) -> EditSpec:
         op = self.op.value
+        self._check_feature()
+        self._check_rotation()
         if self.op is Op.CLAMP:
             if self.lo is None and self.hi is None:
                 raise field_error("lo", "op 'clamp' needs lo, hi or both")
@@ -105,9 +172,9 @@ class EditSpec(Strict):
             raise field_error("hi" if self.lo is None else "lo", f"lo and hi apply to op 'clamp', not to {op!r}")
         if self.op is Op.SET and self.target is None:
             raise field_error("target", "op 'set' needs a target")
-        if self.op is not Op.SET and self.target is not None:
-            raise field_error("target", f"target applies to op 'set', not to {op!r}")
-        if self.op in (Op.CLAMP, Op.SET) and self.scale != 1.0:
+        if self.op not in (Op.SET, Op.FEATURE) and self.target is not None:
+            raise field_error("target", f"target applies to op 'set' and 'feature', not to {op!r}")
+        if self.op in (Op.CLAMP, Op.SET, Op.ROTATE) and self.scale != 1.0:
             raise field_error("scale", f"op {op!r} takes no scale")
         if self.unit == "residual" and self.op is not Op.ADD:
             raise field_error("unit", f"unit 'residual' applies to op 'add', not to {op!r}")
@@ -115,7 +182,34 @@ class EditSpec(Strict):
             raise field_error("schedule", "the scope 'last_prompt_token' is one token; a schedule needs a window")
         if self.schedule is not None and self.op in (Op.CLAMP, Op.SET) and self.schedule.to > 1:
             raise field_error("schedule", f"op {op!r} moves the component by a share of at most 1; 'to' is above it")
+        if self.schedule is not None and self.op in (Op.FEATURE, Op.LOW_RANK) and self.schedule.to > 1:
+            raise field_error("schedule", f"op {op!r} changes x by a share of at most 1; 'to' is above it")
+        if self.schedule is not None and self.op is Op.ROTATE:
+            raise field_error("schedule", "a part of a rotation is no rotation; op 'rotate' takes no schedule")
         return self
+
+    def _check_feature(self) -> None:
+        if self.op is not Op.FEATURE:
+            if self.feature is not None or self.add is not None:
+                name = "add" if self.feature is None else "feature"
+                raise field_error(name, f"{name} applies to op 'feature', not to {self.op.value!r}")
+            return
+        if self.feature is None:
+            raise field_error("feature", "op 'feature' needs the number of a feature, or a list of numbers")
+        if sum([self.target is not None, self.add is not None, self.scale != 1.0]) != 1:
+            raise ValueError("op 'feature' needs one of target, add and a scale other than 1 (0 removes the feature)")
+
+    def _check_rotation(self) -> None:
+        given = {"toward": self.toward, "degrees": self.degrees, "to_degrees": self.to_degrees}
+        if self.op is not Op.ROTATE:
+            for name, value in given.items():
+                if value is not None:
+                    raise field_error(name, f"{name} applies to op 'rotate', not to {self.op.value!r}")
+            return
+        if self.toward is None:
+            raise field_error("toward", "op 'rotate' needs a second vector, toward which it turns")
+        if (self.degrees is None) == (self.to_degrees is None):
+            raise ValueError("op 'rotate' needs degrees (an angle to turn by) or to_degrees (an angle to turn to)")
 
 
 class CaptureSpec(Strict):
@@ -179,6 +273,8 @@ def vectors_in(spec: SteeringSpec) -> Iterator[str | InlineVector]:
     for holder in (spec, *(spec.edits or ())):
         if isinstance(holder, EditSpec):
             yield holder.vector
+            if holder.toward is not None:
+                yield holder.toward
             if holder.gate is not None:
                 yield holder.gate.vector
         if holder.when is not None:
@@ -204,6 +300,8 @@ def with_vectors(spec: SteeringSpec, name_of: Callable[[str | InlineVector, str]
     for number, edit in enumerate(spec.edits or ()):
         param = f"steering.edits[{number}]"
         update: dict[str, Any] = {"vector": name_of(edit.vector, param)}
+        if edit.toward is not None:
+            update["toward"] = name_of(edit.toward, param)
         if edit.when is not None:
             update["when"] = conditions(edit.when, f"{param}.when")
         replaced.append(edit.model_copy(update=update))

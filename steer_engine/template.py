@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from math import isfinite
 from typing import Any, NamedTuple
 
-from steer_engine.edit import LARGEST, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Edit, Scope, sha256_of
+from steer_engine.edit import LARGEST, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Dose, Edit, Scope, sha256_of
 from steer_engine.probe import Probe, ProbePlan, StopRule
-from steer_engine.program import MEASURES, Covered, Details, Entry, Program, RowKey, Sites, keys_of
+from steer_engine.program import LAST, MEASURES, MEMBER, MODES, Covered, Details, Entry, Program, RowKey, Sites, keys_of
 from steer_engine.spec import Op
 from steer_engine.trigger import Trigger
 
@@ -86,21 +86,18 @@ class ProgramTemplate:
         conditions = _unique(condition for edit in edits if edit.when for condition in edit.when.conditions)
         places = Places(triggers, conditions)
         # Most blocks get the same entries, which are made once: `alike` is all that they depend on.
-        scales_of = [dict(zip(edit.blocks, edit.scales, strict=True)) for edit in edits]
         early = [edit.when.decided_at if edit.when else None for edit in edits]
         measured = [frozenset(each.blocks) for each in (*conditions, *probes)]
         blocks_of: dict[tuple[Any, ...], list[int]] = {}
         for block in sorted({block for edit in edits for block in edit.blocks}.union(*measured)):
-            doses = tuple(scale_at.get(block) for scale_at in scales_of)
+            doses = tuple(edit.doses.get(block) for edit in edits)
             decided = tuple(last is None or block > last for last in early)
             alike = (doses, decided, tuple(block in blocks for blocks in measured))
             blocks_of.setdefault(alike, []).append(block)
         by_entries: dict[tuple[Placed, ...], list[int]] = {}
         for (doses, decided, measures), blocks in blocks_of.items():
             given = [
-                (edit, scale, known)
-                for edit, scale, known in zip(edits, doses, decided, strict=True)
-                if scale is not None
+                (edit, dose, known) for edit, dose, known in zip(edits, doses, decided, strict=True) if dose is not None
             ]
             measuring = [_measuring(condition, q) for q, condition in enumerate(conditions) if measures[q]]
             probing = [
@@ -140,6 +137,11 @@ class ProgramTemplate:
     def rows(self) -> int:
         """Rows or entries at the block that needs most, without those of probes."""
         return max((_rows_of([each for each in entries if not each.is_probe]) for _, entries in self.sites), default=0)
+
+    @cached_property
+    def num_entries(self) -> int:
+        """Entries at the block that has most, without those of probes."""
+        return max((sum(not each.is_probe for each in entries) for _, entries in self.sites), default=0)
 
     @cached_property
     def num_bank_rows(self) -> int:
@@ -218,6 +220,8 @@ class Places(NamedTuple):
         if when is not None:
             asked = sum(1 << self.conditions.index(condition) for condition in set(when.conditions))
             details = details._replace(conditions=asked, any_condition=when.any)
+        if edit.gate is not None and edit.gate.dot:
+            details = details._replace(gate_dot=True)
         return None if details == Details() else details
 
     def probing(self, probe: Probe, number: int) -> Placed:
@@ -254,25 +258,27 @@ def _plain(bound: float) -> float | None:
     return bound if isfinite(bound) else None
 
 
-def _entries_of(doses: Sequence[tuple[Edit, float, bool]], places: Places) -> list[Placed]:
+def _entries_of(doses: Sequence[tuple[Edit, Dose, bool]], places: Places) -> list[Placed]:
     """The entries of one block. In a run of adds that always apply in full, those of one scope are summed into one row.
 
-    doses: an edit, its scale, and whether its conditions have been decided before this block is computed.
+    doses: an edit, what it does at the block, and whether its conditions have been decided before this block is
+    computed.
     """
     entries: list[Placed] = []
     for commutes, run in groupby(doses, key=lambda dose: dose[0].commutes):
         if not commutes:
-            for edit, scale, decided in run:
+            for edit, dose, decided in run:
                 not_before = Bound(True, -1 if decided else 0) if edit.when else Bound(False, 0)
-                entry = _entry_of(edit, scale)._replace(details=places.details(edit))
-                entries.append(Placed(entry, edit.scope, not_before))
+                limits = places.details(edit)
+                made = _of_parts(edit, dose, limits) if dose.parts else [_entry_of(edit, dose, limits)]
+                entries += [Placed(entry, edit.scope, not_before) for entry in made]
             continue
         sums: dict[Scope, dict[str, float]] = {}
         details: dict[Scope, Details | None] = {}
-        for edit, scale, _ in run:
+        for edit, dose, _ in run:
             details[edit.scope] = places.details(edit)
             terms = sums.setdefault(edit.scope, {})
-            terms[edit.vector] = terms.get(edit.vector, 0.0) + scale
+            terms[edit.vector] = terms.get(edit.vector, 0.0) + dose.scale
         for scope, terms in sorted(sums.items(), key=lambda item: item[0].order):
             weighted = tuple(sorted((vector, scale) for vector, scale in terms.items() if scale))
             if len(weighted) == 1:
@@ -284,23 +290,44 @@ def _entries_of(doses: Sequence[tuple[Edit, float, bool]], places: Places) -> li
     return entries
 
 
-def _entry_of(edit: Edit, scale: float) -> Entry:
-    whole = RowKey(terms=((edit.vector, 1.0),))
-    unit = RowKey(terms=((edit.vector, 1.0),), unit=True)
-    gate = None
-    if edit.gate is not None:
-        gate = (RowKey(terms=((edit.gate.vector, 1.0),), unit=True), edit.gate.min_cos, edit.gate.max_cos)
+def _unit(vector: str) -> RowKey:
+    return RowKey(terms=((vector, 1.0),), unit=True)
+
+
+def _gate_of(edit: Edit, dose: Dose) -> tuple[RowKey, float, float] | None:
+    return None if edit.gate is None or dose.gate is None else (_unit(edit.gate.vector), *dose.gate)
+
+
+def _entry_of(edit: Edit, dose: Dose, details: Details | None) -> Entry:
+    base = Entry(row=_unit(edit.vector), gate=_gate_of(edit, dose), details=details)
     match edit.op:
         case Op.ADD:
-            return Entry(row=whole, c0=scale, gate=gate)
+            return base._replace(row=RowKey(terms=((edit.vector, 1.0),)), c0=dose.scale)
         case Op.ADD_RELATIVE:
-            return Entry(row=unit, c1=scale, gate=gate)
+            return base._replace(c1=dose.scale)
         case Op.ABLATE:
-            return Entry(row=unit, c2=-scale, gate=gate)
+            return base._replace(c2=-dose.scale)
         case Op.CLAMP | Op.SET:
             lo = -LARGEST if edit.lo is None else edit.lo
             hi = LARGEST if edit.hi is None else edit.hi
-            return Entry(row=unit, c3=1.0, lo=lo, hi=hi, gate=gate)
+            return base._replace(c3=1.0, lo=lo, hi=hi)
+    raise AssertionError(f"op {edit.op.value} has parts")
+
+
+def _of_parts(edit: Edit, dose: Dose, details: Details | None) -> Iterator[Entry]:
+    """The entries of an edit with several terms. Those that read x form one group; the others do not depend on x."""
+    gate, limits = _gate_of(edit, dose), details or Details()
+    parts = sorted((part for part in dose.parts if not part.does_nothing), key=lambda part: not part.mode)
+    reading = [part for part in parts if part.mode]
+    for part in parts:
+        numbers = {"c0": part.c0, "c2": part.c2, "c3": part.c3, "lo": part.lo, "hi": part.hi}
+        entry = Entry(row=_unit(part.write), gate=gate, details=details, **numbers)  # type: ignore[arg-type]
+        if not part.mode:
+            yield entry
+            continue
+        place = LAST if part is reading[-1] else MEMBER
+        parallel = place if len(reading) > 1 else 0
+        yield entry._replace(read=_unit(part.read), details=limits._replace(mode=MODES[part.mode], parallel=parallel))
 
 
 def _rows_of(entries: Sequence[Placed]) -> int:

@@ -41,7 +41,7 @@ def ablate(scale: float = 1.0, vector: str = V, **fields: Any) -> Edit:
     return Edit(op=Op.ABLATE, vector=vector, blocks=(3,), scales=(scale,), **fields)
 
 
-GATE = GateBounds(vector=W, min_cos=0.1)
+GATE = GateBounds(vector=W, bounds=((0.1, 2.0),))
 
 # Scopes
 
@@ -133,8 +133,8 @@ def test_a_digest_depends_on_all_that_changes_the_output_but_the_positions() -> 
         replace(whole, lo=2.0, hi=-1.0),
         replace(whole, gate=None),
         replace(whole, gate=replace(GATE, vector=V)),
-        replace(whole, gate=replace(GATE, min_cos=0.2)),
-        replace(whole, gate=replace(GATE, max_cos=0.9)),
+        replace(whole, gate=replace(GATE, bounds=((0.2, 2.0),))),
+        replace(whole, gate=replace(GATE, bounds=((0.1, 0.9),))),
     ]
     assert len({edit.digest for edit in [whole, *changed]}) == 1 + len(changed)
     assert replace(whole, scope=GENERATION).digest == whole.digest

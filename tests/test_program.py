@@ -28,6 +28,7 @@ from steer_engine.edit import NO_END
 from steer_engine.parse import parse_spec
 from steer_engine.program import LARGEST, Covered, Entry, Program, RowKey
 from steer_engine.resolve import ResolvedSpec
+from steer_engine.spec import Op
 from steer_engine.template import ProgramTemplate
 
 A, B = VECTORS["a"].digest, VECTORS["b"].digest
@@ -56,7 +57,7 @@ def rows(seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(specs(), prompt_lens, st.integers(0, 2**16))
+@given(specs(ops=tuple(Op)), prompt_lens, st.integers(0, 2**16))
 def test_a_program_computes_what_was_written(raw: dict[str, Any], prompt_len: int, seed: int) -> None:
     spec = parse_spec(raw)
     assert spec is not None
@@ -64,10 +65,11 @@ def test_a_program_computes_what_was_written(raw: dict[str, Any], prompt_len: in
     for block, position, x_D in rows(seed):
         written = as_written(spec, x_D, block, position, prompt_len)
         got_D, error = as_compiled(compiled, x_D, block, position, U64)
-        assume(written.margin > 1e-9 and written.shortest > 1e-6)
+        assume(written.margin > 1e-4 and written.shortest > 1e-4)
         # Both computations round, the one as written in as many operations.
         assert np.linalg.norm(got_D - written.x_D) <= 4 * error
-        assert error < 1e-9 * (1 + np.linalg.norm(x_D) + np.linalg.norm(written.x_D))
+        computes_rows = any(edit.op in (Op.ROTATE, Op.LOW_RANK) for edit in spec.edits or ())
+        assert error < (1e-4 if computes_rows else 1e-9) * (1 + np.linalg.norm(x_D) + np.linalg.norm(written.x_D))
 
 
 @pytest.mark.parametrize(
@@ -159,12 +161,13 @@ def test_rows_that_a_block_needs(edits: list[dict[str, Any]], needed: int) -> No
 
 
 @settings(max_examples=60, deadline=None)
-@given(specs(), prompt_lens)
+@given(specs(ops=tuple(Op)), prompt_lens)
 def test_no_block_needs_more_than_was_counted(raw: dict[str, Any], prompt_len: int) -> None:
     template = resolved(raw).template
     compiled = template.at(prompt_len)
     for group in compiled.sites:
         distinct = {entry.row for entry in group.entries} | {entry.gate[0] for entry in group.entries if entry.gate}
+        distinct |= {entry.read for entry in group.entries if entry.read}
         assert 0 < len(group.entries) <= template.rows
         assert len(distinct) <= template.rows
         assert all(0 <= entry.start < entry.end <= NO_END for entry in group.entries)
@@ -214,7 +217,7 @@ def test_identity_lists_edits_with_positions_in_canonical_order() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(specs(), prompt_lens, st.booleans())
+@given(specs(ops=tuple(Op)), prompt_lens, st.booleans())
 def test_the_wire_brings_a_program_back(raw: dict[str, Any], prompt_len: int, captures: bool) -> None:
     compiled = resolved(raw).template.at(prompt_len)
     if captures:

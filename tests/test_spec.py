@@ -122,7 +122,12 @@ def test_whole_numbers_are_numbers() -> None:
 
 @pytest.mark.parametrize("op", list(Op))
 def test_every_operation_is_read_by_its_name(op: Op) -> None:
-    fields = {Op.CLAMP: {"lo": -1.0}, Op.SET: {"target": 0.0}}.get(op, {"scale": 0.5})
+    fields = {
+        Op.CLAMP: {"lo": -1.0},
+        Op.SET: {"target": 0.0},
+        Op.FEATURE: {"feature": 3, "scale": 0},
+        Op.ROTATE: {"toward": "sad", "degrees": 30},
+    }.get(op, {"scale": 0.5})
     spec = parse_spec(one(op=op.value, **fields))
     assert spec is not None
     assert spec.edits is not None

@@ -135,7 +135,7 @@ class Frontend:
             )
         spec = self.inline.take(spec)
         if spec.preset is None:
-            return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
+            return resolve(spec, self.found, model, self.limits, vocabulary=self.vocabulary)
         capture = resolve_capture(spec.capture, model, self.limits)
         base = replace(self._resolve_preset(spec.preset, model), capture=capture)
         if spec.probes is None and spec.stop is None:
@@ -150,7 +150,7 @@ class Frontend:
         assert spec is not None
         assert spec.capture is None
         try:
-            return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary, preset=name)
+            return resolve(spec, self.found, model, self.limits, vocabulary=self.vocabulary, preset=name)
         except SteeringRequestError as error:
             # The client wrote the preset's name only; what is wrong inside is its author's.
             raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None

@@ -15,6 +15,7 @@ from steer_kernels.tables import (
     MAX_TRIGGERS,
     NUM_WORDS,
     PROBE_COLUMN,
+    READ_ROW,
     ROW,
     TRIGGER_WORDS,
     Entry,
@@ -53,7 +54,8 @@ class Programs:
         return set(self._pinned)
 
     def need_reference(self, slot_T: torch.Tensor, pos_T: torch.Tensor) -> bool:
-        """Whether rows of these slots have a gate, preserve norms or are measured. A `StepPlan` supports none of it.
+        """Whether rows of these slots have a gate or a mode, preserve norms or are measured. A `StepPlan`
+        supports none of it.
 
         slot_T, pos_T: [T] slot and position of each token row, in host memory.
         """
@@ -92,6 +94,8 @@ class Programs:
                 if entry.gate is not None:
                     row_words[GATE_ROW], min_cos, max_cos = entry.gate
                     words = words._replace(gate_row=0, min_cos=min_cos, max_cos=max_cos)
+                if entry.read is not None:
+                    row_words[READ_ROW] = entry.read
                 if entry.details is not None:
                     words = words._replace(**entry.details._asdict())
                     if entry.details.probe < 0 and entry.details.measure and len(measured):
@@ -108,7 +112,7 @@ class Programs:
         # After everything that could fail, so that a failure changes nothing; and with one copy to the device.
         entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
         self._pinned[slot] = rows
-        if program.keep_norm or any(entry.gate is not None for _, entries in here for entry in entries):
+        if program.keep_norm or any(entry.gate or entry.read for _, entries in here for entry in entries):
             self._reference_slots.add(slot)
         tables = self._tables
         _write(tables.entries_SLEW[slot], entries_LEW)

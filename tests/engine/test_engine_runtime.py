@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference
 
 from steer_engine.program import Program
+from steer_engine.spec import Op
 
 U32 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,10 +130,10 @@ def test_a_neighbour_that_needs_more_than_adds_does_not_show() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(specs(max_edits=3), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 2**16))
+@given(st.lists(specs(max_edits=3, ops=tuple(Op)), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 2**16))
 def test_steps_of_any_programs(raws: list[Any], prompt_len: int, seed: int) -> None:
-    runtime = new_runtime()
     compiled = [resolved(raw).template.at(prompt_len) for raw in raws]
+    runtime = new_runtime()
     for slot, admitted in enumerate(compiled, start=1):
         runtime.admit(slot, admitted)
     hidden, carried = stream(seed=seed)

@@ -32,6 +32,7 @@ from steer_engine.engine.programs import Programs
 from steer_engine.parse import parse_spec
 from steer_engine.program import Entry as ProgramEntry
 from steer_engine.program import Program, RowKey, Sites
+from steer_engine.spec import Op
 
 U32 = 2.0**-24
 NUM_REQUESTS = 3
@@ -229,7 +230,10 @@ def test_admitting_and_releasing_in_any_order(data: st.DataObject) -> None:
             engine.programs.release(slot)
             del running[slot]
         else:
-            running[slot] = resolved(data.draw(specs(max_edits=3))).template.at(PROMPT_LEN)
+            spec = resolved(data.draw(specs(max_edits=3, ops=tuple(Op))))
+            for vector in spec.vectors.values():
+                engine.store.put(vector)
+            running[slot] = spec.template.at(PROMPT_LEN)
             engine.programs.admit(slot, running[slot])
         for held in range(NUM_REQUESTS + 1):
             engine.assert_slot(held, running.get(held))
@@ -264,7 +268,7 @@ def edited_batch(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(specs(max_edits=4), min_size=1, max_size=NUM_REQUESTS),
+    st.lists(specs(max_edits=4, ops=tuple(Op)), min_size=1, max_size=NUM_REQUESTS),
     st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=NUM_REQUESTS + 1, max_size=NUM_REQUESTS + 1),
     st.integers(1, 9),
     st.integers(0, 2**16),
@@ -272,9 +276,9 @@ def edited_batch(
 def test_tables_compute_what_was_written(
     raws: list[Any], chunks: list[tuple[int, int]], prompt_len: int, seed: int
 ) -> None:
-    engine = Engine()
     parsed = [parse_spec(raw) for raw in raws]
     compiled = [resolved(raw).template.at(prompt_len) for raw in raws]
+    engine = Engine()
     for slot, admitted in enumerate(compiled, start=1):
         engine.programs.admit(slot, admitted)
     slots = [*range(1, len(raws) + 1), 0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log2, sqrt
+from math import cos, inf, log2, radians, sin, sqrt
 
 import numpy as np
 import torch
@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 from steer_kernels.tables import (
     COSINE,
     DOT,
+    JUMP,
+    LAST,
     MAX_CONDITIONS,
     MAX_POSITION,
     MAX_TRIGGERS,
+    MEMBER,
+    PLANE,
+    READ,
     Entry,
     Tables,
     encode_entry,
@@ -26,11 +31,14 @@ from steer_kernels.tables import (
 NUM_RAW = 4
 NUM_ROWS = 8
 NUM_SITES = 3
-NUM_ENTRIES = 4
+NUM_ENTRIES = 10
+MAX_ADDS = 4
 NUM_PROBES = 6
 SITE = 1
 MAX_POS = 40
-OPS = ("add", "add_relative", "ablate", "clamp", "set")
+READING = ("feature", "low_rank", "turn", "turn_to")
+"""Operations whose entries have a mode."""
+OPS = ("add", "add_relative", "ablate", "clamp", "set", *READING)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 63, 576, 4096, 16384)
 
@@ -48,6 +56,10 @@ class Step:
     span: tuple[int, int] = (0, MAX_POSITION)
     gate: tuple[int, float, float] | None = None
     """vector, min_cos, max_cos."""
+    gate_dot: bool = False
+    """The gate tests the dot product; its bounds are in units of sqrt(D)."""
+    parallel: int = 0
+    """MEMBER or LAST of a group; READING operations only."""
     trigger: int = -1
     exclude: int = -1
     conditions: int = 0
@@ -63,17 +75,27 @@ class Step:
         start, end = self.span
         unit = NUM_RAW + self.vector
         lo, hi = (sqrt(hidden_size) * bound for bound in self.bounds)
-        gate_row, min_cos, max_cos = self.gate or (-1, -np.inf, np.inf)
+        gate_row, min_cos, max_cos = self.gate or (-1, -inf, inf)
+        if self.gate_dot:
+            min_cos, max_cos = sqrt(hidden_size) * min_cos, sqrt(hidden_size) * max_cos
+        angle = radians(90 * self.scale)
+        pair = {"mode": PLANE, "read_row": NUM_RAW + (self.vector ^ 1)}
+        other = NUM_RAW + (self.vector + 1) % NUM_RAW
         coefficients: dict[str, dict[str, float]] = {
             "add": {"c0": self.scale},
             "add_relative": {"c1": self.scale},
             "ablate": {"c2": -self.scale},
             "clamp": {"c3": 1.0, "lo": lo, "hi": hi},
             "set": {"c3": 1.0, "lo": lo, "hi": lo},
+            # Moves what is above lo to hi, by another row; nothing is moved where x is below lo.
+            "feature": {"mode": JUMP, "read_row": unit, "row": other, "c2": -1.0, "c3": hi, "lo": lo, "hi": inf},
+            "low_rank": {"mode": READ, "read_row": unit, "row": other, "c0": lo, "c2": self.scale, "c3": 0.5, "hi": hi},
+            "turn": {**pair, "c2": cos(angle) - 1, "c3": sin(angle) * (-1) ** self.vector},
+            "turn_to": {**pair, "c0": cos(angle), "c2": -1.0},
         }
-        row = self.vector if self.op == "add" else unit
-        gate = {"gate_row": gate_row, "min_cos": min_cos, "max_cos": max_cos}
-        return Entry(row=row, start=start, end=end, **coefficients[self.op], **gate, **self._details())  # type: ignore[arg-type]
+        fields = {"row": self.vector if self.op == "add" else unit, "start": start, "end": end} | coefficients[self.op]
+        fields |= {"gate_row": gate_row, "min_cos": min_cos, "max_cos": max_cos, "gate_dot": self.gate_dot}
+        return Entry(**fields, **self._details(), parallel=self.parallel)  # type: ignore[arg-type]
 
     def _details(self) -> dict[str, float]:
         over, to, exponential = self.schedule or (0, 0.0, False)
@@ -193,7 +215,6 @@ def _decide(tables: Tables, generator: torch.Generator) -> None:
     tables.windows_TJ.copy_(torch.where(inside_TJ, first_TJ, MAX_POSITION))
     number_SQ = torch.randn(tables.measured_SQ.shape, generator=generator, dtype=torch.float64)
     tables.measured_SQ.copy_(number_SQ)
-    inf = np.inf
     low_Q = torch.tensor([-1, 1, -inf, 0, -1, -inf, -inf, -1], dtype=torch.float64)
     high_Q = torch.tensor([inf, inf, 1, inf, 1, 0, -1, inf], dtype=torch.float64)
     tables.bounds_SQ2.copy_(torch.stack([number_SQ + low_Q, number_SQ + high_Q], dim=-1))
@@ -228,7 +249,7 @@ def each_detail(*, adds_only: bool = False) -> list[Program]:
     ]
     adding = plain if adds_only else plain + decided
     steps = [Step(op="add", scale=8.0, **step) for step in adding]  # type: ignore[arg-type]
-    others = [] if adds_only else [program.steps[0] for program in single_operations()[1:]]
+    others = [] if adds_only else [program.steps[0] for program in single_operations()[1:8]]
     return [
         Program(steps=[step]) for step in (*steps, *(replace(step, schedule=(MAX_POS, 0.1, False)) for step in others))
     ]
@@ -267,7 +288,7 @@ def each_probe() -> list[Program]:
         Program(steps=[dot, replace(late_dot, vector=0), ablate, add]),
         Program(steps=[replace(late_dot, vector=0), add, replace(late_cosine, vector=0, span=(0, 20))], keep_norm=True),
         Program(steps=[late_dot, replace(late_cosine, vector=2)]),
-        Program(steps=[dot, replace(add, gate=(4, 0.0, np.inf)), replace(late_dot, vector=0), ablate]),
+        Program(steps=[dot, replace(add, gate=(4, 0.0, inf)), replace(late_dot, vector=0), ablate]),
         Program(steps=[add, replace(dot, vector=0), replace(cosine, vector=0), replace(ablate, span=(0, 20))]),
         # An entry that measures for a condition, beside probes of the same vector.
         Program(steps=[Step(op="ablate", measure=(DOT, 7, False)), dot, replace(cosine, vector=0), add]),
@@ -300,6 +321,10 @@ def single_operations() -> list[Program]:
         Step(op="ablate", vector=0, scale=1.0),
         Step(op="clamp", vector=1, bounds=(-0.25, 0.5)),
         Step(op="set", vector=2, bounds=(6.0, 6.0)),
+        Step(op="feature", vector=0, bounds=(-8.0, 1.0)),
+        Step(op="low_rank", vector=1, bounds=(0.5, 1.0)),
+        Step(op="turn", vector=2, scale=1.5),
+        Step(op="turn_to", vector=3, scale=0.5),
     ]
     return [Program(steps=[step]) for step in steps]
 
@@ -325,7 +350,7 @@ def steps(draw: st.DrawFn, ops: Sequence[str] = OPS, conditions: int = 0) -> Ste
     start = draw(st.one_of(st.just(0), positions))
     end = draw(st.one_of(st.just(MAX_POSITION), positions))
     threshold = draw(st.sampled_from([-0.5, -0.1, 0.0, 0.1, 0.5]))
-    bounds = draw(st.sampled_from([(threshold, np.inf), (-np.inf, threshold), (-0.6, 0.6)]))
+    bounds = draw(st.sampled_from([(threshold, inf), (-inf, threshold), (-0.6, 0.6)]))
     gated = len(ops) > 1 and draw(st.integers(0, 2)) == 0
     details = {}
     if draw(st.booleans()):
@@ -343,6 +368,7 @@ def steps(draw: st.DrawFn, ops: Sequence[str] = OPS, conditions: int = 0) -> Ste
         bounds=(low, low + draw(st.sampled_from([0.0, 0.5, 4.0]))),
         span=(start, end),
         gate=(draw(st.integers(0, NUM_ROWS - 1)), *bounds) if gated else None,
+        gate_dot=gated and draw(st.booleans()),
         **details,  # type: ignore[arg-type]
     )
 
@@ -356,6 +382,44 @@ schedules = st.tuples(st.integers(1, MAX_POS), st.sampled_from([0.25, 0.5, 2.0])
 def asked(conditions: int) -> st.SearchStrategy[int]:
     """Some of these conditions."""
     return st.integers(0, 2**MAX_CONDITIONS - 1).map(lambda some: some & conditions)
+
+
+def grouped(when: Step, members: Sequence[Step]) -> list[Step]:
+    """The steps as one group, which applies when the first one does. Each keeps its own gate."""
+    names = ("span", "trigger", "exclude", "conditions", "any_condition", "schedule")
+    shared = {name: getattr(when, name) for name in names}
+    last = len(members) - 1
+    return [replace(step, parallel=LAST if i == last else MEMBER, **shared) for i, step in enumerate(members)]
+
+
+def each_group() -> list[Program]:
+    """Groups of 1 to 8 entries; two groups, adds and an ordinary operation around them; a group with gates."""
+    members = [
+        Step(op="low_rank", vector=0, scale=-1.0),
+        Step(op="low_rank", vector=1, scale=0.5, bounds=(1.0, 2.0)),
+        Step(op="feature", vector=2, bounds=(-1.0, 3.0)),
+        Step(op="turn", vector=0, scale=1.0),
+        Step(op="turn", vector=1, scale=1.0),
+        Step(op="turn_to", vector=2, scale=0.5),
+        Step(op="turn_to", vector=3, scale=0.5),
+        Step(op="feature", vector=3, bounds=(0.0, 1.0)),
+    ]
+    add, ablate, always = Step(op="add", scale=2.0), Step(op="ablate", vector=1), Step(op="add")
+    gates = [(4, -inf, 0.0), (4, 0.0, inf), (5, 0.5, inf)]
+    gated = [
+        replace(step, gate=gate, gate_dot=bool(i % 2))
+        for i, (step, gate) in enumerate(zip(members, gates, strict=False))
+    ]
+    return [
+        Program(steps=grouped(always, members[:1])),
+        Program(steps=[add, *grouped(always, members[3:5]), replace(ablate, vector=2)], keep_norm=True),
+        Program(steps=[*grouped(always, members[:4]), *grouped(always, members[4:])]),
+        Program(steps=[ablate, *grouped(always, members), add]),
+        Program(steps=[*grouped(always, gated), ablate]),
+        Program(steps=grouped(replace(always, trigger=2, schedule=(20, 0.5, False)), members[:3])),
+        Program(steps=[*grouped(replace(always, span=(0, MAX_POS // 2)), members[:2]), members[2]]),
+        Program(steps=[members[0], members[1], add]),
+    ]
 
 
 @st.composite
@@ -373,7 +437,10 @@ def programs(draw: st.DrawFn) -> Program:
     # One condition is either a sum or the largest number.
     first = [replace(step, measure=first[0].measure) for step in first]
     rest = steps(conditions=(2**MAX_CONDITIONS - 1) & ~(1 << counted))
-    return Program(steps=first + draw(st.lists(rest, max_size=NUM_ENTRIES - len(first))), keep_norm=draw(st.booleans()))
+    chosen = first + draw(st.lists(rest, max_size=MAX_ADDS - len(first)))
+    if draw(st.booleans()):
+        chosen += grouped(draw(rest), draw(st.lists(steps(ops=READING), min_size=1, max_size=3)))
+    return Program(steps=chosen, keep_norm=draw(st.booleans()))
 
 
 @st.composite
@@ -385,7 +452,7 @@ def probed_programs(draw: st.DrawFn) -> Program:
         kind, late = draw(st.sampled_from([DOT, COSINE])), draw(st.booleans())
         return replace(step, gate=None, probe=(kind, column, late))
 
-    chosen = draw(st.lists(steps(conditions=2**MAX_CONDITIONS - 1), max_size=NUM_ENTRIES))
+    chosen = draw(st.lists(steps(conditions=2**MAX_CONDITIONS - 1), max_size=MAX_ADDS))
     chosen = [
         probe(step, column) if draw(st.booleans()) else step for step, column in zip(chosen, columns, strict=False)
     ]
@@ -398,7 +465,7 @@ probed_mixes = st.lists(probed_programs(), min_size=1, max_size=5)
 mixes = st.lists(programs(), min_size=1, max_size=5)
 """One to five programs."""
 
-only_adds = st.builds(Program, steps=st.lists(steps(ops=("add",)), max_size=NUM_ENTRIES))
+only_adds = st.builds(Program, steps=st.lists(steps(ops=("add",)), max_size=MAX_ADDS))
 
 batches = st.tuples(mixes, st.just(False)) | st.tuples(st.lists(only_adds, min_size=1, max_size=5), st.just(True))
 """One to five programs, and whether they only add."""

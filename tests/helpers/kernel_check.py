@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from steer_kernels.reference import rows_view
+from steer_kernels.tables import PARALLEL, WHEN
 
 from helpers.cases import HOLDS, SITE, Case, each_detail
 from helpers.kernel_oracle import Expected, expect, store_error, to_float64
@@ -82,6 +83,21 @@ def assert_each_detail_shows(case: Case, expected: Expected) -> None:
         else:
             assert size_N.min() <= size_N.max() / 2, f"the detail of slot {slot} has no visible effect"
             assert size_N.max() > 0, f"slot {slot} is never edited"
+
+
+def assert_groups_show(case: Case, expected: Expected) -> None:
+    """The same entries one after the other, each reading what the one before has written, give other rows."""
+    entries_SEW, chained = case.tables.entries_SLEW[:, SITE], case.tables.entries_SLEW[:, SITE].clone()
+    chained[..., WHEN] &= ~(3 << PARALLEL[0])
+    grouped_S = (chained != entries_SEW).flatten(1).any(1)
+    with_groups = entries_SEW.clone()
+    entries_SEW.copy_(chained)
+    differs_T = np.abs(oracle_of(case).carried_TD - expected.carried_TD).max(1) > FAR_ABOVE * expected.error_TD.max(1)
+    entries_SEW.copy_(with_groups)
+    slots = case.tables.slot_T[: len(differs_T)][torch.from_numpy(differs_T)].unique()
+    assert int(grouped_S[1:].sum()) >= 5
+    # A group of one entry, and the one without groups, read what they would read alone.
+    assert len(slots) >= 4 or case.carried.shape[-1] == 1, slots
 
 
 def assert_each_measure_shows(case: Case) -> None:

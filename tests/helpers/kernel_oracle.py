@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from steer_kernels.tables import DOT, Entry, Tables, decode_entry
+from steer_kernels.tables import DOT, JUMP, LAST, PLANE, Entry, Tables, decode_entry
 
 Array = NDArray[np.float64]
 
@@ -76,9 +76,14 @@ def _gate(x_D: Array, error_D: Array, entry: Entry, bank_RD: Array) -> tuple[boo
     """Whether the gate holds, and whether that is beyond rounding."""
     if entry.gate_row < 0:
         return True, True
-    cos = _cosine(x_D, error_D, bank_RD[entry.gate_row])
-    sure = cos.error == 0 or min(abs(cos.value - entry.min_cos), abs(cos.value - entry.max_cos)) > cos.error
-    return entry.min_cos <= cos.value <= entry.max_cos, sure
+    number = (_dot if entry.gate_dot else _cosine)(x_D, error_D, bank_RD[entry.gate_row])
+    return _within(number, entry.min_cos, entry.max_cos)
+
+
+def _within(number: _Sum, low: float, high: float) -> tuple[bool, bool]:
+    """Whether a number is between two bounds, and whether that is beyond rounding."""
+    sure = number.error == 0 or min(abs(number.value - low), abs(number.value - high)) > number.error
+    return low <= number.value <= high, sure
 
 
 def _cosine(x_D: Array, error_D: Array, row_D: Array) -> _Sum:
@@ -119,19 +124,33 @@ def _share(entry: Entry, pos: int, first_J: NDArray[np.int32], number_Q: Array, 
     return _Sum(2.0**change, 2.0**change * (np.log(2) * abs(change) + 4) * U32)
 
 
-def _factor(x_D: Array, error_D: Array, w_D: Array, entry: Entry, share: _Sum) -> _Sum:
-    """share * g(x) with its error."""
-    dot, norm = _dot(x_D, error_D, w_D), _norm(x_D, error_D)
-    clipped = float(np.minimum(np.maximum(dot.value, entry.lo), entry.hi)) if entry.c3 else dot.value
-    shift = clipped - dot.value
-    terms = (entry.c0, entry.c1 * norm.value, entry.c2 * dot.value, entry.c3 * shift)
-    error = abs(entry.c1) * norm.error + (abs(entry.c2) + 2 * abs(entry.c3)) * dot.error
+def _factor(x_D: Array, error_D: Array, bank_RD: Array, entry: Entry, share: _Sum) -> tuple[_Sum, bool]:
+    """share * g(x) with its error, and whether all its comparisons are beyond rounding."""
+    dot, norm = _dot(x_D, error_D, bank_RD[entry.row]), _norm(x_D, error_D)
+    sure, inner = True, 0.0
+    if entry.mode:
+        own, dot = dot, _dot(x_D, error_D, bank_RD[entry.read_row])
+    if entry.mode == PLANE:
+        length = float(np.hypot(own.value, dot.value))
+        terms = [entry.c0 * length, entry.c2 * own.value, entry.c3 * dot.value]
+        # The length of two numbers changes by at most the length of their errors; squares, sum and root round.
+        error = abs(entry.c0) * float(np.hypot(own.error, dot.error)) + abs(entry.c0) * 3 * U32 * length
+        error += abs(entry.c2) * own.error + abs(entry.c3) * dot.error
+    elif entry.mode == JUMP:
+        inside, sure = _within(dot, entry.lo, entry.hi)
+        terms = [entry.c0, *([entry.c2 * dot.value, entry.c3] if inside else [])]
+        error = abs(entry.c2) * dot.error
+    else:
+        clipped = float(np.minimum(np.maximum(dot.value, entry.lo), entry.hi)) if entry.c3 else dot.value
+        terms = [entry.c0, entry.c1 * norm.value, entry.c2 * dot.value, entry.c3 * (clipped - dot.value)]
+        error = abs(entry.c1) * norm.error + (abs(entry.c2) + 2 * abs(entry.c3)) * dot.error
+        inner = abs(entry.c3) * error
     # Each term is rounded when it is made (the clip's difference once more) and in at most three sums.
     size = sum(map(abs, terms))
-    error += 5 * U32 * (size + abs(entry.c3) * error)
+    error += 5 * U32 * (size + inner)
     if entry.over:  # the coefficients are multiplied with the share first
         error = abs(share.value) * error + (share.error + U32 * abs(share.value)) * (size + error)
-    return _Sum(share.value * sum(terms), error)
+    return _Sum(share.value * sum(terms), error), sure
 
 
 class _Measured:
@@ -182,11 +201,14 @@ def expect(
             continue
         delta_D, error_D = delta_TD[t], error_TD[t]
         late = []
+        group: tuple[Array, Array] | None = None
         for e in range(int(tables.counts_SL[slot, site])):
             entry = decode_entry(tables.entries_SLEW[slot, site, e].numpy())
             if not entry.start <= pos < entry.end:
                 continue
-            now_D, now_error_D = now(t)
+            now_D, now_error_D = group or now(t)
+            if entry.parallel:
+                group = None if entry.parallel == LAST else (now_D, now_error_D)
             if entry.measure and entry.probe < 0:
                 number = (_dot if entry.measure == DOT else _cosine)(now_D, now_error_D, bank_RD[entry.row])
                 measured.add(slot, entry, number)
@@ -204,7 +226,8 @@ def expect(
             if not holds:
                 continue
             w_D = bank_RD[entry.row]
-            g = _factor(now_D, now_error_D, w_D, entry, share)
+            g, sure = _factor(now_D, now_error_D, bank_RD, entry, share)
+            decided_T[t] &= sure
             touched_T[t] = True
             delta_D += g.value * w_D
             # The product rounds, then the sum; a step whose delta was 0 rounds once, which this covers.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.cases import (
     DTYPES,
+    MAX_ADDS,
     NUM_ENTRIES,
     NUM_SITES,
     SITE,
@@ -19,6 +20,7 @@ from helpers.cases import (
     batches,
     build,
     each_detail,
+    each_group,
     each_measure,
     single_operations,
 )
@@ -99,7 +101,7 @@ def cases(dtype: torch.dtype, hidden_size: int, num_tokens: int) -> list[Case]:
     """One case with each operation in its own slot, one case with adds only."""
     sizes = {"hidden_size": hidden_size, "dtype": dtype, "num_tokens": num_tokens}
     every = build(single_operations(), **sizes, seed=1, capture=True)  # type: ignore[arg-type]
-    only_adds = build([adds(n) for n in range(NUM_ENTRIES + 1)], **sizes, seed=2, adds_only=True)  # type: ignore[arg-type]
+    only_adds = build([adds(n) for n in range(MAX_ADDS + 1)], **sizes, seed=2, adds_only=True)  # type: ignore[arg-type]
     return [every, only_adds]
 
 
@@ -112,6 +114,7 @@ def detailed_cases(dtype: torch.dtype) -> Iterator[Case]:
         assert_each_detail_shows(case, oracle_of(case))
         yield case
     yield build(each_measure(), hidden_size=63, dtype=dtype, num_tokens=60, seed=8)
+    yield build(each_group(), hidden_size=63, dtype=dtype, num_tokens=54, seed=9)
 
 
 @pytest.mark.parametrize("hidden_size", SIZES)

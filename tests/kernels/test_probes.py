@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cases import (
     DTYPES,
-    NUM_ENTRIES,
+    MAX_ADDS,
     PROBE_LIMITS,
     SITE,
     Case,
@@ -205,7 +205,7 @@ def test_a_column_is_not_taken_for_a_gate(interpreted: Process, form: str) -> No
 
 
 def test_an_engine_that_only_adds_has_no_probes(interpreted: Process) -> None:
-    case = build([adds(NUM_ENTRIES)], hidden_size=63, dtype=torch.float32, num_tokens=4, seed=7, probes=True)
+    case = build([adds(MAX_ADDS)], hidden_size=63, dtype=torch.float32, num_tokens=4, seed=7, probes=True)
     with pytest.raises(AssertionError, match="has no probes"):
         edit_residual_reference(case.hidden, rows_view(case.carried), case.tables, SITE, adds_only=True)
     case.adds_only = True

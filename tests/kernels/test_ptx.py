@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.cases import (
     DTYPES,
+    MAX_ADDS,
     NUM_ENTRIES,
     NUM_SITES,
     SITE,
@@ -18,14 +19,17 @@ from helpers.cases import (
     adds,
     build,
     each_detail,
+    each_group,
     each_measure,
     each_probe,
+    grouped,
     single_operations,
 )
 from helpers.kernel_check import (
     FAR_ABOVE,
     assert_each_detail_shows,
     assert_each_measure_shows,
+    assert_groups_show,
     assert_matches,
     assert_measured,
     oracle_of,
@@ -78,7 +82,7 @@ def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[d
 def test_adds_equal_the_reference_bit_for_bit(
     compiled: Process, target: str, dtype: torch.dtype, hidden_size: int
 ) -> None:
-    programs = [adds(n) for n in range(NUM_ENTRIES + 1)]
+    programs = [adds(n) for n in range(MAX_ADDS + 1)]
     case = build(programs, hidden_size=hidden_size, dtype=dtype, num_tokens=12, seed=1, adds_only=True)
     edited, _ = run(compiled, target, case)
     assert assert_matches(case, edited, oracle_of(case), ulps=0.5).max() > FAR_ABOVE
@@ -103,6 +107,19 @@ def test_every_operation(compiled: Process, hidden_size: int, dtype: torch.dtype
     )
     edited, _ = run(compiled, "sm_90", case)
     assert assert_matches(case, edited, oracle_of(case), ulps=0.5).min() > 1
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype"), [(63, torch.float32), (576, torch.float16), (576, torch.bfloat16), (16384, torch.float32)]
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_groups(compiled: Process, target: str, dtype: torch.dtype, hidden_size: int) -> None:
+    case = build(each_group(), hidden_size=hidden_size, dtype=dtype, num_tokens=9 if hidden_size > 576 else 27, seed=9)
+    expected = oracle_of(case)
+    edited, _ = run(compiled, target, case)
+    assert assert_matches(case, edited, expected, ulps=0.5).max() > FAR_ABOVE
+    if hidden_size <= 576:
+        assert_groups_show(case, expected)
 
 
 @pytest.mark.parametrize("adds_only", [False, True])
@@ -195,8 +212,27 @@ def test_rows_outside_all_spans_are_not_written(compiled: Process) -> None:
         (Program(steps=[Step(op="set", bounds=(1.0, 1.0))]), 5),
         (Program(steps=[Step(op="add", gate=(4, -2.0, 2.0))]), 6),
         (Program(steps=[Step(op="add")], keep_norm=True), 7),
+        (Program(steps=[Step(op="feature", bounds=(-99.0, 1.0))]), 6),
+        (Program(steps=[Step(op="feature", bounds=(99.0, 1.0))]), 5),
+        (Program(steps=[Step(op="low_rank")]), 6),
+        (Program(steps=each_group()[2].steps[:4]), 20),
+        (Program(steps=grouped(Step(op="add"), [Step(op="turn", vector=0), Step(op="turn", vector=1)])), 16),
     ],
-    ids=["add", "two adds", "add_relative", "ablate", "clamp", "set", "gated add", "norm preserved"],
+    ids=[
+        "add",
+        "two adds",
+        "add_relative",
+        "ablate",
+        "clamp",
+        "set",
+        "gated add",
+        "norm preserved",
+        "feature",
+        "inactive feature",
+        "rank 1",
+        "rank 4",
+        "rotate",
+    ],
 )
 def test_rows_moved_by_each_operation(compiled: Process, program: Program, num_rows: int) -> None:
     """The table of docs/cost_model.md: rows of D items loaded and stored per token, including repeats from cache."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cases import (
     DTYPES,
-    NUM_ENTRIES,
+    MAX_ADDS,
     SITE,
     SIZES,
     Case,
@@ -19,6 +19,7 @@ from helpers.cases import (
     batches,
     build,
     each_detail,
+    each_group,
     each_measure,
     single_operations,
 )
@@ -26,6 +27,7 @@ from helpers.kernel_check import (
     FAR_ABOVE,
     assert_each_detail_shows,
     assert_each_measure_shows,
+    assert_groups_show,
     assert_matches,
     assert_measured,
     oracle_of,
@@ -44,19 +46,28 @@ def edit(case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("hidden_size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_operation_alone(dtype: torch.dtype, hidden_size: int) -> None:
-    case = build(single_operations(), hidden_size=hidden_size, dtype=dtype, num_tokens=36, seed=1, capture=True)
+    case = build(single_operations(), hidden_size=hidden_size, dtype=dtype, num_tokens=40, seed=1, capture=True)
     expected = oracle_of(case)
     ratios = assert_matches(case, edit(case), expected, ulps=0.5)
-    assert len(ratios) == 30
-    slot_T = case.tables.slot_T[:36][expected.touched_T]
-    for slot in range(1, 6):
+    assert len(ratios) == 36
+    slot_T = case.tables.slot_T[:40][expected.touched_T]
+    for slot in range(1, 10):
         assert ratios[slot_T == slot].max() > FAR_ABOVE, f"operation {slot} has no visible effect"
+
+
+@pytest.mark.parametrize("hidden_size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_read_the_row_before_them(dtype: torch.dtype, hidden_size: int) -> None:
+    case = build(each_group(), hidden_size=hidden_size, dtype=dtype, num_tokens=54, seed=9)
+    expected = oracle_of(case)
+    assert assert_matches(case, edit(case), expected, ulps=0.5).max() > FAR_ABOVE
+    assert_groups_show(case, expected)
 
 
 @pytest.mark.parametrize(("hidden_size", "num_tokens"), [(576, 2048), (4096, 512)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_batch_of_programs(dtype: torch.dtype, hidden_size: int, num_tokens: int) -> None:
-    programs = [*single_operations(), *(adds(n) for n in range(NUM_ENTRIES + 1))]
+    programs = [*single_operations(), *(adds(n) for n in range(MAX_ADDS + 1))]
     programs += [Program(steps=[Step(op="ablate"), *adds(3).steps], keep_norm=True)]
     case = build(programs, hidden_size=hidden_size, dtype=dtype, num_tokens=num_tokens, seed=2)
     ratios = assert_matches(case, edit(case), oracle_of(case), ulps=0.5)
@@ -126,7 +137,7 @@ def test_what_entries_measure(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adds_only_gives_the_same_bits(dtype: torch.dtype) -> None:
-    programs = [adds(n) for n in range(NUM_ENTRIES + 1)]
+    programs = [adds(n) for n in range(MAX_ADDS + 1)]
     case = build(programs, hidden_size=63, dtype=dtype, num_tokens=60, seed=3)
     general = edit(case)
     case.adds_only = True

@@ -40,6 +40,7 @@ details = st.fixed_dictionaries(
         "measure": st.sampled_from([0, tb.DOT, tb.COSINE]),
         "total": st.integers(0, tb.MAX_CONDITIONS - 1),
         "largest": st.booleans(),
+        "gate_dot": st.booleans(),
     },
 )
 PLAIN = Entry(7, 1, 2, 0.5, -1.0, 2.0, 3.0, -4.0, 5.0, 6, -0.25, 0.75)
@@ -78,16 +79,29 @@ def test_bytes_of_a_probe() -> None:
         assert words_W[12:].tolist() == [1 << 18 | 1 << 24 | late << 25, 0, 0, 0]
 
 
+def test_bytes_of_a_mode() -> None:
+    """The read row is in the word of c1; the entry stays as long as it was."""
+    entry = PLAIN._replace(c1=0.0, mode=tb.JUMP, read_row=9, gate_dot=True, parallel=tb.LAST)
+    words_W = encode_entry(entry)
+    assert words_W.nbytes == 64
+    assert words_W[tb.READ_ROW] == 9
+    assert words_W[12:].tolist() == [2 << 26 | 1 << 28 | 2 << 29, 0, 0, 0]
+    assert decode_entry(words_W) == entry
+
+
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
+        (Entry(row=0, parallel=tb.LAST), "has a mode"),
+        (Entry(row=0, mode=tb.READ, c1=1.0), "no c1"),
+        (Entry(row=0, mode=4, read_row=1), "out of range"),
         (Entry(row=0, probe=0), "measures the dot product or the cosine"),
         (Entry(row=0, measure=tb.DOT, probe=0, gate_row=2), "has no gate"),
         (Entry(row=0, measure=tb.DOT, probe=-2), "out of range"),
         (Entry(row=0, measure=tb.DOT, late=True), "only a probe"),
     ],
 )
-def test_probes_that_cannot_be_are_refused(entry: Entry, match: str) -> None:
+def test_entries_that_cannot_be_are_refused(entry: Entry, match: str) -> None:
     with pytest.raises(AssertionError, match=match):
         encode_entry(entry)
 
@@ -124,6 +138,18 @@ def test_defaults_are_an_open_span_and_no_gate() -> None:
 @given(st.tuples(int32s, positions, int32s, *[floats] * 6, int32s, floats, floats), details)
 def test_decode_inverts_encode(numbers: tuple[float, ...], details: dict[str, object]) -> None:
     entry = Entry(*numbers, **details)  # type: ignore[arg-type]
+    assert decode_entry(encode_entry(entry)) == entry
+
+
+@given(
+    st.sampled_from([tb.READ, tb.JUMP, tb.PLANE]),
+    int32s,
+    st.sampled_from([0, tb.MEMBER, tb.LAST]),
+    st.booleans(),
+    floats,
+)
+def test_decode_inverts_encode_of_a_mode(mode: int, row: int, parallel: int, gate_dot: bool, number: float) -> None:
+    entry = PLAIN._replace(c1=0.0, c3=number, mode=mode, read_row=row, parallel=parallel, gate_dot=gate_dot)
     assert decode_entry(encode_entry(entry)) == entry
 
 
@@ -178,7 +204,9 @@ def test_allocated_tables_with_probes() -> None:
 
 
 def test_the_kernels_offsets_fit_the_tables() -> None:
-    """`details`, `edit_residual` and `add_rms_norm_edit` step by 8 windows, 8 numbers and 16 bounds."""
+    """`details`, `edit_residual` and `add_rms_norm_edit` step by 8 windows, 8 numbers and 16 bounds, and keep the
+    numbers of 8 entries."""
     assert tb.MAX_TRIGGERS == 8
     assert tb.MAX_CONDITIONS == 8
+    assert tb.MAX_PARALLEL == 8
     assert max(1 << bits for _, bits in (tb.TRIGGER, tb.EXCEPT)) > tb.MAX_TRIGGERS + 1

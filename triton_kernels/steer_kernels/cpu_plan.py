@@ -1,9 +1,9 @@
 """The edit plan of a CPU engine: the edits of one step at all sites, computed once and reused until the batch changes.
 
 On a CPU the host can read the routing buffers without a device sync. With a plan, a site needs a few torch calls on
-the steered rows; the reference needs about forty. Steps with gates, kept norms, captures or rows that are measured use
-the reference. Plan and reference round identically, bit for bit, so a row never depends on what other requests in the
-batch use.
+the steered rows; the reference needs about forty. Steps with gates, modes, kept norms, captures or rows that are
+measured use the reference. Plan and reference round identically, bit for bit, so a row never depends on what other
+requests in the batch use.
 
 Legend: N steered rows (or 1, for values that all of them share), L sites, E entries per site, T rows of the batch,
 B requests of the batch, D hidden size, W words per entry, X span bounds of all entries of a program, C coefficients.

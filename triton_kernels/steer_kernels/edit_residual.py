@@ -16,6 +16,7 @@ import triton.language as tl
 from steer_kernels.details import load_float, share_of
 from steer_kernels.launch_table import BACKEND, launch_for
 from steer_kernels.measure import cosine_with, dot_with, norm_of, share_after_measuring, write_late_probes
+from steer_kernels.modes import add_held, add_scaled, factor_of
 from steer_kernels.reference import rows_view
 from steer_kernels.tables import Tables
 from steer_kernels.tiles import load_row, load_stream_tile, load_tile, store_tile, zero_row
@@ -71,6 +72,8 @@ def apply_edits(
     delta = zero_row(D, TILE)
     applied = 0
     num_late = 0
+    held = tl.zeros([8], tl.float32)
+    num_held = 0
     for e in tl.range(num_entries, disable_licm=True):
         entry = program + e * 16
         start = tl.load(entry + 1)
@@ -80,8 +83,9 @@ def apply_edits(
             gate_row = tl.load(entry + 9).to(tl.int64)
             holds = True
             share = tl.full((), 1.0, tl.float32)
+            when = 0
             if start < 0:
-                share, late = share_after_measuring(
+                share, late, when = share_after_measuring(
                     entry,
                     first,
                     pos,
@@ -105,9 +109,23 @@ def apply_edits(
                 max_cos = load_float(entry, 11)
                 gate_at = bank_RD + gate_row * D
                 gate = load_row(gate_at, D, TILE) if HOLD else gate_at
-                cos = cosine_with(gate, hidden, carried, delta, D, TILE, HAS_HIDDEN, HOLD)
-                holds = (min_cos <= cos) & (cos <= max_cos)
-            if holds:
+                if ((when >> 28) & 1) != 0:
+                    number = dot_with(gate, hidden, carried, delta, D, TILE, HAS_HIDDEN, HOLD)
+                else:
+                    number = cosine_with(gate, hidden, carried, delta, D, TILE, HAS_HIDDEN, HOLD)
+                holds = (min_cos <= number) & (number <= max_cos)
+            if ((when >> 26) & 3) != 0:
+                # An entry with a mode. Those of a group wait until its last one, so that all read the same delta.
+                g = tl.full((), 0.0, tl.float32)
+                if holds:
+                    g = factor_of(entry, when, share, hidden, carried, delta, bank_RD, D, TILE, HAS_HIDDEN)
+                    applied += 1
+                held = tl.where(tl.arange(0, 8) == num_held, g, held)
+                num_held += 1
+                if ((when >> 29) & 3) != 1:
+                    delta = add_held(delta, held, num_held, entry, bank_RD, D, TILE)
+                    num_held = 0
+            elif holds:
                 row = bank_RD + tl.load(entry).to(tl.int64) * D
                 g = load_float(entry, 3) * share
                 c1 = load_float(entry, 4) * share
@@ -147,16 +165,6 @@ def apply_edits(
                 HAS_HIDDEN,
             )
     return delta, applied
-
-
-@triton.jit
-def add_scaled(delta, scale, row, D: tl.constexpr, TILE: tl.constexpr, HOLD: tl.constexpr):
-    """delta + scale * row. `row` is a tuple of tiles in registers if HOLD, else a pointer."""
-    tiles = ()
-    for i in tl.static_range(len(delta)):
-        w = row[i] if HOLD else load_tile(row, i, D, TILE)
-        tiles = tiles + (delta[i] + scale * w.to(tl.float32),)
-    return tiles
 
 
 @triton.jit
@@ -235,7 +243,7 @@ def edit_residual_kernel(
         capture_T[t] = k > 0:   captured[site, k - 1] = round(x)
         capture_T[t] = -k < 0:  captured[site, k - 1] = round(hidden[t] + carried[t]), after the edit
         for entry in entries[s, site, :counts[s, site]], if s > 0, start <= p < end, share != 0 and the gate is open:
-            x += share * (c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)) * w
+            x += share * g(x) * w, with g as in `tables`; the entries of a group read the x before the group
         if keep_norm[s] and any applied:  x *= |x before| / |x|
         probes instead write <x,w> or cos(x,w) to probed[t, column] in their turn, or after the kept norm if late
         if any applied:  carried[t] = round(float32(carried[t]) + (x - x before))

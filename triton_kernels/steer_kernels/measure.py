@@ -104,8 +104,8 @@ def share_after_measuring(
 ):
     """By how much an entry with details edits the row; one that measures does so here, and edits nothing.
 
-    Returns the share, and 1 if the entry is a late probe that applies to the row: it has not measured yet. probed: the
-    row's numbers in `probed_TK`.
+    Returns the share; 1 if the entry is a late probe that applies to the row: it has not measured yet; and its WHEN.
+    probed: the row's numbers in `probed_TK`.
     """
     late = 0
     when = tl.load(entry + 12)
@@ -129,7 +129,7 @@ def share_after_measuring(
                     add_measured(measured, when, number)
             else:
                 add_measured(measured, when, number)
-    return share, late
+    return share, late, when
 
 
 @triton.jit

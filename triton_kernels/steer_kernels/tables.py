@@ -11,6 +11,15 @@ details is limited further: to the windows of a trigger (see `triggers`), to pos
 windows, to slots whose conditions hold; and its schedule sets the share, which is 1 otherwise. An entry that measures
 edits nothing: it adds <x,w> or cos(x,w) to a condition's total, or keeps the largest. A probe is an entry that measures
 for the row alone: it writes that number where the row's share is not 0.
+
+An entry with a mode reads a second row r of the bank, whose number is in the word of c1:
+
+    READ     g(x) = c0 + c2*<x,r> + c3*(clip(<x,r>, lo, hi) - <x,r>)
+    JUMP     g(x) = c0 + (c2*<x,r> + c3 if lo <= <x,r> <= hi else 0)
+    PLANE    g(x) = c0*hypot(<x,w>, <x,r>) + c2*<x,w> + c3*<x,r>
+
+Entries with a mode may form a group of up to MAX_PARALLEL that follow each other: all of them read the x before the
+group. The entries of a group have the same span, trigger, conditions and schedule.
 """
 
 from __future__ import annotations
@@ -44,9 +53,13 @@ MAX_CONDITIONS: Final = 8
 
 PROBE_COLUMN: Final = GATE_ROW
 """A probe has no gate: the word is its column of `probed_TK`."""
+READ_ROW: Final = C1
+"""An entry with a mode has no c1: the word is the bank row r that it reads."""
+MAX_PARALLEL: Final = 8
+"""Entries of a group. The kernels keep their numbers in registers until the group ends."""
 
 # The bit fields of WHEN: (first bit, number of bits).
-TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST, PROBE, LATE = (
+(TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST, PROBE, LATE, MODE, GATE_DOT, PARALLEL) = (
     (0, 4),
     (4, 4),
     (8, 8),
@@ -57,10 +70,20 @@ TRIGGER, EXCEPT, CONDITIONS, ANY, EXPONENTIAL, MEASURE, TOTAL, LARGEST, PROBE, L
     (23, 1),
     (24, 1),
     (25, 1),
+    (26, 2),
+    (28, 1),
+    (29, 2),
 )
 DOT: Final = 1
 COSINE: Final = 2
 """Values of MEASURE; 0 = the entry edits."""
+READ: Final = 1
+JUMP: Final = 2
+PLANE: Final = 3
+"""Values of MODE; 0 = the entry reads the row that it writes."""
+MEMBER: Final = 1
+LAST: Final = 2
+"""Values of PARALLEL; 0 = the entry is in no group."""
 
 # Words of a trigger. The sequences are stored last token first.
 EACH, LENGTH, AFTER, UNTIL = 0, 1, 2, 2 + MAX_TRIGGER_TOKENS
@@ -87,7 +110,7 @@ class Entry(NamedTuple):
     lo: float = 0.0
     hi: float = 0.0
     gate_row: int = -1
-    """Bank row whose cosine with x is tested; it may have any length. -1 = no gate."""
+    """Bank row whose cosine (or, with `gate_dot`, dot product) with x is tested. -1 = no gate."""
     min_cos: float = -np.inf
     max_cos: float = np.inf
     trigger: int = -1
@@ -115,6 +138,14 @@ class Entry(NamedTuple):
     late: bool = False
     """Probe x after all edits of the site and the kept norm. Otherwise x as it is when the entry's turn comes; the
     compiler puts such probes before the edits, so that they see the unedited x."""
+    mode: int = 0
+    """READ, JUMP or PLANE: how the entry uses `read_row`."""
+    read_row: int = -1
+    """Bank row r. Used only with a mode; then c1 is 0."""
+    gate_dot: bool = False
+    """The gate tests the dot product: min_cos and max_cos are its bounds."""
+    parallel: int = 0
+    """MEMBER or LAST of a group of entries that read the x before the group."""
 
 
 _NO_DETAILS = Entry(row=0)[12:]
@@ -139,25 +170,32 @@ def encode_entry(entry: Entry) -> np.ndarray:
             (LARGEST, entry.largest),
             (PROBE, entry.probe >= 0),
             (LATE, entry.late),
+            (MODE, entry.mode),
+            (GATE_DOT, entry.gate_dot),
+            (PARALLEL, entry.parallel),
         )
         for (first, bits), value in fields:
             assert 0 <= value < 1 << bits, "a detail of an entry is out of range"
             when |= int(value) << first
         assert entry.probe >= -1, "a detail of an entry is out of range"
         assert entry.probe >= 0 or not entry.late, "only a probe can be late"
+        assert entry.mode or not entry.parallel, "an entry of a group has a mode"
+        assert not entry.mode or (entry.c1 == 0.0 and not entry.measure), "an entry with a mode has no c1 and edits"
         if entry.probe >= 0:
             assert entry.measure, "a probe measures the dot product or the cosine"
             assert gate_row == -1, "a probe has no gate"
             gate_row = entry.probe
     words = (entry.row, start, *entry[2:9], gate_row, *entry[10:12], when, entry.over, entry.slope, entry.to)
-    return np.frombuffer(bytearray(_FORMAT.pack(*words)), dtype=np.int32)
+    packed_W = np.frombuffer(bytearray(_FORMAT.pack(*words)), dtype=np.int32)
+    if entry.mode:
+        packed_W[READ_ROW] = entry.read_row
+    return packed_W
 
 
 def decode_entry(words_W: np.ndarray) -> Entry:
     """Unpack what `encode_entry` packed; for tests, logs and introspection."""
-    row, start, *numbers, when, over, slope, to = _FORMAT.unpack(
-        np.ascontiguousarray(words_W, dtype=np.int32).tobytes()
-    )
+    words_W = np.ascontiguousarray(words_W, dtype=np.int32)
+    row, start, *numbers, when, over, slope, to = _FORMAT.unpack(words_W.tobytes())
     end, c0, c1, c2, c3, lo, hi, gate_row, min_cos, max_cos = numbers
     if start >= 0:
         when, over, slope, to = 0, 0, 0.0, 0.0
@@ -165,13 +203,13 @@ def decode_entry(words_W: np.ndarray) -> Entry:
     def field(place: tuple[int, int]) -> int:
         return int(when) >> place[0] & (1 << place[1]) - 1
 
-    probe = gate_row if field(PROBE) else -1
+    probe, mode = gate_row if field(PROBE) else -1, field(MODE)
     return Entry(
         row=row,
         start=start & MAX_POSITION,
         end=end,
         c0=c0,
-        c1=c1,
+        c1=0.0 if mode else c1,
         c2=c2,
         c3=c3,
         lo=lo,
@@ -192,6 +230,10 @@ def decode_entry(words_W: np.ndarray) -> Entry:
         largest=bool(field(LARGEST)),
         probe=probe,
         late=bool(field(LATE)),
+        mode=mode,
+        read_row=int(words_W[READ_ROW]) if mode else -1,
+        gate_dot=bool(field(GATE_DOT)),
+        parallel=field(PARALLEL),
     )
 
 
