@@ -16,9 +16,11 @@ from typing import Any
 
 from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.gates import DrainGate, QueueLimit
+from steer_engine.api.monitors import resolve_monitors
 from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.model_shape import ModelShape
+from steer_engine.monitor import Monitor, monitors_of_environment
 from steer_engine.parse import parse_spec
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import NO_VOCABULARY, ResolvedSpec, resolve, with_probes
@@ -79,6 +81,16 @@ class Frontend:
             strict = os.environ.get(STRICT_ENV) == "1"
             self.registry = Registry(Path(folder) if folder else None, strict=strict)
 
+    @cached_property
+    def monitors(self) -> tuple[tuple[Monitor, ...], dict[str, ControlVector]]:
+        """What a server watches on all traffic, and the vectors for it. They stay as they are until the server ends.
+
+        Raises:
+            UnsupportedEngineError: one of them cannot be measured.
+        """
+        specs = monitors_of_environment()
+        return resolve_monitors(specs, self.registry.get, self.model, self.limits) if specs else ((), {})
+
     @property
     def armed(self) -> bool:
         return self.config is not None
@@ -133,14 +145,18 @@ class Frontend:
             raise SteeringRequestError(
                 "Captured rows cannot be returned this way; offline, use LLM.capture or LLM.capture_answers.", PARAM
             )
-        spec = self.inline.take(spec)
+        spec, inline = self.inline.take(spec)
+
+        def vector(name: str) -> ControlVector:
+            return as_directions(inline[name], name) if name in inline else self.vector(name)
+
         if spec.preset is None:
-            return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
+            return resolve(spec, vector, model, self.limits, vocabulary=self.vocabulary)
         capture = resolve_capture(spec.capture, model, self.limits)
         base = replace(self._resolve_preset(spec.preset, model), capture=capture)
         if spec.probes is None and spec.stop is None:
             return base
-        return with_probes(base, spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
+        return with_probes(base, spec, vector, model, self.limits, vocabulary=self.vocabulary)
 
     def _resolve_preset(self, name: str, model: ModelShape) -> ResolvedSpec:
         try:
@@ -150,7 +166,8 @@ class Frontend:
         assert spec is not None
         assert spec.capture is None
         try:
-            return resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary, preset=name)
+            found = resolve(spec, self.vector, model, self.limits, vocabulary=self.vocabulary, preset=name)
+            return replace(found, num_preset_probes=len(found.template.probes))
         except SteeringRequestError as error:
             # The client wrote the preset's name only; what is wrong inside is its author's.
             raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None
