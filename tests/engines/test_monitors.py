@@ -156,17 +156,6 @@ def test_a_client_has_all_of_its_own_probes(idle: LLM) -> None:
     assert sum(len(part) for part in parts) == len(plain.outputs[0].token_ids) + 2
 
 
-def test_a_stop_string_cuts_what_is_counted(idle: LLM) -> None:
-    if probed.watched_by(core_of(idle).scheduler) is None:
-        watch(idle)
-    prompt = tokens(61, 12)
-    free = generate(idle, [prompt], [None])[0].outputs[0]
-    stop = idle.get_tokenizer().decode(free.token_ids[1])
-    with counted(idle) as parts:
-        cut = generate(idle, [prompt], [None], stop=[stop], detokenize=True)[0].outputs[0]
-    assert sum(len(part) for part in parts) == len(cut.token_ids) < len(free.token_ids)
-
-
 def test_an_engine_with_monitors_is_idle_when_nobody_asks(idle: LLM) -> None:
     """Monitored requests are not steered: they neither count as such nor wait for rows, and leave nothing behind."""
     if probed.watched_by(core_of(idle).scheduler) is None:
@@ -199,7 +188,7 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("asynchronous")
 def test_drafts_and_asynchronous_scheduling(start_watching: StartWatching, oracle: Oracle, tiny_llama: str) -> None:
-    """Of rejected drafts nothing is counted."""
+    """Of rejected drafts nothing is counted, and nothing of accepted ones behind a stop string."""
     llm = start_watching(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
     watch(llm)
     requested = probing(asks(NUM if RUNNER == "v1" else 4))
@@ -208,6 +197,12 @@ def test_drafts_and_asynchronous_scheduling(start_watching: StartWatching, oracl
     assert accepted > 0
     assert_right(oracle, requested, outputs)
     assert_same(parts, outputs)
+    prompt = tokens(61, 12)
+    free = generate(llm, [prompt], [None])[0].outputs[0]
+    stop = llm.get_tokenizer().decode(free.token_ids[1])
+    with counted(llm) as parts:
+        cut = generate(llm, [prompt], [None], stop=[stop], detokenize=True)[0].outputs[0]
+    assert sum(len(part) for part in parts) == len(cut.token_ids) < len(free.token_ids)
 
 
 @pytest.mark.slow_on_v2
