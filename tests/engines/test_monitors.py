@@ -24,7 +24,7 @@ from steer_engine.vectors import safetensors_format, save
 from steer_engine.vllm import probed
 from steer_engine.vllm.engine_client import call
 
-MONITORS = "m1=r20:1 m2=r21:0-2:dot m3=r22:2:above=0.1"
+MONITORS = "m1=w20:1 m2=w21:0-2:dot m3=w22:2:above=0.1"
 SAME = [
     {"name": "m1", "vector": "r20", "blocks": 1},
     {"name": "m2", "vector": "r21", "blocks": [0, 1, 2], "measure": "dot"},
@@ -40,8 +40,8 @@ StartWatching = Callable[..., LLM]
 def start_watching(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartWatching]:
     """Starts an engine with room for the monitors. They are measured from `watch` on."""
     folder = tmp_path_factory.mktemp("vectors")
-    for name in ("r20", "r21", "r22"):
-        save(VECTORS[name], folder / f"{name}.safetensors")
+    for seed in (20, 21, 22):  # the engine has them in memory as r20 and so on
+        save(VECTORS[f"r{seed}"], folder / f"w{seed}.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEER_ENGINE_VECTORS", str(folder))
         patch.setenv("STEER_ENGINE_MONITORS", MONITORS)
