@@ -184,7 +184,7 @@ MUTANTS = (
     Mutant(
         name="an inline vector has the calibration of another request",
         file="api/frontend.py",
-        right="return inline[name] if name in inline else self.vector(name)",
+        right="return as_directions(inline[name], name) if name in inline else self.vector(name)",
         wrong="return self.vector(name)",
         test="api/test_inline_calibration.py",
     ),

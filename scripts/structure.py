@@ -20,7 +20,7 @@ PACKAGE = ROOT / "steer_engine"
 SHORT_LINES = 40
 """A file with fewer lines is short."""
 
-MAX_MODULES = 160
+MAX_MODULES = 162
 """130 for what the project did when its rooms were built; what it has learned since may add some."""
 MAX_SHORT_PERCENT = 8.0
 MAX_SINGLE_IMPORTER_PERCENT = 20.0
