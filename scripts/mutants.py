@@ -167,6 +167,27 @@ MUTANTS = (
         wrong="(*edits, *gates)",
         test="vectors/test_uploaded.py::test_a_vector_of_a_condition_is_in_use",
     ),
+    Mutant(
+        name="a monitor counts tokens that nobody gets",
+        file="vllm/probed.py",
+        right="count([numbers_NM[: len(output.new_token_ids)] for output, numbers_NM in watched])",
+        wrong="count([numbers_NM for output, numbers_NM in watched])",
+        test="engines/test_monitors.py::test_drafts_and_asynchronous_scheduling",
+    ),
+    Mutant(
+        name="a monitor measures after the edits",
+        file="monitor.py",
+        right="return (*entries[:early], *ours, *entries[early:])",
+        wrong="return (*entries, *ours)",
+        test="test_monitor.py",
+    ),
+    Mutant(
+        name="an inline vector has the calibration of another request",
+        file="api/frontend.py",
+        right="return as_directions(inline[name], name) if name in inline else self.vector(name)",
+        wrong="return self.vector(name)",
+        test="api/test_inline_calibration.py",
+    ),
 )
 
 

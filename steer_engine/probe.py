@@ -69,12 +69,19 @@ class StopRule(NamedTuple):
 class ProbePlan(NamedTuple):
     """What the engine measures for one request. A token row has a number per probe and block, probe by probe.
 
-    blocks: of each probe. start: the first position that is measured; the prompt's last one at the latest.
+    blocks: of each probe. start: the first position that is measured; the prompt's last one at the latest. num_watched:
+    so many of the probes, at the end, are the operator's monitors, with a block each.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     start: int
     stops: tuple[StopRule, ...] = ()
+    num_watched: int = 0
+
+    @property
+    def num_own_columns(self) -> int:
+        """The columns of the request's own probes, which come first."""
+        return self.num_columns - self.num_watched
 
     @property
     def num_columns(self) -> int:

@@ -175,6 +175,11 @@ class Program:
         )
 
     @property
+    def is_only_watched(self) -> bool:
+        """Whether nothing but the operator's monitors applies: the request is not steered."""
+        return self.probes is not None and self.probes.num_own_columns == 0 and not self.identity
+
+    @property
     def bank_rows(self) -> frozenset[Row]:
         """The rows that stay pinned while the request runs."""
         return frozenset((key, block) for site in self.sites for key in keys_of(site.entries) for block in site.blocks)

@@ -70,6 +70,7 @@ class ResolvedEdit:
 class ResolvedSpec:
     """A whole spec, resolved. Specs that steer alike have equal digests, whatever their vectors are called.
 
+    num_preset_probes: so many of the probes, the first ones, are the preset's.
     vectors: every vector that an engine needs, by digest; kept with the request, so that no cache can evict them
         before they are shipped.
     """
@@ -77,6 +78,7 @@ class ResolvedSpec:
     edits: tuple[ResolvedEdit, ...] = ()
     preserve_norm: bool = False
     preset: str | None = None
+    num_preset_probes: int = 0
     capture: CaptureRequest | None = None
     template: ProgramTemplate = field(default_factory=lambda: ProgramTemplate.compile(()), repr=False)
     vectors: Mapping[str, ControlVector] = field(default_factory=dict, repr=False)
@@ -88,6 +90,17 @@ class ResolvedSpec:
     @property
     def digest(self) -> str:
         return self.template.digest
+
+    def without_numbers(self) -> ResolvedSpec:
+        """The same edits and stop rules, for an answer that has no place for the numbers of probes.
+
+        The digest stays the same. Probes that no stop rule needs are not measured.
+        """
+        stops = self.template.stops
+        probes = tuple(probe._replace(returns="none") for probe in self.template.probes) if stops else ()
+        edits = tuple(each.edit for each in self.edits)
+        template = _template(edits, self.preserve_norm, probes, stops)
+        return replace(self, template=template, vectors={digest: self.vectors[digest] for digest in template.vectors})
 
     def report(self) -> dict[str, Any]:
         """The `steering` object of an answer. Edits without effect are left out.

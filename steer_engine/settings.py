@@ -23,6 +23,8 @@ STRICT_ENV = "STEER_ENGINE_STRICT"
 """1: refuse to start if a file of the folder is unusable."""
 DEFAULT_PRESET_ENV = "STEER_ENGINE_DEFAULT_PRESET"
 """Preset for requests that do not mention steering."""
+MONITORS_ENV = "STEER_ENGINE_MONITORS"
+"""Monitors of a server, separated by spaces; each as in `--steering-monitor`."""
 MIRROR_URL_ENV = "STEER_ENGINE_MIRROR"
 """URL that the folder of vectors is kept in sync with."""
 MIRROR_SECONDS_ENV = "STEER_ENGINE_MIRROR_SECONDS"
@@ -246,6 +248,8 @@ class EngineLimits(NamedLimits):
 
     store_bytes: int = Field(default=4 * 2**30, ge=0)
     """Host memory of each worker for vectors. Vectors that no request names are dropped to make room."""
+    max_monitors: int = Field(default=8, ge=0, le=64)
+    """Numbers per token of all monitors (--steering-monitor), one per block. `max_probes` stays for clients."""
 
 
 class ApiLimits(NamedLimits):

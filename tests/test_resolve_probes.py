@@ -165,3 +165,18 @@ def test_bounds_on_a_probability_are_bounds_on_the_dot_product(
         assert (low < dot < high) == ((above is None or p > above) and (below is None or p < below))
     assert platt.probability(1e6) in (0.0, 1.0)
     assert platt.probability(-1e6) in (0.0, 1.0)
+
+
+def test_without_numbers_stop_rules_remain_and_other_probes_are_not_measured() -> None:
+    """For an answer that has no place for them. What is done, and so the digest, is the same."""
+    edits = {"edits": [{"vector": "b", "blocks": [2]}]}
+    watched = resolved(edits | {"probes": [PROBE]}).without_numbers()
+    assert watched.template.probes == ()
+    assert watched.digest == resolved(edits).digest
+    assert set(watched.vectors) == set(resolved(edits).vectors)
+    assert watched.template.at(5) == resolved(edits).template.at(5)
+    stopping = resolved(edits | {"probes": [PROBE], "stop": [{"probe": "p", "above": 1}]})
+    silent = stopping.without_numbers()
+    assert [probe.returns for probe in silent.template.probes] == ["none"]
+    assert silent.digest == stopping.digest
+    assert silent.template.at(5) == stopping.template.at(5)

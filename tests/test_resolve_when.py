@@ -355,7 +355,8 @@ def test_inline_vectors_in_conditions() -> None:
     data = to_base64(VECTORS["c"])
     spec = parse_spec({"edits": [{"vector": "a", "when": {"any": [HOLDS | {"vector": {"data": data}}]}}]})
     assert spec is not None
-    taken = inline.take(spec)
+    taken, own = inline.take(spec)
+    assert own == {VECTORS["c"].digest: VECTORS["c"]}
     assert inline.find(VECTORS["c"].digest) == VECTORS["c"]
     found = resolve(taken, source, MODEL, Limits())
     assert found.digest == resolved({"when": {"any": [HOLDS]}}).digest

@@ -16,9 +16,11 @@ from typing import Any
 
 from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.gates import DrainGate, QueueLimit
+from steer_engine.api.monitors import resolve_monitors
 from steer_engine.capture import PARAM
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.model_shape import ModelShape
+from steer_engine.monitor import Monitor, monitors_of_environment
 from steer_engine.parse import parse_spec
 from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import NO_VOCABULARY, ResolvedSpec, resolve, with_probes
@@ -33,9 +35,9 @@ from steer_engine.settings import (
     Limits,
     SteeringConfig,
 )
-from steer_engine.vectors import ControlVector, RowSet
+from steer_engine.vectors import ControlVector
 from steer_engine.vectors.cache import InlineVectors
-from steer_engine.vectors.files import AnyVector, as_directions, as_rows
+from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.registry import Registry
 
 STEERING_KEY = "steering"
@@ -79,6 +81,16 @@ class Frontend:
             strict = os.environ.get(STRICT_ENV) == "1"
             self.registry = Registry(Path(folder) if folder else None, strict=strict)
 
+    @cached_property
+    def monitors(self) -> tuple[tuple[Monitor, ...], dict[str, ControlVector]]:
+        """What a server watches on all traffic, and the vectors for it. They stay as they are until the server ends.
+
+        Raises:
+            UnsupportedEngineError: one of them cannot be measured.
+        """
+        specs = monitors_of_environment()
+        return resolve_monitors(specs, self.registry.get, self.model, self.limits) if specs else ((), {})
+
     @property
     def armed(self) -> bool:
         return self.config is not None
@@ -94,14 +106,6 @@ class Frontend:
     def capture_slots(self) -> asyncio.Semaphore:
         """A capturing request holds one, so that the workers keep the rows of a few requests at most."""
         return asyncio.Semaphore(self.limits.max_captures)
-
-    def vector(self, name_or_digest: str) -> ControlVector:
-        """The control vector of a name or digest. Raises as `found`; SteeringRequestError if it is a row set."""
-        return as_directions(self.found(name_or_digest), name_or_digest)
-
-    def rows(self, name_or_digest: str) -> RowSet:
-        """The row set of a name or digest. Raises as `found`; SteeringRequestError if it is a control vector."""
-        return as_rows(self.found(name_or_digest), name_or_digest)
 
     def found(self, name_or_digest: str) -> AnyVector:
         """What is registered, or was seen inline before. Raises UnknownVectorError."""
@@ -133,14 +137,18 @@ class Frontend:
             raise SteeringRequestError(
                 "Captured rows cannot be returned this way; offline, use LLM.capture or LLM.capture_answers.", PARAM
             )
-        spec = self.inline.take(spec)
+        spec, inline = self.inline.take(spec)
+
+        def source(name: str) -> AnyVector:
+            return inline[name] if name in inline else self.found(name)
+
         if spec.preset is None:
-            return resolve(spec, self.found, model, self.limits, vocabulary=self.vocabulary)
+            return resolve(spec, source, model, self.limits, vocabulary=self.vocabulary)
         capture = resolve_capture(spec.capture, model, self.limits)
         base = replace(self._resolve_preset(spec.preset, model), capture=capture)
         if spec.probes is None and spec.stop is None:
             return base
-        return with_probes(base, spec, self.vector, model, self.limits, vocabulary=self.vocabulary)
+        return with_probes(base, spec, source, model, self.limits, vocabulary=self.vocabulary)
 
     def _resolve_preset(self, name: str, model: ModelShape) -> ResolvedSpec:
         try:
@@ -150,7 +158,8 @@ class Frontend:
         assert spec is not None
         assert spec.capture is None
         try:
-            return resolve(spec, self.found, model, self.limits, vocabulary=self.vocabulary, preset=name)
+            found = resolve(spec, self.found, model, self.limits, vocabulary=self.vocabulary, preset=name)
+            return replace(found, num_preset_probes=len(found.template.probes))
         except SteeringRequestError as error:
             # The client wrote the preset's name only; what is wrong inside is its author's.
             raise type(error)(f"Preset {name!r}: {error.message}", "steering.preset") from None

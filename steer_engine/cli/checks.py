@@ -16,6 +16,7 @@ from typing import Any
 from steer_engine.errors import ModelError, UnsupportedEngineError
 from steer_engine.fields import block_ranges, parse_blocks
 from steer_engine.models import PACKAGED, checkpoint_path
+from steer_engine.monitor import MonitorSpec
 from steer_engine.settings import VECTORS_ENV
 from steer_engine.spelling import closest
 from steer_engine.vllm.flags import own_flags, refuse_unknown_flags, vectors_folder
@@ -46,6 +47,8 @@ def check_start(argv: Sequence[str], *, listens: bool = True) -> None:
     own = own_flags(argv)
     if own.steering_vectors is not None or os.environ.get(VECTORS_ENV):
         vectors_folder(own.steering_vectors)
+    for text in own.steering_monitor:
+        MonitorSpec.parse(text)
     model = None if _value(argv, "--hf-config-path") else _model(argv)  # then the folder needs no config.json
     wanted = {
         flag: _parsed(flag, text)

@@ -22,6 +22,8 @@ class ProbeNumbers:
         """The position that chooses the first generated token."""
         num_prompt_rows = self._first_token if plan.start < self._first_token else 0
         self._num_columns = plan.num_columns
+        self.num_own = plan.num_own_columns
+        """The columns of the request's own probes; those of monitors follow."""
         self._missing_K = np.full(self._num_columns, np.nan, dtype=np.float32)
         self._prompt_MK = np.full((num_prompt_rows, self._num_columns), np.nan, dtype=np.float32)
         self._rows: dict[int, np.ndarray] = {}

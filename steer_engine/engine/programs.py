@@ -48,10 +48,18 @@ class Programs:
         """The positions before it are measured for conditions; 0 = none."""
         self.trigger_slots: set[int] = set()
         self.probe_slots: set[int] = set()
+        self.watched_slots: set[int] = set()
+        """Slots with nothing but monitors: their requests are not steered."""
 
     @property
     def steered_slots(self) -> set[int]:
+        """Slots with a program, monitors included."""
         return set(self._pinned)
+
+    @property
+    def num_steered(self) -> int:
+        """Slots with more than monitors."""
+        return len(self._pinned) - len(self.watched_slots)
 
     def need_reference(self, slot_T: torch.Tensor, pos_T: torch.Tensor) -> bool:
         """Whether rows of these slots have a gate or a mode, preserve norms or are measured. A `StepPlan`
@@ -125,6 +133,8 @@ class Programs:
             self._write_conditions(slot, program, measured)
         if program.probes is not None:
             self.probe_slots.add(slot)
+        if program.is_only_watched:
+            self.watched_slots.add(slot)
 
     def _write_triggers(self, slot: int, triggers: Sequence[Trigger], tokens: Sequence[int]) -> None:
         """The triggers, and their history as if all of `tokens` had been computed in this slot."""
@@ -163,6 +173,7 @@ class Programs:
         self._tables.counts_SL[slot] = 0
         self._measured_until_S[slot] = 0
         self.probe_slots.discard(slot)
+        self.watched_slots.discard(slot)
         if slot in self.trigger_slots:
             self.trigger_slots.remove(slot)
             self._tables.num_triggers_S[slot] = 0

@@ -15,6 +15,7 @@ from steer_engine.engine.bank import Bank, Store
 from steer_engine.engine.programs import Programs
 from steer_engine.engine.site_calls import SiteCalls
 from steer_engine.engine.stream import StreamForm
+from steer_engine.monitor import Watched, monitor_room
 from steer_engine.program import Program
 from steer_engine.settings import SteeringConfig
 
@@ -38,17 +39,18 @@ def allocate_tables(
     captures: whether the stream can be captured. num_armed_blocks: of all stages of a pipeline; default: num_sites.
     """
     max_probes, num_probes = config.probe_room(num_armed_blocks or num_sites)
+    num_watched = monitor_room()
     return Tables.allocate(
         num_slots=max_requests + 1,
         num_sites=num_sites,
-        num_entries=config.rows + max_probes,
-        num_rows=config.num_bank_rows(num_sites, max_requests),
+        num_entries=config.rows + max_probes + num_watched,
+        num_rows=config.num_bank_rows(num_sites, max_requests) + num_watched,
         hidden_size=hidden_size,
         max_tokens=max_tokens,
         bank_dtype=dtype,
         device=device,
         num_drafts=num_drafts,
-        num_probes=num_probes,
+        num_probes=num_probes + num_watched,
         capture_rows=max_tokens if captures else 0,
     )
 
@@ -205,6 +207,10 @@ class EngineRuntime:
         """See `Programs.admit`."""
         self._quiet = None
         self.programs.admit(slot, program, tokens, measured)
+
+    def watch(self, watched: Watched) -> None:
+        """Keep the bank rows of the monitors, whose vectors are in the store, for the life of the engine."""
+        self.bank.pin([row for row in watched.rows if row[1] in self.forms])
 
     def measured(self, slots: Sequence[int]) -> torch.Tensor:
         """float64 [slots, Q]: a copy of what has been measured for the conditions of these slots, on the device."""

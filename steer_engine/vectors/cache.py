@@ -13,6 +13,7 @@ from steer_engine.errors import PayloadTooLargeError, SteeringRequestError, Vect
 from steer_engine.fields import InlineVector
 from steer_engine.settings import ApiLimits
 from steer_engine.spec import SteeringSpec, with_vectors
+from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import AnyVector, from_safetensors
 
 INLINE_BUDGET = 1 << 28
@@ -70,14 +71,18 @@ class InlineVectors:
         self._max_request_bytes = max_request_bytes
         self._cache = VectorCache[AnyVector](budget=budget)
 
-    def take(self, spec: SteeringSpec) -> SteeringSpec:
-        """Cache the inline vectors of a spec; returns the spec with their digests in their place.
+    def take(self, spec: SteeringSpec) -> tuple[SteeringSpec, dict[str, AnyVector]]:
+        """Cache the inline vectors of a spec. Returns the spec with handles in their place, and the vectors by handle.
+
+        A handle is the vector's digest, with a suffix for further vectors of the same digest: a digest names directions
+        but not what was fitted to them (condition, calibration), which must be that of this request.
 
         Raises:
             SteeringRequestError: inline vectors are switched off, or one is not a control vector.
             PayloadTooLargeError: more than `max_request_bytes`.
         """
         bytes_left = self._max_request_bytes
+        own: dict[str, AnyVector] = {}
 
         def registered(vector: str | InlineVector, param: str) -> str:
             nonlocal bytes_left
@@ -85,13 +90,17 @@ class InlineVectors:
                 return vector
             decoded, size = self._decode(vector, bytes_left, f"{param}.vector")
             bytes_left -= size
+            handle = decoded.digest if decoded.digest not in own else f"{decoded.digest}#{len(own)}"
+            own[handle] = decoded
+            if isinstance(decoded, ControlVector) and (decoded.metadata.condition or decoded.metadata.probe):
+                decoded = decoded.with_metadata(condition=None, probe=None)
             self._cache.put(decoded.digest, decoded, decoded.num_bytes)
-            return decoded.digest
+            return handle
 
-        return with_vectors(spec, registered)
+        return with_vectors(spec, registered), own
 
     def find(self, digest: str) -> AnyVector | None:
-        """The inline vector with that digest, if it is still cached."""
+        """The inline vector with that digest, if it is still cached; without condition and calibration."""
         return self._cache.get(digest)
 
     def _decode(self, inline: InlineVector, bytes_left: int, param: str) -> tuple[AnyVector, int]:

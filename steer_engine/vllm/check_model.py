@@ -170,7 +170,7 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
         return None
     if resolved.capture is not None:
         capture_fetch.check_endpoint(serving, request)
-    _check_probes(serving, resolved)
+    resolved = _telling_what_fits(serving, resolved)
     if frontend.queue_limit is not None:
         await frontend.queue_limit.enter()
     if frontend.missing(resolved):
@@ -180,15 +180,24 @@ async def _admit(serving: Any, request: Any, preset: str | None) -> ResolvedSpec
     return resolved
 
 
-def _check_probes(serving: Any, resolved: ResolvedSpec) -> None:
-    """Raise SteeringRequestError where the answer has no place for numbers."""
-    told = [probe.name for probe in resolved.template.probes if probe.returns != "none"]
-    if told and type(serving).__module__.startswith("vllm.entrypoints.anthropic"):
+def _telling_what_fits(serving: Any, resolved: ResolvedSpec) -> ResolvedSpec:
+    """`resolved`, without the numbers of its preset where the answer has no place for numbers.
+
+    A client that names no probe may not know that the preset, or the server's default, has one: that is no error.
+
+    Raises:
+        SteeringRequestError: the request itself asks for numbers there.
+    """
+    told = [probe.returns != "none" for probe in resolved.template.probes]
+    if not any(told) or not type(serving).__module__.startswith("vllm.entrypoints.anthropic"):
+        return resolved
+    if any(told[resolved.num_preset_probes :]):
         raise SteeringRequestError(
             "The answers of this endpoint have no place for the numbers of probes; use /v1/chat/completions, or "
             '"return": "none" for stop rules.',
             "steering.probes",
         )
+    return resolved.without_numbers()
 
 
 def requested_steering(request: Any) -> Any:

@@ -7,16 +7,20 @@ Known for vLLM 0.32 and 0.33.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import numpy as np
 
 from steer_engine import __version__
 from steer_engine.api.frontend import Frontend
+from steer_engine.api.monitors import MonitorCounts
 from steer_engine.errors import CapacityError, UnsupportedEngineError
+from steer_engine.monitor import FLAG, Watched, monitors_of_environment
 from steer_engine.resolve import ResolvedSpec
-from steer_engine.settings import Limits
+from steer_engine.settings import MONITORS_ENV, Limits
 from steer_engine.vectors import safetensors_format
+from steer_engine.vllm import probed
 from steer_engine.vllm.patching import Symbol
 
 USED = (
@@ -24,6 +28,8 @@ USED = (
     Symbol("vllm.v1.engine.core_client:SyncMPClient.call_utility", ("method", "args")),
     Symbol("vllm.v1.engine.core_client:InprocClient.__init__"),
 )
+
+logger = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 30.0
 """How long a readiness check waits. The call itself is never cancelled: its reply would stay unread."""
@@ -98,6 +104,24 @@ async def handshake(async_llm: Any) -> dict[str, Any]:
     return check_status(task.result())
 
 
+async def watch(async_llm: Any) -> None:
+    """Make the engines of a server measure its monitors, and its metrics count them.
+
+    Raises:
+        UnsupportedEngineError: an engine cannot.
+    """
+    monitors, vectors = async_llm.input_processor.steering.monitors
+    if not monitors:
+        return
+    payloads = {digest: safetensors_format.to_bytes(vector) for digest, vector in vectors.items()}
+    replies = await call_all(async_llm, "watch", Watched.of(monitors).to_wire(), payloads)
+    if failed := [reply["reason"] for reply in replies if not reply["ok"]]:
+        raise UnsupportedEngineError(f"{FLAG}: {failed[0]}.")
+    setattr(async_llm.output_processor, probed.COUNT, MonitorCounts(monitors))
+    for monitor in monitors:
+        logger.info("Monitor %s", monitor)
+
+
 async def fetch_capture(async_llm: Any, key: str, end: int | None) -> np.ndarray:
     """The rows captured under a key, as `rows_of`; those from position `end` on are dropped. The workers forget all."""
     replies = await call_all(async_llm, "fetch_capture", key, True, end)
@@ -128,6 +152,7 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
             raise UnsupportedEngineError(status["reason"])
     workers = [worker for status in statuses for worker in status["workers"]]
     limits = Limits.from_environment().of_probes
+    monitors = [spec.text for spec in monitors_of_environment()]
     for worker in workers:
         if worker["version"] != __version__:
             raise UnsupportedEngineError(f"A worker runs steer-engine {worker['version']}, the server {__version__}.")
@@ -136,6 +161,11 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
             raise UnsupportedEngineError(
                 f"A worker's limits max_probes and max_probe_numbers are {worker['probe_limits']}, the server's "
                 f"{limits}: set STEER_ENGINE_MAX_PROBES and STEER_ENGINE_MAX_PROBE_NUMBERS alike on every machine."
+            )
+        if worker["monitors"] != monitors:
+            raise UnsupportedEngineError(
+                f"A worker has room for the monitors {worker['monitors']}, the server has {monitors}: set "
+                f"{MONITORS_ENV} alike on every machine."
             )
         for key in ("asked_blocks", "ops", "rows", "hidden_size", "dtype"):
             if worker[key] != workers[0][key]:

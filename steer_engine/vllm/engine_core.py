@@ -13,9 +13,10 @@ from typing import Any
 from steer_engine.api.request_field import FIELD, is_absent, parsed_null
 from steer_engine.engine.admission import ResidentVectors
 from steer_engine.errors import CapacityError, SteeringRequestError
+from steer_engine.monitor import Watched
 from steer_engine.program import PROGRAM_KEY, Program
 from steer_engine.settings import SteeringConfig
-from steer_engine.vllm import measured, non_finite, scheduler
+from steer_engine.vllm import measured, non_finite, probed, scheduler
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
 Reply = dict[str, Any]
@@ -57,6 +58,24 @@ def drop(core: Any, digest: str) -> Reply:
         return {"ok": False, "reason": "in use"}
     _resident(core).drop(digest)
     _workers(core, "drop", digest)
+    return {"ok": True}
+
+
+def watch(core: Any, numbers: list[Any], payloads: dict[str, bytes]) -> Reply:
+    """Measure monitors (`Watched` in wire form) at every request from now on, and keep their vectors. payloads: by
+    digest.
+
+    Every API process asks for it when it starts; all must ask for the same.
+    """
+    watched = probed.watched_by(core.scheduler)
+    if watched is not None:
+        return {"ok": watched.to_wire() == numbers, "reason": "another API process watches other monitors"}
+    for digest, payload in payloads.items():
+        if not (reply := put(core, digest, payload))["ok"]:
+            return reply
+    if failed := [reply for reply in _workers(core, "watch", numbers) if not reply["ok"]]:
+        return failed[0]
+    probed.watch(core.scheduler, Watched.from_wire(numbers))
     return {"ok": True}
 
 
@@ -122,7 +141,7 @@ def scores(core: Any, keys: list[str]) -> Reply:
 
 
 _ACTIONS: dict[str, Callable[..., Any]] = {
-    action.__name__: action for action in (put, hold, drop, in_flight, waiting, status, fetch_capture, scores)
+    action.__name__: action for action in (put, hold, drop, watch, in_flight, waiting, status, fetch_capture, scores)
 }
 
 
@@ -152,9 +171,10 @@ def _resident(core: Any) -> ResidentVectors:
 
 
 def _in_use(core: Any) -> set[str]:
-    """Digests that a request of the engine names, waiting requests included."""
-    requests = list(core.scheduler.requests.values())
-    return {digest for request in requests for digest in _vectors_of(request.sampling_params)}
+    """Digests that a monitor or a request of the engine names, waiting requests included."""
+    requests, watched = list(core.scheduler.requests.values()), probed.watched_by(core.scheduler)
+    named = {digest for request in requests for digest in _vectors_of(request.sampling_params)}
+    return named if watched is None else named | watched.vectors
 
 
 def _vectors_of(params: Any) -> list[str]:

@@ -14,14 +14,16 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from steer_engine.errors import RegistryError, UnsupportedEngineError
+from steer_engine.errors import RegistryError, UnknownVectorError, UnsupportedEngineError
 from steer_engine.fields import parse_blocks
 from steer_engine.models import resolve_model
+from steer_engine.monitor import EXAMPLE, FLAG, parse_monitors
 from steer_engine.settings import (
     CONFIG_KEY,
     DEFAULT_PRESET_ENV,
     MIRROR_SECONDS_ENV,
     MIRROR_URL_ENV,
+    MONITORS_ENV,
     STRICT_ENV,
     VECTORS_ENV,
     ApiLimits,
@@ -77,6 +79,10 @@ def add_flags(parser: Any) -> None:
     add("--steering-limit", action="append", default=[], metavar="NAME=N", help="Set a limit that GET /v1/steering "
         "publishes, such as max_edits=4; may be given several times.")  # fmt: skip
     add("--steering-default", metavar="PRESET", help="Preset for requests that do not mention steering.")
+    add("--steering-monitor", action="append", default=[], metavar="NAME[=VECTOR:BLOCKS:MEASURE:above=N]",
+        help="Watch a vector on all traffic: /metrics has the distribution of its number over the generated tokens, "
+        f"and how many are above N. Such as {EXAMPLE}; NAME alone is a vector with a trained probe. Changes no "
+        "answer. May be given several times, for 8 numbers per token (max_monitors).")  # fmt: skip
     add("--steering-strict", action="store_true", help="Refuse to start if a file of the folder is unusable.")
     add("--verbose", action="store_true", help="Show every line that vLLM and its dependencies log. Default: warnings, "
         "errors, and what concerns requests.")  # fmt: skip
@@ -138,7 +144,25 @@ def arm(args: argparse.Namespace) -> None:
     if args.steering_strict:
         os.environ[STRICT_ENV] = "1"
         Registry(os.environ[VECTORS_ENV], strict=True)
+    _set_monitors(args.steering_monitor)
     _cpu_defaults(args)
+
+
+def _set_monitors(texts: Sequence[str]) -> None:
+    """Set the monitors through the environment, which every process inherits. Their vectors must be registered.
+
+    Without a flag the environment's own count.
+    """
+    texts = texts or os.environ.get(MONITORS_ENV, "").split()
+    specs = parse_monitors(texts, EngineLimits.from_environment())
+    registry = Registry(os.environ[VECTORS_ENV]) if specs else None
+    for spec in specs:
+        try:
+            assert registry is not None
+            registry.get(spec.vector)
+        except UnknownVectorError as error:
+            raise UnsupportedEngineError(f"{FLAG} {spec.text}: {error.message}") from None
+    os.environ[MONITORS_ENV] = " ".join(texts)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,8 @@ logger = logging.getLogger("steer_engine.requests")
 
 REPORT = "_steer_engine_report"
 """Attribute of vLLM's output queue of a request: what its answer says about steering, for tracing."""
+PROBES = "_steer_engine_probes"
+"""The same for its probes."""
 
 USED = (
     Symbol("vllm.sampling_params:SamplingParams"),
@@ -69,7 +71,9 @@ def _make_frontend(vllm_config: Any) -> Frontend:
     if config is None:
         return Frontend(None, None)
     check_supported(vllm_config)
-    return Frontend(config, model_shape(vllm_config, config))
+    frontend = Frontend(config, model_shape(vllm_config, config))
+    _ = frontend.monitors  # refused now, if they cannot be measured
+    return frontend
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,6 +169,7 @@ def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
         note = current_note.get()
         if note is not None and note.report is not None:
             setattr(queue, REPORT, note.report)
+            setattr(queue, PROBES, () if note.resolved is None else note.resolved.template.probes)
         return queue
 
     return add_request

@@ -112,7 +112,7 @@ class SteerEndpointPlugin:
         from steer_engine.api.background import Readiness, refresh_gauges, start_mirror
         from steer_engine.api.gates import QueueLimit
         from steer_engine.api.registry_routes import Uploads
-        from steer_engine.vllm.engine_client import handshake, in_flight, num_waiting
+        from steer_engine.vllm.engine_client import handshake, in_flight, num_waiting, watch
         from steer_engine.vllm.intake import frontend_of
         from steer_engine.vllm.tags import make_vocabulary
 
@@ -134,6 +134,7 @@ class SteerEndpointPlugin:
             frontend.vocabulary = make_vocabulary(processor.tokenizer, engine_client.vllm_config, args.tool_call_parser)
             # The first reply may wait for the engine's first step; a probe's own timeout would be too short.
             await handshake(engine_client)
+            await watch(engine_client)
             if frontend.default_preset is not None:
                 frontend.resolve({"preset": frontend.default_preset})
             if frontend.model.bank_rows is not None:

@@ -6,13 +6,14 @@ calls once for the tokens of a request in a step, beside its own stop rules.
 
 In the API process: wraps `OutputProcessor.process_outputs`. vLLM merges outputs that wait, and keeps the last one's
 `kv_transfer_params`; so numbers are taken from each output there, and wait in a `ProbeQueue` beside vLLM's own queue.
+Those of the operator's monitors never get that far: they are counted at once.
 
 Known for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,18 +21,27 @@ import numpy as np
 
 from steer_engine.engine.probe_numbers import ProbeNumbers
 from steer_engine.engine.step_report import StepReport
-from steer_engine.probe import ProbePlan
-from steer_engine.probe_report import ProbeAnswer
+from steer_engine.monitor import Watched
+from steer_engine.probe import Probe, ProbePlan
+from steer_engine.probe_report import Numbers, ProbeAnswer
 from steer_engine.program import PROGRAM_KEY
 from steer_engine.vllm.patching import Patch, Symbol, apply
 
 KEY = "_steer_probed"
+WATCHED_KEY = "_steer_watched"
+"""The same for the numbers of monitors."""
 
 STOP_REASON = "probe:"
 """Followed by the name of the probe."""
 
 USED = (Symbol("vllm.v1.engine:FinishReason"), Symbol("vllm.v1.request:RequestStatus"))
 
+_WATCHED = "_steer_watched"
+"""Attribute of a scheduler: what it measures of every request."""
+COUNT = "_steer_count_watched"
+"""Attribute of an output processor of a server with monitors: counts float32 numbers `[tokens, monitors]`."""
+_ARRIVING = "_steer_arriving"
+"""Attribute of an output processor that traces: the outputs with numbers that it processes now, by request id."""
 _NUMBERS = "_steer_probe_numbers"
 """Attribute of a request in the engine core."""
 _QUEUE = "_steer_probe_queue"
@@ -51,7 +61,7 @@ def receive(scheduler: Any, report: StepReport | None) -> dict[str, ProbeNumbers
     probed, start, found = report.probed, 0, {}
     for request_id, count in zip(probed.request_ids, probed.counts, strict=True):
         request = scheduler.requests.get(request_id)
-        numbers = None if request is None else _numbers_for(request)
+        numbers = None if request is None else _numbers_for(request, watched_by(scheduler))
         if numbers is not None:
             rows = slice(start, start + count)
             numbers.write(probed.positions_N[rows], probed.numbers_NK[rows])
@@ -60,12 +70,29 @@ def receive(scheduler: Any, report: StepReport | None) -> dict[str, ProbeNumbers
     return found
 
 
-def _numbers_for(request: Any) -> ProbeNumbers | None:
+def watch(scheduler: Any, watched: Watched) -> None:
+    """The workers measure monitors at every request from now on."""
+    setattr(scheduler, _WATCHED, watched)
+
+
+def watched_by(scheduler: Any) -> Watched | None:
+    """What is measured of every request; None without monitors."""
+    found: Watched | None = getattr(scheduler, _WATCHED, None)
+    return found
+
+
+def _numbers_for(request: Any, watched: Watched | None) -> ProbeNumbers | None:
     """The numbers of a request, made with its first rows; None for another request that has got the same id."""
     numbers = numbers_of(request)
+    if numbers is not None:
+        return numbers
     program = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(PROGRAM_KEY, {})
-    if numbers is None and "probes" in program:
-        numbers = ProbeNumbers(ProbePlan.from_wire(program["probes"]), request.num_prompt_tokens)
+    plan = ProbePlan.from_wire(program["probes"]) if "probes" in program else None
+    # With streaming input the prompt grows between answers, so positions say nothing about tokens.
+    if watched is not None and not request.resumable:
+        plan = watched.plan(plan, request.num_prompt_tokens)
+    if plan is not None:
+        numbers = ProbeNumbers(plan, request.num_prompt_tokens)
         setattr(request, _NUMBERS, numbers)
     return numbers
 
@@ -80,8 +107,13 @@ def attach(outputs: dict[int, Any], numbers_of_step: dict[str, ProbeNumbers]) ->
             if numbers is None or not output.new_token_ids:
                 continue
             prompt_MK, tokens_NK = numbers.take(len(output.new_token_ids))
-            wire = [len(prompt_MK), tokens_NK.shape[1], prompt_MK.tobytes(), tokens_NK.tobytes()]
-            output.kv_transfer_params = (output.kv_transfer_params or {}) | {KEY: wire}
+            own = numbers.num_own
+            wire: dict[str, Any] = {}
+            if own:
+                wire[KEY] = [len(prompt_MK), own, prompt_MK[:, :own].tobytes(), tokens_NK[:, :own].tobytes()]
+            if own < tokens_NK.shape[1]:
+                wire[WATCHED_KEY] = tokens_NK[:, own:].tobytes()
+            output.kv_transfer_params = (output.kv_transfer_params or {}) | wire
             if isinstance(output.stop_reason, str) and output.stop_reason.startswith(STOP_REASON):
                 of_client.outputs.append(_end_of(output))
 
@@ -95,12 +127,16 @@ def _end_of(output: Any) -> Any:
         new_token_ids=[],
         finish_reason=output.finish_reason,
         stop_reason=output.stop_reason,
-        kv_transfer_params={key: value for key, value in output.kv_transfer_params.items() if key != KEY} or None,
+        kv_transfer_params=_without_numbers(output.kv_transfer_params),
         trace_headers=output.trace_headers,
         spec_decode_metrics=output.spec_decode_metrics,
     )
     output.finish_reason = output.stop_reason = None
     return end
+
+
+def _without_numbers(params: dict[str, Any]) -> dict[str, Any] | None:
+    return {key: value for key, value in params.items() if key not in (KEY, WATCHED_KEY)} or None
 
 
 def _update_request_with_output(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,6 +170,8 @@ class ProbeQueue:
 
     def __init__(self) -> None:
         self._parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.traced: dict[int, list[np.ndarray]] = {}
+        """The numbers of all tokens, for traces; empty where nothing traces."""
 
     def put(self, sequence: int, tokens_NK: np.ndarray, prompt_MK: np.ndarray) -> None:
         self._parts.setdefault(sequence, []).append((tokens_NK, prompt_MK))
@@ -165,13 +203,22 @@ def numbers_offline(output: Any) -> ProbeQueue | None:
 
 def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_outputs(self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        arrived = [_taken(self, output) for output in engine_core_outputs if _has_numbers(output)]
+        arrived = [_taken(self, output) for output in engine_core_outputs if _has(output, KEY)]
+        watched = [_take_watched(self, output) for output in engine_core_outputs if _has(output, WATCHED_KEY)]
+        traces = self.tracing_enabled
+        if traces:
+            setattr(self, _ARRIVING, {output.request_id: (output, tokens) for output, _, _, tokens in arrived})
         result = original(self, engine_core_outputs, *args, **kwargs)
         for output, state, prompt_MK, tokens_NK in arrived:
             if state is not None:
                 # vLLM has dropped the tokens behind a stop string.
                 queue = queue_of(state.queue) if state.queue is not None else _offline(self, state)
-                queue.put(state.request_index, tokens_NK[: len(output.new_token_ids)], prompt_MK)
+                tokens_NK = tokens_NK[: len(output.new_token_ids)]
+                queue.put(state.request_index, tokens_NK, prompt_MK)
+                if traces:
+                    queue.traced.setdefault(state.request_index, []).append(tokens_NK)
+        if watched and (count := getattr(self, COUNT, None)) is not None:
+            count([numbers_NM[: len(output.new_token_ids)] for output, numbers_NM in watched])
         offline: dict[str, ProbeQueue] = getattr(self, _QUEUE, {})
         if offline:
             for answer in result.request_outputs:
@@ -184,8 +231,33 @@ def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_outputs
 
 
-def _has_numbers(output: Any) -> bool:
-    return output.kv_transfer_params is not None and KEY in output.kv_transfer_params
+def summaries_of(processor: Any, state: Any, probes: Sequence[Probe]) -> Numbers:
+    """The mean and the largest number of each probe over the answer of a request that ends now, for its trace."""
+    answer = ProbeAnswer([probe._replace(returns="summary") for probe in probes])
+    for tokens_NK in queue_of(state.queue).traced.pop(state.request_index, ()):
+        answer.put(tokens_NK)
+    if arriving := getattr(processor, _ARRIVING).get(state.request_id):
+        output, tokens_NK = arriving
+        answer.put(tokens_NK[: len(output.new_token_ids)])
+    answer.finished = True
+    found: Numbers = answer.take().get("probes", {})
+    return found
+
+
+def _has(output: Any, key: str) -> bool:
+    return output.kv_transfer_params is not None and key in output.kv_transfer_params
+
+
+def _take_watched(processor: Any, output: Any) -> tuple[Any, np.ndarray]:
+    """The output, and the numbers of monitors, which are removed from it: float32 [N, monitors].
+
+    None of a request that was aborted: nobody gets its tokens.
+    """
+    numbers = output.kv_transfer_params.pop(WATCHED_KEY)
+    output.kv_transfer_params = output.kv_transfer_params or None
+    num_tokens = len(output.new_token_ids)
+    numbers_NM = np.frombuffer(numbers, dtype=np.float32).reshape(num_tokens, -1)
+    return output, numbers_NM if output.request_id in processor.request_states else numbers_NM[:0]
 
 
 def _taken(processor: Any, output: Any) -> tuple[Any, Any, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ found by its context variable, which vLLM's tasks inherit.
 Traces: with `--otlp-traces-endpoint`, vLLM makes a span per request when it finishes. Wraps
 `OutputProcessor.do_tracing` and the `instrument_manual` that it calls; `intake` attaches the report to the request's
 output queue. A steered request's span gets `steer_engine.digest`, `.preset`, `.names`, `.vectors` and `.edits`
-(digests).
+(digests), and of its probes `.probes`, `.probe_vectors`, `.stopped_by`, and the `.mean` and `.max` of their numbers.
 
 Known for vLLM 0.32 and 0.33.
 """
@@ -20,8 +20,11 @@ from functools import cache
 from typing import Any
 
 from steer_engine.api.answers import RequestNote, current_note
-from steer_engine.vllm.intake import REPORT
+from steer_engine.probe_report import Numbers
+from steer_engine.vllm import probed
+from steer_engine.vllm.intake import PROBES, REPORT
 from steer_engine.vllm.patching import Patch, Symbol, apply
+from steer_engine.vllm.probed import STOP_REASON
 
 _CHAT = "vllm.entrypoints.openai.chat_completion.protocol"
 _COMPLETION = "vllm.entrypoints.openai.completion.protocol"
@@ -50,6 +53,10 @@ STREAMS = (
 )
 """Where streams are written. A class that redefines one may name the model in objects of its own."""
 USED = (*WHOLE, *CHUNKS, *STREAMS)
+
+MAX_TRACED_NUMBERS = 32
+"""Numbers (pairs of a probe and a block) whose mean and maximum a span has. OpenTelemetry's own limit is 128 attributes
+of a span."""
 
 _attributes: ContextVar[dict[str, Any] | None] = ContextVar("steer_engine_span", default=None)
 """Our attributes of the span that is being made."""
@@ -102,9 +109,12 @@ def _add_numbers(data: dict[str, Any], note: RequestNote, report: dict[str, Any]
     return report
 
 
-def attributes_of(report: dict[str, Any]) -> dict[str, Any]:
-    """A span's attributes: strings, and lists of strings."""
-    edits = report["edits"]
+def attributes_of(report: dict[str, Any], summaries: Numbers | None = None, stop_reason: Any = None) -> dict[str, Any]:
+    """A span's attributes: strings, lists of strings, and numbers.
+
+    summaries: of the probes over the generated tokens. stop_reason: vLLM's.
+    """
+    edits, probes = report["edits"], report.get("probes", [])
     found = {
         "digest": report["digest"],
         "preset": report.get("preset"),
@@ -112,13 +122,25 @@ def attributes_of(report: dict[str, Any]) -> dict[str, Any]:
         "vectors": [edit["vector"] for edit in edits],
         "edits": [edit["digest"] for edit in edits],
     }
+    if probes:
+        found["probes"] = [probe["name"] for probe in probes]
+        found["probe_vectors"] = [probe["vector"] for probe in probes]
+    if isinstance(stop_reason, str) and stop_reason.startswith(STOP_REASON):
+        found["stopped_by"] = stop_reason.removeprefix(STOP_REASON)
+    blocks = [(name, block, each) for name, of_probe in (summaries or {}).items() for block, each in of_probe.items()]
+    for name, block, each in blocks[:MAX_TRACED_NUMBERS]:
+        found |= {f"probe.{name}.{block}.{key}": each[key] for key in ("mean", "max")}
     return {f"steer_engine.{key}": value for key, value in found.items() if value is not None}
 
 
 def _do_tracing(original: Any) -> Any:
     def do_tracing(self: Any, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
-        report = getattr(req_state.queue, REPORT, None)
-        token = _attributes.set(None if report is None else attributes_of(report))
+        report, probes = getattr(req_state.queue, REPORT, None), getattr(req_state.queue, PROBES, ())
+        attributes = None
+        if report is not None:
+            summaries = probed.summaries_of(self, req_state, probes) if probes else None
+            attributes = attributes_of(report, summaries, engine_core_output.stop_reason)
+        token = _attributes.set(attributes)
         try:
             original(self, engine_core_output, req_state, *args, **kwargs)
         finally:

@@ -13,6 +13,7 @@ from steer_engine.engine.outputs import CaptureBuffer, Scores, count_non_finite
 from steer_engine.engine.probe_rows import PASSED_ON, ProbeRows
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.step_report import StepReport, to_host
+from steer_engine.monitor import Watched
 from steer_engine.program import PROGRAM_KEY, Program
 from steer_engine.vllm.patching import Symbol
 
@@ -46,8 +47,21 @@ class RunnerAdapter:
         self.scores = Scores()
         self.decisions = Decisions(runtime)
         self.probes = ProbeRows(runtime)
+        self._watched: Watched | None = None
         self.runner_name = f"{type(runner).__module__}.{type(runner).__qualname__}"
         self._runner = runner
+
+    def watch(self, watched: Watched) -> None:
+        """From now on, measure the operator's monitors at the generated tokens of every request."""
+        self.runtime.watch(watched)
+        self._watched = watched
+
+    def program_of(self, request: Any, prompt_len: int) -> Program | None:
+        """What applies to a request as the runner knows it, monitors included; None if nothing does."""
+        program = program_of(request)
+        if self._watched is None or request.sampling_params is None:
+            return program
+        return self._watched.added_to(program, prompt_len)
 
     def computed(self, state: Any) -> Computed:
         """state: what vLLM keeps between the forward pass and the sampling of a step."""
@@ -65,7 +79,7 @@ class RunnerAdapter:
             if logits_RV is not None:
                 self.scores.reduce(logits_RV)
         self.decisions.copy()
-        steers = bool(self.runtime.programs.steered_slots)
+        steers = self.runtime.programs.num_steered > 0
         if not steers and not self.probes.planned:  # in a pipeline, probes may be at blocks of other stages only
             return None
         counts_B = count_non_finite(step.hidden_TD, step.query_start_loc_B1) if steers else None

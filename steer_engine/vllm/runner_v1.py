@@ -16,7 +16,7 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting, through_stages
+from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, reporting, through_stages
 
 USED: tuple[Symbol, ...] = ()
 
@@ -70,7 +70,8 @@ class V1Adapter(RunnerAdapter):
             if request_id in self._slot_of:
                 continue
             self._slot_of[request_id] = 0
-            program = program_of(self._runner.requests[request_id])
+            request = self._runner.requests[request_id]
+            program = self.program_of(request, request.num_prompt_tokens)
             if program is None:
                 continue
             if program.score is not None:
@@ -79,7 +80,7 @@ class V1Adapter(RunnerAdapter):
             if program.sites:
                 slot = self._free_slots.pop()
                 self._slot_of[request_id] = slot
-                tokens = _computed_tokens(self._runner.requests[request_id]) if program.triggers else ()
+                tokens = _computed_tokens(request) if program.triggers else ()
                 self.runtime.admit(slot, program, tokens, self.decisions.measured(request_id))
                 self.decisions.start(request_id, slot, program)
                 self.probes.start(request_id, program)

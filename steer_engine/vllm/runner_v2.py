@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 from steer_engine.vllm.non_finite import clean_blocks
 from steer_engine.vllm.patching import Patch, Symbol, apply
-from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, program_of, reporting, through_stages
+from steer_engine.vllm.runner import ADAPTER, Computed, RunnerAdapter, idle_first, reporting, through_stages
 
-USED: tuple[Symbol, ...] = ()
+USED = (Symbol("vllm.utils:length_from_prompt_token_ids_or_embeds"),)
 
 
 class V2Adapter(RunnerAdapter):
@@ -29,7 +30,9 @@ class V2Adapter(RunnerAdapter):
         """Request id -> its score and the length of its prompt."""
 
     def admit(self, request: Any) -> None:
-        program = program_of(request)
+        program = self.program_of(
+            request, length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        )
         if program is None:
             return
         if program.score is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 
 from steer_engine import __version__
+from steer_engine.monitor import Watched, monitors_of_environment
 from steer_engine.settings import Limits
 from steer_engine.vectors import safetensors_format
 from steer_engine.vllm.arming import arm
@@ -68,10 +69,11 @@ def status(adapter: RunnerAdapter) -> Reply:
         "fused_calls": runtime.fused_calls,
         "rows": runtime.config.rows,
         "probe_limits": Limits.from_environment().of_probes,
+        "monitors": [spec.text for spec in monitors_of_environment()],
         "bank_rows": runtime.bank.num_rows,
         "bank_rows_used": runtime.bank.num_used,
         "bank_rows_pinned": runtime.bank.num_pinned,
-        "steered_slots": len(runtime.programs.steered_slots),
+        "steered_slots": runtime.programs.num_steered,
         "table_bytes": runtime.num_bytes,
         "store_bytes": runtime.store.num_bytes,
         "captured_bytes": adapter.captures.num_bytes,
@@ -98,6 +100,12 @@ def fetch_capture(adapter: RunnerAdapter, key: str, wanted: bool = True, end: in
     }
 
 
+def watch(adapter: RunnerAdapter, numbers: list[Any]) -> Reply:
+    """Measure monitors (`Watched` in wire form) at every request from now on. Their vectors are in the store."""
+    adapter.watch(Watched.from_wire(numbers))
+    return {"ok": True}
+
+
 def scores(adapter: RunnerAdapter, keys: list[str]) -> Reply:
     """The numbers of scored requests in the order of their keys; None for a request that was not scored."""
     return {"ok": True, "numbers": adapter.scores.take(keys)}
@@ -109,7 +117,7 @@ def measured(adapter: RunnerAdapter, request_ids: list[str]) -> Reply:
 
 
 _ACTIONS: dict[str, Callable[..., Reply]] = {
-    action.__name__: action for action in (put, drop, status, fetch_capture, scores, measured)
+    action.__name__: action for action in (put, drop, status, watch, fetch_capture, scores, measured)
 }
 
 

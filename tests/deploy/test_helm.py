@@ -17,6 +17,7 @@ from helpers.kubernetes import validate
 from helpers.monitoring import DASHBOARD, PROMETHEUS, metrics_of
 
 import steer_engine
+from steer_engine.monitor import MonitorSpec
 from steer_engine.settings import ADMIN_KEY_FILE_ENV
 
 CUSTOM = {"gateway.networking.k8s.io/v1", "keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
@@ -218,6 +219,14 @@ def test_the_adapter_has_the_metric_of_the_autoscaler() -> None:
     assert rule["resources"]["overrides"].keys() == {"namespace", "pod"}
 
 
+def test_monitors_become_flags() -> None:
+    monitors = ["mood", "toxic=toxicity:14-16:cosine:above=-0.2"]
+    args = server_of(render(values("one-gpu", monitors=monitors))["Deployment"])["args"]
+    flags = [arg.removeprefix("--steering-monitor=") for arg in args if arg.startswith("--steering-monitor=")]
+    assert flags == monitors
+    assert [MonitorSpec.parse(flag).name for flag in flags] == ["mood", "toxic"]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -226,6 +235,9 @@ def test_the_adapter_has_the_metric_of_the_autoscaler() -> None:
         ({"gpus": -1}, "gpus"),
         ({"shutdown": {"drainSeconds": 0}}, "drainSeconds"),
         ({"args": ["--shutdown-timeout=0"]}, "args"),
+        ({"args": ["--steering-monitor=mood"]}, "args"),
+        ({"monitors": ["mood above 0.5"]}, "monitors"),
+        ({"monitors": ["mood", "mood"]}, "monitors"),
         ({"autoscaling": {"enabled": True}, "keda": {"enabled": True}}, "cannot both be enabled"),
         ({"replicas": 2, "registry": {"accessMode": "ReadWriteOnce"}}, "share one registry"),
         ({"replicas": 2, "registry": {"create": False}}, "would reach one replica only"),

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.random_specs import HIDDEN_SIZE, NUM_BLOCKS, as_compiled, resolved, specs
+from helpers.random_specs import HIDDEN_SIZE, NUM_BLOCKS, VECTORS, as_compiled, resolved, specs
 from helpers.stepping import changed, edited, new_runtime, program, route, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer_kernels.reference import edit_residual_reference
 
+from steer_engine.monitor import Watched
 from steer_engine.program import Program
 from steer_engine.spec import Op
 
@@ -261,3 +262,43 @@ def test_bytes_are_those_of_all_buffers() -> None:
     runtime = new_runtime()
     assert runtime.num_bytes < new_runtime(capture_blocks=(1,)).num_bytes
     assert runtime.num_bytes >= runtime.tables.bank_RD.nbytes + runtime.tables.entries_SLEW.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_monitors_measure_everybody_and_change_nobody(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain, a steered, and a steered and probed request: prompts that end at position 3, and decoding."""
+    monkeypatch.setenv("STEER_ENGINE_MONITORS", "x=c:1 y=a:1:dot")
+    watched = Watched(numbers=((VECTORS["c"].digest, 1, "cosine"), (VECTORS["a"].digest, 1, "dot")))
+    edit = {"op": "add", "scale": 2.0}
+    own = {"probes": [{"name": "p", "vector": "b", "blocks": [1], "after": True}]}
+    same = [{"name": "x", "vector": "c", "blocks": [1]}, {"name": "y", "vector": "a", "blocks": [1], "measure": "dot"}]
+    programs = [None, program(edit), program(edit, **own)]
+    asking = [
+        resolved({"probes": same}).template.at(4),
+        program(edit, probes=same),
+        program(edit, probes=[*own["probes"], *same]),
+    ]
+    runtimes = [new_runtime(dtype=dtype) for _ in range(3)]
+    plain, watching, asked = runtimes
+    watching.watch(watched)
+    for slot, (mine, theirs) in enumerate(zip(programs, asking, strict=True), start=1):
+        if mine is not None:
+            plain.admit(slot, mine)
+        watching.admit(slot, watched.added_to(mine, 4))
+        asked.admit(slot, theirs)
+    assert watching.programs.num_steered == 2
+    for requests in ([(1, 0, 4), (2, 2, 2), (3, 0, 3)], [(1, 4, 1), (2, 4, 1), (3, 3, 1)], [(1, 5, 1), (2, 5, 1)]):
+        hidden, carried = stream(dtype, seed=len(requests))
+        streams = []
+        for runtime in runtimes:
+            route(runtime, *requests)
+            streams.append([edited(runtime, hidden, carried, site) for site in range(NUM_BLOCKS)])
+        for mine, theirs in zip(streams[0], streams[1], strict=True):
+            assert torch.equal(mine, theirs)
+        rows = torch.arange(sum(count for _, _, count in requests))
+        numbers_NK, expected_NK = watching.probed(rows, 3), asked.probed(rows, 3)
+        assert torch.equal(numbers_NK.nan_to_num(nan=9e9), expected_NK.nan_to_num(nan=9e9))
+        measured = [first + row >= 3 for _, first, count in requests for row in range(count)]
+        column_of = [2 if slot == 3 else 1 for slot, _, count in requests for _ in range(count)]
+        found = [bool(numbers_NK[row, column].isfinite()) for row, column in enumerate(column_of)]
+        assert found == measured

@@ -92,3 +92,11 @@ def test_no_rule_fires_before_the_least_number_of_tokens() -> None:
     kept = numbers(P - 1, StopRule("x", 0, -inf, inf, 1), StopRule("y", 0, -inf, inf, 1))
     kept.write(*rows(4, 5, 6))
     assert kept.stopped_by(0, 3, min_tokens=3) == (3, "x")
+
+
+def test_columns_of_monitors_follow_those_of_the_request() -> None:
+    kept = ProbeNumbers(ProbePlan(((0,), (1,)), P - 1, (), num_watched=1), P)
+    assert kept.num_own == 1
+    kept.write(*rows(4, 5))
+    assert kept.take(2)[1].tolist() == [[4.0, -4.0], [5.0, -5.0]]
+    assert ProbeNumbers(ProbePlan(((0, 1),), P - 1), P).num_own == 2

@@ -29,6 +29,7 @@ from steer_kernels.tables import Tables, decode_entry
 
 from steer_engine.engine.bank import Bank, Store
 from steer_engine.engine.programs import Programs
+from steer_engine.monitor import Watched
 from steer_engine.parse import parse_spec
 from steer_engine.program import Entry as ProgramEntry
 from steer_engine.program import Program, RowKey, Sites
@@ -148,6 +149,22 @@ def test_empty_programs_leave_their_slot_unsteered() -> None:
     assert engine.programs.steered_slots == set()
     engine.assert_slot(1, None)
     engine.programs.release(1)
+
+
+def test_requests_with_nothing_but_monitors_are_not_steered() -> None:
+    engine = Engine()
+    watched = Watched(numbers=((resolved({"edits": [{"vector": "a"}]}).edits[0].edit.vector, 1, "cosine"),))
+    engine.bank.pin(watched.rows)
+    programs = [watched.added_to(None, PROMPT_LEN), watched.added_to(program({}), PROMPT_LEN)]
+    for slot, admitted in enumerate(programs, start=1):
+        engine.programs.admit(slot, admitted)
+    assert engine.programs.steered_slots == engine.programs.probe_slots == {1, 2}
+    assert engine.programs.num_steered == 1
+    engine.programs.release(2)
+    assert engine.programs.num_steered == 0
+    engine.programs.release(1)
+    assert engine.programs.watched_slots == set()
+    assert engine.bank.num_pinned == 1, "the row of the monitor"
 
 
 def test_releasing_is_idempotent_and_takes_slots_never_seen() -> None:

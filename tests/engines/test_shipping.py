@@ -73,7 +73,7 @@ def worker(*stage: int, requested: tuple[int, ...] = (0, 1, 2, 3), **differs: An
     armed = [block for block in requested if block in stage]
     common = dict.fromkeys(("ops", "rows", "hidden_size", "dtype"), 1)
     forms = {str(block): "split" for block in armed}
-    common["probe_limits"] = [8, 256]
+    common["probe_limits"], common["monitors"] = [8, 256], []
     own = {"version": __version__, "stage_blocks": list(stage), "asked_blocks": list(requested), "armed_blocks": armed}
     return {**common, **own, "forms": forms, **differs}
 

@@ -13,7 +13,9 @@ from helpers.living import ADMIN, INFERENCE, along
 from helpers.otlp_receiver import OtlpReceiver
 from helpers.server_process import Server, steer_engine_serve
 
+from steer_engine.probe import Platt
 from steer_engine.vectors import ControlVector, VectorMetadata, save
+from steer_engine.vectors.metadata import FittedProbe, ProbeBlock
 from steer_engine.vectors.safetensors_format import to_bytes
 
 NUM_BLOCKS, HIDDEN_SIZE = 30, 576
@@ -66,6 +68,28 @@ def server(smollm2: str, vectors_dir: Path, tmp_path_factory: pytest.TempPathFac
         "--verbose",
     )
     running = Server(command, log, env={"VLLM_SERVER_DEV_MODE": "1"})
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="session")
+def monitored(
+    smollm2: str, vectors: dict[str, ControlVector], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server that watches all traffic: a cosine at two blocks, a dot product, and a trained probe's probability."""
+    del smollm2
+    folder = tmp_path_factory.mktemp("monitored")
+    for name in ("east", "west"):
+        save(vectors[name], folder / f"{name}.safetensors")
+    blocks = {11: ProbeBlock(auroc=0.7), 12: ProbeBlock(auroc=0.9, threshold=1.0, platt=Platt(0.2, -0.1))}
+    trained = VectorMetadata(probe=FittedProbe(blocks=blocks, at="every_prompt_token"))
+    save(ControlVector(directions=random_vector(4).directions, metadata=trained), folder / "trained.safetensors")
+    command = steer_engine_serve(
+        "smollm2-135m", "--steering-vectors", str(folder), "--enable-scale-out", "--enable-prompt-tokens-details",
+        "--steering-monitor", "west:10-11:above=0.01", "--steering-monitor=push=east:14:dot:above=-1.5",
+        "--steering_monitor", "trained",
+    )  # fmt: skip
+    running = Server(command, folder / "server.log")
     yield running
     running.kill()
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from steer_engine.errors import SteerError, UnsupportedEngineError, VectorFileError
-from steer_engine.settings import CONFIG_KEY, MIRROR_SECONDS_ENV, MIRROR_URL_ENV, SteeringConfig
+from steer_engine.settings import CONFIG_KEY, MIRROR_SECONDS_ENV, MIRROR_URL_ENV, MONITORS_ENV, SteeringConfig
 from steer_engine.vectors import ControlVector, save
 from steer_engine.vectors.mirror import STATE
 from steer_engine.vllm import flags, launch
@@ -21,6 +21,7 @@ from steer_engine.vllm import flags, launch
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = ("STEER_ENGINE_VECTORS", "STEER_ENGINE_STRICT", MIRROR_URL_ENV, MIRROR_SECONDS_ENV)
+    own += (MONITORS_ENV, "STEER_ENGINE_MAX_MONITORS")
     for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *own):
         # Set first, so that monkeypatch also undoes what the command sets.
         monkeypatch.setenv(name, "")
@@ -115,6 +116,11 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
         (["--enable-elastic-ep"], "--enable-elastic-ep"),
         (["--enable-fault-tolerance"], "--enable-fault-tolerance"),
         (["--additional-config", '{"steer_engine": {"lines": 3}}'], "lines"),
+        (["--steering-monitor", "nobody"], "--steering-monitor nobody: There is no control vector 'nobody'"),
+        (["--steering-monitor", "a=b:c"], "'a=b:c' is not valid; write NAME"),
+        (["--steering-monitor=a", "--steering-monitor=a=b"], "'a' is used twice"),
+        (["--steering-monitor=a=b:0-8"], "max_monitors"),
+        (["--steering-monitor=a=b:0-8", "--steering-limit=max_monitors=9"], "no control vector 'b'"),
     ],
 )
 def test_errors_are_one_sentence(argv: list[str], words: str) -> None:
@@ -148,6 +154,15 @@ def test_strict_names_the_broken_file_before_the_engine_starts(tmp_path: Path) -
     with pytest.raises(VectorFileError, match=r"broken\.safetensors"):
         armed("org/model", "--steering-vectors", str(tmp_path), "--steering-strict")
     armed("org/model", "--steering-vectors", str(tmp_path))
+
+
+def test_monitors_reach_every_process(tmp_path: Path) -> None:
+    save(ControlVector(directions={1: np.ones(4, np.float32)}), tmp_path / "north.safetensors")
+    given = ("org/model", "--steering-vectors", str(tmp_path))
+    armed(*given, "--steering-monitor", "north:1", "--steering-monitor=b=north:1:dot:above=2")
+    assert os.environ[MONITORS_ENV].split() == ["north:1", "b=north:1:dot:above=2"]
+    armed(*given)  # an operator may set the variable instead
+    assert os.environ[MONITORS_ENV].split() == ["north:1", "b=north:1:dot:above=2"]
 
 
 def test_vllm_plugins_names_all_plugins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ SCRAPE_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
-def used(server: Server) -> Server:
+def used(monitored: Server) -> Server:
     """A server that has answered, refused and turned down an upload: counters with labels exist from then on."""
+    server = monitored
     assert COMPLETIONS.ask(server, steering=STRONG).status_code == 200
     assert COMPLETIONS.ask(server, steering={"edits": [{"vector": "nobody"}]}).status_code == 404
     assert httpx.put(f"{server.url}/v1/steering/vectors/new", content=b"", timeout=60).status_code == 403

@@ -225,6 +225,32 @@ def test_spans_of_steered_requests_say_by_what(living: Server, traces: OtlpRecei
     assert spans["plain"]["gen_ai.usage.completion_tokens"] == 2
 
 
+def test_the_span_of_a_probed_request_has_its_numbers(living: Server, traces: OtlpReceiver) -> None:
+    probes = [
+        {"name": "p", "vector": "house", "blocks": [1]},
+        {"name": "q", "vector": "house", "blocks": [1], "measure": "dot", "return": "none"},
+    ]
+    stop = [{"probe": "q", "above": -1e9, "for": 3}]
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 5, "n": 2, "temperature": 1, "ignore_eos": True}
+    body |= {"steering": {"probes": probes, "stop": stop}}
+    for stream in (False, True):
+        request_id = f"probed-{stream}"
+        answer = living.post("/v1/completions", body | {"stream": stream}, headers=USER | {"X-Request-Id": request_id})
+        assert answer.status_code == 200
+        span = traces.wait_for(request_id)
+        assert span["steer_engine.probes"] == ["p", "q"]
+        assert span["steer_engine.probe_vectors"] == [along(5).digest] * 2
+        assert span["steer_engine.stopped_by"] == "q"
+        assert span["gen_ai.usage.completion_tokens"] == 3
+        if stream:
+            continue
+        told = [choice["steering"]["probes"]["p"]["1"] for choice in answer.json()["choices"]]
+        means = [sum(numbers) / len(numbers) for numbers in told]
+        assert min(abs(span["steer_engine.probe.p.1.mean"] - mean) for mean in means) < 1e-6
+        assert span["steer_engine.probe.p.1.max"] in [max(numbers) for numbers in told]
+        assert span["steer_engine.probe.q.1.mean"] <= span["steer_engine.probe.q.1.max"]
+
+
 def test_the_log_says_what_steered_a_request_and_what_was_changed(living: Server) -> None:
     """As JSON, by digest, with the ids that clients sent."""
     logged = len(living.log)

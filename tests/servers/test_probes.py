@@ -134,6 +134,23 @@ def watching(vectors_dir: Path) -> Iterator[str]:
     preset.unlink()
 
 
+def test_messages_leave_out_the_numbers_of_a_preset(server: Server, watching: str, vectors_dir: Path) -> None:
+    """Whoever names a preset, or gets the server's default, need not know that it has probes."""
+    plain = asked(server, ANTHROPIC, None)
+    for fields in ({"steering": {"preset": watching}}, {"model": f"{ANTHROPIC.body['model']}:{watching}"}):
+        answer = ANTHROPIC.ask(server, **fields)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["content"] == plain["content"]
+        assert answer.headers["X-Steering-Preset"] == watching
+    mixed = ANTHROPIC.ask(server, steering={"preset": watching, "probes": [PROBE | {"name": "mine"}]})
+    assert (mixed.status_code, mixed.json()["error"]["message"][:11]) == (400, "The answers")
+    own = PROBE | {"name": "mine", "return": "none"}
+    stop = [{"probe": "mine", "block": 10, "above": -2.0, "for": 2}]
+    for extra in ({"probes": [own], "stop": stop}, {"stop": [{"probe": "p", "block": 20, "above": -2.0, "for": 2}]}):
+        body = asked(server, ANTHROPIC, {"preset": watching} | extra)
+        assert body["usage"]["output_tokens"] == 2
+
+
 def test_a_preset_may_carry_probes_and_a_request_adds_its_own(server: Server, watching: str) -> None:
     told = asked(server, TEXT, {"preset": watching})["choices"][0]["steering"]["probes"]
     assert list(told) == ["p"]

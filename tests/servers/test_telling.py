@@ -11,6 +11,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 
 from steer_engine.applied import Applied
 from steer_engine.vllm.measured import KEY
+from steer_engine.vllm.reports import attributes_of
 from steer_engine.vllm.telling import _telling
 
 PROMPT = [5, 6, 7]
@@ -84,3 +85,17 @@ async def test_numbers_that_never_come() -> None:
     seen = await told(SPEC, merged(output(0, [8, 9], ends=True), finished=True))
     assert seen[-1]["applied"] is None
     assert "value" not in seen[-1]
+
+
+def test_a_span_has_the_numbers_of_a_few_probes() -> None:
+    report = {"digest": "d", "edits": [], "probes": [{"name": "p", "vector": "v"}]}
+    summaries = {"p": {str(block): {"mean": block / 2, "max": None, "tokens": 3} for block in range(40)}}
+    found = attributes_of(report, summaries, "probe:p")
+    assert found["steer_engine.probes"] == ["p"]
+    assert found["steer_engine.probe_vectors"] == ["v"]
+    assert found["steer_engine.stopped_by"] == "p"
+    assert found["steer_engine.probe.p.31.mean"] == 15.5
+    assert "steer_engine.probe.p.32.mean" not in found
+    assert None not in found.values(), "a span has no empty attribute"
+    plain = attributes_of(report | {"probes": []}, None, "</s>")
+    assert plain.keys() == {f"steer_engine.{key}" for key in ("digest", "names", "vectors", "edits")}

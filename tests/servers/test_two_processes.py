@@ -21,9 +21,10 @@ pytestmark = pytest.mark.slow
 def twins(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("twins")
     (folder / "vectors").mkdir()
+    (folder / "vectors" / "watched.safetensors").write_bytes(to_bytes(along(3)))
     command = steer_engine_serve(
         tiny_llama, "--served-model-name", "tiny", "--steering-vectors", str(folder / "vectors"),
-        "--api-server-count", "2", "--api-key", INFERENCE,
+        "--api-server-count", "2", "--api-key", INFERENCE, "--steering-monitor", "watched:1:dot:above=0",
     )  # fmt: skip
     running = Server(command, folder / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
     yield running
@@ -64,6 +65,21 @@ def test_both_processes_answer_and_their_metrics_are_on_one_page(twins: Server) 
     counts = {fresh(twins, "GET", "/v1/steering/stats").json()["api"].get(refused, 0.0) for _ in range(40)}
     assert len(counts) == 2
     assert sum(counts) == before + 21
+
+
+def test_both_processes_count_what_their_requests_are_measured(twins: Server) -> None:
+    def on_the_page() -> tuple[float, float]:
+        page = fresh(twins, "GET", "/metrics").text
+        names = ("steer_engine_monitor_tokens_total{", 'steer_engine_monitor_dot_bucket{block="1",le="+Inf"')
+        return tuple(
+            sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name)) for name in names
+        )
+
+    before = on_the_page()
+    assert before[0] == before[1]
+    answers = [ask(twins, False) for _ in range(21)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert on_the_page() == (before[0] + 21 * 3, before[1] + 21 * 3)
 
 
 def test_a_name_is_never_stale_in_either_process(twins: Server) -> None:

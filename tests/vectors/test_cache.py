@@ -67,11 +67,12 @@ def named(spec: SteeringSpec) -> list[Any]:
 
 def test_inline_vectors_become_digests_and_are_cached() -> None:
     inline = InlineVectors(100_000)
-    taken = inline.take(spec({"data": encoded(one(1))}, "calm", {"data": encoded(one(2))}))
+    taken, own = inline.take(spec({"data": encoded(one(1))}, "calm", {"data": encoded(one(2))}))
+    assert own == {one(1).digest: one(1), one(2).digest: one(2)}
     assert named(taken) == [one(1).digest, "calm", one(2).digest]
     assert inline.find(one(1).digest) == one(1)
     assert inline.find(one(3).digest) is None
-    assert inline.take(spec("calm")) == spec("calm")
+    assert inline.take(spec("calm")) == (spec("calm"), {})
 
 
 @pytest.mark.parametrize(
