@@ -194,9 +194,9 @@ def test_the_table_of_routes_is_complete() -> None:
         for span in re.findall(r"`([^`]+)`", first):
             method, path = span.split() if " " in span else (method, span)
             listed.add((method, path.partition("?")[0]))
-    routers = (routes.router, registry_routes.vector_router, registry_routes.preset_router)
+    routers = (routes.router, routes.playground_router, registry_routes.vector_router, registry_routes.preset_router)
     ours = {(method, route.path) for router in routers for route in router.routes for method in route.methods}
-    assert listed == ours | {("POST", path) for path in CARRYING_PATHS} | {("GET", "/playground")}
+    assert listed == ours | {("POST", path) for path in CARRYING_PATHS}
 
 
 def test_the_readme_names_the_supported_versions() -> None:
