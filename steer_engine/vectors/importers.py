@@ -139,6 +139,8 @@ def kind_of(path: Path) -> str:
     if start.startswith(gguf_format.MAGIC):
         return "gguf"
     if path.suffix == ".safetensors":
+        if b'"control-vector"' in start:
+            raise VectorFileError(f"{path}: it is a file of Steer Engine already; use it as it is.")
         return "steering-lite"
     if start.lstrip()[:1] in (b"{", b"["):
         return "vllm-lens" if b"activations" in start else "neuronpedia"

@@ -254,3 +254,6 @@ def test_kinds_are_told_by_content(tmp_path: Path) -> None:
         kind_of(tmp_path / "sae" / "cfg.json")
     with pytest.raises(VectorFileError, match="cannot be read"):
         kind_of(tmp_path / "none.bin")
+    save(ControlVector(directions={1: np.ones(3, np.float32)}), tmp_path / "ours.safetensors")
+    with pytest.raises(VectorFileError, match="a file of Steer Engine already"):
+        kind_of(tmp_path / "ours.safetensors")
