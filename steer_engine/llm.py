@@ -20,7 +20,7 @@ from steer_engine.program import SCORE_KEY, Score
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.resolve_capture import check_rows_known
 from steer_engine.settings import SteeringConfig
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.registry import Registry
 from steer_engine.vllm.plugin import register
 
@@ -74,7 +74,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         self,
         model: str,
         *,
-        vectors: str | Path | Mapping[str, ControlVector] | None = None,
+        vectors: str | Path | Mapping[str, AnyVector] | None = None,
         steering: SteeringConfig | None = None,
         capture: bool = False,
         capture_blocks: Sequence[int] | None = None,

@@ -139,6 +139,8 @@ def kind_of(path: Path) -> str:
     if start.startswith(gguf_format.MAGIC):
         return "gguf"
     if path.suffix == ".safetensors":
+        if b'"control-vector"' in start:
+            raise VectorFileError(f"{path}: it is a file of Steer Engine already; use it as it is.")
         return "steering-lite"
     if start.lstrip()[:1] in (b"{", b"["):
         return "vllm-lens" if b"activations" in start else "neuronpedia"
@@ -186,7 +188,8 @@ def _axbench(path: Path, choice: Choice) -> RowSet:
 def _steering_lite(path: Path) -> ControlVector:
     """`Vector.save` of steering-lite: `layer{L}.v`, and its configuration as JSON in the metadata's `cfg`."""
     header, body = safetensors_format.split_header(read_vector_file(path, safetensors_format.MAX_FILE_BYTES))
-    text = header.pop("__metadata__", {}).get("cfg", "{}")
+    about = header.pop("__metadata__", None)
+    text = about.get("cfg") if isinstance(about, dict) else None
     config = parse_json_object(text if isinstance(text, str) else "{}", "the configuration")
     method, coefficient = str(config.get("method", "none"))[:64], config.get("coeff", 1.0)
     if method not in _STEERING_LITE or config.get("target_submodule") is not None:

@@ -171,9 +171,9 @@ async def test_a_row_set_is_put_shown_downloaded_and_not_taken_for_a_vector(clie
     assert "is a set of features, not a control vector" in refused.json()["error"]["message"]
     assert refused.json()["error"]["param"] == "steering.edits[0].vector"
     wide = RowSet(kind="features", read={1: np.ones((1, 9), np.float32)}, write={1: np.ones((1, 9), np.float32)})
-    assert (await put(client, "wide", row_set_format.to_bytes(wide))).status_code == 400
+    assert (await put(client, "wide", row_set_format.to_bytes(wide))).status_code == 422
     zero = RowSet(kind="features", read={1: read}, write={1: 0 * read})
-    assert (await put(client, "zero", row_set_format.to_bytes(zero))).status_code == 400
+    assert (await put(client, "zero", row_set_format.to_bytes(zero))).status_code == 422
 
 
 async def test_a_file_is_taken_as_curl_sends_it(client: httpx.AsyncClient) -> None:

@@ -173,6 +173,24 @@ def test_steering_lite(tmp_path: Path) -> None:
         import_vector(steering_lite(path, {"layer3.v": np.ones((2, 4), np.float32)}), "steering-lite")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"__metadata__":[]}',
+        '{"__metadata__":{"cfg":3}}',
+        '{"__metadata__":{"cfg":"{"}}',
+        '{"__metadata__":{"cfg":"{\\"method\\":\\"pca\\"}"},"layer1.v":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        '{"__metadata__":{"cfg":"{\\"method\\":\\"pca\\"}"},"layer1024.v":{}}',
+        '{"__metadata__":{"cfg":"{\\"method\\":\\"pca\\"}"}}',
+    ],
+)
+def test_hostile_files_of_steering_lite(tmp_path: Path, header: str) -> None:
+    data = len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4
+    (tmp_path / "v.safetensors").write_bytes(data)
+    with pytest.raises(VectorFileError, match=r"v\.safetensors: "):
+        import_vector(tmp_path / "v.safetensors", "steering-lite")
+
+
 def sae(folder: Path) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -236,3 +254,6 @@ def test_kinds_are_told_by_content(tmp_path: Path) -> None:
         kind_of(tmp_path / "sae" / "cfg.json")
     with pytest.raises(VectorFileError, match="cannot be read"):
         kind_of(tmp_path / "none.bin")
+    save(ControlVector(directions={1: np.ones(3, np.float32)}), tmp_path / "ours.safetensors")
+    with pytest.raises(VectorFileError, match="a file of Steer Engine already"):
+        kind_of(tmp_path / "ours.safetensors")
