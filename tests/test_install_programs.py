@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from run_tests import PROGRAMS
+from run_tests import PROGRAMS, PROGRAMS_ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("bash", "env", "sleep", "sort", "timeout", "touch", "tr", "chmod")
@@ -92,3 +93,21 @@ def test_where_it_cannot_it_says_so_and_ends(machine: Machine, programs: dict[st
     assert reason in done.stderr
     assert all(package in done.stderr for package in PACKAGES)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_ci_goes_on_and_lets_no_test_be_skipped_that_could_run(tmp_path: Path, installed: bool) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "install_programs.sh"
+    script.write_text(f"#!/bin/sh\nexit {0 if installed else 1}\n")
+    script.chmod(0o755)
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$1 ${{{PROGRAMS_ENV}-}}"\n')
+    make.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != PROGRAMS_ENV}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    done = subprocess.run([tmp_path / ".ci" / "run"], env=env, capture_output=True, text=True, check=True)
+    word = "installed" if installed else ""
+    assert done.stdout.splitlines() == ["setup ", f"check {word}", f"test {word}"]

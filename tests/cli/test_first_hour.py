@@ -186,7 +186,7 @@ def test_every_command_names_a_missing_extra(commands_with: CommandsWith) -> Non
     )
     derive = [command for command in commands_with("smollm2-135m") if command[0] == "derive"]
     run_all(derive, "ray is missing: pip install 'steer-engine[derive]'", env={}, missing=("ray",))
-    measure = [command for command in commands if command[0] == "eval"]
+    measure = [command for command in commands_with("smollm2-135m") if command[0] == "eval"]
     run_all(measure, "scipy is missing", env={}, missing=("scipy",))
 
 
