@@ -20,7 +20,7 @@ from steer_engine.program import SCORE_KEY, Score
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.resolve_capture import check_rows_known
 from steer_engine.settings import SteeringConfig
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vectors.registry import Registry
 from steer_engine.vllm.plugin import register
 
@@ -61,7 +61,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
 
     Args:
         model: a path, a Hugging Face id, or the name of a packaged model.
-        vectors: a folder of vector files, or vectors by name.
+        vectors: a folder of vector files, or vectors and row sets by name.
         steering: what is armed (default: all blocks and operations).
         capture: arm capture of the residual stream, at `capture_blocks` (default: all armed blocks).
         kwargs: passed to `vllm.LLM`.
@@ -74,7 +74,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         self,
         model: str,
         *,
-        vectors: str | Path | Mapping[str, ControlVector] | None = None,
+        vectors: str | Path | Mapping[str, ControlVector | RowSet] | None = None,
         steering: SteeringConfig | None = None,
         capture: bool = False,
         capture_blocks: Sequence[int] | None = None,
