@@ -22,7 +22,17 @@ if os.environ.get("STEER_TEST_RUNNER", "v1") == "v2":
 
     use_v2_runner()
 
-from helpers.engines import RUNNER, SETTINGS, TINY_BLOCKS, TINY_VOCAB, VECTORS, assert_meant, kept, random_vector
+from helpers.engines import (
+    ROW_SETS,
+    RUNNER,
+    SETTINGS,
+    TINY_BLOCKS,
+    TINY_VOCAB,
+    VECTORS,
+    assert_meant,
+    kept,
+    random_vector,
+)
 from helpers.oracle import Oracle
 from helpers.traffic import Start
 
@@ -43,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_engine(model: str, **settings: Any) -> LLM:
     """An engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1; float32 unless `settings` say so."""
     settings = {"dtype": "float32", **SETTINGS, **settings}
-    llm = LLM(model, vectors=VECTORS, max_logprobs=TINY_VOCAB, **settings)
+    llm = LLM(model, vectors={**VECTORS, **ROW_SETS}, max_logprobs=TINY_VOCAB, **settings)
     assert_meant(llm, num_blocks=TINY_BLOCKS)
     return kept(llm)
 
@@ -83,7 +93,7 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def oracle(tiny_llama: str) -> Oracle:
     """The Hugging Face model behind `tiny`, with the same vectors."""
-    return Oracle(tiny_llama, VECTORS)
+    return Oracle(tiny_llama, VECTORS, ROW_SETS)
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,21 @@ SIZED: list[dict[str, Any]] = [
     {"op": "clamp", "hi": -1.0},
     {"op": "set", "target": 1.0},
     {"op": "set", "target": -1.0},
+    {"op": "feature", "target": 1.0},
+    {"op": "feature", "add": -1.0},
+    {"op": "low_rank", "scale": 1.0},
 ]
 """Every operation in both directions, at size 1."""
+
+
+def named(edit: dict[str, Any], vector: str, blocks: Any) -> dict[str, Any]:
+    """With its vector, or the file that its operation needs; features are those of block 1."""
+    match edit["op"]:
+        case "feature":
+            return {**edit, "vector": "jump", "feature": [3, 40], "blocks": 1}
+        case "low_rank":
+            return {**edit, "vector": "reft", "blocks": blocks}
+    return {**edit, "vector": vector, "blocks": blocks}
 
 
 def sized(edit: dict[str, Any], power: float) -> dict[str, Any]:
@@ -74,9 +87,10 @@ def drawn_edits(rng: np.random.Generator) -> list[dict[str, Any]]:
     for _ in range(rng.integers(1, 5)):
         edit = sized(SIZED[rng.integers(len(SIZED))], rng.uniform(-6, 0))
         some = sorted(rng.choice(TINY_BLOCKS, rng.integers(1, TINY_BLOCKS + 1), replace=False).tolist())
-        edit = {**edit, "vector": f"r{rng.integers(32)}", "blocks": some}
+        edit = named(edit, f"r{rng.integers(32)}", some)
         if rng.integers(3) == 0:
-            edit["schedule"] = {"kind": "linear", "over": 20, "to": 3.0 if "scale" in edit else 0.5}
+            grows = "scale" in edit and edit["op"] != "low_rank"
+            edit["schedule"] = {"kind": "linear", "over": 20, "to": 3.0 if grows else 0.5}
         edits.append(edit)
     return edits
 
@@ -84,7 +98,7 @@ def drawn_edits(rng: np.random.Generator) -> list[dict[str, Any]]:
 def specs_at_the_limit(llm: LLM) -> list[dict[str, Any]]:
     """Each operation alone at one block and at all blocks, then random mixes; with and without `preserve_norm`."""
     rng = np.random.default_rng(11)
-    alone = [[{**edit, "vector": "r0", "blocks": blocks}] for edit in SIZED for blocks in ("all", 1)]
+    alone = [[named(edit, "r0", blocks)] for edit in SIZED for blocks in ("all", 1)]
     if RUNNER == "v2":
         alone = alone[::5]
     mixes = [drawn_edits(rng) for _ in range(DRAWN)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.driving import params
-from helpers.engines import TINY_BLOCKS, VECTORS
+from helpers.engines import ROW_SETS, TINY_BLOCKS, VECTORS
 from helpers.oracle import Oracle
 from helpers.traffic import SPECS, Start, asks, assert_right
 from safetensors.torch import save_file
@@ -49,7 +49,7 @@ def adapted(tiny_llama: str, adapter: Path) -> Oracle:
     """The Hugging Face model with the adapter in its weights."""
     from safetensors.torch import load_file
 
-    merged = Oracle(tiny_llama, VECTORS)
+    merged = Oracle(tiny_llama, VECTORS, ROW_SETS)
     weights = load_file(adapter / "adapter_model.safetensors")
     with torch.no_grad():
         for name in [name for name in weights if name.endswith("lora_A.weight")]:

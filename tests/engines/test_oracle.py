@@ -59,8 +59,27 @@ OPERATIONS = {
     "set": [{"vector": "r5", "op": "set", "target": 2.0}],
     "mixed order": [edit("r0", 1.0), edit("r3", 1.0, op="ablate"), edit("r1", 0.8), edit("r6", 0.2, op="add_relative")],
     "gate": [edit("r0", 1.5, gate={"vector": "r7", "min_cos": 0.0})],
+    "feature set": [{"vector": "relu", "op": "feature", "feature": 3, "target": 3.0}],
+    "features scaled": [{"vector": "jump", "op": "feature", "feature": [40, 3], "scale": -3.0}],
+    "features set": [{"vector": "jump", "op": "feature", "feature": [40, 3], "target": 2.0}],
+    "feature added": [{"vector": "relu", "op": "feature", "feature": [3], "add": -2.0, "scope": {"start": 5}}],
+    "low_rank": [{"vector": "reft", "op": "low_rank"}],
+    "rotate": [{"vector": "r1", "op": "rotate", "toward": "r2", "degrees": 70}],
+    "rotate to": [{"vector": "r1", "op": "rotate", "toward": "r2", "to_degrees": -120, "blocks": [0, 2]}],
+    "gates on dot products": [
+        edit("r0", 1.5, gate={"vector": "r7", "min_dot": 0.02}),
+        edit("r1", 1.5, blocks=1, gate={"vector": "relu", "feature": 3, "min_dot": 0.12}),
+    ],
+    "rows among others": [
+        edit("r0", 1.0, blocks=1),
+        {"vector": "reft", "op": "low_rank", "blocks": 1, "scale": 0.7, "gate": {"vector": "r7", "min_dot": 0.0}},
+    ],
     "gate above": [edit("r0", 1.5, gate={"vector": "r7", "max_cos": 0.05}), edit("r1", 0.5)],
 }
+
+
+ROWS = ["features set", "feature set", "low_rank", "rotate", "rotate to"]
+"""Those that read one row and write another."""
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -69,12 +88,12 @@ def test_operations(tiny: LLM, oracle: Oracle, name: str) -> None:
 
 
 @pytest.mark.v1_only
-@pytest.mark.parametrize("name", ["add", "adds of different blocks", "clamp", "mixed order", "gate above"])
+@pytest.mark.parametrize("name", ["add", "adds of different blocks", "clamp", "mixed order", "gate above", *ROWS])
 def test_compiled(tiny_compiled: LLM, oracle: Oracle, name: str) -> None:
     assert_same(tiny_compiled, oracle, steering(*OPERATIONS[name]))
 
 
-@pytest.mark.parametrize("name", ["add", "mixed order", "gate above"])
+@pytest.mark.parametrize("name", ["add", "mixed order", "gate above", "low_rank", "features set"])
 def test_preserved_norms(tiny: LLM, oracle: Oracle, name: str) -> None:
     assert_same(tiny, oracle, steering(*OPERATIONS[name], preserve_norm=True))
 

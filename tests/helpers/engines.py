@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from steer_engine import LLM, ControlVector
-from steer_engine.vectors import VectorMetadata
+from steer_engine.vectors import RowSet, VectorMetadata
 
 RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
 RUNNER_CLASS = {
@@ -49,6 +49,29 @@ def random_vector(
 
 
 VECTORS = {f"r{seed}": random_vector(seed) for seed in range(32)}
+
+
+def random_rows(seed: int, kind: Literal["features", "low_rank"], *, threshold: bool = False) -> RowSet:
+    """Features 3 and 40 at block 1, or an orthonormal R and a random W of rank 3 at all blocks."""
+    rng = np.random.default_rng(seed)
+
+    def rows(count: int) -> np.ndarray:
+        return (rng.standard_normal((count, TINY_HIDDEN)) / TINY_HIDDEN**0.5).astype(np.float32)
+
+    if kind == "features":
+        limits = {1: np.array([0.05, 0.1], np.float32)} if threshold else {}
+        bias, numbers = {1: np.array([0.1, -0.05], np.float32)}, {1: np.array([3, 40])}
+        return RowSet(kind=kind, read={1: rows(2)}, write={1: rows(2)}, bias=bias, threshold=limits, indices=numbers)
+    blocks = range(TINY_BLOCKS)
+    write = {block: np.linalg.qr(rows(3).T)[0].T.astype(np.float32) for block in blocks}
+    return RowSet(kind=kind, read={b: rows(3) for b in blocks}, write=write, bias={b: rows(1)[0, :3] for b in blocks})
+
+
+ROW_SETS = {
+    "relu": random_rows(1, "features"),
+    "jump": random_rows(2, "features", threshold=True),
+    "reft": random_rows(3, "low_rank"),
+}
 
 
 def assert_meant(llm: LLM, *, num_blocks: int, form: str = "split") -> None:

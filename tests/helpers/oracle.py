@@ -13,15 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.oracle_when import Decisions, covered, share
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, RowSet
 
 
 class Oracle:
     """Hugging Face model in float32 on one prompt at a time. T tokens, D hidden size, V vocabulary."""
 
-    def __init__(self, path: str, vectors: Mapping[str, ControlVector]) -> None:
+    def __init__(
+        self, path: str, vectors: Mapping[str, ControlVector], row_sets: Mapping[str, RowSet] | None = None
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
         self.vectors = vectors
+        self.row_sets = row_sets or {}
         self.closest_gate = np.inf
         """How near any cosine came to the bound of its gate: too near, and rounding decides."""
 
@@ -113,7 +116,8 @@ class Oracle:
         x_TD = before_TD.clone()
         touched_T = torch.zeros(len(x_TD), dtype=torch.bool)
         for edit in spec["edits"]:
-            vector = self.vectors[edit["vector"]]
+            rows = self.row_sets.get(edit["vector"])
+            vector = rows or self.vectors[edit["vector"]]
             wanted = edit.get("blocks", "all")
             chosen = vector.blocks if wanted == "all" else _blocks(wanted)
             if block not in chosen:
@@ -128,10 +132,16 @@ class Oracle:
                     covered_T &= decisions.holds(when)
             share_T = share(edit.get("schedule"), torch.arange(len(x_TD)) - first_T)
             covered_T &= share_T != 0
-            v_D = torch.tensor(vector.directions[block].tolist(), dtype=torch.float64)
-            if edit.get("unit") == "residual":
-                v_D = vector.metadata.residual_norms[block] * v_D / v_D.norm()
-            change_TD = _apply(edit, x_TD, v_D) - x_TD
+            if isinstance(vector, RowSet):
+                change_TD = self._change_by_rows(edit, vector, x_TD, block)
+            elif edit.get("op") == "rotate":
+                pair = [_float64(self.vectors[edit[name]].directions[block]) for name in ("vector", "toward")]
+                change_TD = _rotated(edit, x_TD, *pair) - x_TD
+            else:
+                v_D = _float64(vector.directions[block])
+                if edit.get("unit") == "residual":
+                    v_D = vector.metadata.residual_norms[block] * v_D / v_D.norm()
+                change_TD = _apply(edit, x_TD, v_D) - x_TD
             x_TD = torch.where(covered_T[:, None], x_TD + share_T[:, None] * change_TD, x_TD)
             touched_T |= covered_T
         if spec.get("preserve_norm"):
@@ -143,7 +153,14 @@ class Oracle:
         gate = edit.get("gate")
         if gate is None:
             return torch.ones(len(x_TD), dtype=torch.bool)
-        g_D = torch.tensor(self.vectors[gate["vector"]].directions[block].tolist(), dtype=torch.float64)
+        if "feature" in gate:
+            row = self.row_sets[gate["vector"]].row(block, gate["feature"])
+            return x_TD @ _float64(row.read) + row.bias >= gate["min_dot"]
+        g_D = _float64(self.vectors[gate["vector"]].directions[block])
+        if "min_dot" in gate:
+            dot_T = x_TD @ g_D
+            self.closest_gate = min(self.closest_gate, float((dot_T - gate["min_dot"]).abs().min()))
+            return dot_T >= gate["min_dot"]
         cos_T = (x_TD @ g_D) / (x_TD.norm(dim=1) * g_D.norm())
         for bound in (gate.get("min_cos"), gate.get("max_cos")):
             if bound is not None:
@@ -154,6 +171,42 @@ class Oracle:
 def stacked(streams: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: bool = False) -> np.ndarray:
     """float32 [L, T, D]: what `Oracle.streams` recorded before the edits of each block, or `after` them."""
     return np.stack([pair[after].numpy() for pair in streams])
+
+    def _change_by_rows(self, edit: dict[str, Any], rows: RowSet, x_TD: torch.Tensor, block: int) -> torch.Tensor:
+        """What an edit of features or ranks adds. Features: decode what the change of the activations encodes."""
+        if edit["op"] == "low_rank":
+            w_KD, r_KD = _float64(rows.read[block]), _float64(rows.write[block])
+            return edit.get("scale", 1.0) * (x_TD @ w_KD.T + _float64(rows.bias[block]) - x_TD @ r_KD.T) @ r_KD
+        change_TD = torch.zeros_like(x_TD)
+        numbers = edit["feature"] if isinstance(edit["feature"], list) else [edit["feature"]]
+        for row in (rows.row(block, number) for number in numbers):
+            before_T = x_TD @ _float64(row.read) + row.bias
+            least = row.threshold or 0.0
+            self.closest_gate = min(self.closest_gate, float((before_T - least).abs().min()))
+            old_T = torch.where(before_T > least, before_T.clamp(min=0.0), 0.0)
+            new_T = old_T + edit["add"] if "add" in edit else edit.get("scale", 1.0) * old_T
+            if "target" in edit:
+                new_T = torch.full_like(old_T, edit["target"])
+            change_TD += (new_T - old_T)[:, None] * _float64(row.write)
+        return change_TD
+
+
+def _float64(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def _rotated(edit: dict[str, Any], x_TD: torch.Tensor, v_D: torch.Tensor, toward_D: torch.Tensor) -> torch.Tensor:
+    """With a complex number for the place in the plane."""
+    u_D = v_D / v_D.norm()
+    w_D = toward_D - (toward_D @ u_D) * u_D
+    w_D = w_D / w_D.norm()
+    place_T = torch.complex(x_TD @ u_D, x_TD @ w_D)
+    if "degrees" in edit:
+        new_T = place_T * np.exp(1j * np.radians(edit["degrees"]))
+    else:
+        new_T = place_T.abs() * np.exp(1j * np.radians(edit["to_degrees"]))
+    moved_T = new_T - place_T
+    return x_TD + moved_T.real[:, None] * u_D + moved_T.imag[:, None] * w_D
 
 
 def _apply(edit: dict[str, Any], x_TD: torch.Tensor, v_D: torch.Tensor) -> torch.Tensor:

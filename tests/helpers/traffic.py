@@ -47,8 +47,14 @@ SPECS: tuple[dict[str, Any] | None, ...] = (
         edit("r15", 2.0, scope={"from": "generation", "end": 6}, schedule={"kind": "linear", "over": 4, "to": 0.0}),
         edit("r9", 0.6, op="ablate", scope={"except": {"after": OPEN, "tokens": 5}}),
     ),
+    steering(
+        edit("reft", op="low_rank", blocks=[0, 2], scope="generation"),
+        {"vector": "relu", "op": "feature", "feature": [3, 40], "target": 2.0, "scope": {"start": -6}},
+        {"vector": "r16", "op": "rotate", "toward": "r17", "degrees": 60, "blocks": 2, "scope": {"after": OPEN}},
+    ),
 )
-"""Every kind of scope, sums over D, conditions that hold and that do not, and plain requests in between."""
+"""Every kind of scope, sums over D, rows that are read and others that are written, conditions that hold and that do
+not, and plain requests in between."""
 
 
 PROBES: tuple[list[dict[str, Any]], ...] = (
