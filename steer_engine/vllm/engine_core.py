@@ -69,7 +69,8 @@ def watch(core: Any, numbers: list[Any], payloads: dict[str, bytes]) -> Reply:
     """
     watched = probed.watched_by(core.scheduler)
     if watched is not None:
-        return {"ok": watched.to_wire() == numbers, "reason": "another API process watches other monitors"}
+        same = watched.to_wire() == numbers
+        return {"ok": True} if same else {"ok": False, "reason": "another API process watches other monitors"}
     for digest, payload in payloads.items():
         if not (reply := put(core, digest, payload))["ok"]:
             return reply
