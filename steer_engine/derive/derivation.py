@@ -107,7 +107,9 @@ def require_absent(out: Path, *, force: bool) -> None:
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise DerivationError(f"{out}: {folder} is not a folder that can be written to; choose another place.")
     if out.exists() and not force:
-        raise DerivationError(f"{out}: this file exists already; choose another name, or force to replace it.")
+        raise DerivationError(
+            f"{out}: this file exists already; choose another name, or --force to replace it (in Python, force=True)."
+        )
 
 
 def num_pairs_to_keep(method: str, num_pairs: int, facts: EngineFacts) -> int:

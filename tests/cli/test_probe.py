@@ -96,7 +96,7 @@ def test_unusable_outputs_need_no_engine(prompts: tuple[str, str], tmp_path: Pat
     assert "rejects a control vector with a direction for block 0. Leave it out, for example with --blocks" in gguf
     (tmp_path / "v.safetensors").write_bytes(b"precious")
     found = refusal(*classes, "--out", tmp_path / "v.safetensors")
-    assert "this file exists already; choose another name, or --force to" in found
+    assert "this file exists already; choose another name, or --force" in found
     # A missing folder is made, but not inside a file.
     below = refusal(*classes, "--out", tmp_path / "v.safetensors" / "folder" / "w.safetensors")
     assert f"{tmp_path}/v.safetensors is not a folder that can be written to; choose another place." in below
