@@ -27,10 +27,12 @@ def check_room(
             f"{limits.max_request_vectors}.",
             "steering.edits",
         )
-    needed = template.rows if is_pipeline else template.num_entries
+    # The bank of a stage may be for one block alone, where probes need rows as well.
+    needed = template.rows_with_probes if is_pipeline else template.num_entries
     if needed > rows:
+        what = "edits and probes" if is_pipeline and template.probes else "edits"
         raise SteeringRequestError(
-            f"The edits need {needed} rows at one block; this server has room for {rows} "
+            f"The {what} need {needed} rows at one block; this server has room for {rows} "
             "(--steering-rows). Each edit takes a row, each gate vector and each condition one more; an edit of "
             "several features or ranks takes one for each; neighbouring edits of op 'add' with the same scope share a "
             "row. Give edits of op 'add' the same scope, or fewer edits the same blocks.",

@@ -139,6 +139,11 @@ class ProgramTemplate:
         return max((_rows_of([each for each in entries if not each.is_probe]) for _, entries in self.sites), default=0)
 
     @cached_property
+    def rows_with_probes(self) -> int:
+        """The same with those of probes."""
+        return max((_rows_of(entries) for _, entries in self.sites), default=0)
+
+    @cached_property
     def num_entries(self) -> int:
         """Entries at the block that has most, without those of probes."""
         return max((sum(not each.is_probe for each in entries) for _, entries in self.sites), default=0)

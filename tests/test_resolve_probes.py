@@ -86,6 +86,18 @@ def test_a_pipeline_measures_at_the_blocks_of_its_stages() -> None:
     resolved({"probes": [PROBE]}, model=replace(MODEL, is_pipeline=True))
 
 
+def test_a_stage_of_a_pipeline_has_no_rows_of_other_blocks() -> None:
+    """Its bank may be for one block alone."""
+    probes = [{"name": str(i), "vector": "abc"[i], "blocks": [1]} for i in range(3)]
+    few = replace(MODEL, rows=2)
+    resolved({"probes": probes}, model=few)
+    stage = replace(few, is_pipeline=True)
+    resolved({"probes": probes[:2]}, model=stage)
+    param, message = refused({"probes": probes}, model=stage)
+    assert param == "steering.edits"
+    assert "probes need 3 rows at one block" in message
+
+
 def test_limits_are_named() -> None:
     assert (
         "max_probe_numbers" in refused({"probes": [PROBE | {"blocks": [0, 1]}]}, limits=Limits(max_probe_numbers=1))[1]
