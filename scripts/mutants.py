@@ -184,8 +184,8 @@ MUTANTS = (
     Mutant(
         name="an inline vector has the calibration of another request",
         file="api/frontend.py",
-        right="return as_directions(inline[name], name) if name in inline else self.vector(name)",
-        wrong="return self.vector(name)",
+        right="return inline[name] if name in inline else self.found(name)",
+        wrong="return self.found(name)",
         test="api/test_inline_calibration.py",
     ),
 )

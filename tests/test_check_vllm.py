@@ -123,6 +123,7 @@ KNOWN_REDEFINITIONS = {
     "vllm.v1.core.sched.diffusion_scheduler:DiffusionAsyncScheduler.schedule",
     # An engine of an encoder alone is refused.
     "vllm.v1.worker.mm_encoder_model_runner:MMEncoderModelRunner._dummy_run",
+    "vllm.v1.worker.mm_encoder_model_runner:MMEncoderModelRunner.execute_model",
 }
 
 

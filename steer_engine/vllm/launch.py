@@ -37,7 +37,8 @@ USED = (
     CLI_ENV_SETUP,
     Symbol("vllm.logger:configure_logging_from_args"),
     Symbol("vllm.logger:DEFAULT_LOGGING_CONFIG"),
-    Symbol("vllm.logging_utils:UvicornAccessLogFilter", ("excluded_paths",)),
+    Symbol("vllm.logging_utils:UvicornAccessLogFilter.__init__", ("excluded_paths",)),
+    Symbol("vllm.config.logging:LoggingConfig"),
     Symbol("vllm.platforms:current_platform"),
     Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
 )

@@ -38,6 +38,7 @@ test("an edit goes through the form and back without a change", () => {
     { vector: "v", scale: 1, scope: { after: "a", from: "generation", except: { after: "b" } } },
     { vector: "v", scale: 1, when: { any: [{ vector: "w", above: 0 }, { vector: "x", below: 1 }] } },
     { vector: "v", scale: 1, when: { vector: "w", above: 0.1, blocks: "8-10" } },
+    { vector: "v", scale: 1, gate: { vector: "w", min_dot: 2 } },
     { vector: { data: "AAAA" }, scale: 1 },
   ];
   for (const edit of edits) {

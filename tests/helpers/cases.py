@@ -450,7 +450,8 @@ def probed_programs(draw: st.DrawFn) -> Program:
 
     def probe(step: Step, column: int) -> Step:
         kind, late = draw(st.sampled_from([DOT, COSINE])), draw(st.booleans())
-        return replace(step, gate=None, probe=(kind, column, late))
+        op = "ablate" if step.op in READING else step.op  # a probe reads one row
+        return replace(step, op=op, gate=None, gate_dot=False, probe=(kind, column, late))
 
     chosen = draw(st.lists(steps(conditions=2**MAX_CONDITIONS - 1), max_size=MAX_ADDS))
     chosen = [

@@ -9,6 +9,7 @@ import torch
 from helpers.cases import (
     DTYPES,
     NUM_SITES,
+    READING,
     SITE,
     Case,
     Program,
@@ -27,8 +28,11 @@ from steer_kernels.tables import COSINE, DOT
 
 
 def planned(programs: list[Program]) -> list[Program]:
-    """What a plan supports: no gates or kept norms, and early probes first."""
-    plain = [[replace(step, gate=None) for step in program.steps if step.measure is None] for program in programs]
+    """What a plan supports: no gates, no modes and no kept norms, and early probes first."""
+    plain = [
+        [replace(step, gate=None) for step in program.steps if step.measure is None and step.op not in READING]
+        for program in programs
+    ]
     return [Program(steps=sorted(steps, key=lambda step: step.probe is None or step.probe[2])) for steps in plain]
 
 

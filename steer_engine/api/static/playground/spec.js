@@ -107,7 +107,8 @@ export function fieldsOf(edit) {
     Object.assign(fields, { schedule: schedule.kind, over: String(schedule.over ?? ""), to: String(schedule.to ?? "") });
   } else if (schedule) more.schedule = schedule;
   if (when && !fillCondition(fields, when)) more.when = when;
-  if (gate && typeof gate.vector === "string") {
+  const isPlainGate = gate && typeof gate.vector === "string" && Object.keys(gate).every((key) => ["vector", "min_cos", "max_cos"].includes(key));
+  if (isPlainGate) {
     Object.assign(fields, { gate_vector: gate.vector, min_cos: text(gate.min_cos), max_cos: text(gate.max_cos) });
   } else if (gate) more.gate = gate;
   if (Object.keys(more).length) fields.more = JSON.stringify(more);
