@@ -70,5 +70,5 @@ def test_a_grid_is_blocks_by_strengths_without_zero() -> None:
 
 
 def test_a_block_without_direction_is_named() -> None:
-    with pytest.raises(EvaluationError, match=r"no direction for block.s. \[1\]"):
+    with pytest.raises(EvaluationError, match=r"no direction for block.s. 1; it has 2-3"):
         Plan(vectors={"v": VECTOR}, blocks=("1-2",)).grid("v", VECTOR, 4)

@@ -39,7 +39,7 @@ def assert_same(found: list[Point], expected: list[Point]) -> None:
 @pytest.fixture(scope="module")
 def vector() -> ControlVector:
     random = np.random.default_rng(5)
-    return ControlVector(directions={block: random.normal(size=64).astype(np.float32) for block in range(3)})
+    return ControlVector(directions={block: 30 * random.normal(size=64).astype(np.float32) for block in range(3)})
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,12 @@ def test_a_value_that_python_takes_for_false_is_refused(armed: bool) -> None:
         with pytest.raises(SteeringRequestError):
             intake._resolved(frontend, request(value).sampling_params)
         with pytest.raises(VLLMValidationError):
-            intake._compile(frontend, request(value), resumable=False)
+            intake._compile(frontend, request(value), 512, resumable=False)
         with pytest.raises(SteeringRequestError, match="uncompiled"):
             engine_core._check_steering(SimpleNamespace(), request(value))
     for value in ABSENT:
         assert intake._resolved(frontend, request(value).sampling_params) is None
-        assert intake._compile(frontend, request(value), resumable=False) == {}
+        assert intake._compile(frontend, request(value), 512, resumable=False) == {}
         engine_core._check_steering(SimpleNamespace(), request(value))
 
 
