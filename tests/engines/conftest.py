@@ -37,6 +37,7 @@ from helpers.oracle import Oracle
 from helpers.traffic import Start
 
 from steer_engine import LLM
+from steer_engine.settings import SteeringConfig
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def tiny_engine(model: str, **settings: Any) -> LLM:
     """An engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1; float32 unless `settings` say so."""
-    settings = {"dtype": "float32", **SETTINGS, **settings}
+    # Mixed traffic asks for more rows at a block than the default has room for.
+    settings = {"dtype": "float32", "steering": SteeringConfig(rows=8), **SETTINGS, **settings}
     llm = LLM(model, vectors={**VECTORS, **ROW_SETS}, max_logprobs=TINY_VOCAB, **settings)
     assert_meant(llm, num_blocks=TINY_BLOCKS)
     return kept(llm)

@@ -167,11 +167,6 @@ class Oracle:
                 self.closest_gate = min(self.closest_gate, float((cos_T - bound).abs().min()))
         return (cos_T >= gate.get("min_cos", -2.0)) & (cos_T <= gate.get("max_cos", 2.0))
 
-
-def stacked(streams: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: bool = False) -> np.ndarray:
-    """float32 [L, T, D]: what `Oracle.streams` recorded before the edits of each block, or `after` them."""
-    return np.stack([pair[after].numpy() for pair in streams])
-
     def _change_by_rows(self, edit: dict[str, Any], rows: RowSet, x_TD: torch.Tensor, block: int) -> torch.Tensor:
         """What an edit of features or ranks adds. Features: decode what the change of the activations encodes."""
         if edit["op"] == "low_rank":
@@ -189,6 +184,11 @@ def stacked(streams: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: bool
                 new_T = torch.full_like(old_T, edit["target"])
             change_TD += (new_T - old_T)[:, None] * _float64(row.write)
         return change_TD
+
+
+def stacked(streams: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: bool = False) -> np.ndarray:
+    """float32 [L, T, D]: what `Oracle.streams` recorded before the edits of each block, or `after` them."""
+    return np.stack([pair[after].numpy() for pair in streams])
 
 
 def _float64(array: np.ndarray) -> torch.Tensor:
