@@ -16,6 +16,7 @@ from helpers.traffic import Start
 
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError
+from steer_engine.settings import SteeringConfig
 
 NUM_BLOCKS = 24
 NUM_PLAIN = 300 if RUNNER == "v1" else 4
@@ -102,11 +103,16 @@ def specs_at_the_limit(llm: LLM) -> list[dict[str, Any]]:
     if RUNNER == "v2":
         alone = alone[::5]
     mixes = [drawn_edits(rng) for _ in range(DRAWN)]
-    return [
-        at_the_limit(llm, edits, preserve_norm=bool(keep))
+    asked = [
+        (edits, bool(keep))
         for number, edits in enumerate(alone + mixes)
         for keep in ((False, True) if number < len(alone) else (number % 2,))
     ]
+    smallest = [{"edits": [sized(each, SMALLEST) for each in edits], "preserve_norm": keep} for edits, keep in asked]
+    # In float16, the bound on growth leaves no room for features whose rows are as long as these.
+    possible = [each for each, small in zip(asked, smallest, strict=True) if is_accepted(llm, small)]
+    assert len(possible) > (0.6 if "float16" in str(llm.model_config.dtype) else 0.99) * len(asked)
+    return [at_the_limit(llm, edits, preserve_norm=keep) for edits, keep in possible]
 
 
 def all_finite(llm: LLM) -> bool:
@@ -118,7 +124,8 @@ def all_finite(llm: LLM) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow_on_v2), "float16"])
 def test_what_is_accepted_is_finite_and_leaves_nothing_behind(start: Start, dtype: str) -> None:
-    llm = start(dtype=dtype, num_gpu_blocks_override=NUM_BLOCKS, max_num_seqs=8)
+    room = SteeringConfig(rows=16)
+    llm = start(dtype=dtype, num_gpu_blocks_override=NUM_BLOCKS, max_num_seqs=8, steering=room)
     fresh = [sampled(output) for output in generate(llm, PLAIN, [None] * NUM_PLAIN)]
     plain = sampled(generate(llm, [PROMPT], [None], max_tokens=3)[0])
     specs = specs_at_the_limit(llm)
