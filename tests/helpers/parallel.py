@@ -56,6 +56,8 @@ PROBED: list[list[Any]] = [
     [PROMPTS[1], SPECS[1]],
 ]
 """Probes at blocks of one worker or of all."""
+USED = (*range(8), 9, 10, 11)
+"""The numbers of the vectors that `BATCHES` and `PROBED` need: r8 only cancels itself."""
 WRONG = f"sha256:{64 * '0'}"
 ROUNDING_FACTOR = 8.0
 """Of what two workers and Hugging Face differ by without steering: an edited stream is of another size."""
