@@ -244,8 +244,12 @@ test("markup and dangerous links stay text", () => {
 
 test("long and unbalanced text is parsed in little time", () => {
   const began = performance.now();
-  for (const text of ["*".repeat(3000), "[".repeat(3000), "`".repeat(3000), "_a".repeat(3000), "word ".repeat(20000), "- a\n".repeat(3000)]) parse(text);
+  for (const text of ["*".repeat(3000), "[".repeat(20000), "`".repeat(3000), "_a".repeat(3000), "_a ".repeat(10000), "word ".repeat(20000),
+    "- a\n".repeat(3000), `a|b\n--|${" ".repeat(3000)}x`, ">".repeat(20000)]) parse(text);
   assert.ok(performance.now() - began < 5000);
+  let [quote, depth] = [parse(">".repeat(100))[0], 0];
+  for (; quote.tag === "blockquote"; [quote] = quote.children) depth += 1;
+  assert.deepEqual([depth, quote], [20, { tag: "p", children: [">".repeat(80)] }]);
 });
 
 test("a request has what differs from the server's defaults", () => {
