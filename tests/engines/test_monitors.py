@@ -172,20 +172,6 @@ def test_an_engine_with_monitors_is_idle_when_nobody_asks(idle: LLM) -> None:
     assert idle.steering_status()["workers"][0]["bank_rows_pinned"] == 5
 
 
-@pytest.fixture
-def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU platform switches it off."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
-
-    def checked(cls: Any, vllm_config: Any) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(checked))
-
-
 @pytest.mark.usefixtures("asynchronous")
 def test_drafts_and_asynchronous_scheduling(start_watching: StartWatching, oracle: Oracle, tiny_llama: str) -> None:
     """Of rejected drafts nothing is counted, and nothing of accepted ones behind a stop string."""

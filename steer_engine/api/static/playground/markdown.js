@@ -1,5 +1,6 @@
 // A model's text as Markdown, without ever becoming HTML: `parse` makes a tree, `render` makes elements whose text is
-// set by textContent. Links are shown only for http and https.
+// set by textContent. Links are shown only for http and https. A steered model may repeat one character without end, so
+// what is inside of what, and how far a mark may be from its end, have bounds.
 
 const FENCE = /^\s*(```|~~~)\s*([\w+-]*)/;
 const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
@@ -7,10 +8,14 @@ const BULLET = /^(\s*)([-*+])\s+(.*)$/;
 const NUMBERED = /^(\s*)(\d{1,9})[.)]\s+(.*)$/;
 const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
 const QUOTE = /^\s*>\s?(.*)$/;
-const TABLE_LINE = /^\s*\|?(\s*:?-{2,}:?\s*\|)+\s*:?-*:?\s*\|?\s*$/;
+/** Of a line without spaces around it. */
+const TABLE_LINE = /^\|?(\s*:?-{2,}:?\s*\|)+(\s*:?-+:?)?(\s*\|)?$/;
 
-/** Blocks of a text: { tag, children } or { tag, text }. */
-export function parse(source) {
+/** Quotes inside of quotes. */
+const DEEPEST = 20;
+
+/** Blocks of a text: { tag, children } or { tag, text }. depth: of the quote that holds it. */
+export function parse(source, depth = 0) {
   const lines = source.replaceAll("\r\n", "\n").split("\n");
   const blocks = [];
   let at = 0;
@@ -35,11 +40,11 @@ export function parse(source) {
       const [list, next] = listAt(lines, at);
       blocks.push(list);
       at = next;
-    } else if (QUOTE.test(line)) {
+    } else if (depth < DEEPEST && QUOTE.test(line)) {
       const quoted = takeWhile(lines, at, (each) => QUOTE.test(each));
-      blocks.push({ tag: "blockquote", children: parse(quoted.map((each) => each.match(QUOTE)[1]).join("\n")) });
+      blocks.push({ tag: "blockquote", children: parse(quoted.map((each) => each.match(QUOTE)[1]).join("\n"), depth + 1) });
       at += quoted.length;
-    } else if (line.includes("|") && TABLE_LINE.test(lines[at + 1] ?? "")) {
+    } else if (line.includes("|") && TABLE_LINE.test((lines[at + 1] ?? "").trim())) {
       const rows = takeWhile(lines, at, (each) => each.includes("|"));
       blocks.push(table(rows));
       at += rows.length;
@@ -109,13 +114,13 @@ function withBreaks(lines) {
 }
 
 const INLINE = [
-  [/^(`+)(.+?)\1(?!`)/s, (found) => ({ tag: "code", text: found[2] })],
-  [/^\*\*(?=\S)(.+?)\*\*/s, (found) => ({ tag: "strong", children: inline(found[1]) })],
-  [/^__(?=\S)(.+?)__(?!\w)/s, (found) => ({ tag: "strong", children: inline(found[1]) })],
-  [/^\*(?=[^\s*])(.+?)\*(?!\*)/s, (found) => ({ tag: "em", children: inline(found[1]) })],
-  [/^_(?=[^\s_])(.+?)_(?!\w)/s, (found) => ({ tag: "em", children: inline(found[1]) })],
-  [/^~~(?=\S)(.+?)~~/s, (found) => ({ tag: "del", children: inline(found[1]) })],
-  [/^\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/, (found) => ({ tag: "a", href: found[2], children: inline(found[1]) })],
+  [/^(`+)(.{1,1000}?)\1(?!`)/s, (found) => ({ tag: "code", text: found[2] })],
+  [/^\*\*(?=\S)(.{1,1000}?)\*\*/s, (found) => ({ tag: "strong", children: inline(found[1]) })],
+  [/^__(?=\S)(.{1,1000}?)__(?!\w)/s, (found) => ({ tag: "strong", children: inline(found[1]) })],
+  [/^\*(?=[^\s*])(.{1,1000}?)\*(?!\*)/s, (found) => ({ tag: "em", children: inline(found[1]) })],
+  [/^_(?=[^\s_])(.{1,1000}?)_(?!\w)/s, (found) => ({ tag: "em", children: inline(found[1]) })],
+  [/^~~(?=\S)(.{1,1000}?)~~/s, (found) => ({ tag: "del", children: inline(found[1]) })],
+  [/^\[([^\]]{1,1000})\]\((https?:\/\/[^\s)]{1,2000})\)/, (found) => ({ tag: "a", href: found[2], children: inline(found[1]) })],
 ];
 
 /** Text and marked parts of a line. */

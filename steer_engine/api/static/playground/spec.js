@@ -94,11 +94,17 @@ export function fieldsOf(edit) {
   const { vector, scale, op, unit, lo, hi, target, blocks, scope, schedule, when, gate, ...more } = edit;
   if (typeof vector === "string") fields.vector = vector;
   else if (vector !== undefined) more.vector = vector;
-  for (const [name, value] of Object.entries({ scale, lo, hi, target })) {
-    if (value !== undefined && value !== null) fields[name] = String(value);
-  }
   if (typeof op === "string") fields.op = op;
-  if (typeof unit === "string") fields.unit = unit;
+  else if (op !== undefined) more.op = op;
+  const isAdd = fields.op === "add";
+  if (unit !== undefined && (isAdd || unit !== "vector")) Object.assign(isAdd && typeof unit === "string" ? fields : more, { unit });
+  // A number without a control in this operation, such as the target of a feature, must reach the server as well.
+  const shown = { scale: SCALED.includes(fields.op), lo: fields.op === "clamp", hi: fields.op === "clamp", target: fields.op === "set" };
+  for (const [name, value] of Object.entries({ scale, lo, hi, target })) {
+    if (value === undefined || value === null) continue;
+    if (shown[name]) fields[name] = String(value);
+    else more[name] = value;
+  }
   if (blocks !== undefined && blocks !== null && blocks !== "all") {
     fields.blocks = Array.isArray(blocks) ? blocks.join(", ") : String(blocks);
   }
@@ -169,7 +175,7 @@ function fillScope(fields, scope) {
   const { from, start, end, after, until, each, tokens, except, ...unknown } = scope;
   const isTrigger = after !== undefined || until !== undefined;
   const hasSpan = start !== undefined || end !== undefined || from !== undefined;
-  const foreign = except !== undefined && typeof except !== "string";
+  const foreign = (except !== undefined && typeof except !== "string") || (from !== undefined && from !== "generation");
   if (Object.keys(unknown).length || foreign || (isTrigger && hasSpan)) return false;
   if (isTrigger) fields.scope = "window";
   else if (from === "generation") fields.scope = "answer_tokens";
@@ -223,16 +229,20 @@ function moreFields(written) {
 
 /**
  * The steering of one column. factor: 1 as it is, 0 plain, -1 opposite. presets: name -> spec, to scale a preset.
- * probes stand beside the edits, and alone in the plain column. false: plain.
+ * probes stand beside the edits, and alone in the plain column. false: plain. Raises an error if no other factor is
+ * possible: a column never has another strength than its heading says.
  */
 export function scaled(spec, factor, presets = {}) {
   const { edits, preset, preserve_norm, when, ...rest } = spec || {};
   const kept = Object.keys(rest).length ? rest : false;
-  if (factor === 0 || (!edits && !preset)) return kept;
-  if (factor === 1) return spec;
+  if (factor === 0) return kept;
+  if (factor === 1 || (!edits && !preset)) return spec;
   if (preset) {
-    const base = presets[preset] ?? {};
-    return base.edits ? scaled({ ...base, ...rest }, factor) : spec;
+    const base = presets[preset];
+    if (preserve_norm !== undefined || when !== undefined) return spec; // the server says that a preset has its own
+    if (!base?.edits) throw new Error(`The edits of the preset ${preset} are not known, so its strength cannot be changed.`);
+    const [probes, stop] = ["probes", "stop"].map((name) => [...(base[name] ?? []), ...(rest[name] ?? [])]);
+    return scaled({ ...base, ...rest, ...(probes.length ? { probes } : {}), ...(stop.length ? { stop } : {}) }, factor);
   }
   const shared = defined({ preserve_norm, when });
   return { edits: edits.map((edit) => scaledEdit(edit, factor)), ...shared, ...rest };
@@ -243,6 +253,7 @@ function scaledEdit(edit, factor) {
   const times = (value) => (value === undefined || value === null ? undefined : round(value * factor));
   if (SCALED.includes(op)) return { ...edit, scale: times(edit.scale ?? 1) };
   if (op === "set") return { ...edit, target: times(edit.target) };
+  if (op !== "clamp") throw new Error(`An edit with the operation ${op} cannot be multiplied by ${factor}; change its own numbers.`);
   const { lo, hi, ...others } = edit;
   const [low, high] = factor < 0 ? [times(hi), times(lo)] : [times(lo), times(hi)];
   return { ...others, ...defined({ lo: low, hi: high }) };
