@@ -1,5 +1,6 @@
 #!/bin/sh
-# Derives the vector of this folder again and tests it on 1,000 other items, against controls and prompts (half an hour on two cores).
+# Derives a vector as that of this folder on the engine, and tests it on 1,000 other items, against controls and prompts (half an hour
+# on two cores). The file of this folder is from a Hugging Face model, so vector and numbers may differ.
 # Another seed gives other items, other examples and another vector:  sh examples/reasoning/search.sh 2
 set -eu
 exec steer-engine search category pick-largest smollm2-135m --recipe shots --recipe labels \
