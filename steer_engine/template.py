@@ -322,7 +322,11 @@ def _entry_of(edit: Edit, dose: Dose, details: Details | None) -> Entry:
 def _of_parts(edit: Edit, dose: Dose, details: Details | None) -> Iterator[Entry]:
     """The entries of an edit with several terms. Those that read x form one group; the others do not depend on x."""
     gate, limits = _gate_of(edit, dose), details or Details()
-    parts = sorted((part for part in dose.parts if not part.does_nothing), key=lambda part: not part.mode)
+    parts = [part for part in dose.parts if not part.does_nothing]
+    if gate is not None and len(parts) > 1:
+        # A gate reads x as well: in one group, all entries test the same x, and the edit applies whole or not at all.
+        parts = [part if part.mode else part._replace(mode="read", read=part.write) for part in parts]
+    parts.sort(key=lambda part: not part.mode)
     reading = [part for part in parts if part.mode]
     for part in parts:
         numbers = {"c0": part.c0, "c2": part.c2, "c3": part.c3, "lo": part.lo, "hi": part.hi}

@@ -129,6 +129,8 @@ def test_a_rank_that_reads_nothing_only_adds_its_bias() -> None:
         (FEATURE | {"target": 2.0}, ["jump"]),
         (FEATURE | {"feature": [7, 3, 7], "scale": 0}, ["jump", "jump"]),
         (FEATURE | {"feature": [3, 7], "add": 1.5}, [None, None]),
+        (FEATURE | {"feature": [3, 7], "add": 1.5, "gate": {"vector": "a", "min_cos": 0.1}}, ["read", "read"]),
+        (FEATURE | {"feature": 3, "add": 1.5, "gate": {"vector": "a", "min_cos": 0.1}}, [None]),
         (LOW_RANK | {"blocks": 1}, ["read", "read"]),
         (ROTATE | {"degrees": 30, "blocks": 1}, ["plane", "plane"]),
     ],
