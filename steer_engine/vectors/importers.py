@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from steer_engine.errors import UnreadableFileError, VectorFileError
+from steer_engine.fields import shown
 from steer_engine.vectors import (
     gguf_format,
     neuronpedia_format,
@@ -205,7 +206,9 @@ def _steering_lite(path: Path) -> ControlVector:
         if end > len(body):
             raise VectorFileError(f"Tensor {name} ends after the end of the file.")
         directions[int(match[1])] = safetensors_format.decode(body[begin:end], code).reshape(shape)
-    made_for = _STEERING_LITE[method].format(coefficient if type(coefficient) in (int, float) else 1.0)
+    if type(coefficient) not in (int, float) or not abs(coefficient) < 1e39:
+        raise VectorFileError(f"coeff {shown(coefficient)} is not a number.")
+    made_for = _STEERING_LITE[method].format(coefficient)
     return ControlVector(directions=directions, metadata=VectorMetadata(method=method, notes=made_for))
 
 

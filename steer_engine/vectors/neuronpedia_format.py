@@ -64,12 +64,12 @@ def load(path: Path) -> ControlVector:
     numbers = found.get("vector", found.get("values")) if isinstance(found, dict) else None
     if not isinstance(numbers, list) or not 1 <= len(numbers) <= MAX_HIDDEN_SIZE:
         raise VectorFileError(f"{path}: not one vector of Neuronpedia; `vector` is a list of numbers there.")
-    if not all(type(number) in (int, float) and abs(number) < 1e39 for number in numbers):
+    if not all(map(_is_number, numbers)):
         raise VectorFileError(f"{path}: the vector has values that are not finite numbers.")
     assert isinstance(found, dict)
     block = _block(found, path)
     strength = found.get("vectorDefaultSteerStrength", found.get("defaultSteerStrength"))
-    notes = [f"Neuronpedia's default strength is {strength:g}."] if type(strength) in (int, float) else []
+    notes = [f"Neuronpedia's default strength is {strength:g}."] if _is_number(strength) else []
     if label := _line(found.get("vectorLabel", found.get("label"))):
         notes.insert(0, f"Label: {label}.")
     metadata = VectorMetadata.checked({"model": str(found.get("modelId") or "")[:MAX_TEXT], "notes": " ".join(notes)})
@@ -173,6 +173,11 @@ def _block(found: dict[str, Any], path: Path) -> int:
     if not 0 <= block < MAX_BLOCKS:
         raise VectorFileError(f"{path}: {hook} is not the output of a block.")
     return block
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is finite, and no whole number too large for a float."""
+    return type(value) in (int, float) and abs(value) < 1e39
 
 
 def _line(text: Any) -> str:

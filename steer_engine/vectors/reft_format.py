@@ -27,14 +27,13 @@ import numpy as np
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
 from steer_engine.vectors import torch_format
-from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata, parse_json_object
+from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata
 from steer_engine.vectors.row_set import ORTHONORMAL_BOUND, RowSet
-from steer_engine.vectors.sae_formats import check_features
-from steer_engine.vectors.storage import read_vector_file, write_atomically
+from steer_engine.vectors.sae_formats import check_features, read_config
+from steer_engine.vectors.storage import write_atomically
 from steer_engine.vectors.torch_format import Array, NotOnlyTensorsError
 
 CONFIG = "config.json"
-MAX_CONFIG_BYTES = 1 << 20
 MAX_INTERVENTIONS = 4 * MAX_BLOCKS
 
 _TYPE = re.compile(r"(?:<class ')?(?:[\w.]+\.)?(\w+?)(?:'>)?")
@@ -53,10 +52,7 @@ def load_reft(folder: Path, part: int | None = None) -> RowSet:
         VectorFileError: not such a folder, or its interventions are no low-rank edits of block outputs.
     """
     where = folder / CONFIG
-    try:
-        config = parse_json_object(read_vector_file(where, MAX_CONFIG_BYTES).decode("utf-8"), "the configuration")
-    except UnicodeDecodeError:
-        raise VectorFileError(f"{where}: not UTF-8.") from None
+    config = read_config(where)
     representations, types = config.get("representations"), config.get("intervention_types")
     if not isinstance(representations, list) or not isinstance(types, list) or len(types) != len(representations):
         raise VectorFileError(f"{where}: it has no list of representations with as many intervention_types.")

@@ -39,6 +39,7 @@ from steer_engine.vectors.safetensors_format import (
     joined,
     require_gapless,
     split_header,
+    tensor_schema,
 )
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -186,21 +187,8 @@ def row_set_schema() -> dict[str, Any]:
     for name, codes in _PARTS.items():
         rows = {**size, "maximum": MAX_ROWS}
         sides = [rows, {**size, "maximum": MAX_HIDDEN_SIZE}] if name in ("read", "write") else [rows]
-        patterns[f"^{name}{block}"] = {
-            "type": "object",
-            "properties": {
-                "dtype": {"enum": list(codes)},
-                "shape": {"type": "array", "prefixItems": sides, "minItems": len(sides), "maxItems": len(sides)},
-                "data_offsets": {
-                    "type": "array",
-                    "items": {"type": "integer", "minimum": 0},
-                    "minItems": 2,
-                    "maxItems": 2,
-                },
-            },
-            "required": ["dtype", "shape", "data_offsets"],
-            "additionalProperties": False,
-        }
+        shape = {"prefixItems": sides, "minItems": len(sides), "maxItems": len(sides)}
+        patterns[f"^{name}{block}"] = tensor_schema(codes, shape)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Header of a control-vector file with a row set (safetensors, format version 2)",

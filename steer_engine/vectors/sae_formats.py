@@ -57,7 +57,7 @@ def load_saelens(folder: Path, features: Sequence[int], block: int | None = None
     Raises:
         VectorFileError: the folder is not one, or its features cannot be computed one by one from the residual stream.
     """
-    config = _config(folder / CONFIG)
+    config = _flat(read_config(folder / CONFIG))
     where = str(folder / CONFIG)
     _check_saelens(config, where)
     block = _block_of(config.get("hook_name"), block, where)
@@ -102,7 +102,7 @@ def load_gemma_scope(path: Path, features: Sequence[int], block: int | None = No
     config_file = path.with_name("config.json")
     model = ""
     if config_file.exists():
-        config = _config(config_file)
+        config = _flat(read_config(config_file))
         hooks = [config.get(name) for name in ("hf_hook_point_in", "hf_hook_point_out")]
         if config.get("affine_connection") or hooks[1] not in (None, hooks[0]):
             raise VectorFileError(f"{config_file}: {_TRANSCODER}")
@@ -220,15 +220,19 @@ def save_saelens(rows: RowSet, folder: Path) -> None:
     write_atomically(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """A configuration as one flat object: SAELens 6 keeps what it is for in an inner one."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises VectorFileError, which names the file."""
+    data = read_vector_file(path, MAX_CONFIG_BYTES)
     try:
-        config = parse_json_object(read_vector_file(path, MAX_CONFIG_BYTES).decode("utf-8"), "the configuration")
+        return parse_json_object(data.decode("utf-8"), "the configuration")
     except UnicodeDecodeError:
         raise VectorFileError(f"{path}: not UTF-8.") from None
     except VectorFileError as error:
-        named = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
-        raise type(error)(named) from None
+        raise VectorFileError(f"{path}: {error.message}") from None
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as one flat object: SAELens 6 keeps what it is for in an inner one."""
     inner = [config[name] for name in ("metadata", "meta") if isinstance(config.get(name), dict)]
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     flat: dict[str, Any] = {}
@@ -241,9 +245,9 @@ def _config(path: Path) -> dict[str, Any]:
 def _check_saelens(config: Mapping[str, Any], where: str) -> None:
     """Raise VectorFileError unless each feature is a function of x by its own rows, and x is the residual stream."""
     architecture = config["architecture"]
-    activation = config.get("activation_fn", "relu")
-    if activation != "relu":
-        architecture = activation if isinstance(activation, str) else architecture
+    if (activation := config.get("activation_fn", "relu")) not in ("relu", architecture):
+        reason = _NOT_ALONE.get(str(activation), "readable is ReLU")
+        raise VectorFileError(f"{where}: features of {shown(activation)} cannot be imported: {reason}.")
     if not isinstance(architecture, str) or architecture not in _NUMBERS:
         reason = _NOT_ALONE.get(str(architecture), f"readable are {', '.join(_NUMBERS)} with ReLU")
         raise VectorFileError(f"{where}: features of {shown(architecture)} cannot be imported: {reason}.")

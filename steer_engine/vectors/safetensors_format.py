@@ -15,7 +15,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,26 +232,10 @@ def encode(array: npt.NDArray[np.float32], code: str, what: str) -> bytes:
 
 def header_schema() -> dict[str, Any]:
     """JSON Schema of the header: `__metadata__` (text to text) and one entry per block."""
+    side = {"type": "integer", "minimum": 1, "maximum": MAX_HIDDEN_SIZE}
     tensor = {
-        "type": "object",
         "description": "The direction added to the output of this block, counted from 0 over the whole model.",
-        "properties": {
-            "dtype": {"enum": ["F32", "F16", "BF16"]},
-            "shape": {
-                "type": "array",
-                "items": {"type": "integer", "minimum": 1, "maximum": MAX_HIDDEN_SIZE},
-                "minItems": 1,
-                "maxItems": 1,
-            },
-            "data_offsets": {
-                "type": "array",
-                "items": {"type": "integer", "minimum": 0},
-                "minItems": 2,
-                "maxItems": 2,
-            },
-        },
-        "required": ["dtype", "shape", "data_offsets"],
-        "additionalProperties": False,
+        **tensor_schema(tuple(_ITEMSIZE), {"items": side, "minItems": 1, "maxItems": 1}),
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -262,6 +246,21 @@ def header_schema() -> dict[str, Any]:
         "required": ["__metadata__"],
         "additionalProperties": False,
         "minProperties": 2,
+    }
+
+
+def tensor_schema(codes: Sequence[str], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Schema of a tensor's entry. shape: what the array of its sizes has."""
+    offsets = {"items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
+    return {
+        "type": "object",
+        "properties": {
+            "dtype": {"enum": list(codes)},
+            "shape": {"type": "array", **shape},
+            "data_offsets": {"type": "array", **offsets},
+        },
+        "required": ["dtype", "shape", "data_offsets"],
+        "additionalProperties": False,
     }
 
 

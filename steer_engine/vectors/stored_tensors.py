@@ -172,7 +172,9 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, handle: int
         try:
             read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(stream)]
             shape, turned, dtype = read_header(stream, max_header_size=MAX_NPY_HEADER)
-        except (ValueError, KeyError):
+        except (*_DAMAGED, OSError):
+            raise
+        except Exception:  # numpy evaluates the header as a literal, which can raise nearly anything
             raise VectorFileError(f"the array {name[:64]!r} has no valid header.") from None
         begin = stream.tell()
     code = _CODES.get(dtype.str)

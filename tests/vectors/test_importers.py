@@ -167,6 +167,9 @@ def test_steering_lite(tmp_path: Path) -> None:
     for changes in ({"method": "sspace"}, {"target_submodule": "mlp.down_proj"}, {"method": ["x"]}):
         with pytest.raises(VectorFileError, match="is not one direction per block"):
             import_vector(steering_lite(path, {"layer3.v": v}, **changes), "steering-lite")
+    for coefficient in (10**400, "2", None):
+        with pytest.raises(VectorFileError, match="is not a number"):
+            import_vector(steering_lite(path, {"layer3.v": v}, coeff=coefficient), "steering-lite")
     with pytest.raises(VectorFileError, match=r"v\.safetensors: Tensor 'layer3\.V' is not layer0\.v"):
         import_vector(steering_lite(path, {"layer3.V": np.ones((2, 4), np.float32)}), "steering-lite")
     with pytest.raises(VectorFileError, match="shape"):

@@ -50,6 +50,13 @@ def test_a_vector_of_the_api(tmp_path: Path, content: Any) -> None:
         assert vector.metadata.notes == "Label: Jedi. Neuronpedia's default strength is 15."
 
 
+@pytest.mark.parametrize("strength", [10**400, float("nan"), float("inf"), True, "15"])
+def test_a_strength_that_is_no_finite_number_is_not_told(tmp_path: Path, strength: Any) -> None:
+    vector = load(written(tmp_path / "v.json", {**INNER, "vectorDefaultSteerStrength": strength}))
+    assert vector.blocks == (5,)
+    assert "strength" not in vector.metadata.notes
+
+
 def test_a_vector_that_we_write_is_read_back_exactly(tmp_path: Path) -> None:
     numbers = np.random.default_rng(1).normal(size=7).astype(np.float32)
     vector = ControlVector(directions={5: numbers}).with_metadata(model="gpt2-small")

@@ -180,6 +180,13 @@ def test_configurations_that_are_not_of_low_rank_edits(tmp_path: Path, change: A
         load_reft(path)
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_an_unusable_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(VectorFileError, match=r"config\.json: "):
+        load_reft(tmp_path)
+
+
 def test_what_we_write_is_read_by_torch_and_back_exactly(tmp_path: Path) -> None:
     rows = load_reft(folder(tmp_path / "reft", {4: [loreft()], 7: [loreft()]}, "LoreftIntervention"))
     save_reft(rows, tmp_path / "out")

@@ -141,6 +141,8 @@ def test_a_factor_of_the_decoder_is_part_of_the_write_rows(tmp_path: Path) -> No
         ({"architecture": "topk"}, "'topk' cannot be imported: a top-k feature is active only among the k largest"),
         ({"activation_fn": "topk"}, "'topk' cannot be imported"),
         ({"activation_fn_str": "tanh-relu"}, "'tanh-relu' cannot be imported"),
+        ({"activation_fn": {"name": "topk"}}, "an object cannot be imported"),
+        ({"activation_fn": "jumprelu"}, "'jumprelu' cannot be imported"),
         ({"architecture": "batchtopk"}, "save the inference model"),
         ({"architecture": "transcoder"}, "readable are standard, jumprelu, gated with ReLU"),
         ({"architecture": ["standard"]}, "an array cannot be imported"),
@@ -400,6 +402,10 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
         ),
         "W_enc needs|hidden size|needs",
     ),
+    **{
+        f"a header that begins {text[:8]!r}": (archive(GOOD | {"W_enc.npy": declared(text)}), "no valid header")
+        for text in ("{'descr': (", "{[]: 1}", "'''", "  x\n y", "{1: 2, 'a': 3}")
+    },
     "no array header": (archive(GOOD | {"W_enc.npy": b"nothing"}), "no valid header"),
     "a scalar": (archive(GOOD | {"W_enc.npy": npy(np.float32(1))}), r"shape \[\]"),
     "three dimensions": (archive(GOOD | {"W_enc.npy": npy(np.ones((D, F, 1), "f"))}), r"\[D, features\] is needed"),
