@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, inf, radians, sin
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -200,11 +201,20 @@ def _feature_rows(
     return read, write, row.bias, max(row.threshold or 0.0, 0.0) - row.bias
 
 
-@lru_cache(maxsize=1024)
+_FEATURES: WeakKeyDictionary[RowSet, dict[tuple[int, int], tuple[ControlVector, ControlVector]]] = WeakKeyDictionary()
+"""By file, what `_row_vectors` returned. Requests repeat features, and each digest is computed once. A file that is
+deleted or evicted takes its rows with it."""
+
+
 def _row_vectors(rows: RowSet, block: int, number: int) -> tuple[ControlVector, ControlVector]:
-    """The two rows of a feature as vectors of one block. Requests repeat them, and each digest is computed once."""
-    row = rows.row(block, number)
-    return _vector({block: row.read}, rows.metadata), _vector({block: row.write}, rows.metadata)
+    """The two rows of a feature as vectors of one block."""
+    known = _FEATURES.setdefault(rows, {})
+    if (block, number) not in known:
+        row = rows.row(block, number)
+        # Copies: views would keep the whole file in memory.
+        pair = (_vector({block: each.copy()}, rows.metadata) for each in (row.read, row.write))
+        known[block, number] = (next(pair), next(pair))
+    return known[block, number]
 
 
 def _vector(directions: dict[int, np.ndarray], metadata: VectorMetadata) -> ControlVector:
@@ -225,7 +235,12 @@ def _low_rank_terms(
         raise SteeringRequestError(
             f"The edit has rank {rank}; this server takes at most {limits.max_rank} (max_rank).", f"{param}.vector"
         )
-    reads, writes = _ranks(rows)
+    try:
+        reads, writes = _ranks(rows)
+    except VectorFileError:
+        raise SteeringRequestError(
+            "The difference of the file's W and R overflows float32.", f"{param}.vector"
+        ) from None
     parts, grown, doses = [], [], []
     for block in blocks:
         here = []
@@ -250,10 +265,19 @@ def _low_rank_terms(
     return Terms(parts=tuple(parts), growth=tuple(grown), doses=tuple(doses))
 
 
-@lru_cache(maxsize=64)
-def _ranks(rows: RowSet) -> tuple[tuple[ControlVector, ...], tuple[ControlVector, ...]]:
-    """By rank, W_i - R_i and R_i at all blocks of a low-rank edit that have this rank."""
+_Ranks = tuple[tuple[ControlVector, ...], tuple[ControlVector, ...]]
+_RANKS: WeakKeyDictionary[RowSet, _Ranks] = WeakKeyDictionary()
+"""By file, what `_ranks` returned."""
 
+
+def _ranks(rows: RowSet) -> _Ranks:
+    """By rank, W_i - R_i and R_i at all blocks of a low-rank edit that have this rank."""
+    if rows not in _RANKS:
+        _RANKS[rows] = _ranks_of(rows)
+    return _RANKS[rows]
+
+
+def _ranks_of(rows: RowSet) -> _Ranks:
     def vectors(of_block: Callable[[int], np.ndarray]) -> tuple[ControlVector, ...]:
         most = max(map(rows.count, rows.blocks))
         return tuple(

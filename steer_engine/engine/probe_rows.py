@@ -64,8 +64,8 @@ class ProbeRows:
         """Whether there are rows to copy after the step."""
         return bool(self._rows)
 
-    def receive(self, numbers_NK: torch.Tensor) -> None:
-        """Before a step: what earlier stages measured in it. NaN at blocks that they do not have."""
+    def receive(self, numbers_NK: torch.Tensor | None) -> None:
+        """Before a step: what earlier stages measured in it, NaN at blocks that they do not have; None = nothing."""
         self._earlier_NK = numbers_NK
 
     def pass_on(self) -> torch.Tensor | None:

@@ -137,12 +137,15 @@ def through_stages(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         adapter = adapter_of(self)
-        if adapter is not None and intermediate_tensors is not None and _has_numbers(intermediate_tensors):
-            adapter.probes.receive(intermediate_tensors.tensors.pop(PASSED_ON))
+        if adapter is not None and intermediate_tensors is not None:
+            arrived = _has_numbers(intermediate_tensors)
+            adapter.probes.receive(intermediate_tensors.tensors.pop(PASSED_ON) if arrived else None)
         output = original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
         if adapter is not None and isinstance(output, IntermediateTensors):
             adapter.runtime.end_step()
-            if (numbers_NK := adapter.probes.pass_on()) is not None:
+            numbers_NK = adapter.probes.pass_on()
+            output.tensors.pop(PASSED_ON, None)  # a replayed graph returns the same object again
+            if numbers_NK is not None:
                 output.tensors[PASSED_ON] = numbers_NK
         return output
 

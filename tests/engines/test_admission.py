@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "wrong type": (steering(edit("r0", "2")), "steering.edits[0].scale", "number"),  # type: ignore[arg-type]
     "no edits": ({"edits": []}, "steering.edits", "at least 1"),
     "too many rows": (
-        steering(*[edit(f"r{i}", scope={"start": i}) for i in range(9)]),
+        steering(*[edit(f"r{i}", scope={"start": i}, gate={"vector": f"r{9 + i}", "min_cos": 0.0}) for i in range(5)]),
         "steering.edits",
         "--steering-rows",
     ),
