@@ -8,14 +8,13 @@ Legend: D hidden size, k rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import cos, inf, radians, sin
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from steer_engine.derived_vectors import orthonormal_pair, rank_vectors, row_vectors, unit_of
 from steer_engine.edit import LARGEST, GateBounds, Growth, Part
 from steer_engine.errors import SteeringRequestError, VectorFileError
 from steer_engine.fields import shown
@@ -23,11 +22,8 @@ from steer_engine.model_shape import ModelShape, describe_blocks
 from steer_engine.resolve_vectors import Keep, VectorSource, check_blocks, check_direction, lookup, lookup_file
 from steer_engine.settings import Limits
 from steer_engine.spec import DIRECTIONAL, EditSpec, Op
-from steer_engine.vectors import ControlVector, RowSet, VectorMetadata
+from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vectors.files import as_directions, as_rows, noun
-
-MAX_COSINE = 1 - 2.0**-16
-"""Two directions with a larger |cosine| span no plane: their difference would be rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +159,7 @@ def _feature(requested: EditSpec, rows: RowSet, block: int, feature: int, keep: 
     read, write, bias, low = _feature_rows(rows, block, feature, f"{param}.feature")
     length, size = read.norms[block], write.norms[block]
     keep(write)
-    unit_e, unit_d = _unit(read, block), _unit(write, block)
+    unit_e, unit_d = unit_of(read, block), unit_of(write, block)
     if requested.add is not None:
         return Part("", "", write.digest, c0=requested.add * size), unit_e, unit_d
     keep(read)
@@ -193,33 +189,12 @@ def _feature_rows(
         row = rows.row(block, feature)
     except VectorFileError as error:
         raise SteeringRequestError(error.message, param) from None
-    read, write = _row_vectors(rows, block, feature)
+    read, write = row_vectors(rows, block, feature)
     if not (read.norms[block] and write.norms[block]):
         raise SteeringRequestError(
             f"Feature {feature} has a row of zeros at block {block}: it has no direction.", param
         )
     return read, write, row.bias, max(row.threshold or 0.0, 0.0) - row.bias
-
-
-_FEATURES: WeakKeyDictionary[RowSet, dict[tuple[int, int], tuple[ControlVector, ControlVector]]] = WeakKeyDictionary()
-"""By file, what `_row_vectors` returned. Requests repeat features, and each digest is computed once. A file that is
-deleted or evicted takes its rows with it."""
-
-
-def _row_vectors(rows: RowSet, block: int, number: int) -> tuple[ControlVector, ControlVector]:
-    """The two rows of a feature as vectors of one block."""
-    known = _FEATURES.setdefault(rows, {})
-    if (block, number) not in known:
-        row = rows.row(block, number)
-        # Copies: views would keep the whole file in memory.
-        pair = (_vector({block: each.copy()}, rows.metadata) for each in (row.read, row.write))
-        known[block, number] = (next(pair), next(pair))
-    return known[block, number]
-
-
-def _vector(directions: dict[int, np.ndarray], metadata: VectorMetadata) -> ControlVector:
-    norms = {block: norm for block, norm in metadata.residual_norms.items() if block in directions}
-    return ControlVector(directions=directions, metadata=VectorMetadata(residual_norms=norms))
 
 
 def _low_rank_terms(
@@ -236,7 +211,7 @@ def _low_rank_terms(
             f"The edit has rank {rank}; this server takes at most {limits.max_rank} (max_rank).", f"{param}.vector"
         )
     try:
-        reads, writes = _ranks(rows)
+        reads, writes = rank_vectors(rows)
     except VectorFileError:
         raise SteeringRequestError(
             "The difference of the file's W and R overflows float32.", f"{param}.vector"
@@ -254,38 +229,17 @@ def _low_rank_terms(
             c0, c2 = requested.scale * bias * size, requested.scale * length * size
             if length:
                 keep(read)
-                here.append((Part("read", read.digest, write.digest, c0, c2), _unit(read, block), _unit(write, block)))
+                here.append(
+                    (Part("read", read.digest, write.digest, c0, c2), unit_of(read, block), unit_of(write, block))
+                )
             else:
-                here.append((Part("", "", write.digest, c0), _unit(write, block), _unit(write, block)))
+                here.append((Part("", "", write.digest, c0), unit_of(write, block), unit_of(write, block)))
         parts.append(tuple(part for part, _, _ in here))
         whole, change = _norms_of(here)
         amount = sum(abs(part.c0) for part, _, _ in here)
         grown.append(Growth(max(1.0, whole), amount))
         doses.append(Growth(change, amount))
     return Terms(parts=tuple(parts), growth=tuple(grown), doses=tuple(doses))
-
-
-_Ranks = tuple[tuple[ControlVector, ...], tuple[ControlVector, ...]]
-_RANKS: WeakKeyDictionary[RowSet, _Ranks] = WeakKeyDictionary()
-"""By file, what `_ranks` returned."""
-
-
-def _ranks(rows: RowSet) -> _Ranks:
-    """By rank, W_i - R_i and R_i at all blocks of a low-rank edit that have this rank."""
-    if rows not in _RANKS:
-        _RANKS[rows] = _ranks_of(rows)
-    return _RANKS[rows]
-
-
-def _ranks_of(rows: RowSet) -> _Ranks:
-    def vectors(of_block: Callable[[int], np.ndarray]) -> tuple[ControlVector, ...]:
-        most = max(map(rows.count, rows.blocks))
-        return tuple(
-            _vector({block: of_block(block)[i] for block in rows.blocks if i < rows.count(block)}, rows.metadata)
-            for i in range(most)
-        )
-
-    return vectors(lambda block: rows.read[block] - rows.write[block]), vectors(lambda block: rows.write[block])
 
 
 def _rotation_terms(
@@ -298,7 +252,7 @@ def _rotation_terms(
     Raises:
         SteeringRequestError: the vectors are (nearly) parallel at a block.
     """
-    u, v = _pair(vector, toward, tuple(blocks), param)
+    u, v = orthonormal_pair(vector, toward, tuple(blocks), param)
     keep(u)
     keep(v)
     if requested.degrees is not None:
@@ -317,26 +271,6 @@ def _rotation_terms(
     # Rounded rows are orthonormal up to rounding, so that |x| is kept up to rounding.
     growth = (Growth(),) * len(blocks)
     return Terms(parts=(parts,) * len(blocks), growth=growth, doses=growth)
-
-
-@lru_cache(maxsize=256)
-def _pair(
-    vector: ControlVector, toward: ControlVector, blocks: tuple[int, ...], param: str
-) -> tuple[ControlVector, ControlVector]:
-    """Orthonormal vectors that span the plane, by Gram-Schmidt in float64."""
-    first, second = {}, {}
-    for block in blocks:
-        u, w = _unit(vector, block), _unit(toward, block)
-        along = float(u @ w)
-        if abs(along) > MAX_COSINE:
-            raise SteeringRequestError(
-                f"The two vectors are parallel at block {block} (cosine {along:.6f}): they span no plane.",
-                f"{param}.toward",
-            )
-        rest = w - along * u
-        rest -= (rest @ u) * u  # once more: the first subtraction leaves rounding of the size of `along`
-        first[block], second[block] = u.astype(np.float32), (rest / np.linalg.norm(rest)).astype(np.float32)
-    return _vector(first, vector.metadata), _vector(second, vector.metadata)
 
 
 def check_terms(
@@ -387,13 +321,6 @@ def _norms_of(terms: Sequence[_Read]) -> tuple[float, float]:
         if not np.isfinite(change).all():
             return inf, inf
     return float(np.linalg.norm(np.eye(len(change)) + change, 2)), float(np.linalg.norm(change, 2))
-
-
-def _unit(vector: ControlVector, block: int) -> np.ndarray:
-    """float64 [D]"""
-    direction = vector.directions[block].astype(np.float64)
-    unit: np.ndarray = direction / np.linalg.norm(direction)
-    return unit
 
 
 def _above(number: float) -> float:

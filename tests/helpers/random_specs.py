@@ -386,8 +386,9 @@ def _applied_with_mode(
     assert entry.details is not None
     size = float(np.linalg.norm(read_D))
     own, dot = float(read_D @ w_D), float(read_D @ r_D)
-    # Rows that are computed, by Gram-Schmidt or as a difference, are rounded to float32.
+    # Rows that are computed are rounded to float32: those that are read, as differences, and both of Gram-Schmidt.
     rounding = 0.0 if entry.details.mode == MODES["jump"] else 2 * U32
+    of_written = rounding if entry.details.mode == MODES["plane"] else 0.0
     dot_error = read_error + ((SUM_ROUNDINGS + 1) * u + rounding) * size
     if entry.details.mode == MODES["plane"]:
         length = float(np.hypot(own, dot))
@@ -402,6 +403,6 @@ def _applied_with_mode(
     factor = sum(terms)
     factor_error += 8 * u * (sum(map(abs, terms)) + factor_error)
     edited_D = x_D + factor * w_D
-    error += factor_error * (1 + 2 * u) + (2 * u + rounding) * abs(factor)
+    error += factor_error * (1 + 2 * u) + (2 * u + of_written) * abs(factor)
     error += 4 * u * (before + float(np.linalg.norm(x_D)) + abs(factor) + float(np.linalg.norm(edited_D)))
     return edited_D, error
