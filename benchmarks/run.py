@@ -16,7 +16,7 @@ from steer_bench.process import ArmFailed
 from steer_bench.report import TABLE, document, show
 from steer_bench.settings import Settings
 
-QUESTIONS = ("serve", "distinct", "prefix", "when", "admission", "startup", "http")
+QUESTIONS = ("serve", "distinct", "prefix", "when", "language", "admission", "startup", "http")
 QUICK = ("serve",)
 PEERS = ("peers", "where", "derive", "evaluate")
 RESULTS = Path(__file__).parent / "results"

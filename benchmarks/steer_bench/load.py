@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Steering(StrEnum):
-    """Steering of the requests of a load. Every vector covers all blocks."""
+    """Steering of the requests of a load. Vectors, features and low-rank edits cover all blocks."""
 
     NONE = "none"
     ADD = "add"
@@ -22,10 +22,26 @@ class Steering(StrEnum):
     """Adds under a condition on the whole prompt, which holds."""
     SCHEDULES = "schedules"
     """Adds that fade over the first 64 tokens."""
+    FEATURES = "4 features"
+    """Sets the activations of four features of an autoencoder."""
+    RANKS = "rank 4"
+    """Low-rank edits of rank 4."""
+    ROTATIONS = "rotations"
+    """Rotations in the plane of two vectors."""
+    PROBES = "4 probes"
+    """Reads only: four dot products per token."""
+    PROBED_ADDS = "adds and 4 probes"
 
 
-DIRECTIONAL = ("ablate", "clamp", "add_relative")
-"""Operations of a directional load; requests use them in rotation."""
+OPS: dict[Steering, tuple[str, ...]] = {
+    Steering.NONE: (),
+    Steering.PROBES: (),
+    Steering.DIRECTIONAL: ("ablate", "clamp", "add_relative"),
+    Steering.FEATURES: ("feature",),
+    Steering.RANKS: ("low_rank",),
+    Steering.ROTATIONS: ("rotate",),
+}
+"""Operations of a load, `add` if it is missing here; requests use them in rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +50,8 @@ class Load:
 
     num_vectors: distinct vectors among the steered requests, used in rotation.
     every: every n-th request is steered (1 = all, 2 = half).
-    scope: scope of every edit, as in the request field.
+    scope, blocks: those of every edit, as in the request field.
+    probe_blocks: blocks of every probe, as in the request field.
     shared_prefix: number of tokens that all prompts start with; equal in all loads with the same seed.
     """
 
@@ -49,6 +66,8 @@ class Load:
     num_vectors: int = 1
     every: int = 1
     scope: str = "all"
+    blocks: int | str = "all"
+    probe_blocks: int | str = "all"
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Token ids of the prompts, without special tokens (both ends of the vocabulary)."""
@@ -71,9 +90,7 @@ class Load:
     @property
     def ops(self) -> tuple[str, ...]:
         """Operations of the steered requests, used in rotation."""
-        if self.steering is Steering.NONE:
-            return ()
-        return DIRECTIONAL if self.steering is Steering.DIRECTIONAL else ("add",)
+        return OPS.get(self.steering, ("add",))
 
     def op_of(self, request: int) -> str:
         return self.ops[request % len(self.ops)]
@@ -91,3 +108,12 @@ def vector(number: int, num_blocks: int, hidden_size: int) -> np.ndarray:
     rows_LD = np.random.default_rng([7, number]).standard_normal((num_blocks, hidden_size))
     unit_LD: np.ndarray = (rows_LD / np.linalg.norm(rows_LD, axis=1, keepdims=True)).astype(np.float32)
     return unit_LD
+
+
+def rows(number: int, count: int, hidden_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two float32 `[count, D]`: random unit rows to read, and orthonormal rows to write."""
+    rng = np.random.default_rng([8, number])
+    read_RD = rng.standard_normal((count, hidden_size))
+    read_RD /= np.linalg.norm(read_RD, axis=1, keepdims=True)
+    write_RD = np.linalg.qr(rng.standard_normal((hidden_size, count)))[0].T
+    return read_RD.astype(np.float32), np.ascontiguousarray(write_RD, dtype=np.float32)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from steer_bench.load import Load, Steering, vector
+from steer_bench.load import Load, Steering, rows, vector
 
 LOAD = Load(num_requests=12, concurrency=4, max_tokens=8, steering=Steering.ADD, num_vectors=3)
 
@@ -42,3 +42,15 @@ def test_vectors_have_length_1_and_are_distinct() -> None:
     rows_LD = vector(3, 4, 64)
     assert np.allclose(np.linalg.norm(rows_LD, axis=1), 1.0, atol=64 * 2.0**-24)
     assert not np.array_equal(rows_LD, vector(4, 4, 64))
+
+
+def test_rows_of_an_edit_are_distinct_and_those_written_orthonormal() -> None:
+    read_RD, write_RD = rows(3, 4, 64)
+    assert np.allclose(np.linalg.norm(read_RD, axis=1), 1.0, atol=64 * 2.0**-24)
+    assert np.allclose(write_RD @ write_RD.T, np.eye(4), atol=64 * 2.0**-22)
+    assert not np.array_equal(read_RD, rows(4, 4, 64)[0])
+
+
+def test_loads_that_only_read_have_no_operation() -> None:
+    assert replace(LOAD, steering=Steering.PROBES).ops == ()
+    assert replace(LOAD, steering=Steering.PROBED_ADDS).ops == ("add",)

@@ -9,13 +9,18 @@ import numpy as np
 
 from steer_bench.arms.drive import drive
 from steer_bench.arms.stock import engine_facts, sampling
-from steer_bench.load import Load, Steering, vector
+from steer_bench.load import Load, Steering, rows, vector
 from steer_bench.settings import Settings
 from steer_bench.timing import Timing
 
 ENVIRONMENT: dict[str, str] = {}
 ADD_SCALE = 8.0
 RELATIVE_SCALE = 0.02
+NUM_PROBES = 4
+NUM_ROWS = 4
+"""Features, or ranks, of an edit."""
+ROW_SETS = 8
+"""Files of features, and low-rank edits, that a load uses in rotation."""
 
 
 def load(settings: Settings) -> Ours:
@@ -25,10 +30,11 @@ def load(settings: Settings) -> Ours:
 
 
 class Ours:
-    """An armed engine in this process. Vector number 3 has the name `v3`."""
+    """An armed engine in this process. Number 3 has the names `v3`, `features3` and `low_rank3`."""
 
     def __init__(self, llm: Any, num_vectors: int) -> None:
         from steer_engine import ControlVector
+        from steer_engine.vectors.row_set import RowSet
 
         self.llm = llm
         self.engine = llm.llm_engine
@@ -38,11 +44,18 @@ class Ours:
             made = ControlVector(directions=dict(enumerate(rows_LD)))
             llm.vectors.add(f"v{number}", made)
             self.digests[number] = made.digest
+        for number in range(ROW_SETS):
+            read, write = rows(number, NUM_ROWS, llm.hidden_size)
+            blocks = range(llm.num_blocks)
+            for kind in ("features", "low_rank"):
+                made_rows = RowSet(kind=kind, read=dict.fromkeys(blocks, read), write=dict.fromkeys(blocks, write))
+                llm.vectors.add(f"{kind}{number}", made_rows)
 
     def describe(self) -> dict[str, Any]:
         import torch
 
         import steer_engine
+        from steer_engine.spec import Op
 
         worker = self.llm.steering_status()["workers"][0]
         facts = ("runner", "kernel", "armed_blocks", "ops", "bank_rows", "table_bytes")
@@ -51,6 +64,7 @@ class Ours:
             "num_blocks": self.llm.num_blocks,
             "threads": torch.get_num_threads(),
             **engine_facts(self.engine),
+            "all_ops": list(Op),
             **{fact: worker[fact] for fact in facts},
         }
 
@@ -71,14 +85,26 @@ class Ours:
         number = load.vector_of(request)
         if number is None:
             return None
+        probes = self.probes(load, number) if load.steering in (Steering.PROBES, Steering.PROBED_ADDS) else {}
+        return {"edits": [self.edit(load, request, prompt, number)] if load.ops else [], **probes}
+
+    def edit(self, load: Load, request: int, prompt: list[int], number: int) -> dict[str, Any]:
+        """The edit of a request with vector `number`."""
         op = load.op_of(request)
-        edit: dict[str, Any] = {"vector": f"v{number}", "op": op, "scope": load.scope}
-        if op == "add":
-            edit["scale"] = ADD_SCALE
-        elif op == "add_relative":
-            edit["scale"] = RELATIVE_SCALE
-        elif op == "clamp":
-            edit |= {"lo": 2.0, "hi": 4.0}
+        edit: dict[str, Any] = {"vector": f"v{number}", "op": op, "scope": load.scope, "blocks": load.blocks}
+        match op:
+            case "add":
+                edit["scale"] = ADD_SCALE
+            case "add_relative":
+                edit["scale"] = RELATIVE_SCALE
+            case "clamp":
+                edit |= {"lo": 2.0, "hi": 4.0}
+            case "feature":
+                edit |= {"vector": f"features{number % ROW_SETS}", "feature": list(range(NUM_ROWS)), "target": 1.0}
+            case "low_rank":
+                edit |= {"vector": f"low_rank{number % ROW_SETS}", "scale": 0.5}
+            case "rotate":
+                edit |= {"toward": f"v{number + 1}", "degrees": 60}
         match load.steering:
             case Steering.TRIGGERS:
                 edit["scope"] = {"after": prompt[1], "until": prompt[1] + 1, "each": True}
@@ -86,7 +112,14 @@ class Ours:
                 edit["when"] = {"vector": f"v{number}", "blocks": 0, "above": -1.0, "at": "mean_prompt"}
             case Steering.SCHEDULES:
                 edit["schedule"] = {"kind": "linear", "over": 64, "to": 0.5}
-        return {"edits": [edit]}
+        return edit
+
+    def probes(self, load: Load, number: int) -> dict[str, Any]:
+        """The probes of a request, with vectors other than `number`."""
+        names = [f"v{number + 1 + probe}" for probe in range(NUM_PROBES)]
+        return {
+            "probes": [{"name": name, "vector": name, "blocks": load.probe_blocks, "measure": "dot"} for name in names]
+        }
 
     def run(self, load: Load, *, check: bool = False) -> Timing:
         prompts = load.prompts(self.engine.vllm_config.model_config.get_vocab_size())

@@ -5,8 +5,10 @@ Plain vLLM and an engine armed for all operations at all blocks alternate on the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from rich.progress import Progress
 
@@ -134,6 +136,33 @@ def _against_idle(settings: Settings, progress: Progress) -> Answer:
         return Answer(question="serve", claims=claims, rows=rows, facts={"ours": ours.facts})
 
 
+def compare(
+    ours: ArmProcess,
+    loads: Mapping[str, Load],
+    targets: Mapping[str, Target | None],
+    progress: Progress,
+    *,
+    rounds: int,
+) -> tuple[list[dict[str, Any]], list[Claim]]:
+    """Throughput of loads of one engine, compared with the first of them.
+
+    targets: load -> target of its ratio. A load that is missing there is shown in the rows only.
+    """
+    cases = {name: partial(run, ours, load) for name, load in loads.items()}
+    for case in cases.values():  # warm up
+        case(0)
+    base, size = next(iter(loads)), next(iter(loads.values())).concurrency
+    times = interleave(cases, rounds, progress, f"{base}, {size}")
+    rows, claims = [], []
+    for name, timings in times.items():
+        ratio = Ratio.of(throughputs(timings), throughputs(times[base]))
+        rows.append({"case": name, "at once": size, **figures(timings), "ratio": "" if name == base else str(ratio)})
+        if name in targets:
+            mode = mode_of(ours.facts, loads[name])
+            claims.append(Claim.of_ratio(f"{name} / {base}, {size} requests", ratio, targets[name], mode=mode))
+    return rows, claims
+
+
 def run(arm: ArmProcess, load: Load, number: int) -> Timing:
     """Run one round with an empty prefix cache. All cases of a round use the same prompts."""
     assert arm.command("reset_prefix_cache")
@@ -164,7 +193,7 @@ def assert_comparable(stock: ArmProcess, ours: ArmProcess) -> None:
 
 def assert_armed(ours: ArmProcess) -> None:
     assert ours.facts["armed_blocks"] == list(range(ours.facts["num_blocks"]))
-    assert len(ours.facts["ops"]) == 5
+    assert ours.facts["ops"] == ours.facts["all_ops"]
 
 
 def check(ours: ArmProcess, load: Load, *, plain: Timing) -> None:
