@@ -295,7 +295,10 @@ def _block_of(hook: Any, block: int | None, where: str) -> int:
 
 def _dots(read: Floats, centre: Floats | None) -> Any:
     """<centre, e> of each row, in float64; 0 without a centre."""
-    return 0.0 if centre is None else read.astype(np.float64) @ centre.astype(np.float64)
+    if centre is None:
+        return 0.0
+    with np.errstate(over="ignore", invalid="ignore"):  # a row set checks that its values are finite
+        return read.astype(np.float64) @ centre.astype(np.float64)
 
 
 def _row_set(

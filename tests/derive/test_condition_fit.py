@@ -160,7 +160,7 @@ def test_the_command_stores_the_condition_and_nothing_else(tiny_llama: str, tmp_
     # Standard output is the JSON of a request alone.
     assert json.loads(done.stdout) == {"when": condition.when("v")}
     assert str(condition) in done.stderr.replace("\n", "")
-    for part in ("training AUROC", "chosen", "only 8 prompts were held out", "derived on 'another/model'"):
+    for part in ("training", "AUROC", "chosen", "only 8 prompts were held out", "derived on 'another/model'"):
         assert part in done.stderr
     assert (tmp_path / "v.condition.svg").read_text().startswith("<svg")
     # The same values again, from the rows by Hugging Face.
