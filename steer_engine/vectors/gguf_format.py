@@ -13,10 +13,9 @@ import re
 import struct
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
@@ -31,6 +30,10 @@ from steer_engine.vectors.metadata import (
     parse_json_object,
 )
 from steer_engine.vectors.storage import read_vector_file, write_atomically
+
+if TYPE_CHECKING:
+    # Imported where it is used: the package takes half a second, which every command would pay.
+    from gguf import GGUFReader
 
 MAGIC = b"GGUF"
 """The first bytes of a file."""
@@ -90,6 +93,8 @@ def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool
             "llama.cpp rejects a control vector with a direction for block 0. Leave that block out "
             "(in Python: vector.restrict(range(1, number of blocks))), or write .safetensors."
         )
+    from gguf import GGUFWriter
+
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / "vector.gguf"
         writer = GGUFWriter(staged, ARCHITECTURES[0])
@@ -113,6 +118,8 @@ def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool
 
 
 def _read(path: Path, keys: Keys) -> ControlVector:
+    from gguf import GGUFReader
+
     try:
         return _from_reader(GGUFReader(path), keys)
     except VectorFileError:
@@ -133,7 +140,7 @@ def _from_reader(reader: GGUFReader, keys: Keys) -> ControlVector:
         match = _NAME.fullmatch(tensor.name)
         if match is None:
             raise VectorFileError(f"Tensor {tensor.name[:64]!r} does not belong in a control vector.")
-        if tensor.tensor_type != GGMLQuantizationType.F32:
+        if tensor.tensor_type != _F32:
             raise VectorFileError(f"Tensor {tensor.name} is {tensor.tensor_type.name}; control vectors are F32.")
         directions[int(match[1])] = np.array(tensor.data, dtype=np.float32)  # a copy, because the reader maps the file
     use = use_of({key: _value(reader, key) for key in reader.fields}, directions, keys)
@@ -156,7 +163,7 @@ def _metadata(reader: GGUFReader, architecture: str) -> VectorMetadata:
 def _text(reader: GGUFReader, key: str) -> str:
     """The text of a key; "" if the key is missing or its value is not text."""
     found: Any = reader.get_field(key)
-    if found is None or found.types != [GGUFValueType.STRING]:
+    if found is None or found.types != [_STRING]:
         return ""
     return bytes(found.parts[-1]).decode("utf-8", errors="replace")
 
@@ -164,9 +171,9 @@ def _text(reader: GGUFReader, key: str) -> str:
 def _value(reader: GGUFReader, key: str) -> Any:
     """The value of a key: text, a number or a truth value. An array is "an array": no key that is used here has one."""
     found: Any = reader.fields[key]
-    if found.types[0] == GGUFValueType.ARRAY:
+    if found.types[0] == _ARRAY:
         return "an array"
-    return _text(reader, key) if found.types[0] == GGUFValueType.STRING else found.parts[-1].tolist()[0]
+    return _text(reader, key) if found.types[0] == _STRING else found.parts[-1].tolist()[0]
 
 
 def _model_hint(metadata: VectorMetadata) -> str:
