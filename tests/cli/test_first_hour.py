@@ -33,7 +33,7 @@ try:
     main()
 finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    heavy = [name for name in ("vllm", "torch", "transformers", "ray", "gguf", "pandas", "sklearn") if name in sys.modules]
+    heavy = sorted({"vllm", "torch", "transformers", "ray", "gguf", "pandas", "sklearn"} & sys.modules.keys())
     print("REPORT", round(used.ru_utime + used.ru_stime, 2), *heavy, file=sys.stderr)
 """
 
