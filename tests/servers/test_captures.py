@@ -111,6 +111,12 @@ def rows_of(answer: httpx.Response) -> np.ndarray:
     return np.stack([tensors[f"residual.{block}"] for block in capture["blocks"]])
 
 
+def assert_same_rows(rows: np.ndarray, others: np.ndarray) -> None:
+    """Up to rounding: a CPU adds up the attention of a decoding step in as many parts as the process has threads."""
+    assert rows.shape == others.shape
+    assert np.abs(rows - others).max() <= 1e-5
+
+
 def worker(server: Server) -> dict[str, Any]:
     found: dict[str, Any] = server.get("/v1/steering/stats").json()["engine"]["workers"][0]
     return found
@@ -151,13 +157,13 @@ def test_rows_are_those_of_the_offline_engine_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
-def test_rows_of_answers_are_those_of_the_offline_engine_to_the_bit(
+def test_rows_of_answers_are_those_of_the_offline_engine(
     capturing: Server, offline: dict[str, np.ndarray], name: str
 ) -> None:
     prompt, positions, steering, scope = ANSWERS[name]
     capture = {"capture": {"positions": positions, "scope": scope}}
     answer = ask(capturing, PROMPTS[prompt], (steering or {}) | capture, max_tokens=NUM_TOKENS)
-    assert np.array_equal(rows_of(answer), offline[name])
+    assert_same_rows(rows_of(answer), offline[name])
     reported, length = answer.json()["steering"]["capture"], len(PROMPTS[prompt])
     last = length + NUM_TOKENS - 2  # chose the last token
     first = 0 if scope == "all" else last if positions == "last" else length - 1
@@ -174,7 +180,7 @@ def test_the_default_is_one_row_for_each_token_that_is_returned(
     capture = {"capture": {"scope": "generation"}}
     fields = {"max_tokens": NUM_TOKENS, "return_token_ids": True}
     whole = ask(capturing, PROMPTS["long"], capture, **fields)
-    assert np.array_equal(rows_of(whole), offline["generation"])
+    assert_same_rows(rows_of(whole), offline["generation"])
     choice = whole.json()["choices"][0]
     assert rows_of(whole).shape[1] == len(choice["token_ids"]) == whole.json()["usage"]["completion_tokens"]
     stop = choice["text"][len(choice["text"]) // 2]
