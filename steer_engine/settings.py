@@ -46,6 +46,8 @@ API_KEY_ENVS = ("STEER_ENGINE_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
 """Key for requests to that server; the first one that is set counts."""
 CACHE_ENV = "STEER_ENGINE_CACHE"
 """Folder for converted packaged models."""
+ACCEPT_LICENSE_ENV = "STEER_ENGINE_ACCEPT_LICENSE"
+"""Packaged models whose licence the user accepts: names, separated by commas."""
 
 CONFIG_KEY = "steer_engine"
 """Key of our settings in vLLM's `additional_config`, which reaches every process and enters the compile-cache key."""

