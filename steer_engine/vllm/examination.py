@@ -270,7 +270,11 @@ def _start_copy(args: EngineArgs) -> dict[str, Any]:
     """
     settings = dict(args.additional_config or {})
     # The copy has fewer blocks than the flags may name, so all are armed: every kind of block is probed.
-    settings[CONFIG_KEY] = {**settings.get(CONFIG_KEY, {}), "blocks": "all", "capture": ()}
+    own = settings.get(CONFIG_KEY, {})
+    settings[CONFIG_KEY] = {**own, "blocks": "all", "capture": ()}
+    if own.get("blocks", "all") != "all":
+        # The flags may leave out just those blocks that lack a site.
+        settings[CONFIG_KEY]["sites"] = ()
     copy = replace(args, **COPY_ARGS, hf_overrides=args.hf_overrides or shrunken, additional_config=settings)
     engine = LLMEngine.from_engine_args(copy, usage_context=UsageContext.LLM_CLASS)
     status = engine_client.check_status([engine_client.call(engine, "status")])

@@ -176,7 +176,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             raise UnsupportedEngineError(f"--steering-blocks: {error}") from None
     settings: dict[str, Any] = {
         "blocks": args.steering_blocks,
-        "sites": _sites(args.steering_sites),
+        "sites": parse_sites(args.steering_sites) if args.steering_sites is not None else None,
         "ops": args.steering_ops.split(",") if args.steering_ops else None,
         "rows": args.steering_rows,
         "bank_rows": args.steering_bank_rows,
@@ -186,9 +186,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _sites(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
+def parse_sites(text: str) -> list[str]:
+    """The sites of `--steering-sites`. Raises UnsupportedEngineError for an unknown one."""
     names = text.split(",")
     if unknown := [name for name in names if name not in SITES_IN_BLOCKS]:
         raise UnsupportedEngineError(
