@@ -160,6 +160,8 @@ def test_a_yes_without_the_weights_says_so(found: dict[str, tuple[int, str]]) ->
     status, printed = found["no weights"]
     assert status == 0, printed
     assert "yes: it can be served steered, judging by a copy with random weights" in printed
+    assert "site mlp" in printed
+    assert "after mlp" in printed
     assert "its own weights were not examined" not in found["tiny table"][1]
 
 
