@@ -38,7 +38,12 @@ PROBE = {"name": "tone", "vector": "tone", "blocks": BLOCK, "measure": "probabil
 
 def main(probe: str, picture: str) -> None:
     llm = LLM(
-        "smollm2-135m", vectors={"tone": load(probe)}, capture=True, dtype="float32", enforce_eager=True, max_model_len=512
+        "smollm2-135m",
+        vectors={"tone": load(probe)},
+        capture=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
     )
     llm.vectors.add("cheerful", derive(llm, "sentiment", blocks="8-17"))
     tokenizer = llm.get_tokenizer()

@@ -13,6 +13,7 @@ from math import fsum, prod
 from steer_engine.edit import LARGEST, Edit, Growth
 from steer_engine.errors import SteeringRequestError
 from steer_engine.settings import Limits
+from steer_engine.site import Site
 from steer_engine.spec import Op
 from steer_engine.vectors import ControlVector
 
@@ -133,7 +134,8 @@ def check_growth(
 
     The bound holds for any token row and any order: each operation multiplies the row's norm by at most one factor, or
     adds at most one amount, and the model's blocks add no more than they do without edits, since they normalise their
-    input. With `preserve_norm` the norm is restored after each block, so that blocks are bounded one by one.
+    input. With `preserve_norm` the norm is restored after each block, so that blocks are bounded one by one. Edits of
+    the outputs inside blocks can only add to the stream what they change (see `_changed_outputs`).
 
     vectors: by digest. dtype: of the residual stream.
 
@@ -141,6 +143,11 @@ def check_growth(
         SteeringRequestError: the bound exceeds MAX_STREAM_NORM.
     """
     peak, limit = _peak(vectors.values(), dtype), MAX_STREAM_NORM[dtype]
+    added, largest = _changed_outputs([edit for edit in edits if edit.site is not Site.BLOCK], vectors, peak)
+    if preserve_norm:
+        added = 2.0 * peak * len({point for edit in edits if edit.site is not Site.BLOCK for point in edit.points})
+    edits = [edit for edit in edits if edit.site is Site.BLOCK]
+    peak += added
     if preserve_norm:
         at_block: dict[int, list[_Dose]] = {}
         for edit in edits:
@@ -152,6 +159,7 @@ def check_growth(
         bound = _grown(
             peak, [(edit, edit.peak_scales, list(_norms_of(edit, vectors).values()), edit.growth) for edit in edits]
         )
+    bound = max(bound, largest)
     if not bound <= limit:
         raise SteeringRequestError(
             f"The edits together could grow the residual stream to a norm of {bound:.2g}; {dtype} holds {limit:.2g}. "
@@ -187,6 +195,35 @@ def _grown(peak: float, doses: Iterable[_Dose]) -> float:
                 factor *= prod(growth.factor for growth in grown)
                 amount += fsum(growth.amount for growth in grown)
     return factor * (peak + amount)
+
+
+def _changed_outputs(edits: Iterable[Edit], vectors: Mapping[str, ControlVector], peak: float) -> tuple[float, float]:
+    """For edits of the outputs of attention and MLP: how much they add to the stream in all, at most, and the largest
+    norm of an edited output.
+
+    An unedited output takes a row of the stream to another one, so it is bounded like those: by `peak`. What the stream
+    gets is the change of the output. Unlike at a block's output, a smaller output may leave a larger stream.
+    """
+    sizes: dict[int, float] = {}
+    for edit in edits:
+        norms, grown = _norms_of(edit, vectors), edit.growth or (Growth(),) * len(edit.blocks)
+        for point, norm, scale, growth in zip(edit.points, norms.values(), edit.peak_scales, grown, strict=True):
+            size = sizes.get(point, peak)
+            sizes[point] = size + _change(edit, abs(scale), norm, growth, size)
+    return fsum(size - peak for size in sizes.values()), max(sizes.values(), default=0.0)
+
+
+def _change(edit: Edit, scale: float, norm: float, growth: Growth, size: float) -> float:
+    """The largest |x' - x| for |x| <= size. scale: absolute value. norm: of the vector. growth: of parts."""
+    match edit.op:
+        case Op.ADD:
+            return scale * norm
+        case Op.ADD_RELATIVE | Op.ABLATE:
+            return scale * size
+        case Op.CLAMP | Op.SET:
+            return size + max(edit.lo or 0.0, -(edit.hi or 0.0), 0.0)
+        case Op.FEATURE | Op.LOW_RANK | Op.ROTATE:
+            return (growth.factor + 1.0) * size + growth.amount
 
 
 def _peak(vectors: Iterable[ControlVector], dtype: str) -> float:

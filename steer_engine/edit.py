@@ -11,6 +11,7 @@ from itertools import groupby
 from math import fsum, inf, log2
 from typing import Any, NamedTuple
 
+from steer_engine.site import Site, points_at
 from steer_engine.spec import Op
 from steer_engine.trigger import NO_END, Trigger
 
@@ -213,7 +214,7 @@ class Dose(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """One operation at the outputs of `blocks`.
+    """One operation at one site of `blocks`.
 
     vector: digest of the file. toward: of the second one of a rotation.
     scales: per block, the factor on the vector (add) or on the operation (add_relative, ablate).
@@ -236,13 +237,19 @@ class Edit:
     toward: str | None = None
     parts: tuple[tuple[Part, ...], ...] = ()
     growth: tuple[Growth, ...] = ()
+    site: Site = Site.BLOCK
+
+    @cached_property
+    def points(self) -> tuple[int, ...]:
+        """The edited points, in the order of `blocks` (see `site`)."""
+        return points_at(self.blocks, self.site)
 
     @cached_property
     def doses(self) -> dict[int, Dose]:
-        """By block."""
+        """By point."""
         parts = self.parts or ((),) * len(self.blocks)
         gates = self.gate.bounds if self.gate else (None,) * len(self.blocks)
-        return dict(zip(self.blocks, map(Dose, self.scales, parts, gates), strict=True))
+        return dict(zip(self.points, map(Dose, self.scales, parts, gates), strict=True))
 
     @property
     def commutes(self) -> bool:
@@ -289,6 +296,8 @@ class Edit:
             content.append(["schedule", *self.schedule, self.scope.wire])
         if self.when is not None:
             content.append(["when", self.when.any, *self.when.conditions])
+        if self.site is not Site.BLOCK:
+            content.append(["site", self.site.value])
         return sha256_of(content)
 
 
@@ -307,20 +316,23 @@ def canonical_order(edits: Sequence[Edit]) -> tuple[Edit, ...]:
 
 
 def _summed(adds: Sequence[Edit]) -> Iterator[Edit]:
-    """One add per vector and scope, without the blocks at which the scales add up to 0."""
+    """One add per vector, scope and site, without the blocks at which the scales add up to 0."""
     if len(adds) == 1 and all(adds[0].scales):
         yield adds[0]
         return
-    scales: dict[tuple[str, Scope], dict[int, list[float]]] = {}
+    scales: dict[tuple[str, Scope, Site], dict[int, list[float]]] = {}
     for add in adds:
-        at_block = scales.setdefault((add.vector, add.scope), {})
+        at_block = scales.setdefault((add.vector, add.scope, add.site), {})
         for block, scale in zip(add.blocks, add.scales, strict=True):
             at_block.setdefault(block, []).append(scale)
-    for (vector, scope), at_block in sorted(scales.items(), key=lambda item: (item[0][0], item[0][1].order)):
+    ordered = sorted(scales.items(), key=lambda item: (item[0][0], item[0][1].order, list(Site).index(item[0][2])))
+    for (vector, scope, site), at_block in ordered:
         # fsum rounds once, so the order of the scales does not affect the sum.
         sums = {block: total for block in sorted(at_block) if (total := fsum(at_block[block]))}
         if sums:
-            yield Edit(op=Op.ADD, vector=vector, blocks=tuple(sums), scales=tuple(sums.values()), scope=scope)
+            yield Edit(
+                op=Op.ADD, vector=vector, blocks=tuple(sums), scales=tuple(sums.values()), scope=scope, site=site
+            )
 
 
 def sha256_of(content: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from steer_engine.site import Site
 from steer_engine.spec import Op
 
 MAX_RUNS_SHOWN = 8
@@ -19,17 +20,24 @@ class ModelShape:
     armed_blocks: tuple[int, ...]
     ops: tuple[Op, ...]
     rows: int
-    """Bank rows that one request may need per block."""
+    """Bank rows that one request may need per block and site."""
     dtype: str
     """Of the residual stream: "float32", "float16" or "bfloat16"."""
     bank_rows: int | None = None
     """Rows of a bank that can fill up; None if the bank has room for every request."""
+    sites: tuple[Site, ...] = ()
+    """Where edits may apply besides the outputs of the armed blocks."""
     capture_blocks: tuple[int, ...] = ()
     """Where the stream can be captured; empty if capture is off."""
     is_pipeline: bool = False
     """The blocks are spread over the stages of a pipeline."""
     deals_rows_on_device: bool = False
     """The device decides how many drafts of each request a step verifies: the host does not know whose a row is."""
+
+    @property
+    def num_points(self) -> int:
+        """Armed blocks, at each of their armed sites."""
+        return len(self.armed_blocks) * (1 + len(self.sites))
 
     @cached_property
     def armed(self) -> frozenset[int]:

@@ -26,7 +26,7 @@ SCORE_KEY = "_steer_score"
 """Reserved key of `SamplingParams.extra_args` for a `Score`, set by `steer_engine.LLM.score`."""
 
 Row = tuple["RowKey", int]
-"""The content of a bank row, and the block that it belongs to."""
+"""The content of a bank row, and the point that it belongs to (see `site`): a number of a block, for its output."""
 
 MEASURES = {"dot": 1, "cosine": 2}
 """The numbers of measures on the device."""
@@ -37,7 +37,7 @@ MEMBER, LAST = 1, 2
 
 
 class RowKey(NamedTuple):
-    """What a bank row holds: a weighted sum of vectors at its block, or one vector's unit direction."""
+    """What a bank row holds: a weighted sum of vectors at its point's block, or one vector's unit direction."""
 
     terms: tuple[tuple[str, float], ...]
     """(vector digest, weight), sorted; one term of weight 1 is the vector as it is."""
@@ -95,7 +95,7 @@ class Entry(NamedTuple):
 
 
 class Sites(NamedTuple):
-    """Blocks that share one list of entries."""
+    """Points that share one list of entries. `blocks` are points: the numbers of blocks, where outputs are edited."""
 
     blocks: tuple[int, ...]
     entries: tuple[Entry, ...]

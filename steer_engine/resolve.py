@@ -21,11 +21,20 @@ from steer_engine.probe import Probe, StopRule
 from steer_engine.resolve_capture import resolve_capture
 from steer_engine.resolve_probes import resolve_probes, resolve_stops
 from steer_engine.resolve_rows import check_kind, check_terms, feature_blocks, resolve_gate, resolve_terms
-from steer_engine.resolve_vectors import Keep, VectorSource, check_blocks, check_direction, lookup, lookup_file
+from steer_engine.resolve_vectors import (
+    Keep,
+    VectorSource,
+    check_blocks,
+    check_direction,
+    check_site,
+    lookup,
+    lookup_file,
+)
 from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
 from steer_engine.room import check_room
 from steer_engine.scope import WhenField
 from steer_engine.settings import Limits
+from steer_engine.site import Site
 from steer_engine.spec import EditSpec, Op, SteeringSpec
 from steer_engine.template import ProgramTemplate
 from steer_engine.vectors import ControlVector, RowSet
@@ -56,6 +65,8 @@ class ResolvedEdit:
             "scope": requested.scope if isinstance(requested.scope, str) else requested.scope.report(),
             "digest": edit.digest,
         }
+        if edit.site is not Site.BLOCK:
+            entry["site"] = edit.site.value
         names = ("lo", "hi", "target", "feature", "add", "degrees", "to_degrees")
         extras = {name: getattr(requested, name) for name in names} | {"toward": edit.toward}
         entry |= {key: value for key, value in extras.items() if value is not None}
@@ -209,7 +220,7 @@ def with_probes(
     check_room(
         template,
         rows=model.rows,
-        num_armed_blocks=len(model.armed_blocks),
+        num_points=model.num_points,
         bank_rows=model.bank_rows,
         is_pipeline=model.is_pipeline,
         limits=limits,
@@ -243,6 +254,7 @@ def _resolve_edit(
         raise SteeringRequestError(
             f"Operation {requested.op.value!r} is not armed here; armed: {armed} (--steering-ops).", f"{param}.op"
         )
+    check_site(requested.site, f"{param}.site", model)
     if requested.gate is not None and model.ops == (Op.ADD,):
         raise SteeringRequestError("Gates need more than op 'add' armed (--steering-ops).", f"{param}.gate")
     if abs(requested.scale) > limits.max_abs_scale:
@@ -263,6 +275,7 @@ def _resolve_edit(
         toward=None if toward is None else toward.digest,
         blocks=blocks,
         scales=_scales(requested, file, blocks, param) if isinstance(file, ControlVector) else (1.0,) * len(blocks),
+        site=requested.site,
         parts=terms.parts if terms else (),
         growth=terms.growth if terms else (),
         scope=resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.fields import shown
 from steer_engine.model_shape import ModelShape, describe_blocks
+from steer_engine.site import Site
 from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vectors.files import as_directions
 
@@ -56,6 +57,13 @@ def check_blocks(blocks: tuple[int, ...], vector: ControlVector | RowSet, param:
             f"{describe_blocks(vector.blocks)}.",
             param,
         )
+
+
+def check_site(site: Site, param: str, model: ModelShape) -> None:
+    if site is Site.BLOCK or site in model.sites:
+        return
+    armed = ", ".join((Site.BLOCK, *model.sites))
+    raise SteeringRequestError(f"Site {site.value!r} is not armed here; armed: {armed} (--steering-sites).", param)
 
 
 def check_direction(vector: ControlVector, blocks: tuple[int, ...], param: str) -> None:

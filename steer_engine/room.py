@@ -11,14 +11,15 @@ def check_room(
     template: ProgramTemplate,
     *,
     rows: int,
-    num_armed_blocks: int,
+    num_points: int,
     bank_rows: int | None,
     is_pipeline: bool,
     limits: Limits,
 ) -> None:
     """Raise SteeringRequestError if the request names too many vectors, or needs too many entries or bank rows.
 
-    rows: entries of a request per block; the bank has as many rows per request and armed block. bank_rows: of a bank
+    rows: entries of a request per point; the bank has as many rows per request and point. num_points: armed blocks, at
+    each of their armed sites. bank_rows: of a bank
     that can fill up; None if it has room for every request. is_pipeline: each stage has a bank for its own blocks.
     """
     if len(template.vectors) > limits.max_request_vectors:
@@ -39,11 +40,11 @@ def check_room(
             "steering.edits",
         )
     # The bank is not divided by blocks: a block may use the rows that others leave.
-    if template.num_bank_rows > rows * num_armed_blocks:
+    if template.num_bank_rows > rows * num_points:
         named, advice = ("edits and probes", "Measure") if template.probes else ("edits", "Steer")
         raise SteeringRequestError(
             f"The {named} need {template.num_bank_rows} rows over all blocks; this server has room for "
-            f"{rows * num_armed_blocks} (--steering-rows). Each edit takes a row, each gate vector and each condition "
+            f"{rows * num_points} (--steering-rows). Each edit takes a row, each gate vector and each condition "
             f"one more, each rank or feature two. {advice} at fewer blocks.",
             "steering.probes" if template.probes else "steering.edits",
         )

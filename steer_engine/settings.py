@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from steer_engine.errors import UnsupportedEngineError
 from steer_engine.fields import parse_blocks
+from steer_engine.site import SITES_IN_BLOCKS, Site, all_points
 from steer_engine.spec import MAX_SPEC_CHARS, Op
 
 # Environment variables of a server. `serve` sets most of them from its flags, so that every process inherits them.
@@ -62,8 +63,10 @@ class SteeringConfig(BaseModel):
     """What an engine is armed for. Only settings that change the compiled graph or device memory belong here.
 
     blocks: `"all"`, `"8-22"` or a list: blocks that can be steered.
+    sites: where edits may apply besides the outputs of these blocks: "attn", "mlp" (default: nowhere else). A model
+        without such a point is refused at startup.
     ops: operations that a request may use. `("add",)` compiles to a graph without reductions.
-    rows: bank rows (and program entries) that one request may need per block, after adds are merged.
+    rows: bank rows (and program entries) that one request may need per block and site, after adds are merged.
     bank_rows: total rows of the bank. Default: enough for all requests at once. With fewer, requests wait in the
         scheduler.
     capture: blocks whose residual stream can be captured (empty: none).
@@ -74,6 +77,7 @@ class SteeringConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     blocks: str | tuple[int, ...] = "all"
+    sites: tuple[Site, ...] = ()
     ops: tuple[Op, ...] = ALL_OPS
     rows: int = Field(default=4, ge=1, le=16)
     bank_rows: int | None = Field(default=None, ge=1)
@@ -87,6 +91,11 @@ class SteeringConfig(BaseModel):
             raise ValueError("at least one operation must be armed; the smallest set is ['add']")
         return tuple(op for op in Op if op in ops)
 
+    @field_validator("sites")
+    @classmethod
+    def _in_blocks(cls, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(site for site in SITES_IN_BLOCKS if site in sites)
+
     @property
     def adds_only(self) -> bool:
         return self.ops == (Op.ADD,)
@@ -94,6 +103,10 @@ class SteeringConfig(BaseModel):
     def armed_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The armed block numbers of a model with `num_blocks` blocks, ascending."""
         return _select(self.blocks, num_blocks, "--steering-blocks")
+
+    def armed_points(self, num_blocks: int) -> tuple[int, ...]:
+        """The points of the armed blocks at all armed sites, ascending."""
+        return all_points(self.armed_blocks(num_blocks), self.sites)
 
     def capture_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The blocks whose stream can be captured, ascending; a subset of the armed blocks."""
@@ -107,18 +120,18 @@ class SteeringConfig(BaseModel):
             )
         return wanted
 
-    def probe_room(self, num_armed_blocks: int) -> tuple[int, int]:
-        """Probes of a request at one block, and numbers of a token over all blocks, at most. An engine for op "add"
+    def probe_room(self, num_points: int) -> tuple[int, int]:
+        """Probes of a request at one point, and numbers of a token over all points, at most. An engine for op "add"
         alone measures nothing.
         """
         if self.adds_only:
             return 0, 0
         limits = Limits.from_environment()
-        return limits.max_probes, min(limits.max_probes * num_armed_blocks, limits.max_probe_numbers)
+        return limits.max_probes, min(limits.max_probes * num_points, limits.max_probe_numbers)
 
-    def num_bank_rows(self, num_armed_blocks: int, max_requests: int) -> int:
+    def num_bank_rows(self, num_points: int, max_requests: int) -> int:
         """Rows of the bank of an engine that runs at most `max_requests` at once."""
-        most = max_requests * num_armed_blocks * self.rows
+        most = max_requests * num_points * self.rows
         return most if self.bank_rows is None else min(self.bank_rows, most)
 
     def to_additional_config(self) -> dict[str, Any]:

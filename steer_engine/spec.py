@@ -21,6 +21,7 @@ from steer_engine.fields import (
 )
 from steer_engine.probe_spec import MAX_PROBES, MAX_STOPS, ProbeSpec, StopSpec
 from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeField, WhenField, conditions_of
+from steer_engine.site import Site
 
 MAX_EDITS = 1024
 """The schema's own limit; `Limits.max_edits` is the limit of a server."""
@@ -124,6 +125,9 @@ Degrees = Annotated[Finite, Field(ge=-360, le=360)]
 class EditSpec(Strict):
     """One edit: `op` with `vector` at `blocks`, over the positions of `scope`.
 
+    site: what is edited in each block: its output ("block"), or the output of its attention ("attn") or of its MLP
+    ("mlp") before this is added to the residual stream. The operator must have armed the site.
+
     scale: for op add in units of the vector, or in mean residual norms of the block with `unit: "residual"`; for
     add_relative in norms of the same row; for ablate the fraction to remove; for feature a factor on the activation;
     for low_rank a factor on the whole edit. schedule: a factor that changes over the window of the scope. when: apply
@@ -139,6 +143,7 @@ class EditSpec(Strict):
     op: Annotated[Op, Field(strict=False)] = Op.ADD
     unit: Literal["vector", "residual"] = "vector"
     blocks: BlocksField = "all"
+    site: Annotated[Site, Field(strict=False)] = Site.BLOCK
     scope: ScopeField = "all"
     gate: Gate | None = None
     schedule: ScheduleSpec | None = None

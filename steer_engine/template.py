@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from steer_engine.edit import LARGEST, LAST_PROMPT_TOKEN, PROMPT, Bound, Condition, Dose, Edit, Scope, sha256_of
 from steer_engine.probe import Probe, ProbePlan, StopRule
 from steer_engine.program import LAST, MEASURES, MEMBER, MODES, Covered, Details, Entry, Program, RowKey, Sites, keys_of
+from steer_engine.site import block_of
 from steer_engine.spec import Op
 from steer_engine.trigger import Trigger
 
@@ -61,7 +62,7 @@ def _advanced(entry: Entry, tokens: int) -> Entry | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramTemplate:
-    """A program before the prompt length is known: entries with symbolic scopes, blocks with equal entries grouped."""
+    """A program before the prompt length is known: entries with symbolic scopes, points with equal entries grouped."""
 
     sites: tuple[tuple[tuple[int, ...], tuple[Placed, ...]], ...]
     edits: tuple[Edit, ...]
@@ -85,17 +86,17 @@ class ProgramTemplate:
         triggers = triggers_of(edits, probes)
         conditions = _unique(condition for edit in edits if edit.when for condition in edit.when.conditions)
         places = Places(triggers, conditions)
-        # Most blocks get the same entries, which are made once: `alike` is all that they depend on.
+        # Most points get the same entries, which are made once: `alike` is all that they depend on.
         early = [edit.when.decided_at if edit.when else None for edit in edits]
         measured = [frozenset(each.blocks) for each in (*conditions, *probes)]
-        blocks_of: dict[tuple[Any, ...], list[int]] = {}
-        for block in sorted({block for edit in edits for block in edit.blocks}.union(*measured)):
-            doses = tuple(edit.doses.get(block) for edit in edits)
-            decided = tuple(last is None or block > last for last in early)
-            alike = (doses, decided, tuple(block in blocks for blocks in measured))
-            blocks_of.setdefault(alike, []).append(block)
+        points_of: dict[tuple[Any, ...], list[int]] = {}
+        for point in sorted({point for edit in edits for point in edit.points}.union(*measured)):
+            doses = tuple(edit.doses.get(point) for edit in edits)
+            decided = tuple(last is None or block_of(point) > last for last in early)
+            alike = (doses, decided, tuple(point in points for points in measured))
+            points_of.setdefault(alike, []).append(point)
         by_entries: dict[tuple[Placed, ...], list[int]] = {}
-        for (doses, decided, measures), blocks in blocks_of.items():
+        for (doses, decided, measures), points in points_of.items():
             given = [
                 (edit, dose, known) for edit, dose, known in zip(edits, doses, decided, strict=True) if dose is not None
             ]
@@ -108,9 +109,9 @@ class ProgramTemplate:
             early_probes = [entry for after, entry in probing if not after]
             late_probes = [entry for after, entry in probing if after]
             if entries := (*measuring, *early_probes, *_entries_of(given, places), *late_probes):
-                by_entries.setdefault(entries, []).extend(blocks)
+                by_entries.setdefault(entries, []).extend(points)
         return cls(
-            sites=tuple((tuple(sorted(blocks)), entries) for entries, blocks in by_entries.items()),
+            sites=tuple((tuple(sorted(points)), entries) for entries, points in by_entries.items()),
             edits=tuple(edits),
             triggers=triggers,
             conditions=conditions,

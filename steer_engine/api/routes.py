@@ -21,6 +21,7 @@ from steer_engine.api.routing import SteeringRoute, failed, frontend_of
 from steer_engine.containment import largest_dose
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 from steer_engine.scope import ScopeWord, TriggerWord
+from steer_engine.site import Site
 from steer_engine.spec import Op, SteeringSpec
 
 router = APIRouter(tags=["steering"], route_class=SteeringRoute)
@@ -53,6 +54,7 @@ async def describe(request: Request) -> JSONResponse:
             "hidden_size": model.hidden_size,
             "num_blocks": model.num_blocks,
             "armed_blocks": list(model.armed_blocks),
+            "sites": [Site.BLOCK, *model.sites],
             "operations": [op.value for op in Op if op in model.ops],
             "scopes": _scopes(frontend),
             "limits": limits

@@ -19,7 +19,7 @@ from steer_engine.models import PACKAGED, check_obtainable, checkpoint_path
 from steer_engine.monitor import MonitorSpec
 from steer_engine.settings import VECTORS_ENV
 from steer_engine.spelling import closest
-from steer_engine.vllm.flags import own_flags, refuse_unknown_flags, vectors_folder
+from steer_engine.vllm.flags import own_flags, parse_sites, refuse_unknown_flags, vectors_folder
 
 DEFAULT_PORT = 8000
 """vLLM's."""
@@ -49,6 +49,8 @@ def check_start(argv: Sequence[str], *, listens: bool = True) -> None:
         vectors_folder(own.steering_vectors)
     for text in own.steering_monitor:
         MonitorSpec.parse(text)
+    if own.steering_sites is not None:
+        parse_sites(own.steering_sites)
     model = None if _value(argv, "--hf-config-path") else _model(argv)  # then the folder needs no config.json
     wanted = {
         flag: _parsed(flag, text)

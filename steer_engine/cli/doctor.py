@@ -76,6 +76,9 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         ("operations", ", ".join(diagnosis.ops)),
         ("model runner", f"{diagnosis.runner} on this machine: {diagnosis.runner_reason}"),
     ]
+    for site in diagnosis.sites:
+        modules = diagnosis.site_modules.get(site)
+        found.append((f"site {site}", f"after {', or after '.join(modules)}" if modules else "not examined"))
     found += [("refused", reason) for reason in diagnosis.refused]
     if diagnosis.probed_blocks:
         forms = "; ".join(f"{form} at {block_ranges(blocks)}" for form, blocks in diagnosis.forms.items())

@@ -17,6 +17,7 @@ import torch
 
 from steer_engine.engine.admission import MAX_LISTED
 from steer_engine.program import Row, RowKey
+from steer_engine.site import block_of
 from steer_engine.vectors import ControlVector
 
 
@@ -48,11 +49,11 @@ class Store:
         if dropped is not None:
             self.num_bytes -= _num_bytes(dropped)
 
-    def row(self, key: RowKey, block: int) -> np.ndarray:
-        """float32 [D]: the weighted sum of the key's vectors at `block`; normalised to length 1 if `key.unit`."""
+    def row(self, key: RowKey, point: int) -> np.ndarray:
+        """float32 [D]: the weighted sum of the key's vectors at the block of `point`; of length 1 if `key.unit`."""
         total_D: np.ndarray | None = None
         for digest, weight in key.terms:
-            direction_D = self._vectors[digest].directions[block]
+            direction_D = self._vectors[digest].directions[block_of(point)]
             # Summed in float64, so that the order of the terms does not change the float32 result.
             term_D = direction_D.astype(np.float64) * weight
             total_D = term_D if total_D is None else total_D + term_D

@@ -32,15 +32,13 @@ from steer_engine.trigger import Trigger, Windows
 class Programs:
     """Writes a request's program into its slot when the request is admitted, and clears the slot when it leaves.
 
-    elsewhere: blocks that other pipeline stages arm. Their entries are skipped here.
+    points: in the order of the tables. elsewhere: points of other pipeline stages. Their entries are skipped here.
     """
 
-    def __init__(
-        self, tables: Tables, bank: Bank, armed_blocks: tuple[int, ...], elsewhere: Collection[int] = ()
-    ) -> None:
+    def __init__(self, tables: Tables, bank: Bank, points: tuple[int, ...], elsewhere: Collection[int] = ()) -> None:
         self._tables = tables
         self._bank = bank
-        self._site_of = {block: site for site, block in enumerate(armed_blocks)}
+        self._site_of = {point: site for site, point in enumerate(points)}
         self._elsewhere = frozenset(elsewhere)
         self._pinned: dict[int, list[Row]] = {}
         self._reference_slots: set[int] = set()
@@ -81,9 +79,9 @@ class Programs:
         assert slot > 0, "slot 0 is never steered"
         assert slot not in self._pinned, f"slot {slot} is taken"
         here = [
-            (blocks, group.entries)
+            (points, group.entries)
             for group in program.sites
-            if (blocks := [block for block in group.blocks if block not in self._elsewhere])
+            if (points := [point for point in group.blocks if point not in self._elsewhere])
         ]
         if not here:
             return
@@ -92,8 +90,8 @@ class Programs:
         counts_L = np.zeros(num_sites, dtype=np.int32)
         rows: list[Row] = []
         places: list[tuple[int, int, int]] = []
-        for blocks, entries in here:
-            sites = [self._site_of[block] for block in blocks]
+        for points, entries in here:
+            sites = [self._site_of[point] for point in points]
             counts_L[sites] = len(entries)
             for e, entry in enumerate(entries):
                 c0, c1, c2, c3, lo, hi = entry.coefficients
@@ -111,9 +109,9 @@ class Programs:
                 entries_LEW[sites, e] = encode_entry(words)
                 if entry.details is not None and program.probes is not None and entry.details.probe >= 0:
                     columns = program.probes.columns(entry.details.probe)
-                    entries_LEW[sites, e, PROBE_COLUMN] = [columns[block] for block in blocks]
+                    entries_LEW[sites, e, PROBE_COLUMN] = [columns[point] for point in points]
                 for word, key in row_words.items():
-                    rows += [(key, block) for block in blocks]
+                    rows += [(key, point) for point in points]
                     places += [(site, e, word) for site in sites]
         bounds = [(entry.start, entry.end) for _, entries in here for entry in entries]
         span_2 = [min(start for start, _ in bounds), max(end for _, end in bounds)]

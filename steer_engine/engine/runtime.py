@@ -18,6 +18,7 @@ from steer_engine.engine.stream import StreamForm
 from steer_engine.monitor import Watched, monitor_room
 from steer_engine.program import Program
 from steer_engine.settings import SteeringConfig
+from steer_engine.site import all_points
 
 
 def allocate_tables(
@@ -31,14 +32,14 @@ def allocate_tables(
     max_tokens: int,
     num_drafts: int,
     captures: bool,
-    num_armed_blocks: int | None = None,
+    num_points: int | None = None,
 ) -> Tables:
-    """Zeroed device buffers of an engine with `num_sites` armed blocks. On device "meta" they only count bytes.
+    """Zeroed device buffers of an engine with `num_sites` armed points. On device "meta" they only count bytes.
 
     max_tokens: token rows of the largest batch. num_drafts: draft tokens of a request in one step, at most.
-    captures: whether the stream can be captured. num_armed_blocks: of all stages of a pipeline; default: num_sites.
+    captures: whether the stream can be captured. num_points: of all stages of a pipeline; default: num_sites.
     """
-    max_probes, num_probes = config.probe_room(num_armed_blocks or num_sites)
+    max_probes, num_probes = config.probe_room(num_points or num_sites)
     num_watched = monitor_room()
     return Tables.allocate(
         num_slots=max_requests + 1,
@@ -101,8 +102,8 @@ class Footprint:
 class EngineRuntime:
     """What the op and the runner adapters share. Slots count from 1; slot 0 means "not steered".
 
-    forms: armed block -> how it carries the stream, as the startup probe found. elsewhere: blocks that other stages of
-    a pipeline arm.
+    forms: armed block -> how it carries the stream, as the startup probe found. Each is edited at its output, and at
+    the sites of `config`. elsewhere: blocks that other stages of a pipeline arm.
     """
 
     def __init__(
@@ -123,6 +124,9 @@ class EngineRuntime:
         self.config = config
         self.forms = dict(forms)
         self.armed_blocks = tuple(sorted(forms))
+        self.points = all_points(self.armed_blocks, config.sites)
+        """In the order of the tables (see `site`)."""
+        others = all_points(elsewhere, config.sites)
         self.capture_blocks = capture_blocks
         self.hidden_size = hidden_size
         self.dtype = dtype
@@ -132,7 +136,7 @@ class EngineRuntime:
         self.store = Store()
         self.tables = allocate_tables(
             config,
-            num_sites=len(self.armed_blocks),
+            num_sites=len(self.points),
             hidden_size=hidden_size,
             dtype=dtype,
             device=device,
@@ -140,14 +144,16 @@ class EngineRuntime:
             max_tokens=max_tokens,
             num_drafts=num_drafts,
             captures=bool(capture_blocks),
-            num_armed_blocks=len(forms) + len(elsewhere),
+            num_points=len(self.points) + len(others),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
-        self.programs = Programs(self.tables, self.bank, self.armed_blocks, elsewhere)
+        self.programs = Programs(self.tables, self.bank, self.points, others)
         self.requested_blocks = tuple(sorted({*self.armed_blocks, *elsewhere}))
         """The blocks that all workers of the engine arm between them."""
         self.stage_blocks = self.armed_blocks
         """The blocks of this worker's pipeline stage."""
+        self.site_modules: dict[str, list[str]] = {}
+        """By site besides the blocks' outputs: the names of the modules whose outputs are edited."""
         self.fused_blocks: tuple[int, ...] = ()
         """Blocks that are edited inside the norm that follows them."""
         self.fused_calls = 0
@@ -304,7 +310,7 @@ class EngineRuntime:
     def captured(self, num_rows: int) -> torch.Tensor:
         """float32 [capture blocks, num_rows, D] on the host: the rows of the last step, in the order of `capture`."""
         assert self.tables.captured_LCD is not None
-        sites = [self.armed_blocks.index(block) for block in self.capture_blocks]
+        sites = [self.points.index(block) for block in self.capture_blocks]
         return self.tables.captured_LCD[sites, :num_rows].cpu()
 
     def edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:

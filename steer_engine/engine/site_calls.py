@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.site import describe_point
 
 
 class SiteCalls:
@@ -14,15 +15,15 @@ class SiteCalls:
     block. A replayed graph runs no Python: its ops are counted when it is captured, with those of the dummy runs before
     the first step.
 
-    blocks: the armed blocks, in the order of the sites. can_replay: the engine replays captured graphs. num_steps: how
+    points: the armed points, in the order of the tables. can_replay: the engine replays captured graphs. num_steps: how
     many real steps are counted.
     """
 
-    def __init__(self, blocks: Sequence[int], *, can_replay: bool, num_steps: int = 32) -> None:
-        self._blocks = tuple(blocks)
+    def __init__(self, points: Sequence[int], *, can_replay: bool, num_steps: int = 32) -> None:
+        self._points = tuple(points)
         self._can_replay = can_replay
         self._left = num_steps
-        self._counts = [0] * len(self._blocks)
+        self._counts = [0] * len(self._points)
         self._in_step = False
         self._began = False
         self._captured = False
@@ -46,7 +47,7 @@ class SiteCalls:
             self._began, most = True, max(self._counts, default=0)
             self._captured = most > 0
             self._check(most, "dummy runs before the first step")
-        self._counts = [0] * len(self._blocks)
+        self._counts = [0] * len(self._points)
         self._in_step = True
 
     def end_step(self) -> None:
@@ -65,7 +66,9 @@ class SiteCalls:
 
     def _check(self, expected: int, when: str) -> None:
         wrong = [
-            f"{block} ({count})" for block, count in zip(self._blocks, self._counts, strict=True) if count != expected
+            f"{describe_point(point)} ({count})"
+            for point, count in zip(self._points, self._counts, strict=True)
+            if count != expected
         ]
         if wrong:
             raise UnsupportedEngineError(

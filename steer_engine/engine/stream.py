@@ -63,7 +63,7 @@ def perturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> 
     if hidden is None or hidden.shape[-2:] != (rows.num_rows, noise_D.shape[0]):
         return output
     paired = residual is not None and residual.shape == hidden.shape
-    noise_D = _of_size(noise_D, [hidden, residual] if paired and residual is not None else [hidden])
+    noise_D = noise_beside(noise_D, [hidden, residual] if paired and residual is not None else [hidden])
     hidden = hidden.clone()
     hidden[..., rows.row(block, 0), :] += noise_D.to(hidden.dtype)
     if not isinstance(output, tuple):
@@ -75,14 +75,14 @@ def perturb(output: Any, block: int, rows: ProbeRows, noise_D: torch.Tensor) -> 
     return (hidden, residual, *output[2:])
 
 
-def _of_size(noise_D: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
-    """float32 [D]: `noise_D` with the norm of row 0 of the largest part. Unchanged for a row of zeros.
+def noise_beside(noise_D: torch.Tensor, parts: list[torch.Tensor], factor: float = 1.0) -> torch.Tensor:
+    """float32 [D]: `noise_D` with `factor` times the norm of row 0 of the largest part. Unchanged for a row of zeros.
 
     An element near the end of the dtype's range gets less, so that neither a part nor the sum overflows.
     """
     rows_PD = torch.stack([part.reshape(-1, noise_D.shape[0])[0].float() for part in parts])
     size = rows_PD.norm(dim=1).max()
-    scaled_D = torch.where(size > 0, noise_D * (size / noise_D.norm()), noise_D)
+    scaled_D = torch.where(size > 0, noise_D * (factor * size / noise_D.norm()), noise_D)
     room_D = (torch.finfo(parts[0].dtype).max - rows_PD.abs().sum(0)).clamp(min=0) / 2
     return scaled_D.clamp(-room_D, room_D)
 

@@ -20,9 +20,11 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.site_calls import SiteCalls
 from steer_engine.engine.stream import ProbeRows, StreamForm
 from steer_engine.settings import CONFIG_KEY, SteeringConfig
+from steer_engine.site import site_of
 from steer_engine.vllm.blocks import Stage, find_blocks, probe_forms
 from steer_engine.vllm.fused_norm import fuse, reason_not_to_fuse
 from steer_engine.vllm.patching import Symbol
+from steer_engine.vllm.sites import SiteModule, find_site_modules, main_tensor, with_main_tensor
 from steer_engine.vllm.supported import check_supported
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def arm(runner: Any) -> EngineRuntime | None:
         none = (0,) * ProbeRows(num_blocks=num_blocks).num_rows
         runner._set_active_loras(none, none, set())
     forms, norms = probe_forms(runner.model, blocks, armed, vllm_config, runner.device)
+    site_modules = find_site_modules(runner.model, blocks, forms, config.sites, vllm_config, runner.device)
     runtime = EngineRuntime(
         config=config,
         forms=forms,
@@ -110,18 +113,23 @@ def arm(runner: Any) -> EngineRuntime | None:
             fuse(fused[block], site)
         else:
             blocks[block].forward = _edited(blocks[block].forward, forms[block], site)
+    for point, part in site_modules.items():
+        part.module.forward = _edited_part(part, runtime.points.index(point))
+        names = runtime.site_modules.setdefault(site_of(point).value, [])
+        names += [part.name] if part.name not in names else []
     runtime.fused_blocks = tuple(sorted(fused))
     runtime.stage_blocks = stage.blocks
     replays = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE and runner.device.type != "cpu"
-    runtime.count_calls(SiteCalls(armed, can_replay=replays))
+    runtime.count_calls(SiteCalls(runtime.points, can_replay=replays))
     vllm_config.compilation_config.static_forward_context[CONFIG_KEY] = runtime
     if runner.device.type == "cpu":
         keep_freed_memory()
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         logger.warning("Steering with pipeline parallelism has been tested on processors only, not on GPUs.")
     logger.info(
-        "Steering is armed: %d of %d blocks (%s), operations %s, bank and tables %.1f MiB.",
+        "Steering is armed: %d of %d blocks (%s)%s, operations %s, bank and tables %.1f MiB.",
         len(armed), num_blocks, ", ".join(sorted({form.value for form in forms.values()})),
+        "".join(f", {site} ({', '.join(names)})" for site, names in runtime.site_modules.items()),
         ", ".join(config.ops), runtime.num_bytes / 2**20,
     )  # fmt: skip
     return runtime
@@ -178,5 +186,22 @@ def _edited(original: Callable[..., Any], form: StreamForm, site: int) -> Callab
             output = original(*args, **kwargs)
             op.edit_residual(None, output[0] if isinstance(output, tuple) else output, site)
             return output
+
+    return forward
+
+
+def _edited_part(part: SiteModule, site: int) -> Callable[..., Any]:
+    """The module's `forward` followed by the op on its output, which is not yet a part of the stream."""
+    original, copies = part.module.forward, part.copies
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        tensor = main_tensor(output)
+        assert tensor is not None
+        if copies:
+            tensor = tensor.clone()
+            output = with_main_tensor(output, tensor)
+        op.edit_residual(None, tensor, site)
+        return output
 
     return forward

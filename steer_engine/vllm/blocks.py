@@ -165,10 +165,7 @@ def probe_forms(
     with find_following_norms(model, pairs) as norms, ExitStack() as stack:
         for block in probed:
             stack.enter_context(_forward_replaced(blocks[block], perturbing(block, blocks[block].forward)))
-        for layer in vllm_config.compilation_config.static_forward_context.values():
-            if isinstance(layer, nn.Module):
-                stack.enter_context(row_local(layer, rows.num_rows))
-        final_TD = _forward(model, stage, rows.num_rows, vllm_config, device)
+        final_TD = probe_pass(model, stage, rows.num_rows, vllm_config, device)
     for block in probed:
         if calls[block] > 1:
             raise UnsupportedEngineError(
@@ -274,10 +271,20 @@ def _substitute(blocks: nn.ModuleList, stage: Stage, armed: tuple[int, ...]) -> 
     )
 
 
+def probe_pass(
+    model: nn.Module, stage: Stage, num_tokens: int, vllm_config: VllmConfig, device: torch.device
+) -> torch.Tensor:
+    """float32 [T, D] on the CPU: what the stage returns for T equal tokens whose attention sees only their own row."""
+    with ExitStack() as stack:
+        for layer in vllm_config.compilation_config.static_forward_context.values():
+            if isinstance(layer, nn.Module):
+                stack.enter_context(row_local(layer, num_tokens))
+        return _forward(model, stage, num_tokens, vllm_config, device)
+
+
 def _forward(
     model: nn.Module, stage: Stage, num_tokens: int, vllm_config: VllmConfig, device: torch.device
 ) -> torch.Tensor:
-    """float32 [T, D] on the CPU: what the stage returns for T equal tokens."""
     input_ids = torch.ones(num_tokens, dtype=torch.int64, device=device)
     positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     if vllm_config.model_config.uses_mrope:

@@ -167,7 +167,7 @@ def check_status(statuses: list[dict[str, Any]]) -> dict[str, Any]:
                 f"A worker has room for the monitors {worker['monitors']}, the server has {monitors}: set "
                 f"{MONITORS_ENV} alike on every machine."
             )
-        for key in ("asked_blocks", "ops", "rows", "hidden_size", "dtype"):
+        for key in ("asked_blocks", "sites", "ops", "rows", "hidden_size", "dtype"):
             if worker[key] != workers[0][key]:
                 raise UnsupportedEngineError(f"Workers differ in {key}: {workers[0][key]} and {worker[key]}.")
     for status in statuses:

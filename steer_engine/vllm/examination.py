@@ -89,6 +89,10 @@ class Diagnosis:
     num_blocks: int = 0
     dtype: str = ""
     armed_blocks: list[int] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    """Where edits may apply besides the outputs of the armed blocks."""
+    site_modules: dict[str, list[str]] = field(default_factory=dict)
+    """By site, the modules of the copy whose outputs are edited."""
     ops: list[str] = field(default_factory=list)
     rows: int = 0
     max_num_seqs: int = 0
@@ -190,7 +194,7 @@ def _examine_configuration(diagnosis: Diagnosis, args: EngineArgs) -> VllmConfig
     diagnosis.architecture = ", ".join(vllm_config.model_config.hf_config.architectures or [])
     diagnosis.hidden_size, diagnosis.num_blocks, diagnosis.dtype = shape.hidden_size, shape.num_blocks, shape.dtype
     diagnosis.armed_blocks, diagnosis.ops = list(shape.armed_blocks), [op.value for op in shape.ops]
-    diagnosis.rows = shape.rows
+    diagnosis.rows, diagnosis.sites = shape.rows, [site.value for site in shape.sites]
     diagnosis.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     diagnosis.max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     diagnosis.runner, diagnosis.runner_reason = model_runner(vllm_config)
@@ -213,7 +217,7 @@ def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
     shape = model_shape(vllm_config, config)
     tables = allocate_tables(
         config,
-        num_sites=len(shape.armed_blocks),
+        num_sites=shape.num_points,
         hidden_size=shape.hidden_size,
         dtype=vllm_config.model_config.dtype,
         device="meta",
@@ -245,6 +249,7 @@ def _examine_copy(diagnosis: Diagnosis, args: EngineArgs, vllm_config: VllmConfi
     diagnosis.weights = "real" if real else "random"
     worker = _start_copy(args if real else replace(args, load_format="dummy"))
     diagnosis.probed_blocks = len(worker["armed_blocks"])
+    diagnosis.site_modules = worker["site_modules"]
     for block, form in worker["forms"].items():
         diagnosis.forms.setdefault(form, []).append(int(block))
     diagnosis.fused_blocks = len(worker["fused_blocks"])
@@ -265,7 +270,11 @@ def _start_copy(args: EngineArgs) -> dict[str, Any]:
     """
     settings = dict(args.additional_config or {})
     # The copy has fewer blocks than the flags may name, so all are armed: every kind of block is probed.
-    settings[CONFIG_KEY] = {**settings.get(CONFIG_KEY, {}), "blocks": "all", "capture": ()}
+    own = settings.get(CONFIG_KEY, {})
+    settings[CONFIG_KEY] = {**own, "blocks": "all", "capture": ()}
+    if own.get("blocks", "all") != "all":
+        # The flags may leave out just those blocks that lack a site.
+        settings[CONFIG_KEY]["sites"] = ()
     copy = replace(args, **COPY_ARGS, hf_overrides=args.hf_overrides or shrunken, additional_config=settings)
     engine = LLMEngine.from_engine_args(copy, usage_context=UsageContext.LLM_CLASS)
     status = engine_client.check_status([engine_client.call(engine, "status")])

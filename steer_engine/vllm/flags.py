@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import RegistryError, UnknownVectorError, UnsupportedEngineError
-from steer_engine.fields import parse_blocks
+from steer_engine.fields import parse_blocks, shown
 from steer_engine.models import resolve_model
 from steer_engine.monitor import EXAMPLE, FLAG, parse_monitors
 from steer_engine.settings import (
@@ -33,6 +33,7 @@ from steer_engine.settings import (
     SteeringConfig,
     mirror_seconds,
 )
+from steer_engine.site import SITES_IN_BLOCKS
 from steer_engine.spec import Op
 from steer_engine.vectors.mirror import Mirror
 from steer_engine.vectors.registry import Registry
@@ -67,6 +68,8 @@ def add_flags(parser: Any) -> None:
         "(s3://, gs://, hf://, https://, file://), into the folder at startup, and keep it in sync.")  # fmt: skip
     add("--steering-mirror-seconds", type=float, metavar="N", help="Mirror polling interval in seconds. Default: 60.")
     add("--steering-blocks", metavar="BLOCKS", help="Blocks that can be steered, such as 8-22. Default: all.")
+    add("--steering-sites", metavar="SITES", help="Where edits may apply besides the outputs of the blocks: attn,mlp, "
+        "the outputs of attention and MLP before they are added to the stream. Default: nowhere else.")  # fmt: skip
     add("--steering-ops", metavar="OPS", help=f"Operations that requests may use, of {','.join(Op)}. Default: all.")
     add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
     add("--steering-bank-rows", type=int, metavar="N", help="Total bank rows, one per vector and block in use. "
@@ -173,6 +176,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             raise UnsupportedEngineError(f"--steering-blocks: {error}") from None
     settings: dict[str, Any] = {
         "blocks": args.steering_blocks,
+        "sites": parse_sites(args.steering_sites) if args.steering_sites is not None else None,
         "ops": args.steering_ops.split(",") if args.steering_ops else None,
         "rows": args.steering_rows,
         "bank_rows": args.steering_bank_rows,
@@ -180,6 +184,17 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "capture": (args.steering_blocks or "all") if args.steering_capture == "all" else args.steering_capture,
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def parse_sites(text: str) -> list[str]:
+    """The sites of `--steering-sites`. Raises UnsupportedEngineError for an unknown one."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SITES_IN_BLOCKS]:
+        raise UnsupportedEngineError(
+            f"--steering-sites: {shown(unknown[0])} is not a site; valid: {', '.join(SITES_IN_BLOCKS)}. The outputs of "
+            "the blocks are always armed."
+        )
+    return names
 
 
 def _set_limits(given: Sequence[str]) -> None:

@@ -151,6 +151,7 @@ def ready_text(state: Any, args: argparse.Namespace) -> str:
     clients = "on" if args.api_key or os.environ.get("VLLM_API_KEY") else "off (--api-key, VLLM_API_KEY)"
     changes = "with admin key" if state.steering_admin_keys.configured else "off (STEER_ENGINE_ADMIN_KEYS)"
     blocks = f"blocks {block_ranges(model.armed_blocks)} of {model.num_blocks}"
+    blocks += "".join(f", {site}" for site in model.sites)
     rows = {
         "URL": f"{url}/v1{note}",
         "playground": f"{url}/playground",

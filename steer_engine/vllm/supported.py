@@ -72,6 +72,7 @@ def model_shape(vllm_config: VllmConfig, config: SteeringConfig) -> ModelShape:
         rows=config.rows,
         dtype=str(model.dtype).removeprefix("torch."),
         bank_rows=config.bank_rows,
+        sites=config.sites,
         capture_blocks=config.capture_blocks(num_blocks),
         is_pipeline=vllm_config.parallel_config.pipeline_parallel_size > 1,
         deals_rows_on_device=bool(getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)),

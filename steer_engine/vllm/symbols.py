@@ -21,6 +21,7 @@ from steer_engine.vllm import (
     runner_v1,
     runner_v2,
     scheduler,
+    sites,
     tags,
     worker,
 )
@@ -56,7 +57,7 @@ def wrapped() -> tuple[Symbol, ...]:
 
 def engine_symbols() -> tuple[Symbol, ...]:
     """What every process needs."""
-    used = [module.USED for module in (*ENGINE_MODULES, arming, blocks, fused_norm, engine_client, runner, tags)]
+    used = [module.USED for module in (*ENGINE_MODULES, arming, blocks, sites, fused_norm, engine_client, runner, tags)]
     patched = [patch.symbol for module in ENGINE_MODULES for patch in module.PATCHES]
     return (*patched, *(symbol for symbols in used for symbol in symbols))
 

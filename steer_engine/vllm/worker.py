@@ -59,6 +59,8 @@ def status(adapter: RunnerAdapter) -> Reply:
         "asked_blocks": list(runtime.requested_blocks),
         "armed_blocks": list(runtime.armed_blocks),
         "forms": {str(block): form.value for block, form in runtime.forms.items()},
+        "sites": [site.value for site in runtime.config.sites],
+        "site_modules": runtime.site_modules,
         "capture_blocks": list(runtime.capture_blocks),
         "ops": [op.value for op in runtime.config.ops],
         "hidden_size": runtime.hidden_size,

@@ -58,8 +58,19 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "unknown": [str(folder / "unknown"), "--memory-only"],
         "adapters": [tiny_llama, "--memory-only", "--json", "--enable-lora"],
         "dead": [str(rescaled(Path(tiny_llama), folder / "dead", {"model.norm.weight": 0.0}))],
-        "no weights": [str(no_weights), "--max-num-seqs", "8"],
-        "tiny": [tiny_llama, "--json", "--max-num-seqs", "8", "--dtype", "float32", "--steering-fuse-norm"],
+        "no weights": [str(no_weights), "--max-num-seqs", "8", "--steering-sites", "mlp"],
+        "site": [tiny_llama, "--memory-only", "--steering-sites", "ffn"],
+        "tiny": [
+            tiny_llama,
+            "--json",
+            "--max-num-seqs",
+            "8",
+            "--dtype",
+            "float32",
+            "--steering-fuse-norm",
+            "--steering-sites",
+            "attn,mlp",
+        ],
         "tiny table": [tiny_llama, "--memory-only", "--max-num-seqs", "8", "--dtype", "float32"],
     }
     script = Path(__file__).parents[1] / "helpers" / "examinations.py"
@@ -119,7 +130,8 @@ def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
     assert shown["ops"] == [*Op]
     if shown["kernel"].startswith("PyTorch"):
         assert shown["kernel"].startswith("PyTorch, not fused: ")
-    assert shown["memory"]["bank"] == 8 * 3 * 4 * 64 * 4
+    assert shown["site_modules"] == {"attn": ["self_attn"], "mlp": ["mlp"]}
+    assert shown["memory"]["bank"] == 3 * (8 * 3 * 4 * 64 * 4), "three blocks at three sites each"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +140,7 @@ def test_a_model_that_can_be_served(found: dict[str, tuple[int, str]]) -> None:
         ("fast prefill", "kv_sharing_fast_prefill"),
         ("flag", "--steering-row"),
         ("blocks", "3 blocks"),
+        ("site", "--steering-sites: 'ffn' is not a site; valid: attn, mlp"),
         ("unknown", "UnknownForCausalLM"),
         ("dead", "no known form"),
     ],
@@ -147,6 +160,8 @@ def test_a_yes_without_the_weights_says_so(found: dict[str, tuple[int, str]]) ->
     status, printed = found["no weights"]
     assert status == 0, printed
     assert "yes: it can be served steered, judging by a copy with random weights" in printed
+    assert "site mlp" in printed
+    assert "after mlp" in printed
     assert "its own weights were not examined" not in found["tiny table"][1]
 
 

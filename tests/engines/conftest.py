@@ -38,6 +38,7 @@ from helpers.traffic import Start
 
 from steer_engine import LLM
 from steer_engine.settings import SteeringConfig
+from steer_engine.site import SITES_IN_BLOCKS
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,6 +71,19 @@ def tiny(tiny_llama: str) -> LLM:
 def tiny_compiled(tiny_llama: str) -> LLM:
     """The same without capture, compiled (V1 only: the V2 runner is not compiled under the interpreter)."""
     return tiny_engine(tiny_llama, max_num_batched_tokens=256)
+
+
+@pytest.fixture(scope="session")
+def tiny_sites(tiny_llama: str) -> LLM:
+    """Like `tiny`, with edits at the outputs of attention and MLP too."""
+    config = SteeringConfig(rows=8, sites=SITES_IN_BLOCKS)
+    return tiny_engine(tiny_llama, capture=True, enforce_eager=True, max_num_batched_tokens=256, steering=config)
+
+
+@pytest.fixture(scope="session")
+def tiny_sites_compiled(tiny_llama: str) -> LLM:
+    """The same without capture, compiled (V1 only)."""
+    return tiny_engine(tiny_llama, max_num_batched_tokens=256, steering=SteeringConfig(rows=8, sites=SITES_IN_BLOCKS))
 
 
 @pytest.fixture(scope="session")

@@ -130,3 +130,85 @@ def test_captured_streams_are_those_of_the_oracle(tiny: LLM, oracle: Oracle) -> 
         assert np.abs(ours[block] - streams[block]).max() <= 2 * bound
     assert np.abs(ours[1] - ours_plain[1]).max() == 0.0
     assert np.abs(ours[2] - ours_plain[2]).max() >= 0.1
+
+
+AT_SITES = {
+    "attention": [edit("r0", 1.5, site="attn", blocks=1)],
+    "mlp": [edit("r0", 1.5, site="mlp", blocks=1)],
+    "all sites of a block": [
+        edit(f"r{i}", 1.0, site=site, blocks=0) for i, site in enumerate(("mlp", "block", "attn"))
+    ],
+    "operations": [
+        edit("r3", op="ablate", site="attn"),
+        {"vector": "r5", "op": "set", "target": 1.0, "site": "mlp", "blocks": [0, 2]},
+        edit("r2", 0.4, op="add_relative", site="mlp"),
+        {"vector": "reft", "op": "low_rank", "site": "attn", "blocks": 1},
+        edit("r1", 0.5),
+    ],
+    "gate": [edit("r0", 1.5, site="mlp", gate={"vector": "r7", "min_cos": 0.0})],
+    "scope": [
+        edit("r0", 2.0, site="attn", scope={"start": 3, "end": 17}),
+        edit("r1", 1.0, site="mlp", scope={"start": -5}),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AT_SITES)
+def test_edits_of_attention_and_mlp(tiny_sites: LLM, oracle: Oracle, name: str) -> None:
+    assert tiny_sites.steering_status()["workers"][0]["site_modules"] == {"attn": ["self_attn"], "mlp": ["mlp"]}
+    assert_same(tiny_sites, oracle, steering(*AT_SITES[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.v1_only
+@pytest.mark.parametrize("name", ["all sites of a block", "operations"])
+def test_edits_of_attention_and_mlp_compiled(tiny_sites_compiled: LLM, oracle: Oracle, name: str) -> None:
+    assert_same(tiny_sites_compiled, oracle, steering(*AT_SITES[name]))
+
+
+@pytest.mark.slow
+def test_preserved_norms_of_outputs(tiny_sites: LLM, oracle: Oracle) -> None:
+    assert_same(tiny_sites, oracle, steering(*AT_SITES["all sites of a block"], preserve_norm=True))
+
+
+@pytest.mark.slow
+def test_a_condition_on_an_edit_of_an_mlp(tiny_sites: LLM, oracle: Oracle) -> None:
+    """The condition is measured in the stream after block 0."""
+    for above in (-2.0, 2.0):
+        when = {"vector": "r9", "blocks": 0, "above": above}
+        spec = steering(edit("r0", 1.5, site="mlp", blocks=[1, 2]), when=when)
+        (steered,) = generate(tiny_sites, [PROMPT], [spec], max_tokens=4)
+        ids, logprobs = sampled(steered)
+        whole, start = [*PROMPT, *ids], len(PROMPT) - 1
+        applied = steering(edit("r0", 1.5, site="mlp", blocks=[1, 2], scope="generation"))
+        expected = teacher_forced(oracle, whole, applied if above < 0 else None, len(PROMPT))[start:]
+        assert np.abs(np.subtract(logprobs, expected)).max() <= 5e-5
+
+
+@pytest.mark.slow
+def test_armed_sites_leave_others_unchanged(tiny: LLM, tiny_sites: LLM) -> None:
+    """Bit for bit: plain requests, and edits of the stream, alone and beside an edit of an MLP."""
+    specs = [None, steering(edit("r0", 0.7), edit("r3", op="ablate"))]
+    expected = [sampled(output) for output in generate(tiny, [PROMPT] * 2, specs)]
+    assert [sampled(output) for output in generate(tiny_sites, [PROMPT] * 2, specs)] == expected
+    beside = [*specs, steering(edit("r1", 3.0, site="mlp"))]
+    mixed = [sampled(output) for output in generate(tiny_sites, [PROMPT] * 3, beside)]
+    plain = [sampled(output) for output in generate(tiny, [PROMPT] * 3, [*specs, None])]
+    assert mixed[:2] == plain[:2]
+    assert mixed[2] != plain[2]
+    assert mixed[2] != expected[0]
+
+
+@pytest.mark.slow
+def test_the_prefix_cache_keeps_sites_apart(tiny_sites: LLM) -> None:
+    """The same edit at another site finds no block of the cache, the same one finds those before the last token."""
+    specs = [steering(edit("r4", 2.0, site=site)) for site in ("block", "attn", "mlp")]
+    prompt = tokens(77, 96)
+    cold = [generate(tiny_sites, [prompt], [spec], max_tokens=2)[0] for spec in specs]
+    assert [output.num_cached_tokens for output in cold] == [0, 0, 0]
+    warm = [generate(tiny_sites, [prompt], [spec], max_tokens=2)[0] for spec in specs]
+    assert all(output.num_cached_tokens >= 64 for output in warm)
+    assert len({tuple(sampled(output)[1]) for output in cold}) == 3
+    for before, after in zip(cold, warm, strict=True):
+        assert np.abs(np.subtract(sampled(before)[1], sampled(after)[1])).max() <= 5e-5

@@ -71,7 +71,7 @@ def test_a_vector_that_the_engine_dropped_is_sent_again(tiny: LLM, clock: list[f
 def worker(*stage: int, requested: tuple[int, ...] = (0, 1, 2, 3), **differs: Any) -> dict[str, Any]:
     """The status of a worker with these blocks."""
     armed = [block for block in requested if block in stage]
-    common = dict.fromkeys(("ops", "rows", "hidden_size", "dtype"), 1)
+    common = dict.fromkeys(("sites", "ops", "rows", "hidden_size", "dtype"), 1)
     forms = {str(block): "split" for block in armed}
     common["probe_limits"], common["monitors"] = [8, 256], []
     own = {"version": __version__, "stage_blocks": list(stage), "asked_blocks": list(requested), "armed_blocks": armed}

@@ -18,6 +18,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from steer_engine import LLM
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.settings import SteeringConfig
+from steer_engine.site import SITES_IN_BLOCKS, Site
 from steer_engine.vectors import ControlVector, VectorMetadata
 
 QUICK = ("stablelm", "gpt_neox")
@@ -52,24 +54,72 @@ def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return load
 
 
-@pytest.mark.timeout(900)  # the first test waits for the checkpoints of all
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FORM])
-def test_parity_at_every_block(answers: Answers, name: str) -> None:
-    path, ids, logprobs = answers(name)
+def engine(path: str, name: str, **settings: Any) -> LLM:
     vector = ControlVector(directions=dict(enumerate(directions())), metadata=VectorMetadata())
-    llm = LLM(
+    return LLM(
         path,
         vectors={"v": vector},
         enforce_eager=True,
         dtype="float32",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        **SETTINGS | {"num_gpu_blocks_override": 64} | ENGINE.get(name, {}),
+        **SETTINGS | {"num_gpu_blocks_override": 64} | ENGINE.get(name, {}) | settings,
     )
+
+
+@pytest.mark.timeout(900)  # the first test waits for the checkpoints of all
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FORM])
+def test_parity_at_every_block(answers: Answers, name: str) -> None:
+    path, ids, logprobs = answers(name)
+    llm = engine(path, name)
     try:
         assert_parity(llm, name, ids, logprobs)
     finally:
         del llm
+        cleanup_dist_env_and_memory()
+
+
+SITES_HERE = {
+    "llama": {"attn": ["self_attn"], "mlp": ["mlp"]},
+    "qwen3": {"attn": ["self_attn"], "mlp": ["mlp"]},
+    "gemma3_text": {
+        "attn": ["self_attn and post_attention_layernorm"],
+        "mlp": ["mlp and post_feedforward_layernorm"],
+    },
+    "gpt_neox": {"attn": ["attention"], "mlp": ["mlp"]},
+    "mixtral": {"attn": ["self_attn"], "mlp": ["block_sparse_moe"]},
+}
+"""Architecture -> vLLM's modules whose outputs are edited at each site."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SITES_HERE)
+def test_parity_at_every_site(answers: Answers, name: str) -> None:
+    llm = engine(answers(name)[0], name, steering=SteeringConfig(sites=SITES_IN_BLOCKS))
+    try:
+        assert llm.steering_status()["workers"][0]["site_modules"] == SITES_HERE[name]
+        assert_parity(llm, name, *answers(name)[1:], sites=tuple(Site))
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+WITHOUT = {
+    ("opt", "mlp"): r"blocks 0-2 \(OPTDecoderLayer\) have no MLP in a module of its own",
+    ("mamba2", "attn"): r"blocks 0-2 \(Mamba2DecoderLayer\) have no attention in a module of its own",
+    ("granitemoehybrid", "attn"): r"blocks 0, 2 \(GraniteMoeHybridMambaDecoderLayer\) have no attention in a module",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "site"), WITHOUT)
+def test_a_site_that_a_model_lacks_is_refused(answers: Answers, name: str, site: str) -> None:
+    try:
+        with pytest.raises(UnsupportedEngineError, match=WITHOUT[name, site]):
+            engine(answers(name)[0], name, steering=SteeringConfig(sites=(Site(site),)))
+    finally:
         cleanup_dist_env_and_memory()
 
 
@@ -94,12 +144,16 @@ def test_refused_by_name(tmp_path: Path, name: str) -> None:
         cleanup_dist_env_and_memory()
 
 
-def assert_parity(llm: LLM, name: str, ids: np.ndarray, logprobs: np.ndarray) -> None:
-    """The probe's verdict, and prompt and answer of a plain run and of one steered at each block."""
+def assert_parity(
+    llm: LLM, name: str, ids: np.ndarray, logprobs: np.ndarray, sites: tuple[Site, ...] = (Site.BLOCK,)
+) -> None:
+    """The probe's verdict, and prompt and answer of a plain run and of one steered at each block of each site."""
+    places = [(site, block) for site in sites for block in range(3)]
+    ids, logprobs = ids[: 1 + len(places)], logprobs[: 1 + len(places)]
     worker = llm.steering_status()["workers"][0]
     assert worker["armed_blocks"] == [0, 1, 2]
     assert set(worker["forms"].values()) == {FORM[name]}
-    specs = [None, *(steering(edit("v", SCALE, blocks=block)) for block in range(3))]
+    specs = [None, *(steering(edit("v", SCALE, blocks=block, site=site.value)) for site, block in places)]
     outputs = generate(llm, [PROMPT] * len(specs), specs, prompt_logprobs=0, max_tokens=ANSWER)
     answered = [sampled(output) for output in outputs]
     assert [answer for answer, _ in answered] == ids.tolist()
@@ -110,7 +164,7 @@ def assert_parity(llm: LLM, name: str, ids: np.ndarray, logprobs: np.ndarray) ->
     rounding = max(errors[0], 5e-6)
     assert rounding < 1e-3, "plain vLLM itself differs from Hugging Face"
     of_prompt = slice(len(PROMPT) - 1)  # whose tokens all have in common
-    for block, error in enumerate(errors[1:]):
-        assert error <= 8 * rounding, f"block {block}"
-        effect = np.abs(logprobs[1 + block, of_prompt] - logprobs[0, of_prompt]).max()
-        assert effect >= 100 * 8 * rounding, f"block {block} has no effect"
+    for number, (place, error) in enumerate(zip(places, errors[1:], strict=True), start=1):
+        assert error <= 8 * rounding, place
+        effect = np.abs(logprobs[number, of_prompt] - logprobs[0, of_prompt]).max()
+        assert effect >= 100 * 8 * rounding, f"{place} has no effect"

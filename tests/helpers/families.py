@@ -4,8 +4,8 @@
 
 writes FOLDER/NAME (a checkpoint) and FOLDER/NAME.npz: `ids` [1 + blocks, ANSWER], the greedy answers to PROMPT without
 steering and steered at each block, and `logprobs` [1 + blocks, T - 1 + ANSWER], of the prompt's tokens but the first
-and of the answer's. It runs in a process of its own: an engine on vLLM's Transformers backend patches Hugging Face's
-attention in its process.
+and of the answer's. For architectures of SITE_MODULES, rows follow for each block of each site. It runs in a process
+of its own: an engine on vLLM's Transformers backend patches Hugging Face's attention in its process.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ FORM = {
     "gpt_bigcode": "one", "ministral": "one", "helium": "one",
 }  # fmt: skip
 """Architecture (Hugging Face's model_type) -> the stream form that the probe must find."""
+
+SITE_MODULES = {
+    "llama": ("self_attn", "mlp"),
+    "qwen3": ("self_attn", "mlp"),
+    # What is added to the stream are the norms of both outputs.
+    "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt_neox": ("attention", "mlp"),
+    "mixtral": ("self_attn", "mlp"),
+}
+"""Architecture -> the modules of Hugging Face's blocks whose outputs are the sites "attn" and "mlp"."""
 
 REFUSED = {
     "gemma3n_text": "carries several streams per token",
@@ -269,8 +279,9 @@ def make(name: str, folder: Path) -> None:
         module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3
     )
     answers = [_answer(model)]
-    for block, direction in zip(blocks, directions(), strict=True):
-        handle = block.register_forward_hook(_adding(torch.tensor(direction) * SCALE))
+    parts = [[getattr(block, module) for block in blocks] for module in SITE_MODULES.get(name, ())]
+    for module, direction in [pair for each in (blocks, *parts) for pair in zip(each, directions(), strict=True)]:
+        handle = module.register_forward_hook(_adding(torch.tensor(direction) * SCALE))
         answers.append(_answer(model))
         handle.remove()
     ids, logprobs = zip(*answers, strict=True)

@@ -40,7 +40,7 @@ class Oracle:
         prompt_len: int,
         recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> list[Any]:
-        """A hook per block that edits as `spec` says, and adds to `recorded`."""
+        """A hook per point that edits as `spec` says, and adds to `recorded`."""
         decisions = None
         if "when" in spec or any("when" in edit for edit in spec["edits"]):
             # Over the prompt alone: a decision is made while its last token is computed.
@@ -63,10 +63,10 @@ class Oracle:
         return decisions
 
     def _run(self, tokens: Sequence[int], hooks: Sequence[Any]) -> np.ndarray:
-        """With a hook per block."""
-        handles = [
-            block.register_forward_hook(hook) for block, hook in zip(self.model.model.layers, hooks, strict=False)
-        ]
+        """With a hook per point: the blocks, their attentions, their MLPs."""
+        layers = self.model.model.layers
+        modules = [*layers, *(layer.self_attn for layer in layers), *(layer.mlp for layer in layers)]
+        handles = [module.register_forward_hook(hook) for module, hook in zip(modules, hooks, strict=False)]
         try:
             with torch.inference_mode():
                 logits_TV = self.model(torch.tensor([list(tokens)])).logits[0].double()
@@ -86,21 +86,22 @@ class Oracle:
         measure: bool = False,
         recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> list[Any]:
-        def hook_of(block: int) -> Any:
+        def hook_of(block: int, site: str) -> Any:
             def hook(module: Any, args: Any, output: Any) -> Any:
                 stream = output[0] if isinstance(output, tuple) else output
                 x_TD = stream.reshape(-1, stream.shape[-1])
-                if measure and decisions is not None:
+                if measure and decisions is not None and site == "block":
                     decisions.measure(x_TD, block, self.vectors)
-                edited_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions)
-                if recorded is not None:
+                edited_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions, site)
+                if recorded is not None and site == "block":
                     recorded.append((x_TD, edited_TD))
                 x_TD = edited_TD.reshape(stream.shape)
                 return (x_TD, *output[1:]) if isinstance(output, tuple) else x_TD
 
             return hook
 
-        return [hook_of(block) for block in range(len(self.model.model.layers))]
+        blocks, sites = range(len(self.model.model.layers)), ("block", "attn", "mlp")
+        return [hook_of(block, site) for site in sites for block in blocks]
 
     def edited(
         self,
@@ -110,8 +111,9 @@ class Oracle:
         tokens: Sequence[int],
         prompt_len: int,
         decisions: Decisions | None = None,
+        site: str = "block",
     ) -> torch.Tensor:
-        """The stream after one block, edited in float64."""
+        """The stream after one block, or the output of its attention or MLP, edited in float64."""
         before_TD = x_TD.double()
         x_TD = before_TD.clone()
         touched_T = torch.zeros(len(x_TD), dtype=torch.bool)
@@ -120,7 +122,7 @@ class Oracle:
             vector = rows or self.vectors[edit["vector"]]
             wanted = edit.get("blocks", "all")
             chosen = vector.blocks if wanted == "all" else _blocks(wanted)
-            if block not in chosen:
+            if block not in chosen or edit.get("site", "block") != site:
                 continue
             covered_T, first_T = covered(edit.get("scope", "all"), tokens, prompt_len)
             covered_T &= self._gate_open(edit, x_TD, block)

@@ -74,10 +74,12 @@ def test_our_flags_reach_the_engine(tmp_path: Path) -> None:
     args = armed(
         "org/model", "--steering-blocks", "8-22", "--steering-ops=add,ablate", "--steering_rows", "2",
         "--steering-vectors", str(tmp_path), "--tensor-parallel-size", "2", "--shutdown-timeout", "7",
+        "--steering-sites", "mlp,attn",
     )  # fmt: skip
     config = SteeringConfig.from_additional_config(args.additional_config)
     assert config is not None
     assert (config.blocks, [op.value for op in config.ops], config.rows) == ("8-22", ["add", "ablate"], 2)
+    assert config.sites == ("attn", "mlp")
     assert os.environ["STEER_ENGINE_VECTORS"] == str(tmp_path)
     assert (args.tensor_parallel_size, args.shutdown_timeout) == (2, 7)
 
@@ -110,6 +112,7 @@ def test_abbreviated_or_unknown_flags_are_errors(flag: str) -> None:
     [
         (["--steering-blocks", "22-8"], "backwards"),
         (["--steering-ops", "add,multiply"], "ops"),
+        (["--steering-sites", "attn,ffn"], "--steering-sites: 'ffn' is not a site; valid: attn, mlp"),
         (["--steering-rows", "99"], "rows"),
         (["--steering-vectors", "/no/such/folder"], "not a folder"),
         (["--grpc"], "--grpc"),

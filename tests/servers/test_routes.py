@@ -22,6 +22,7 @@ def test_description(server: Server) -> None:
     assert facts["hidden_size"] == 576
     assert facts["num_blocks"] == 30
     assert facts["armed_blocks"] == list(range(30))
+    assert facts["sites"] == ["block"]
     assert "add" in facts["operations"]
     assert facts["limits"]["max_abs_scale"] > 0
     assert facts["limits"]["rows"] == 4
