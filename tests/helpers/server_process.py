@@ -21,7 +21,8 @@ STOP_SECONDS = 60
 # The order of importance is the machine's: one small model, two cores, other tests beside it.
 # float32: a processor with AVX2 only multiplies bfloat16 matrices 13 times slower (32 rows of 576, one core).
 SMALL = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "512")
-SMALL += ("--dtype", "float32")
+SMALL += ("--dtype", "float32", "--kv-cache-memory-bytes", str(2**28))
+"""Several servers live beside each other, so each gets a small KV cache."""
 
 
 STEERED = 'steer_engine_requests_total{outcome="steered"}'
@@ -52,7 +53,9 @@ class Server:
         self.log_path = log
         # One for all requests: making a client costs more than most of them.
         self.client = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=64))
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
+        environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
+        if "--kv-cache-memory-bytes" not in command:  # which it would override
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(self.port)],
