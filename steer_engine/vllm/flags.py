@@ -302,12 +302,22 @@ def copy_mirror(url: str, folder: Path) -> None:
 
 def _cpu_defaults(args: argparse.Namespace) -> None:
     """On a CPU, give the KV cache a share of the free memory, unless its size is specified."""
-    import psutil  # type: ignore[import-untyped]
     from vllm.engine.arg_utils import EngineArgs
+
+    if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization:
+        args.kv_cache_memory_bytes = cpu_kv_cache_bytes()
+
+
+def cpu_kv_cache_bytes() -> int | None:
+    """Default size of the KV cache on a CPU: a share of the free memory. None: vLLM decides, as the environment says.
+
+    vLLM's own default is a share of all memory, and it does not start if other programs use more than the rest.
+    """
+    import psutil  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return
-    if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization:
-        args.kv_cache_memory_bytes = int(psutil.virtual_memory().available * CPU_KV_CACHE_SHARE)
-        logger.info("KV cache: %.1f GiB, a quarter of the free memory", args.kv_cache_memory_bytes / 2**30)
+        return None
+    size = int(psutil.virtual_memory().available * CPU_KV_CACHE_SHARE)
+    logger.info("KV cache: %.1f GiB, a quarter of the free memory", size / 2**30)
+    return size
