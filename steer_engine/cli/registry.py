@@ -253,7 +253,11 @@ def remove_vector(name: VectorName, url: Url = DEFAULT_URL) -> None:
 
 def pull(
     name: Annotated[
-        str, typer.Argument(help="Name or digest of a vector on the server, or hf://OWNER/REPO[@REVISION][/FILE].")
+        str,
+        typer.Argument(
+            help="Name or digest of a vector on the server, or hf://OWNER/REPO@REVISION/FILE, where @REVISION and "
+            "/FILE may be left out."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write (default: NAME.safetensors).")] = None,
     kind: Annotated[str, typer.Option(help="Kind of a file of the hub, as in `vectors import`.")] = "auto",

@@ -242,7 +242,7 @@ def show(
 @app.command()
 def push(
     file: Annotated[Path, typer.Argument(help="A vector file, safetensors or GGUF.")],
-    address: Annotated[str, typer.Argument(help="hf://OWNER/REPO[@BRANCH][/FILE] (default: the file's name).")],
+    address: Annotated[str, typer.Argument(help="hf://OWNER/REPO/FILE, or hf://OWNER/REPO for the file's own name.")],
     public: Annotated[
         bool, typer.Option("--public", help="If the repository is made now, let everybody read it.")
     ] = False,
