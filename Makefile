@@ -8,7 +8,7 @@
 #   make mutants          break the code in known ways; each time a test must fail
 #   make floors           help and unit tests with the lowest versions of the dependencies, in a fresh environment
 #   make docs             check the links of all pages, and build the documentation into site/
-#   make programs         Chromium, nginx, OpenSSL and Prometheus from Debian's packages; tests that need a missing one are skipped
+#   make programs         Chromium, nginx, Node, OpenSSL and Prometheus from Debian's packages; tests that need a missing one are skipped
 #   make setup            make .venv only
 EXTRA ?= cpu
 PYTHON ?= python3

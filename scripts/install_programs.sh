@@ -3,7 +3,7 @@
 # Without the right to install, or without a network, it says so and ends with status 1; it never waits for either.
 set -uo pipefail
 
-declare -A package=([chromium]=chromium [nginx]=nginx-light [openssl]=openssl [prometheus]=prometheus [promtool]=prometheus)
+declare -A package=([chromium]=chromium [nginx]=nginx-light [node]=nodejs [openssl]=openssl [prometheus]=prometheus [promtool]=prometheus)
 seconds=${STEER_PROGRAMS_SECONDS:-240} # for each of the three steps
 PATH=$PATH:${STEER_PROGRAMS_PATH:-/usr/sbin} # Debian's nginx is there
 
@@ -28,7 +28,7 @@ apt() { # stops waiting for a mirror after seconds, for another apt after half a
         -o APT::Update::Error-Mode=any "$@" </dev/null
 }
 
-[ -n "$(missing)" ] || { echo "Chromium, nginx, OpenSSL and Prometheus are installed."; exit 0; }
+[ -n "$(missing)" ] || { echo "Chromium, nginx, Node, OpenSSL and Prometheus are installed."; exit 0; }
 command -v apt-get >/dev/null || give_up "this is not Debian, so install them yourself"
 [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null || give_up "installing needs root, or sudo without a password"
 

@@ -49,7 +49,7 @@ SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
 
 PARALLEL_SUITES = 2
 
-PROGRAMS = ("chromium", "nginx", "openssl", "prometheus", "promtool")
+PROGRAMS = ("chromium", "nginx", "node", "openssl", "prometheus", "promtool")
 """Programs that tests drive and no Python package has. The reason of a skip names the one that is missing."""
 
 PROGRAMS_ENV = "STEER_TEST_PROGRAMS"

@@ -31,6 +31,7 @@ import vllm  # noqa: E402  (the folder triton_kernels must be hidden before vLLM
 from steer_engine.api.frontend import STEERING_KEY, Frontend  # noqa: E402
 from steer_engine.api.request_field import is_absent, parsed_null  # noqa: E402
 from steer_engine.vllm import engine_client, measured, probed  # noqa: E402
+from steer_engine.vllm.flags import cpu_kv_cache_bytes  # noqa: E402
 
 SamplingParams = vllm.SamplingParams
 
@@ -64,7 +65,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         vectors: a folder of vector files, or vectors by name.
         steering: what is armed (default: all blocks and operations).
         capture: arm capture of the residual stream, at `capture_blocks` (default: all armed blocks).
-        kwargs: passed to `vllm.LLM`.
+        kwargs: passed to `vllm.LLM`. On a CPU, the KV cache gets a quarter of the free memory unless they or
+            VLLM_CPU_KVCACHE_SPACE say otherwise.
 
     Raises:
         UnsupportedEngineError: this model or configuration cannot be armed.
@@ -85,6 +87,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
             blocks = config.blocks if capture_blocks is None else tuple(capture_blocks)
             config = config.model_copy(update={"capture": blocks})
         additional = {**kwargs.pop("additional_config", {}), **config.to_additional_config()}
+        if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & kwargs.keys():
+            kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes()
         super().__init__(resolve_model(model), additional_config=additional, **kwargs)
         if isinstance(vectors, Mapping):
             for name, vector in vectors.items():

@@ -13,14 +13,14 @@ from run_tests import PROGRAMS, PROGRAMS_ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("bash", "env", "sleep", "sort", "timeout", "touch", "tr", "chmod")
-PACKAGES = {"chromium", "nginx-light", "openssl", "prometheus"}
+PACKAGES = {"chromium", "nginx-light", "nodejs", "openssl", "prometheus"}
 
 APT_THAT_WORKS = """
 echo "$*" >> "$CALLS"
 case "$*" in
 *--download-only*) ;;
 *" install "*)
-    for name in chromium nginx openssl prometheus promtool; do touch "$BIN/$name"; chmod +x "$BIN/$name"; done
+    for name in chromium nginx node openssl prometheus promtool; do touch "$BIN/$name"; chmod +x "$BIN/$name"; done
     ;;
 esac
 """

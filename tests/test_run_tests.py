@@ -117,7 +117,7 @@ def test_a_skip_for_a_program_that_ci_installed_is_a_failure(
 def test_every_program_has_a_test_that_needs_it_and_names_it(program: str) -> None:
     """Otherwise the command of the last lines would leave tests out, and CI would accept their skips."""
     tests = Path(__file__).parent
-    files = [path for folder in ("deploy", "helpers", "servers") for path in tests.glob(f"{folder}/*.py")]
+    files = [path for folder in ("api", "deploy", "helpers", "servers") for path in tests.glob(f"{folder}/*.py")]
     text = "".join(path.read_text() for path in files)
     assert re.search(rf'which\("{program}"', text), "nothing looks for it"
     reasons = re.findall(r'(?:reason=|WHY_MISSING = )"([^"]+)"', text)

@@ -2,9 +2,10 @@
 
 Each name is a type for one parameter of a typer command; its default stands in the command:
 
-    def command(model: Model, dtype: DType = "auto", max_model_len: MaxModelLen = None) -> None: ...
+    def command(model: Model, chat: Chat = False) -> None: ...
 
-Commands that capture texts have all options of `CaptureOptions`, as one parameter:
+Commands that start one engine have all options of `EngineChoice` as one parameter, `engine` (`@starts_engine`), and
+those that capture texts all of `CaptureOptions`:
 
     @captures
     def command(model: Model, *, capture: CaptureOptions) -> None: ...
@@ -63,27 +64,31 @@ GpusPerActor = Annotated[
 ]
 
 
-def engine_args(
-    *, dtype: str, tensor_parallel_size: int, max_model_len: int | None, gpu_memory_utilization: float | None
-) -> dict[str, Any]:
-    """Keyword arguments of `steer_engine.LLM`. An option that was not given is left out."""
-    given: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": tensor_parallel_size}
-    optional = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
-    return given | {name: value for name, value in optional.items() if value is not None}
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """Options of the commands that start one engine, in the order of their help."""
+
+    dtype: DType = "auto"
+    max_model_len: MaxModelLen = None
+    gpu_memory_utilization: GpuMemoryUtilization = None
+    tensor_parallel_size: TensorParallelSize = 1
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """Keyword arguments of `steer_engine.LLM`. An option that was not given is left out."""
+        given: dict[str, Any] = {"dtype": self.dtype, "tensor_parallel_size": self.tensor_parallel_size}
+        optional = {"max_model_len": self.max_model_len, "gpu_memory_utilization": self.gpu_memory_utilization}
+        return given | {name: value for name, value in optional.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureOptions:
-    """Options of the commands whose engines capture texts, in the order of their help."""
+class CaptureOptions(EngineChoice):
+    """Options of the commands whose engines capture texts."""
 
     chat: Chat = False
-    dtype: DType = "auto"
     actors: Actors = 1
     ray_address: RayAddress = None
     gpus_per_actor: GpusPerActor = None
-    tensor_parallel_size: TensorParallelSize = 1
-    max_model_len: MaxModelLen = None
-    gpu_memory_utilization: GpuMemoryUtilization = None
 
     @property
     def arguments(self) -> EngineOptions:
@@ -94,33 +99,38 @@ class CaptureOptions:
             "actors": self.actors,
             "ray_address": self.ray_address,
             "gpus_per_actor": self.gpus_per_actor,
-            "engine_args": engine_args(
-                dtype=self.dtype,
-                tensor_parallel_size=self.tensor_parallel_size,
-                max_model_len=self.max_model_len,
-                gpu_memory_utilization=self.gpu_memory_utilization,
-            ),
+            "engine_args": self.engine_args,
         }
 
 
+def starts_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command: its parameter `engine` becomes one option per field of `EngineChoice`."""
+    return _with_options(command, "engine", EngineChoice)
+
+
 def captures(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a command: its parameter `capture` becomes one option per field of `CaptureOptions`.
+    """Decorator of a command: its parameter `capture` becomes one option per field of `CaptureOptions`."""
+    return _with_options(command, "capture", CaptureOptions)
+
+
+def _with_options(command: Callable[..., None], parameter: str, kind: type[EngineChoice]) -> Callable[..., None]:
+    """The command with one option per field of `kind`, which it gets as one argument.
 
     Typer reads options from a signature, so that of the result lists the fields in the parameter's place.
     """
     signature = inspect.signature(command, eval_str=True)
-    options = inspect.signature(CaptureOptions, eval_str=True).parameters.values()
+    options = inspect.signature(kind, eval_str=True).parameters.values()
     listed = [
         option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in signature.parameters.values()
-        for option in (options if parameter.name == "capture" else [parameter])
+        for each in signature.parameters.values()
+        for option in (options if each.name == parameter else [each])
     ]
-    names = [field.name for field in fields(CaptureOptions)]
+    names = [field.name for field in fields(kind)]
 
     @wraps(command)
     def run(**given: Any) -> None:
-        capture = CaptureOptions(**{name: given.pop(name) for name in names})
-        command(**given, capture=capture)
+        chosen = kind(**{name: given.pop(name) for name in names})
+        command(**given, **{parameter: chosen})
 
     run.__signature__ = signature.replace(parameters=listed)  # type: ignore[attr-defined]
     return run

@@ -13,15 +13,7 @@ import typer
 from rich.console import Console
 
 from steer_engine.cli.checks import check_model
-from steer_engine.cli.engine_options import (
-    Chat,
-    DType,
-    GpuMemoryUtilization,
-    MaxModelLen,
-    Model,
-    TensorParallelSize,
-    engine_args,
-)
+from steer_engine.cli.engine_options import Chat, EngineChoice, Model, starts_engine
 from steer_engine.derive.derivation import require_absent
 from steer_engine.derive.methods import require_method
 from steer_engine.errors import EvaluationError
@@ -53,6 +45,7 @@ MODULES = ("vllm", "scipy")
 Name = TypeVar("Name", bound=str)
 
 
+@starts_engine
 def eval_command(
     model: Model,
     task: Annotated[str, TASK],
@@ -79,10 +72,8 @@ def eval_command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for an exact match.")] = 32,
     chat: Chat = False,
     seed: Annotated[int, SEED] = 0,
-    dtype: DType = "auto",
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    tensor_parallel_size: TensorParallelSize = 1,
+    *,
+    engine: EngineChoice,
 ) -> None:
     """Choose blocks and strength on one set of items and report on another, with controls.
 
@@ -113,19 +104,14 @@ def eval_command(
     )
     require_folder(out)
     check_model(model, *(blocks or ()), modules=MODULES)
-    engine = engine_args(
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
-    llm = open_engine(model, **engine)
+    llm = open_engine(model, **engine.engine_args)
     outcome = Evaluation(
         llm, loaded, plan, out, model=model, chat=chat, generate=max_tokens, command=_command_line()
     ).run()
     _print_verdicts(outcome, write_results(outcome, out))
 
 
+@starts_engine
 def search_command(
     tasks: Annotated[
         list[str],
@@ -155,10 +141,8 @@ def search_command(
     anyway: Annotated[bool, typer.Option("--anyway", help="Search tasks without headroom too.")] = False,
     chat: Chat = False,
     seed: Annotated[int, SEED] = 0,
-    dtype: DType = "auto",
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    tensor_parallel_size: TensorParallelSize = 1,
+    *,
+    engine: EngineChoice,
 ) -> None:
     """Try every recipe, block and strength on validation items, and test one point per task against controls.
 
@@ -188,13 +172,7 @@ def search_command(
     )
     require_folder(out)
     check_model(model, *(blocks or ()), modules=MODULES)
-    engine = engine_args(
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
-    llm = open_engine(model, **engine)
+    llm = open_engine(model, **engine.engine_args)
     outcome = Search(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
     page = write_search(outcome, out)
     for result in outcome.results:
@@ -202,6 +180,7 @@ def search_command(
     typer.echo(f"report: {page}")
 
 
+@starts_engine
 def calibrate_command(
     model: Model,
     vector: Annotated[Path, typer.Argument(help="Vector file to calibrate.", metavar="VECTOR")],
@@ -220,10 +199,8 @@ def calibrate_command(
     shots: Annotated[int, SHOTS] = 0,
     chat: Chat = False,
     seed: Annotated[int, SEED] = 0,
-    dtype: DType = "auto",
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    tensor_parallel_size: TensorParallelSize = 1,
+    *,
+    engine: EngineChoice,
 ) -> None:
     """Find the best blocks and strength of a vector whose mean KL on neutral texts stays within a bound.
 
@@ -255,19 +232,14 @@ def calibrate_command(
     require_folder(out)
     require_absent(target, force=True)
     check_model(model, *(blocks or ()), modules=MODULES)
-    engine = engine_args(
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
-    llm = open_engine(model, **engine)
+    llm = open_engine(model, **engine.engine_args)
     outcome = Evaluation(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
     save(calibrated(vectors[vector.stem], outcome), target)
     _print_verdicts(outcome, write_results(outcome, out))
     typer.echo(f"calibrated vector: {target}")
 
 
+@starts_engine
 def paper_command(
     model: Model,
     out: Annotated[Path, OUT],
@@ -282,10 +254,8 @@ def paper_command(
     shots: Annotated[int, SHOTS] = 0,
     chat: Chat = False,
     seed: Annotated[int, SEED] = 0,
-    dtype: DType = "auto",
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    tensor_parallel_size: TensorParallelSize = 1,
+    *,
+    engine: EngineChoice,
 ) -> None:
     """Run the protocol of Højer et al. (ICLR 2025) and ours: reading, contrastive and PCA vectors at the middle block.
 
@@ -305,13 +275,7 @@ def paper_command(
     tasks = [load_task(name, sizes, seed=seed, shots=shots) for name in task or PAPER_TASKS]
     require_folder(out)
     check_model(model, modules=MODULES)
-    engine = engine_args(
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
-    llm = open_engine(model, **engine)
+    llm = open_engine(model, **engine.engine_args)
     runs = []
     for loaded in tasks:
         folder = out / folder_of(loaded.name)

@@ -11,15 +11,7 @@ from rich.console import Console
 
 from steer_engine.cli.checks import check_model
 from steer_engine.cli.derive import Force, parsed_blocks, say, summary
-from steer_engine.cli.engine_options import (
-    Chat,
-    DType,
-    GpuMemoryUtilization,
-    MaxModelLen,
-    ModelOption,
-    TensorParallelSize,
-    engine_args,
-)
+from steer_engine.cli.engine_options import Chat, EngineChoice, ModelOption, starts_engine
 from steer_engine.errors import DerivationError
 
 if TYPE_CHECKING:
@@ -71,6 +63,7 @@ def shuffled(
 
 
 @app.command()
+@starts_engine
 def answers(
     questions: Annotated[Path, typer.Argument(help="JSONL file with `prompt` and `answer` per line.")],
     model: ModelOption,
@@ -79,10 +72,6 @@ def answers(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.01, max=5.0, help="Higher: answers differ more.")] = 0.8,
     chat: Chat = False,
-    dtype: DType = "auto",
-    tensor_parallel_size: TensorParallelSize = 1,
-    max_model_len: MaxModelLen = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
     seed: Seed = 0,
     vector: Annotated[
         Path | None,
@@ -100,6 +89,8 @@ def answers(
         ),
     ] = "last",
     force: Force = False,
+    *,
+    engine: EngineChoice,
 ) -> None:
     """Let the model answer, and contrast its own correct answers with its own wrong ones.
 
@@ -122,12 +113,7 @@ def answers(
         "temperature": temperature,
         "seed": seed,
         "chat": chat,
-        "engine_args": engine_args(
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-        ),
+        "engine_args": engine.engine_args,
     }
     suffix = f" of {len(loaded)} questions"
     if vector is None:

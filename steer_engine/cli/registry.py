@@ -252,23 +252,43 @@ def remove_vector(name: VectorName, url: Url = DEFAULT_URL) -> None:
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="Name or digest of a vector on the server.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name or digest of a vector on the server, or hf://OWNER/REPO@REVISION/FILE, where @REVISION and "
+            "/FILE may be left out."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="File to write (default: NAME.safetensors).")] = None,
+    kind: Annotated[str, typer.Option(help="Kind of a file of the hub, as in `vectors import`.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Download a vector from a server to a file, and verify it by its digest.
+    """Download a vector from a server, verified by its digest, or from a repository of the Hugging Face hub.
 
-    Example: steer-engine vectors pull cheerful --out cheerful.gguf
+    On the hub: files of Steer Engine, GGUF control vectors, and files of other tools, such as persona vectors (.pt),
+    which are read without running code. HF_TOKEN opens private repositories, HF_ENDPOINT names another hub. Without
+    FILE, the repository must have one vector only.
+
+    Examples:
+
+    steer-engine vectors pull cheerful --out cheerful.gguf
+
+    steer-engine vectors pull hf://OWNER/vectors/cheerful.safetensors
+
+    steer-engine vectors pull hf://OWNER/persona@main/evil_response_avg_diff.pt --out evil.safetensors
     """
+    from steer_engine.vectors import hub
     from steer_engine.vectors.files import SUFFIXES, save
 
-    target = out or Path(f"{name.removeprefix('sha256:')[:128]}.safetensors")
+    is_on_hub = name.startswith(hub.PREFIX)
+    stem = hub.Address.parse(name).stem if is_on_hub else name.removeprefix("sha256:")[:128]
+    target = out or Path(f"{stem}.safetensors")
     if target.suffix not in SUFFIXES:
         raise VectorFileError(f"{target}: the name of the file must end in {' or '.join(SUFFIXES)}.")
     if target.exists() and not force:
         raise VectorFileError(f"{target}: the file exists; choose another with --out, or replace it with --force.")
-    vector = fetched(name, url)
+    vector = hub.pull(name, kind=kind) if is_on_hub else fetched(name, url)
     save(vector, target)
     typer.echo(f"{target}: {vector.digest}")
 

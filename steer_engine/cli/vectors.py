@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Control vectors, features and low-rank edits: files (safetensors and GGUF), and those of a running server.",
+    help="Control vectors, features and low-rank edits: files (safetensors and GGUF), those of a running server, and "
+    "those in repositories of the Hugging Face hub.",
 )
 
 
@@ -236,6 +237,27 @@ def show(
         _show_file(load_any(path))
     else:
         _show_file(fetched(str(path), url))
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="A vector file, safetensors or GGUF.")],
+    address: Annotated[str, typer.Argument(help="hf://OWNER/REPO/FILE, or hf://OWNER/REPO for the file's own name.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="If the repository is made now, let everybody read it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file with other content.")] = False,
+) -> None:
+    """Upload a vector to a repository of the Hugging Face hub. A repository that does not exist is made, private.
+
+    The file is checked first. HF_TOKEN must be a token that may write (or run `hf auth login`).
+
+    Example: steer-engine vectors push cheerful.safetensors hf://OWNER/vectors
+    """
+    from steer_engine.vectors import hub
+
+    target, is_uploaded = hub.push(file, address, public=public, replace=force)
+    typer.echo(f"{target}{'' if is_uploaded else ': the same content is there already'}")
 
 
 for command, name in ((list_vectors, "list"), (add, "add"), (remove_vector, "rm"), (pull, "pull")):

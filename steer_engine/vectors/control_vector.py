@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_engine.errors import ModelMismatchError, UnusableVectorError, VectorFileError
+from steer_engine.errors import UnusableVectorError, VectorFileError
 from steer_engine.fields import shown
-from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata
+from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata, require_fit
 
 Direction = npt.NDArray[np.float32]
 
@@ -105,17 +105,10 @@ class ControlVector:
 
     def check(self, *, hidden_size: int, num_blocks: int) -> None:
         """Raise ModelMismatchError unless the vector fits a model of this width and depth."""
-        made_for = shown(self.metadata.model) if self.metadata.model else "another model"
-        if self.hidden_size != hidden_size:
-            raise ModelMismatchError(
-                f"The vector has hidden size {self.hidden_size} but the model has {hidden_size}; "
-                f"it was made for {made_for}."
-            )
-        if self.blocks[-1] >= num_blocks:
-            raise ModelMismatchError(
-                f"The vector has a direction for block {self.blocks[-1]} but the model's last is {num_blocks - 1}; "
-                f"it was made for {made_for}."
-            )
+        require_fit(
+            "vector", "a direction", self.hidden_size, self.blocks[-1], self.metadata,
+            hidden_size=hidden_size, num_blocks=num_blocks,
+        )  # fmt: skip
 
     def restrict(self, blocks: Iterable[int]) -> ControlVector:
         """The same vector with directions at the given blocks only. Raises VectorFileError if none is left."""

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from steer_engine.errors import VectorFileError
+from steer_engine.errors import ModelMismatchError, VectorFileError
 from steer_engine.fields import shown
 from steer_engine.probe import Platt
 
@@ -286,6 +286,22 @@ BLOCK_FIELDS = ("residual_norms", "separation", "explained_variance")
 JSON_FIELDS = (*BLOCK_FIELDS, "condition", "probe", "created_with", "extra")
 NUMBER_FIELDS = ("hidden_size", "num_blocks")
 TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
+
+
+def require_fit(
+    noun: str, part: str, width: int, last_block: int, metadata: VectorMetadata, *, hidden_size: int, num_blocks: int
+) -> None:
+    """Raise ModelMismatchError unless a vector or row set fits a model of this width and depth.
+
+    noun, part: what the message calls it, and what it has for a block. width: its hidden size.
+    """
+    made_for = f"it was made for {shown(metadata.model) if metadata.model else 'another model'}."
+    if width != hidden_size:
+        raise ModelMismatchError(f"The {noun} has hidden size {width} but the model has {hidden_size}; {made_for}")
+    if last_block >= num_blocks:
+        raise ModelMismatchError(
+            f"The {noun} has {part} for block {last_block} but the model's last is {num_blocks - 1}; {made_for}"
+        )
 
 
 def metadata_to_text(metadata: VectorMetadata, version: str = FORMAT_VERSION) -> dict[str, str]:

@@ -17,7 +17,6 @@ from steer_engine.errors import (
 )
 from steer_engine.settings import RegistryLimits
 from steer_engine.spelling import MAX_COMPARED, closest
-from steer_engine.vectors import files
 from steer_engine.vectors.cache import VectorCache
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import AnyVector, as_directions, as_rows
@@ -160,10 +159,9 @@ class Registry:
         uploaded = self._writable(name)
         if (source := self._folder.source_of(name)) is not None and self._uploaded_digest(name) is None:
             raise RegistryConflictError(f"The name {name!r} belongs to the file {source.name}; choose another.")
-        is_new = uploaded.put(name, vector, if_match=if_match, file_presets=self._file_presets())
-        stored = VectorEntry.of(vector.digest, files.to_bytes(vector))
-        self._cache.put(stored.object_name, vector, vector.num_bytes)
-        return is_new
+        stored = uploaded.put(name, vector, if_match=if_match, file_presets=self._file_presets())
+        self._cache.put(stored.entry.object_name, vector, vector.num_bytes)
+        return stored.is_new
 
     def delete(self, name: str, *, if_match: str | None = None) -> str:
         """Delete an uploaded vector; returns its digest. Raises as `UploadedVectors.delete`."""

@@ -21,9 +21,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from steer_engine.errors import ModelMismatchError, UnusableVectorError, VectorFileError
+from steer_engine.errors import UnusableVectorError, VectorFileError
 from steer_engine.fields import shown
-from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata
+from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata, require_fit
 
 Kind = Literal["features", "low_rank"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -224,17 +224,10 @@ class RowSet:
 
     def check(self, *, hidden_size: int, num_blocks: int) -> None:
         """Raise ModelMismatchError unless the rows fit a model of this width and depth."""
-        made_for = shown(self.metadata.model) if self.metadata.model else "another model"
-        if self.hidden_size != hidden_size:
-            raise ModelMismatchError(
-                f"The row set has hidden size {self.hidden_size} but the model has {hidden_size}; "
-                f"it was made for {made_for}."
-            )
-        if self.blocks[-1] >= num_blocks:
-            raise ModelMismatchError(
-                f"The row set has rows for block {self.blocks[-1]} but the model's last is {num_blocks - 1}; "
-                f"it was made for {made_for}."
-            )
+        require_fit(
+            "row set", "rows", self.hidden_size, self.blocks[-1], self.metadata,
+            hidden_size=hidden_size, num_blocks=num_blocks,
+        )  # fmt: skip
 
     def restrict(self, blocks: Iterable[int]) -> RowSet:
         """The same rows at the given blocks only. Raises VectorFileError if none is left."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -63,6 +63,13 @@ LOCK_SECONDS = 10.0
 
 ANY = "*"
 """As `If-Match`: any version, but the name must exist."""
+
+
+class Stored(NamedTuple):
+    """What `UploadedVectors.put` did. is_new: nothing had the name before."""
+
+    entry: VectorEntry
+    is_new: bool
 
 
 class UploadedVectors:
@@ -131,8 +138,8 @@ class UploadedVectors:
         *,
         if_match: str | None = None,
         file_presets: Mapping[str, dict[str, Any]] | None = None,
-    ) -> bool:
-        """Store `vector` under `name`, with its metadata. It is on disk when this returns. True if the name is new.
+    ) -> Stored:
+        """Store `vector` under `name`, with its metadata. It is on disk when this returns.
 
         Raises:
             RegistryConflictError: the name has other content and `if_match` is not given, or a preset uses the old
@@ -148,7 +155,7 @@ class UploadedVectors:
             _check_version(name, None if before is None else before.digest, vector.digest, if_match)
             if before == entry:
                 self._write_object(entry, data)
-                return False
+                return Stored(entry, is_new=False)
             after = manifest.changed(vectors=manifest.vectors | {name: entry})
             self._check_limits(after)
             if before is not None:
@@ -157,7 +164,7 @@ class UploadedVectors:
             self._replace(after)
             if before is not None:
                 self._remove_unnamed(before, after)
-            return before is None
+            return Stored(entry, is_new=before is None)
 
     def delete(
         self, name: str, *, if_match: str | None = None, file_presets: Mapping[str, dict[str, Any]] | None = None

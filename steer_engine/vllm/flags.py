@@ -56,6 +56,9 @@ _REFUSED_FLAGS = {
     "enable_fault_tolerance": "--enable-fault-tolerance restarts workers, whose banks would be empty",
 }
 
+REPEATED = ("steering_limit", "steering_monitor")
+"""Our flags that may be given several times, as names of parsed flags."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -110,6 +113,25 @@ def own_flags(argv: Sequence[str]) -> argparse.Namespace:
     spelt = [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value
              for name, sign, value in named]  # fmt: skip
     return parser.parse_known_args(spelt)[0]
+
+
+def take_repeated(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Values of our flags that may be given several times, by the flag's name among parsed ones, and all other words.
+
+    vLLM's parser warns of each flag that it sees twice, so it must not see these. A flag without a value stays.
+    """
+    taken: dict[str, list[str]] = {name: [] for name in REPEATED}
+    rest: list[str] = []
+    words = list(reversed(argv))
+    while words:
+        word = words.pop()
+        flag, sign, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in taken or not (sign or (words and not words[-1].startswith("-"))):
+            rest.append(word)
+        else:
+            taken[name].append(value if sign else words.pop())
+    return taken, rest
 
 
 def name_plugins() -> None:
@@ -280,12 +302,22 @@ def copy_mirror(url: str, folder: Path) -> None:
 
 def _cpu_defaults(args: argparse.Namespace) -> None:
     """On a CPU, give the KV cache a share of the free memory, unless its size is specified."""
-    import psutil  # type: ignore[import-untyped]
     from vllm.engine.arg_utils import EngineArgs
+
+    if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization:
+        args.kv_cache_memory_bytes = cpu_kv_cache_bytes()
+
+
+def cpu_kv_cache_bytes() -> int | None:
+    """Default size of the KV cache on a CPU: a share of the free memory. None: vLLM decides, as the environment says.
+
+    vLLM's own default is a share of all memory, and it does not start if other programs use more than the rest.
+    """
+    import psutil  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return
-    if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization:
-        args.kv_cache_memory_bytes = int(psutil.virtual_memory().available * CPU_KV_CACHE_SHARE)
-        logger.info("KV cache: %.1f GiB, a quarter of the free memory", args.kv_cache_memory_bytes / 2**30)
+        return None
+    size = int(psutil.virtual_memory().available * CPU_KV_CACHE_SHARE)
+    logger.info("KV cache: %.1f GiB, a quarter of the free memory", size / 2**30)
+    return size

@@ -18,7 +18,7 @@ import httpx
 from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Send
 from steer_engine.settings import WITH_PARENT_ENV
-from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags
+from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags, take_repeated
 from steer_engine.vllm.lifetime import exit_on_signal
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import inference_keys
@@ -80,11 +80,20 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
 
     CLI_ENV_SETUP.get()()
     command = ServeSubcommand()
-    args = _parser(command).parse_args(["serve", *argv])
+    args = _parse(command, argv)
     hide_routine(args)
     configure_logging_from_args(args)
     arm(args)
     command.validate(args)
+    return args
+
+
+def _parse(command: Any, argv: Sequence[str]) -> argparse.Namespace:
+    """Our flags and vLLM's, from the command line and from the file of --config."""
+    repeated, rest = take_repeated(argv)
+    args = _parser(command).parse_args(["serve", *rest])
+    for name, values in repeated.items():
+        setattr(args, name, [*getattr(args, name), *values])
     return args
 
 

@@ -199,6 +199,12 @@ test("a chart has a gap where a token has no number", () => {
   assert.deepEqual([shown(-0.0391), shown(null), shown(1e-9)], ["−0.0391", "–", "1.0e-9"]);
 });
 
+test("a scale and a summary take more numbers than a call takes arguments", () => {
+  const many = Array.from({ length: 500_000 }, (_, number) => number % 100);
+  assert.deepEqual(scaleOf(many), { low: 0, middle: 49.5, high: 99 });
+  assert.equal(summaryOf(many), "Mean 49.5, lowest 0.00, highest 99.0 of 500000 tokens.");
+});
+
 test("numbers stay beside the text of their tokens", () => {
   const turn = newTurn("p");
   const part = (text, numbers, more = {}) => ({ text, thinking: "", numbers: numbers && { 14: numbers }, finish: null, stopReason: null, report: null, ...more });

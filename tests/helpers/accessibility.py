@@ -17,6 +17,7 @@ from pathlib import Path
 
 from helpers.browser import Page
 from steer_engine.models import cache_dir
+from steer_engine.vectors.storage import write_atomically
 
 VERSION = "4.14.1"
 SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
@@ -34,32 +35,37 @@ def axe_source() -> str | None:
     if given := os.environ.get("STEER_TEST_AXE"):
         return Path(given).read_text()
     kept = cache_dir() / "tests" / f"axe-core-{VERSION}.min.js"
-    if not kept.exists() and not _fetch(kept):
+    is_kept = kept.exists()
+    content = kept.read_bytes() if is_kept else _fetch()
+    if content is None:
         return None
-    content = kept.read_bytes()
-    assert hashlib.sha256(content).hexdigest() == SHA256, f"{kept} is not axe-core {VERSION}; delete it."
+    where = (
+        f"{kept} is not axe-core {VERSION}; delete it." if is_kept else f"npm's axe-core {VERSION} has other content."
+    )
+    assert hashlib.sha256(content).hexdigest() == SHA256, where
+    if not is_kept:
+        write_atomically(kept, content)
     return content.decode()
 
 
-def _fetch(kept: Path) -> bool:
+def _fetch() -> bytes | None:
+    """The script as npm has it. None if there is no npm, or no network."""
     npm = shutil.which("npm")
     if npm is None:
-        return False
+        return None
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", f"axe-core@{VERSION}", "--pack-destination", folder, "--fetch-retries=0"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=60, check=False)
         except subprocess.TimeoutExpired:  # a network that answers nothing is none
-            return False
+            return None
         packages = list(Path(folder).glob("*.tgz"))
         if done.returncode != 0 or not packages:
-            return False
+            return None
         with tarfile.open(packages[0]) as package:
             member = package.extractfile("package/axe.min.js")
             assert member is not None
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(member.read())
-    return True
+            return member.read()
 
 
 def violations(page: Page) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -33,7 +34,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def parsed(*argv: str) -> Any:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    return launch._parser(ServeSubcommand()).parse_args(["serve", *argv])
+    return launch._parse(ServeSubcommand(), argv)
 
 
 def armed(*argv: str) -> Any:
@@ -98,6 +99,33 @@ def test_flags_may_come_from_a_config_file(tmp_path: Path) -> None:
     assert args.additional_config[CONFIG_KEY]["blocks"] == "8-22"
     assert args.max_model_len == 99
     assert args.model == "org/model"
+
+
+def test_flags_that_are_given_several_times_come_in_order_and_without_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    theirs = logging.getLogger("vllm.utils.argparse_utils")
+    theirs.addHandler(listener)
+    try:
+        file = tmp_path / "serve.yaml"
+        file.write_text("steering-limit: max_edits=1\n")
+        args = parsed(
+            "org/model", "--steering-monitor", "a=b:1", "--steering_monitor=c", "--steering-limit", "max_edits=4",
+            "--config", str(file), "--steering-monitor=d=e:2:dot:above=-1.5", "--steering-limit=max_rows=2",
+            "--compilation-config.pass_config.fuse_norm_quant", "false",
+        )  # fmt: skip
+        assert args.steering_monitor == ["a=b:1", "c", "d=e:2:dot:above=-1.5"]
+        assert args.steering_limit == ["max_edits=1", "max_edits=4", "max_rows=2"]
+        assert args.model_tag == "org/model"
+        assert args.compilation_config.pass_config.fuse_norm_quant is False
+        assert warnings == []
+        parsed("org/model", "--port", "8001", "--port", "8002")
+        assert warnings == ["Found duplicate keys --port"], "vLLM still warns of its own flags"
+    finally:
+        theirs.removeHandler(listener)
+    with pytest.raises(SystemExit):
+        parsed("org/model", "--steering-monitor", "--port", "8001")
 
 
 @pytest.mark.parametrize("flag", ["--steering-block", "--steering", "--steering-vec=x", "--steering_row"])

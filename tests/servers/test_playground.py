@@ -186,6 +186,15 @@ def test_a_conversation_goes_on_in_each_column(server: Server, profile: Path) ->
             assert request["messages"][2]["content"].split() == answer.split()
             assert request["messages"][3]["content"] == "And tomorrow?"
             assert request["seed"] == 7
+        page.write(".edit [data-field=scale]", "0.125")
+        page.write("#prompt", "And then?")
+        page.click("#continue")
+        page.wait_for("document.querySelectorAll('.turn').length === 6")
+        page.wait_for("document.getElementById('prompt').value === ''")
+        headings = page.each("#columns h3", "textContent")
+        assert "0.125" not in "".join(headings), "the first answers had another strength"
+        changed = page.evaluate("[...document.querySelectorAll('.turn > .hint')].map((each) => each.textContent)")
+        assert [each for each in changed if each.startswith("From here")] == ["From here: Steered, strength 0.125"]
 
 
 def test_a_text_is_continued(server: Server, profile: Path) -> None:

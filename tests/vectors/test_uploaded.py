@@ -60,9 +60,9 @@ def test_the_folder_is_created_by_the_first_upload(tmp_path: Path) -> None:
 
 def test_put_load_and_delete(tmp_path: Path) -> None:
     uploaded = UploadedVectors(tmp_path)
-    assert uploaded.put("a", one(1)) is True
-    assert uploaded.put("a", one(1)) is False
-    assert uploaded.put("b", one(1)) is True
+    assert uploaded.put("a", one(1)).is_new is True
+    assert uploaded.put("a", one(1)).is_new is False
+    assert uploaded.put("b", one(1)).is_new is True
     assert objects(tmp_path) == {object_name(one(1))}
     assert uploaded.load(entry(one(1))) == one(1)
     assert uploaded.delete("a") == one(1).digest
@@ -94,8 +94,8 @@ def test_replacing_a_name_needs_its_current_digest(tmp_path: Path) -> None:
             change()
         assert len(caught.value.message) < 200
     assert uploaded.manifest().vectors["a"].digest == one(1).digest
-    assert uploaded.put("a", one(2), if_match=one(1).digest) is False
-    assert uploaded.put("a", one(3), if_match=ANY) is False
+    assert uploaded.put("a", one(2), if_match=one(1).digest).is_new is False
+    assert uploaded.put("a", one(3), if_match=ANY).is_new is False
     assert objects(tmp_path) == {object_name(one(3))}
     uploaded.delete("a", if_match=one(3).digest)
 
@@ -209,7 +209,7 @@ def test_damaged_content_is_found_at_startup_and_repaired_by_another_upload(tmp_
     assert sorted(faults) == ["gone", "other", "short"]
     with pytest.raises(VectorFileError):
         uploaded.load(entry(one(2)))
-    assert uploaded.put("short", one(1)) is False
+    assert uploaded.put("short", one(1)).is_new is False
     assert uploaded.load(entry(one(1))) == one(1)
 
 
@@ -230,7 +230,7 @@ def test_an_acknowledged_upload_repairs_damaged_content(
     damage(tmp_path / FOLDER / "objects" / object_name(one(1)))
     with pytest.raises((VectorFileError, UnknownVectorError)):
         uploaded.load(entry(one(1)))
-    assert uploaded.put(name, one(1)) is (name == "another")
+    assert uploaded.put(name, one(1)).is_new is (name == "another")
     assert uploaded.load(entry(one(1))) == one(1)
     assert UploadedVectors(tmp_path).verify() == {}
 

@@ -10,12 +10,15 @@ export const LEVELS = 4;
 export function scaleOf(values, { threshold = null, measure = "cosine" } = {}) {
   const known = values.filter((value) => Number.isFinite(value));
   if (!known.length) return null;
-  let [low, high] = [Math.min(...known), Math.max(...known)];
+  let [low, high] = rangeOf(known);
   if (measure === "probability") [low, high] = [0, 1];
   if (low === high) [low, high] = [low - 0.5, high + 0.5];
   const middle = measure === "probability" ? threshold ?? 0.5 : threshold ?? (low + high) / 2;
   return { low: Math.min(low, middle), middle, high: Math.max(high, middle) };
 }
+
+/** [lowest, highest] of any number of values; Math.min(...values) fails for as many as a long conversation has. */
+const rangeOf = (values) => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 
 /** -LEVELS (low) to LEVELS (high); 0 in the middle. null for a token without a number. */
 export function levelOf(value, scale) {
@@ -59,7 +62,8 @@ export function summaryOf(values) {
   const known = values.filter((value) => value !== null);
   if (!known.length) return "No numbers.";
   const mean = known.reduce((sum, value) => sum + value, 0) / known.length;
-  return `Mean ${shown(mean)}, lowest ${shown(Math.min(...known))}, highest ${shown(Math.max(...known))} of ${known.length} tokens.`;
+  const [low, high] = rangeOf(known);
+  return `Mean ${shown(mean)}, lowest ${shown(low)}, highest ${shown(high)} of ${known.length} tokens.`;
 }
 
 const SVG = "http://www.w3.org/2000/svg";

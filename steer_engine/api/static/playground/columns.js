@@ -4,8 +4,11 @@ import { draw, levelOf, LEVELS, scaleOf, shown, summaryOf, valueOf } from "./cha
 import { $, make } from "./dom.js";
 import { parse, render } from "./markdown.js";
 
-/** An empty turn. state: "running", "done", "half" (cut off or stopped) or "failed" (nothing came). */
-export const newTurn = (prompt) => ({ prompt, segments: [], state: "running", note: "", finish: null, report: null });
+/**
+ * An empty turn. label: of its steering, where that is not what the column's heading says.
+ * state: "running", "done", "half" (cut off or stopped) or "failed" (nothing came).
+ */
+export const newTurn = (prompt, label = "") => ({ prompt, label, segments: [], state: "running", note: "", finish: null, report: null });
 
 export const textOf = (turn) => turn.segments.filter((each) => !each.thinking).map((each) => each.text).join("");
 
@@ -57,7 +60,8 @@ class TurnView {
     this.note = make("p", { className: "note", hidden: true });
     this.applied = make("details", { className: "applied hint", hidden: true });
     const asked = make("p", { className: "asked" }, make("span", { className: "hidden" }, "Prompt: "), turn.prompt);
-    this.root = make("div", { className: "turn" }, asked, this.body, this.note, this.readout, this.chart, this.applied);
+    const changed = turn.label ? [make("p", { className: "hint" }, `From here: ${turn.label}`)] : [];
+    this.root = make("div", { className: "turn" }, asked, ...changed, this.body, this.note, this.readout, this.chart, this.applied);
     this.drawn = "";
   }
 

@@ -201,7 +201,8 @@ async function answer({ draft: now, spec, asked }) {
 /** One answer into a new turn of a column. Returns the error that ended it, or null. */
 async function ask(column, now, spec, signal) {
   const earlier = column.turns.map((turn) => ({ prompt: turn.prompt, answer: textOf(turn) }));
-  const turn = newTurn(now.settings.prompt);
+  const label = labelOf(spec, column.factor); // the steering may have changed since the first answer of the conversation
+  const turn = newTurn(now.settings.prompt, label === column.label ? "" : label);
   column.turns.push(turn);
   const onPart = (part) => { addPart(turn, part); columns.drawSoon(); };
   try {
@@ -227,7 +228,7 @@ function bringIntoView(current) {
 
 /** The heading of a column, with the strength if one edit has it. */
 function labelOf(spec, factor) {
-  if (factor === 0) return "Plain";
+  if (factor === 0 || !(spec?.edits?.length || spec?.preset)) return "Plain";
   const [only, ...others] = spec.edits ?? [];
   const strength = only && !others.length && SCALED.includes(only.op ?? "add") ? scaled(spec, factor).edits[0].scale : null;
   const word = spec.preset ? `Preset ${spec.preset}` : "Steered";

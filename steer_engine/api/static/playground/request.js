@@ -128,7 +128,7 @@ function shortened({ factor, label, turns }) {
     segment.text, segment.numbers?.map((value) => (value === null ? null : Number(value.toPrecision(4)))) ?? null,
     ...(segment.thinking ? [true] : []),
   ];
-  return { factor, label, turns: turns.map(({ prompt, segments, note }) => ({ prompt, note, segments: segments.map(short) })) };
+  return { factor, label, turns: turns.map(({ prompt, label, segments, note }) => ({ prompt, label, note, segments: segments.map(short) })) };
 }
 
 /** { settings, steering, probe, columns } of a link. A damaged link, or a damaged part of one, counts as absent. */
@@ -163,7 +163,7 @@ function columnsOf(columns) {
   if (!found.length) return null;
   return found.slice(0, 9).map(({ factor, label, turns }) => ({
     factor, label: String(label), turns: turns.filter(isObject).map((turn) => ({
-      prompt: String(turn.prompt ?? ""), note: typeof turn.note === "string" ? turn.note : "", finish: null, report: null,
+      prompt: String(turn.prompt ?? ""), label: String(turn.label ?? ""), note: typeof turn.note === "string" ? turn.note : "", finish: null, report: null,
       segments: (Array.isArray(turn.segments) ? turn.segments : []).filter(Array.isArray).map(segmentOf),
     })),
   }));
