@@ -14,17 +14,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.doc_blocks import ROOT, Block, all_blocks, commands, request_in
 from helpers.living import ADMIN
 from helpers.server_process import Server, free_port, steer_engine_serve
 
 from steer_engine.settings import ADMIN_KEY_ENV, ADMIN_KEYS_ENV, API_KEY_ENVS, URL_ENV
-from steer_engine.vectors import load, save
+from steer_engine.vectors import ControlVector, RowSet, load, row_set_format, save
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 BLOCK_SECONDS = 1100
+WIDTH = 576
+"""Hidden size of the packaged model."""
+
 ADDRESS = "localhost:8000"
 """Where the documentation's server listens."""
 
@@ -43,9 +47,25 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [script("steer-engine"), *words, "--out", str(folder / "cheerful.safetensors")]
     done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("sad", "medical"):
-        save(-1 * load(folder / "cheerful.safetensors"), folder / f"{name}.safetensors")
+    cheerful = load(folder / "cheerful.safetensors")
+    for name in ("sad", "medical", "mood", "toxicity"):
+        save(-1 * cheerful, folder / f"{name}.safetensors")
+    save_made(folder)
     return folder
+
+
+def save_made(folder: Path) -> None:
+    """Random vectors and rows under the names of the pages on operations."""
+    rng = np.random.default_rng(0)
+    for name in ("north", "east"):
+        rows = {block: rng.standard_normal(WIDTH).astype(np.float32) for block in range(8, 20)}
+        save(ControlVector(directions=rows), folder / f"{name}.safetensors")
+    read, write = ({20: rng.standard_normal((4, WIDTH)).astype(np.float32)} for _ in range(2))
+    numbers = {20: np.array([3, 10200, 10201, 10202])}
+    features = RowSet(kind="features", read=read, write=write, indices=numbers)
+    (folder / "gemma-scope-20.safetensors").write_bytes(row_set_format.to_bytes(features))
+    low_rank = RowSet(kind="low_rank", read=read, write=write)
+    (folder / "loreft-truthful.safetensors").write_bytes(row_set_format.to_bytes(low_rank))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +136,9 @@ def run(block: Block, folder: Path, address: str, *, serve_flags: str = "") -> s
 
 def needs_server(block: Block) -> bool:
     text = f"{block.before}\n{block.text}"
-    remote = block.language == "sh" and any(words[0] in REMOTE for words in commands(text, "steer-engine"))
+    remote = block.language == "sh" and any(
+        words[:1] and words[0] in REMOTE for words in commands(text, "steer-engine")
+    )
     return remote or ADDRESS in text
 
 
