@@ -136,10 +136,8 @@ def run(block: Block, folder: Path, address: str, *, serve_flags: str = "") -> s
 
 def needs_server(block: Block) -> bool:
     text = f"{block.before}\n{block.text}"
-    remote = block.language == "sh" and any(
-        words[:1] and words[0] in REMOTE for words in commands(text, "steer-engine")
-    )
-    return remote or ADDRESS in text
+    called = [words[0] for words in commands(text, "steer-engine") if words] if block.language == "sh" else []
+    return not REMOTE.isdisjoint(called) or ADDRESS in text
 
 
 @pytest.mark.parametrize("block", [QUICK_START], ids=[QUICK_START.id])
