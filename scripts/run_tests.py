@@ -78,7 +78,7 @@ class Suite:
 
     def command(self, *, with_slow: bool, report: Path) -> list[str]:
         return [
-            str(Path(sys.executable).with_name("pytest")),
+            *(sys.executable, "-P", "-m", "pytest"),
             "-q",
             "--durations=5",
             f"--junitxml={report}",

@@ -117,17 +117,27 @@ def test_another_body_is_reported_and_another_comment_is_not(change: tuple[str, 
     assert check_vllm.changed_bodies([CHAT], source_of(OLD), source_of(new)) == changed
 
 
-KNOWN_REDEFINITIONS = {
-    # Call the base class's.
-    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_request_with_output",
+IN_BOTH = {
+    # Calls the base class's.
     "vllm.v1.core.sched.diffusion_scheduler:DiffusionAsyncScheduler.schedule",
     # An engine of an encoder alone is refused.
     "vllm.v1.worker.mm_encoder_model_runner:MMEncoderModelRunner._dummy_run",
     "vllm.v1.worker.mm_encoder_model_runner:MMEncoderModelRunner.execute_model",
+}
+UP_TO_0_32 = {
+    # Calls the base class's.
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_request_with_output",
+}
+SINCE_0_33 = {
+    # Copies the model from the base class's chunks, which have the name that was asked (tests/servers/test_presets.py).
+    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.chat_completion_stream_generator",
+    # An endpoint that refuses steering.
+    "vllm.entrypoints.cohere.serving:CohereServingChatV2.chat_completion_stream_generator",
 }
 
 
 def test_redefinitions_in_the_installed_vllm_are_known() -> None:
     from steer_engine.vllm.examination import all_symbols
 
-    assert check_vllm.redefinitions(all_symbols(), check_vllm.installed()) == KNOWN_REDEFINITIONS
+    found = check_vllm.redefinitions(all_symbols(), check_vllm.installed())
+    assert found in (IN_BOTH | UP_TO_0_32, IN_BOTH | SINCE_0_33)

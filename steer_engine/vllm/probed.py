@@ -148,18 +148,22 @@ def _update_request_with_output(original: Callable[..., Any]) -> Callable[..., A
         if numbers is not None and numbers.has_stops:
             minimum = request.sampling_params.min_tokens
             stopped_by = numbers.stopped_by(request.num_output_tokens, len(new_token_ids), minimum)
-            if stopped_by is not None:
-                del new_token_ids[stopped_by[0] :]
-        tokens, stopped = original(self, request, new_token_ids, *args, **kwargs)
-        if stopped_by is not None:
-            from vllm.v1.request import RequestStatus
+        if stopped_by is None:
+            result: tuple[list[int], bool] = original(self, request, new_token_ids, *args, **kwargs)
+            return result
+        from vllm.v1.request import RequestStatus
 
-            # A token that ends an answer by itself does so; the rule takes precedence over the last allowed token.
-            if stopped and request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
-                return tokens, stopped
+        # vLLM itself drops the tokens behind the last allowed one: vLLM 0.33 then counts fewer computed tokens as well.
+        kept, allowed = stopped_by[0], request.max_tokens
+        request.max_tokens = min(allowed, request.num_output_tokens + kept)
+        try:
+            tokens, stopped = original(self, request, new_token_ids, *args, **kwargs)
+        finally:
+            request.max_tokens = allowed
+        # A token that ends an answer by itself does so; the rule takes precedence over the last allowed token.
+        if len(tokens) == kept and request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = STOP_REASON + stopped_by[1]
-            stopped = True
         return tokens, stopped
 
     return _update_request_with_output
