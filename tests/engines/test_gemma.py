@@ -118,11 +118,11 @@ def test_sentiment_is_separated(engine: LLM) -> None:
     """The pairs of `make demo`: a held-out AUROC of at least 0.95 at blocks 10 to 14. It was 0.993 to 0.999 there,
     and 0.73 to 0.94 at blocks 6 to 9.
     """
-    vector = derive(engine, "sentiment", blocks="10-14", progress=False)
+    vector = derive(engine, "sentiment", blocks="6-14", progress=False)
     separation = vector.metadata.separation
     print(separation)
-    assert sorted(separation) == list(range(10, 15))
-    assert min(separation.values()) >= 0.95
+    assert sorted(separation) == list(range(6, 15))
+    assert min(separation[block] for block in range(10, 15)) >= 0.95
 
 
 def teacher_forced(
