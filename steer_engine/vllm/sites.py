@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 
 from steer_engine.engine.stream import ProbeRows, StreamForm, noise_beside
 from steer_engine.errors import UnsupportedEngineError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-USED = (Symbol("vllm.distributed:tensor_model_parallel_all_reduce", ("input_",)),)
+USED = (Symbol("vllm.distributed.communication_op:tensor_model_parallel_all_reduce", ("input_",)),)
 
 WORDS = {
     Site.ATTN: ("attn", "attention"),
