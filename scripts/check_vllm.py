@@ -169,7 +169,9 @@ def find(module: str, names: list[str], read: Read) -> Definition | None:
             unknown = Definition(module, ".".join(names), scope) if name == "__init__" else None
             return next((each for each in inherited if each is not None), unknown)
         if inside is None:
-            return None
+            here = f"{module}.__init__" if text is package else module
+            from_stars = (find(absolute(star, here), names[depth:], read) for star in star_imports(scope))
+            return next((each for each in from_stars if each is not None), None)
         scope = inside
     return Definition(module, ".".join(names), scope)
 
@@ -196,6 +198,12 @@ def member(scope: ast.AST, name: str) -> ast.AST | None:
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return node
     return None
+
+
+def star_imports(scope: ast.AST) -> list[ast.ImportFrom]:
+    """`from module import *` of a module, the last one first: it takes precedence."""
+    body = reversed(scope.body) if isinstance(scope, ast.Module) else ()
+    return [node for node in body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str:

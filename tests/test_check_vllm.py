@@ -51,7 +51,8 @@ def imported_from_vllm(tree: ast.AST) -> Iterator[str]:
 
 
 SOURCES = {
-    "lib/__init__.py": "from lib.inner import Base as Public\n",
+    "lib/__init__.py": "from lib.inner import Base as Public\nfrom .free import *\n",
+    "lib/free.py": "def reduce(rows): ...\n",
     "lib/inner.py": "from other import Far\nclass Model(Far): ...\n"
     "class Root:\n    def run(self, a, *, b): ...\nclass Base(Root):\n    size: int = 3\n",
 }
@@ -67,6 +68,8 @@ SOURCES = {
         ("lib:Public.size", (), None),
         ("lib:Public.run", ("c",), "lib:Public.run has no parameter c"),
         ("lib:Public.walk", (), "lib:Public.walk is missing"),
+        ("lib:reduce", ("rows",), None),
+        ("lib:reduces", (), "lib:reduces is missing"),
         ("lib.outer:Public", (), "lib.outer:Public is missing"),
         ("lib:Public.size", ("a",), "lib:Public.size is not a function"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -128,6 +128,25 @@ def test_the_answer_names_the_model_as_the_client_did(note: RequestNote) -> None
         assert made(path, **WHOLE[path])["model"] == "base:calm"
     for finish_reason in (None, "stop"):
         assert chunk(f"{CHAT}:ChatCompletionStreamResponse", finish_reason)["model"] == "base:calm"
+
+
+async def test_a_messages_stream_names_the_model_as_the_client_did(note: RequestNote) -> None:
+    """vLLM 0.33 writes this stream from chunks, and not from the text of a chat's stream as 0.32 does."""
+    handler = Symbol("vllm.entrypoints.anthropic.serving:AnthropicServingMessages").get()
+    delta = Symbol("vllm.entrypoints.generate.base.protocol:DeltaMessage").get()(content="a")
+    choice = Symbol(f"{CHAT}:ChatCompletionResponseStreamChoice").get()(index=0, delta=delta, finish_reason=None)
+    usage = Symbol("vllm.entrypoints.serve.engine.protocol:UsageInfo").get()(**USAGE)
+    note.model = "base:calm"
+    first = Symbol(f"{CHAT}:ChatCompletionStreamResponse").get()(model="m", choices=[choice], usage=usage)
+    takes_chunks = hasattr(handler, "chat_completion_stream_generator_raw")
+
+    async def stream() -> AsyncIterator[Any]:
+        yield first if takes_chunks else f"data: {first.model_dump_json(exclude_unset=True)}\n\n"
+
+    converter = handler.message_stream_converter(object.__new__(handler), stream())
+    event = await anext(converter)
+    assert json.loads(event.partition("data: ")[2])["message"]["model"] == "base:calm", event
+    await converter.aclose()
 
 
 def test_parts_of_an_answer_and_requests_carry_nothing(note: RequestNote) -> None:
