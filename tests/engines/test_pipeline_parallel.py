@@ -37,6 +37,7 @@ def test_each_stage_arms_its_own_blocks_and_holds_all_vectors(parallel: dict[str
     for worker, blocks in zip(workers, STAGES, strict=True):
         assert worker["runner"] == RUNNER_CLASS
         assert worker["asked_blocks"] == list(range(BLOCKS))
+        assert worker["site_modules"] == {"attn": ["self_attn"], "mlp": ["mlp"]}
         assert worker["forms"] == {str(block): "split" for block in blocks}
         assert worker["vectors"] == sorted({VECTORS[f"r{seed}"].digest for seed in USED})
         assert worker["bank_rows_pinned"] == worker["steered_slots"] == 0

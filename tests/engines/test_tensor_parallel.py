@@ -25,6 +25,7 @@ def test_every_worker_is_armed_and_holds_the_same_vectors(parallel: dict[str, An
     assert len(workers) == WORLD
     assert first["runner"] == RUNNER_CLASS
     assert first["armed_blocks"] == list(range(TINY_BLOCKS))
+    assert first["site_modules"] == {"attn": ["self_attn"], "mlp": ["mlp"]}
     assert first["vectors"] == sorted({VECTORS[f"r{seed}"].digest for seed in USED}), "r8 - r8 is nothing"
     for other in others:
         assert other == first

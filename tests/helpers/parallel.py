@@ -27,7 +27,12 @@ SPECS: list[Any] = [
     None,
     steering(edit("r0", 1.5)),
     steering(edit("r1", 1.2, scope="generation"), edit("r2", 0.4, op="add_relative")),
-    steering(edit("r3", op="ablate"), edit("r4", 0.8, blocks=[1, 2], gate={"vector": "r7", "min_cos": 0.0})),
+    steering(
+        edit("r3", op="ablate"),
+        edit("r4", 0.8, blocks=[1, 2], gate={"vector": "r7", "min_cos": 0.0}),
+        edit("r6", 0.8, site="attn"),
+        edit("r5", op="ablate", site="mlp"),
+    ),
 ]
 CLAMPED = steering({"vector": "r5", "op": "set", "target": 2.0}, edit("r6", -1.0, blocks=0))
 BATCHES: list[list[list[Any]]] = [

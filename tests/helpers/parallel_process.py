@@ -49,12 +49,15 @@ def main() -> None:
     from helpers.driving import generate, prompt_logprobs, sampled
     from helpers.engines import random_vector
     from steer_engine import LLM
+    from steer_engine.settings import SteeringConfig
+    from steer_engine.site import SITES_IN_BLOCKS
     from steer_engine.vectors import safetensors_format
     from steer_engine.vllm import engine_client
 
     settings = json.loads(Path(sys.argv[1]).read_text())
     vectors = {f"r{seed}": random_vector(seed, num_blocks=settings["num_blocks"]) for seed in range(32)}
-    llm = LLM(settings["model"], vectors=vectors, capture=True, **settings["llm"])
+    steering = SteeringConfig(sites=SITES_IN_BLOCKS)
+    llm = LLM(settings["model"], vectors=vectors, capture=True, steering=steering, **settings["llm"])
     batches: list[Any] = []
     for batch in settings["batches"]:
         prompts, specs = [prompt for prompt, _ in batch], [spec for _, spec in batch]
