@@ -60,6 +60,20 @@ MUTANTS = (
         test="engines/test_prefix_cache.py::test_unequal_steering_does_not_share",
     ),
     Mutant(
+        name="prefix-cache keys ignore the site",
+        file="edit.py",
+        right='content.append(["site", self.site.value])',
+        wrong="pass",
+        test="test_sites.py::test_each_site_has_its_own_identity",
+    ),
+    Mutant(
+        name="an edit inside a block is computed and lost",
+        file="vllm/arming.py",
+        right="        op.edit_residual(None, tensor, site)",
+        wrong="        op.edit_residual(None, tensor.clone(), site)",
+        test="engines/test_site_modules.py::test_an_armed_module_returns_its_output_edited",
+    ),
+    Mutant(
         name="one rank lacks the vector",
         file="vllm/worker.py",
         right="    adapter.runtime.store.put(vector)",

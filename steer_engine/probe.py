@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from steer_engine.edit import Scope
 from steer_engine.fields import Finite
+from steer_engine.site import Site, points_at
 
 
 class Platt(NamedTuple):
@@ -40,6 +41,12 @@ class Probe(NamedTuple):
     after: bool
     returns: str
     platt: tuple[Platt, ...] = ()
+    site: Site = Site.BLOCK
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Where it measures, in the order of `blocks` (see `site`)."""
+        return points_at(self.blocks, self.site)
 
     @property
     def measured(self) -> Probe:
@@ -50,6 +57,8 @@ class Probe(NamedTuple):
         """This probe in the `steering` object of an answer."""
         measure = "probability" if self.platt else self.measure
         where = {"vector": self.vector, "blocks": list(self.blocks), "measure": measure, "after": self.after}
+        if self.site is not Site.BLOCK:
+            where["site"] = self.site.value
         return {"name": self.name} | where
 
 
@@ -69,8 +78,8 @@ class StopRule(NamedTuple):
 class ProbePlan(NamedTuple):
     """What the engine measures for one request. A token row has a number per probe and block, probe by probe.
 
-    blocks: of each probe. start: the first position that is measured; the prompt's last one at the latest. num_watched:
-    so many of the probes, at the end, are the operator's monitors, with a block each.
+    blocks: the points of each probe (see `site`). start: the first position that is measured; the prompt's last one at
+    the latest. num_watched: so many of the probes, at the end, are the operator's monitors, with a block each.
     """
 
     blocks: tuple[tuple[int, ...], ...]
@@ -88,7 +97,7 @@ class ProbePlan(NamedTuple):
         return sum(len(blocks) for blocks in self.blocks)
 
     def columns(self, probe: int) -> dict[int, int]:
-        """By block, the place of a probe's number in its token's row."""
+        """By point, the place of a probe's number in its token's row."""
         first = sum(len(blocks) for blocks in self.blocks[:probe])
         return {block: first + place for place, block in enumerate(self.blocks[probe])}
 

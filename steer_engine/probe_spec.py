@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from steer_engine.fields import MAX_BLOCK_NUMBER, BlocksField, Finite, Strict, VectorField, field_error
 from steer_engine.scope import ScopeField
+from steer_engine.site import Site
 
 MAX_PROBES = 64
 """The schema's own limit; `Limits.max_probes` is the limit of a server."""
@@ -21,6 +22,7 @@ ProbeName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w.:/-
 class ProbeSpec(Strict):
     """A number for every token of `scope` at each of `blocks`: the stream's projection on a vector.
 
+    site: what is measured in each block, as in an edit: the stream after it, or the output of its attention or MLP.
     measure: "cosine" of the stream and the vector, their "dot" product, or the "probability" of a probe that was fitted
     (`steer-engine probe fit`). after: measure the stream after the block's edits instead of before. return: the numbers
     of all "tokens", a "summary" of them, or "none" (for stop rules).
@@ -29,6 +31,7 @@ class ProbeSpec(Strict):
     name: ProbeName
     vector: VectorField
     blocks: BlocksField = "all"
+    site: Annotated[Site, Field(strict=False)] = Site.BLOCK
     measure: Literal["cosine", "dot", "probability"] = "cosine"
     scope: ScopeField = "generation"
     after: bool = False

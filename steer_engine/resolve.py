@@ -208,6 +208,7 @@ def with_probes(
     probes = resolve_probes(
         spec.probes or (),
         lookup,
+        lambda site, param: check_site(site, param, model),
         lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         limits,
         vocabulary,

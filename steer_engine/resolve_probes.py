@@ -11,6 +11,7 @@ from steer_engine.probe import Platt, Probe, ProbePlan, StopRule, bounds_on_dot
 from steer_engine.probe_spec import ProbeSpec, StopSpec
 from steer_engine.resolve_when import resolve_scope
 from steer_engine.settings import Limits
+from steer_engine.site import Site, points_at
 from steer_engine.vectors import ControlVector
 from steer_engine.vocabulary import Vocabulary
 
@@ -18,6 +19,8 @@ PARAM = "steering.probes"
 
 Lookup = Callable[[str, str], ControlVector]
 """(name, path of the probe) -> a vector that can be measured on this engine."""
+CheckSite = Callable[[Site, str], None]
+"""(site, param): raises SteeringRequestError where it is not armed."""
 CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
 """(vector, blocks, param): raises SteeringRequestError where it cannot be measured at the blocks."""
 
@@ -25,6 +28,7 @@ CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
 def resolve_probes(
     requested: Sequence[ProbeSpec],
     lookup: Lookup,
+    check_site: CheckSite,
     check_blocks: CheckBlocks,
     limits: Limits,
     vocabulary: Vocabulary,
@@ -46,7 +50,7 @@ def resolve_probes(
         param = f"{PARAM}[{number}]"
         if any(probe.name == other.name for other in probes):
             raise SteeringRequestError(f"The probe name {shown(probe.name)} is used twice.", f"{param}.name")
-        probes.append(_resolve_probe(probe, param, lookup, check_blocks, limits, vocabulary))
+        probes.append(_resolve_probe(probe, param, lookup, check_site, check_blocks, limits, vocabulary))
     count = sum(len(probe.blocks) for probe in probes)
     if count > limits.max_probe_numbers:
         raise SteeringRequestError(
@@ -61,11 +65,13 @@ def _resolve_probe(
     requested: ProbeSpec,
     param: str,
     lookup: Lookup,
+    check_site: CheckSite,
     check_blocks: CheckBlocks,
     limits: Limits,
     vocabulary: Vocabulary,
 ) -> Probe:
     assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
+    check_site(requested.site, f"{param}.site")
     vector = lookup(requested.vector, param)
     blocks = parse_blocks(requested.blocks) or vector.blocks
     check_blocks(vector, blocks, f"{param}.vector" if requested.blocks == "all" else f"{param}.blocks")
@@ -80,11 +86,20 @@ def _resolve_probe(
         scope=scope,
         after=requested.after,
         returns=requested.return_,
-        platt=_calibration(vector, blocks, f"{param}.measure") if requested.measure == "probability" else (),
+        platt=_calibration(requested, vector, blocks, f"{param}.measure"),
+        site=requested.site,
     )
 
 
-def _calibration(vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[Platt, ...]:
+def _calibration(requested: ProbeSpec, vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[Platt, ...]:
+    """Of each block, for measure 'probability'; none for the others."""
+    if requested.measure != "probability":
+        return ()
+    if requested.site is not Site.BLOCK:
+        raise SteeringRequestError(
+            f"A calibration is of the stream after a block, not of site {requested.site.value!r}; use measure 'dot'.",
+            param,
+        )
     fitted = vector.metadata.probe
     known = {} if fitted is None else {block: each.platt for block, each in fitted.blocks.items() if each.platt}
     if missing := [block for block in blocks if block not in known]:
@@ -135,7 +150,8 @@ def _resolve_stop(requested: StopSpec, param: str, probes: Sequence[Probe]) -> S
             f"The scope of the probe {shown(probe.name)} has no generated tokens, so the rule could never apply.",
             f"{param}.probe",
         )
-    column = ProbePlan(tuple(each.blocks for each in probes), 0).columns(found[0])[block]
+    (point,) = points_at([block], probe.site)
+    column = ProbePlan(tuple(each.points for each in probes), 0).columns(found[0])[point]
     low, high = _bounds(requested, probe, block, param)
     return StopRule(probe.name, column, low, high, requested.for_)
 

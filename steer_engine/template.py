@@ -88,7 +88,7 @@ class ProgramTemplate:
         places = Places(triggers, conditions)
         # Most points get the same entries, which are made once: `alike` is all that they depend on.
         early = [edit.when.decided_at if edit.when else None for edit in edits]
-        measured = [frozenset(each.blocks) for each in (*conditions, *probes)]
+        measured = [frozenset(each.blocks) for each in conditions] + [frozenset(each.points) for each in probes]
         points_of: dict[tuple[Any, ...], list[int]] = {}
         for point in sorted({point for edit in edits for point in edit.points}.union(*measured)):
             doses = tuple(edit.doses.get(point) for edit in edits)
@@ -128,7 +128,7 @@ class ProgramTemplate:
         content: list[Any] = [placed, self.keep_norm and bool(placed)]
         if self.stops:  # numbers that end nothing change nothing
             measured = [
-                [probe.vector, probe.blocks, probe.scope.wire, probe.measure, probe.after] for probe in self.probes
+                [probe.vector, probe.points, probe.scope.wire, probe.measure, probe.after] for probe in self.probes
             ]
             rules = [[stop.column, _plain(stop.low), _plain(stop.high), stop.tokens] for stop in self.stops]
             content.append(["stop", measured, rules])
@@ -179,7 +179,7 @@ class ProgramTemplate:
         if not self.probes:
             return None
         start = min(prompt_len - 1, *(probe.scope.at(prompt_len)[0] for probe in self.probes))
-        return ProbePlan(tuple(probe.blocks for probe in self.probes), start, self.stops)
+        return ProbePlan(tuple(probe.points for probe in self.probes), start, self.stops)
 
     def covered(self, prompt_len: int) -> tuple[Covered, ...]:
         """Where each edit applies, without the edits that cover no position."""

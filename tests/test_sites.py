@@ -126,6 +126,42 @@ def test_a_condition_is_decided_before_the_sites_of_later_blocks() -> None:
     assert starts == {early: 10, late: 9}
 
 
+def test_a_probe_at_a_site_has_columns_of_its_own() -> None:
+    probe = {"name": "p", "vector": "a", "blocks": [1, 3], "measure": "dot", "scope": "all"}
+    probes = [probe | {"name": site.value, "site": site.value} for site in Site]
+    spec = resolved({"probes": probes, "stop": [{"probe": "mlp", "block": 3, "above": 0.0}]}, ARMED)
+    assert [entry.get("site") for entry in spec.report()["probes"]] == [None, "attn", "mlp"]
+    assert spec.template.stops[0].column == 5
+    runtime = new_runtime(sites=SITES_IN_BLOCKS)
+    runtime.admit(1, Program.from_wire(spec.template.at(4).to_wire()))
+    route(runtime, (1, 0, 4))
+    for number in range(len(runtime.points)):
+        runtime.edit(None, stream(seed=number)[1][:4], number)
+    told_NK = runtime.probed(torch.arange(4), 6)
+    for column, point in enumerate(point for site in Site for point in points_at((1, 3), site)):
+        rows_ND = stream(seed=runtime.points.index(point))[1][:4]
+        v_D = torch.tensor(VECTORS["a"].directions[block_of(point)])
+        assert torch.allclose(told_NK[:, column], rows_ND @ v_D, atol=1e-4)
+
+
+def test_a_probe_at_a_site_that_is_not_armed_is_refused() -> None:
+    probe = {"name": "p", "vector": "a", "blocks": 1, "site": "attn"}
+    with pytest.raises(SteeringRequestError) as caught:
+        resolved({"probes": [probe]}, MODEL)
+    assert caught.value.param == "steering.probes[0].site"
+    assert "not armed here" in caught.value.message
+    with pytest.raises(SteeringRequestError, match="A calibration is of the stream after a block") as caught:
+        resolved({"probes": [probe | {"measure": "probability"}]}, ARMED)
+    assert caught.value.param == "steering.probes[0].measure"
+
+
+@pytest.mark.parametrize("field", ["capture", "when"])
+def test_captures_and_conditions_have_no_site(field: str) -> None:
+    inside = {"site": "mlp"} | ({"vector": "b", "blocks": 0, "above": 0.0} if field == "when" else {})
+    error = refusal({}, **{field: inside})
+    assert error.param == f"steering.{field}.site"
+
+
 # What can overflow
 
 

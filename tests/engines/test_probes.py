@@ -49,6 +49,27 @@ def test_numbers(tiny: LLM, oracle: Oracle, scope: Any, measure: str) -> None:
         assert abs(plain[0] - steered[0]) > 1e-2
 
 
+@pytest.mark.slow
+def test_numbers_at_attention_and_mlp(tiny_sites: LLM, oracle: Oracle) -> None:
+    probe = {"vector": "r20", "measure": "dot", "scope": "all"}
+    probes = [
+        *(probe | {"name": site, "site": site} for site in ("block", "attn", "mlp")),
+        probe | {"name": "after", "site": "mlp", "after": True, "blocks": [0, 2]},
+        {"name": "own", "vector": "r8", "blocks": 1, "site": "attn", "after": True},
+    ]
+    edits = [edit("r8", 2.0, site="attn"), edit("r9", 0.7, op="ablate", site="mlp"), edit("r10", 1.0)]
+    specs = [None, steering(*edits), steering(*edits, preserve_norm=True)]
+    outputs = generate(tiny_sites, [PROMPT] * 3, [(spec or {}) | {"probes": probes} for spec in specs])
+    for spec, output in zip(specs, outputs, strict=True):
+        choice = output.outputs[0]
+        assert_numbers(oracle, PROMPT, choice.token_ids, spec, probes, choice.steering)
+    plain, steered = (outputs[i].outputs[0].steering["probes"]["own"]["1"] for i in (0, 1))
+    assert abs(plain[0] - steered[0]) > 1e-2
+    stop = [{"probe": "attn", "block": 1, "above": -1e6}]
+    (stopped,) = generate(tiny_sites, [PROMPT], [{"probes": probes, "stop": stop}])
+    assert len(stopped.outputs[0].token_ids) == 1
+
+
 def test_probes_change_no_bit_of_the_answer(tiny: LLM) -> None:
     probes = [{"name": "a", "vector": "r20", "scope": "all"}, {"name": "b", "vector": "r8", "after": True}]
     for spec in (None, steering(*EDITS), steering(*EDITS, preserve_norm=True)):

@@ -39,21 +39,22 @@ class Oracle:
         spec: dict[str, Any],
         prompt_len: int,
         recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        recorded_site: str = "block",
     ) -> list[Any]:
-        """A hook per point that edits as `spec` says, and adds to `recorded`."""
+        """A hook per point that edits as `spec` says, and adds to `recorded` at one site."""
         decisions = None
         if "when" in spec or any("when" in edit for edit in spec["edits"]):
             # Over the prompt alone: a decision is made while its last token is computed.
             decisions = self.decisions(tokens, spec, prompt_len)
-        return self._hooks(spec, tokens, prompt_len, decisions, recorded=recorded)
+        return self._hooks(spec, tokens, prompt_len, decisions, recorded=recorded, recorded_site=recorded_site)
 
     def streams(
-        self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None
+        self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None, site: str = "block"
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """By block, the stream [T, D] before and after its edits."""
+        """By block, the stream, or the output of another site, [T, D] before and after its edits."""
         prompt_len = len(tokens) if prompt_len is None else prompt_len
         recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._run(tokens, self._edits(tokens, {"edits": []} if spec is None else spec, prompt_len, recorded))
+        self._run(tokens, self._edits(tokens, {"edits": []} if spec is None else spec, prompt_len, recorded, site))
         return recorded
 
     def decisions(self, tokens: Sequence[int], spec: dict[str, Any], prompt_len: int) -> Decisions:
@@ -85,6 +86,7 @@ class Oracle:
         *,
         measure: bool = False,
         recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        recorded_site: str = "block",
     ) -> list[Any]:
         def hook_of(block: int, site: str) -> Any:
             def hook(module: Any, args: Any, output: Any) -> Any:
@@ -93,7 +95,7 @@ class Oracle:
                 if measure and decisions is not None and site == "block":
                     decisions.measure(x_TD, block, self.vectors)
                 edited_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions, site)
-                if recorded is not None and site == "block":
+                if recorded is not None and site == recorded_site:
                     recorded.append((x_TD, edited_TD))
                 x_TD = edited_TD.reshape(stream.shape)
                 return (x_TD, *output[1:]) if isinstance(output, tuple) else x_TD

@@ -23,10 +23,11 @@ def expected_numbers(
     prompt_len: int,
 ) -> dict[str, dict[str, tuple[np.ndarray, float]]]:
     """By probe and block: float64 [T], NaN outside the scope; and the bound of an engine's difference from it."""
-    streams = oracle.streams(tokens, spec, prompt_len)
+    sites = {probe.get("site", "block") for probe in probes}
+    streams_at = {site: oracle.streams(tokens, spec, prompt_len, site) for site in sites}
     found: dict[str, dict[str, tuple[np.ndarray, float]]] = {}
     for probe in probes:
-        vector = oracle.vectors[probe["vector"]]
+        vector, streams = oracle.vectors[probe["vector"]], streams_at[probe.get("site", "block")]
         wanted = probe.get("blocks", "all")
         blocks = vector.blocks if wanted == "all" else [wanted] if isinstance(wanted, int) else wanted
         inside_T, _ = covered(probe.get("scope", "generation"), tokens, prompt_len)
