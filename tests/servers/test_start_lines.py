@@ -104,7 +104,7 @@ def started(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
     for number in range(40):
         vector = ControlVector(directions={1: [1.0, float(number)] * 32})  # type: ignore[dict-item]
         save(vector, folder / "vectors" / f"v{number}.safetensors")
-    flags = ["--steering-blocks", "1-2", "--steering-monitor", "low=v1:1:dot", "--steering-monitor=high=v1:2:dot"]
+    flags = ["--steering-blocks", "1-2", "--steering-monitor", "low=v1:1:cosine", "--steering-monitor=high=v2:1:dot"]
     command = steer_engine_serve(tiny_llama, "--steering-vectors", str(folder / "vectors"), *flags)
     server = Server(command, folder / "server.log")
     try:
