@@ -43,7 +43,7 @@ def relative(scale: float) -> dict[str, Any]:
 def test_plain_and_steered(server: Server) -> None:
     """Without its BOS the model cannot count."""
     about = server.get("/v1/steering").json()
-    assert (about["hidden_size"], len(about["blocks"])) == (HIDDEN, 18)
+    assert (about["hidden_size"], about["num_blocks"]) == (HIDDEN, 18)
     plain = complete(server)
     assert plain["choices"][0]["prompt_token_ids"][0] == BOS
     assert plain["choices"][0]["text"].startswith(" 10, 12, 14")
