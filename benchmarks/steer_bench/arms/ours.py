@@ -86,7 +86,8 @@ class Ours:
         if number is None:
             return None
         probes = self.probes(load, number) if load.steering in (Steering.PROBES, Steering.PROBED_ADDS) else {}
-        return {"edits": [self.edit(load, request, prompt, number)] if load.ops else [], **probes}
+        edits = {"edits": [self.edit(load, request, prompt, number)]} if load.ops else {}
+        return {**edits, **probes}
 
     def edit(self, load: Load, request: int, prompt: list[int], number: int) -> dict[str, Any]:
         """The edit of a request with vector `number`."""
