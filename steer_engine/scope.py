@@ -157,9 +157,9 @@ class ScheduleSpec(Strict):
 class ConditionSpec(Strict):
     """A number about the prompt is above or below a bound: a cosine or dot product of the stream with a vector.
 
-    The stream is measured before the edits of the same block. `last_prompt_token` is the mean over `blocks`,
-    `mean_prompt` the mean over blocks and tokens, `max_prompt` the largest. Without a bound, the vector's suggested
-    condition applies (`steer-engine condition fit`).
+    The stream is measured before it is edited at the same block; edits at sites inside the block are in it.
+    `last_prompt_token` is the mean over `blocks`, `mean_prompt` the mean over blocks and tokens, `max_prompt` the
+    largest. Without a bound, the vector's suggested condition applies (`steer-engine condition fit`).
     """
 
     vector: VectorField

@@ -260,7 +260,7 @@ def pull(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write (default: NAME.safetensors).")] = None,
-    kind: Annotated[str, typer.Option(help="Kind of a file of the hub, as in `vectors import`.")] = "auto",
+    kind: Annotated[str, typer.Option(help="Kind of a single file of the hub, as in `vectors import`.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:

@@ -5,7 +5,7 @@
 | `.safetensors` of ours | itself |
 | `.gguf` with `direction.N` | a control vector (llama.cpp, repeng) |
 | `*_diff.pt`, `direction.pt` | a persona vector, a refusal direction |
-| other `.safetensors`, `.pt` | as `importers` tells |
+| other `.safetensors`, `.pt` | what `importers` recognises |
 
 `.pt` files are pickles: tensors are taken from them, and no code runs. Files beyond the size of a vector are not
 downloaded. The hub's own client does the rest: cache, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
@@ -97,7 +97,10 @@ def pull(address: str, *, kind: str = "auto") -> AnyVector:
         path = Path(_download(client, where, file))
         if _kind(file, kind) == "refusal":
             folder = file.rpartition("/")[0]
-            _download(client, where, f"{folder}/{REFUSAL_LAYER}" if folder else REFUSAL_LAYER)
+            beside = f"{folder}/{REFUSAL_LAYER}" if folder else REFUSAL_LAYER
+            if not _is_offline():
+                _check_size(where, beside, _files(client, where).get(beside))
+            _download(client, where, beside)
     try:
         return _read(path, _kind(file, kind))
     except VectorFileError as error:
@@ -127,11 +130,11 @@ def push(path: Path, address: str, *, public: bool = False, replace: bool = Fals
     if get_token() is None:
         raise VectorFileError("Uploading needs a token: set HF_TOKEN to one that may write, or run `hf auth login`.")
     content = path.read_bytes()
-    with _explained(target):
+    with _explained(target, doing="write"):
         client.create_repo(target.repository, repo_type=target.repo_type, private=not public, exist_ok=True)
-        if target.file in _files(client, target):
-            known = Path(_download(client, target, target.file)).read_bytes()
-            if known == content:
+        size = _files(client, target).get(target.file)
+        if size is not None:
+            if size == len(content) and Path(_download(client, target, target.file)).read_bytes() == content:
                 return target, False
             if not replace:
                 raise VectorFileError(f"{target} has other content; choose another name, or replace it with --force.")
@@ -153,21 +156,26 @@ def _client() -> HfApi:
     return HfApi(library_name="steer-engine")
 
 
+def _is_offline() -> bool:
+    """Whether the client only reads its cache, by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def _files(client: HfApi, where: Address) -> dict[str, int]:
-    """Path -> bytes of each file of the repository that can be a vector."""
+    """Path -> bytes of each file of the repository."""
     ask = client.dataset_info if where.is_dataset else client.model_info
     found = ask(where.repository, revision=where.revision, files_metadata=True).siblings
     sizes = {each.rfilename: each.size or 0 for each in found or ()}
-    return {name: size for name, size in sorted(sizes.items()) if name.endswith(READABLE)}
+    return dict(sorted(sizes.items()))
 
 
 def _chosen(client: HfApi, where: Address) -> str:
     """The file to download. Raises VectorFileError if there is none, it is too large, or several could be meant."""
-    from huggingface_hub import constants
-
-    if where.file and constants.HF_HUB_OFFLINE:
+    if where.file and _is_offline():
         return where.file  # the cache knows it, or not
-    sizes = _files(client, where)
+    sizes = {name: size for name, size in _files(client, where).items() if name.endswith(READABLE)}
     listed = ", ".join(list(sizes)[:MAX_LISTED]) + (", ..." if len(sizes) > MAX_LISTED else "")
     if not sizes:
         raise VectorFileError(f"{where} has no file that can be a vector ({', '.join(READABLE)}).")
@@ -178,11 +186,16 @@ def _chosen(client: HfApi, where: Address) -> str:
             f"{where} has {len(sizes)} files; name one, such as {where}/{next(iter(sizes))}: {listed}."
         )
     file = where.file or next(iter(sizes))
-    if sizes[file] > MAX_FILE_BYTES:
-        raise VectorFileError(
-            f"{where.repository}/{file} has {sizes[file]} bytes; no vector has over {MAX_FILE_BYTES}."
-        )
+    _check_size(where, file, sizes[file])
     return file
+
+
+def _check_size(where: Address, file: str, size: int | None) -> None:
+    """Raise VectorFileError if the file does not exist (None), or is larger than what a vector can have."""
+    if size is None:
+        raise VectorFileError(f"{where.repository} has no {file}, which belongs to this vector.")
+    if size > MAX_FILE_BYTES:
+        raise VectorFileError(f"{where.repository}/{file} has {size} bytes; no vector has over {MAX_FILE_BYTES}.")
 
 
 def _download(client: HfApi, where: Address, file: str) -> str:
@@ -216,9 +229,9 @@ def _read(path: Path, kind: str) -> AnyVector:
 
 
 @contextmanager
-def _explained(where: Address) -> Iterator[None]:
+def _explained(where: Address, *, doing: str = "read") -> Iterator[None]:
     """What the hub's client raises as a VectorFileError that says what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
@@ -234,7 +247,7 @@ def _explained(where: Address) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         reason = f"{where.repository} has no revision {where.revision}; a branch, a tag or a commit is needed"
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        if not constants.HF_HUB_OFFLINE:
+        if not _is_offline():
             raise UnreadableFileError(_away(endpoint, error)) from None
         reason = f"{where} is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or name a file that is there"
     except errors.EntryNotFoundError:
@@ -245,11 +258,16 @@ def _explained(where: Address) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             reason = (
-                f"the token may not do this at {where.repository} ({status}): set HF_TOKEN to one that may write there"
+                f"the token may not do this at {where.repository} ({status}): set HF_TOKEN to one that may {doing} "
+                "there"
             )
         else:
             said = error.server_message or str(error).partition("\n")[0]
             reason = f"{endpoint} answered {status} for {where} ({said}); retry later"
+    except PermissionError as error:
+        raise UnreadableFileError(
+            f"The hub's cache cannot be written ({error}); set HF_HOME to another folder."
+        ) from None
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of whichever library it uses
         raise UnreadableFileError(_away(endpoint, error)) from None
     else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -115,23 +116,29 @@ def own_flags(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(spelt)[0]
 
 
-def take_repeated(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Values of our flags that may be given several times, by the flag's name among parsed ones, and all other words.
+class RepeatedFlags(logging.Filter):
+    """Drops our flags from vLLM's warning about flags that are given twice: these may be."""
 
-    vLLM's parser warns of each flag that it sees twice, so it must not see these. A flag without a value stays.
-    """
-    taken: dict[str, list[str]] = {name: [] for name in REPEATED}
-    rest: list[str] = []
-    words = list(reversed(argv))
-    while words:
-        word = words.pop()
-        flag, sign, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or name not in taken or not (sign or (words and not words[-1].startswith("-"))):
-            rest.append(word)
-        else:
-            taken[name].append(value if sign else words.pop())
-    return taken, rest
+    FORMAT = "Found duplicate keys %s"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg != self.FORMAT or not isinstance(record.args, tuple):
+            return True
+        names = str(record.args[0]).split(", ")
+        kept = [name for name in names if name.removeprefix("--").replace("-", "_") not in REPEATED]
+        record.args = (", ".join(kept),)
+        return bool(kept)
+
+
+@contextmanager
+def repeated_flags() -> Iterator[None]:
+    """While vLLM parses a command line: no warning about our flags that may be given several times."""
+    parsing, dropping = logging.getLogger("vllm.utils.argparse_utils"), RepeatedFlags()
+    parsing.addFilter(dropping)
+    try:
+        yield
+    finally:
+        parsing.removeFilter(dropping)
 
 
 def name_plugins() -> None:
@@ -305,19 +312,22 @@ def _cpu_defaults(args: argparse.Namespace) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization:
-        args.kv_cache_memory_bytes = cpu_kv_cache_bytes()
+        args.kv_cache_memory_bytes = cpu_kv_cache_bytes(args.tensor_parallel_size * args.pipeline_parallel_size)
 
 
-def cpu_kv_cache_bytes() -> int | None:
-    """Default size of the KV cache on a CPU: a share of the free memory. None: vLLM decides, as the environment says.
+def cpu_kv_cache_bytes(num_workers: int) -> int | None:
+    """Default size of each worker's KV cache on a CPU: together a share of the free memory of the smallest NUMA node
+    or container. None: vLLM decides, as the environment says.
 
     vLLM's own default is a share of all memory, and it does not start if other programs use more than the rest.
     """
-    import psutil  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return None
-    size = int(psutil.virtual_memory().available * CPU_KV_CACHE_SHARE)
-    logger.info("KV cache: %.1f GiB, a quarter of the free memory", size / 2**30)
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
+    size = int(free * CPU_KV_CACHE_SHARE) // num_workers
+    logger.info("KV cache: %.1f GiB per worker, together a quarter of the free memory", size / 2**30)
     return size

@@ -18,7 +18,7 @@ import httpx
 from steer_engine.api.answers import envelope
 from steer_engine.api.batch import Send
 from steer_engine.settings import WITH_PARENT_ENV
-from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags, take_repeated
+from steer_engine.vllm.flags import add_flags, arm, name_plugins, refuse_unknown_flags, repeated_flags
 from steer_engine.vllm.lifetime import exit_on_signal
 from steer_engine.vllm.patching import Symbol
 from steer_engine.vllm.plugin import inference_keys
@@ -41,6 +41,8 @@ USED = (
     Symbol("vllm.config.logging:LoggingConfig"),
     Symbol("vllm.platforms:current_platform"),
     Symbol("vllm.utils.argparse_utils:FlexibleArgumentParser"),
+    Symbol("vllm.utils.cpu_resource_utils:get_memory_node_info", ("node_id",)),
+    Symbol("vllm.utils.cpu_resource_utils:get_visible_memory_node"),
 )
 
 MAX_ECHO_CHARS = 200
@@ -90,11 +92,8 @@ def parse_serve_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parse(command: Any, argv: Sequence[str]) -> argparse.Namespace:
     """Our flags and vLLM's, from the command line and from the file of --config."""
-    repeated, rest = take_repeated(argv)
-    args = _parser(command).parse_args(["serve", *rest])
-    for name, values in repeated.items():
-        setattr(args, name, [*getattr(args, name), *values])
-    return args
+    with repeated_flags():
+        return _parser(command).parse_args(["serve", *argv])
 
 
 def _parser(command: Any) -> argparse.ArgumentParser:

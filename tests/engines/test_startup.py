@@ -17,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from steer_engine import LLM
-from steer_engine.cli.engine_options import engine_args
+from steer_engine.cli.engine_options import EngineChoice
 from steer_engine.derive.capture_config import CaptureConfig
 from steer_engine.derive.capture_engine import CaptureEngine
 from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
@@ -188,9 +188,8 @@ def test_a_leaner_engine(tiny_llama: str) -> None:
 def test_an_engine_that_captures_texts_arms_only_what_it_captures(tiny_llama: str) -> None:
     config = CaptureConfig.of(
         tiny_llama, position="last", blocks="1-2", chat=False, source="pairs", dtype="float32", local=True,
-        engine_args=engine_args(
-            dtype="float32", tensor_parallel_size=1, max_model_len=512, gpu_memory_utilization=0.2
-        ) | {"num_gpu_blocks_override": 64},
+        engine_args=EngineChoice(dtype="float32", max_model_len=512, gpu_memory_utilization=0.2).engine_args
+        | {"num_gpu_blocks_override": 64},
     )  # fmt: skip
     engine = CaptureEngine(config)
     assert engine.facts().blocks == (1, 2)

@@ -126,6 +126,9 @@ def test_flags_that_are_given_several_times_come_in_order_and_without_a_warning(
         theirs.removeHandler(listener)
     with pytest.raises(SystemExit):
         parsed("org/model", "--steering-monitor", "--port", "8001")
+    # The model after a flag of ours that ends a list of vLLM's.
+    args = parsed("--api-key", "secret", "--steering-monitor", "mood", "org/model")
+    assert (args.api_key, args.steering_monitor, args.model_tag) == (["secret"], ["mood"], "org/model")
 
 
 @pytest.mark.parametrize("flag", ["--steering-block", "--steering", "--steering-vec=x", "--steering_row"])
