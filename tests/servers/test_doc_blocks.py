@@ -26,6 +26,7 @@ from steer_engine.vectors import ControlVector, RowSet, load, row_set_format, sa
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 BLOCK_SECONDS = 1100
+ARMED = ("--steering-sites", "attn,mlp")
 WIDTH = 576
 """Hidden size of the packaged model."""
 
@@ -64,14 +65,17 @@ def save_made(folder: Path) -> None:
     numbers = {20: np.array([3, 10200, 10201, 10202])}
     features = RowSet(kind="features", read=read, write=write, indices=numbers)
     (folder / "gemma-scope-20.safetensors").write_bytes(row_set_format.to_bytes(features))
-    low_rank = RowSet(kind="low_rank", read=read, write=write)
+    small = {20: 0.01 * read[20]}  # within the largest dose
+    low_rank = RowSet(kind="low_rank", read=small, write=small)
     (folder / "loreft-truthful.safetensors").write_bytes(row_set_format.to_bytes(low_rank))
 
 
 @pytest.fixture(scope="module")
 def served(vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server that the pages assume, with everything armed that they use."""
-    command = steer_engine_serve("smollm2-135m", "--steering-vectors", str(vectors), "--steering-capture", "all")
+    command = steer_engine_serve(
+        "smollm2-135m", "--steering-vectors", str(vectors), "--steering-capture", "all", *ARMED
+    )
     server = Server(command, tmp_path_factory.mktemp("server") / "server.log", env={ADMIN_KEYS_ENV: ADMIN})
     yield server
     server.kill()
