@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,9 @@ def test_the_command_stores_the_condition_and_nothing_else(tiny_llama: str, tmp_
     # Standard output is the JSON of a request alone.
     assert json.loads(done.stdout) == {"when": condition.when("v")}
     assert str(condition) in done.stderr.replace("\n", "")
-    for part in ("training", "AUROC", "chosen", "only 8 prompts were held out", "derived on 'another/model'"):
+    for part in ("chosen", "only 8 prompts were held out", "derived on 'another/model'"):
         assert part in done.stderr
+    assert re.search(r"training +training.*\n.*AUROC +F1", done.stderr), "the head of the table, in two lines"
     assert (tmp_path / "v.condition.svg").read_text().startswith("<svg")
     # The same values again, from the rows by Hugging Face.
     held = {}

@@ -22,6 +22,7 @@ from helpers.server_process import Server, free_port, steer_engine_serve
 
 from steer_engine.settings import ADMIN_KEY_ENV, ADMIN_KEYS_ENV, API_KEY_ENVS, URL_ENV
 from steer_engine.vectors import ControlVector, RowSet, load, row_set_format, save
+from steer_engine.vectors.metadata import FittedProbe, ProbeBlock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -49,8 +50,10 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     cheerful = load(folder / "cheerful.safetensors")
-    for name in ("sad", "medical", "mood", "toxicity"):
+    for name in ("sad", "medical", "toxicity"):
         save(-1 * cheerful, folder / f"{name}.safetensors")
+    trained = FittedProbe(blocks={14: ProbeBlock(auroc=0.9, threshold=0.0, platt=None)}, at="every_prompt_token")
+    save(cheerful.with_metadata(probe=trained), folder / "mood.safetensors")
     save_made(folder)
     return folder
 
