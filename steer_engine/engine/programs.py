@@ -41,7 +41,6 @@ class Programs:
         self._site_of = {point: site for site, point in enumerate(points)}
         self._elsewhere = frozenset(elsewhere)
         self._pinned: dict[int, list[Row]] = {}
-        self._reference_slots: set[int] = set()
         self._measured_until_S = np.zeros(tables.counts_SL.shape[0], dtype=np.int32)
         """The positions before it are measured for conditions; 0 = none."""
         self.trigger_slots: set[int] = set()
@@ -59,16 +58,12 @@ class Programs:
         """Slots with more than monitors."""
         return len(self._pinned) - len(self.watched_slots)
 
-    def need_reference(self, slot_T: torch.Tensor, pos_T: torch.Tensor) -> bool:
-        """Whether rows of these slots have a gate or a mode, preserve norms or are measured. A `StepPlan`
-        supports none of it.
+    def are_measured(self, slot_T: torch.Tensor, pos_T: torch.Tensor) -> bool:
+        """Whether rows are measured for conditions, which a `StepPlan` does not support.
 
         slot_T, pos_T: [T] slot and position of each token row, in host memory.
         """
-        slots_T = slot_T.numpy()
-        if self._reference_slots and not self._reference_slots.isdisjoint(np.unique(slots_T).tolist()):
-            return True
-        return bool((pos_T.numpy() < self._measured_until_S[slots_T]).any())
+        return bool((pos_T.numpy() < self._measured_until_S[slot_T.numpy()]).any())
 
     def admit(self, slot: int, program: Program, tokens: Sequence[int] = (), measured: Sequence[float] = ()) -> None:
         """Write `program` into `slot`, which must be free. A program without sites here leaves the slot unsteered.
@@ -118,8 +113,6 @@ class Programs:
         # After everything that could fail, so that a failure changes nothing; and with one copy to the device.
         entries_LEW[tuple(np.transpose(places))] = self._bank.pin(rows)
         self._pinned[slot] = rows
-        if program.keep_norm or any(entry.gate or entry.read for _, entries in here for entry in entries):
-            self._reference_slots.add(slot)
         tables = self._tables
         _write(tables.entries_SLEW[slot], entries_LEW)
         _write(tables.counts_SL[slot], counts_L)
@@ -165,7 +158,6 @@ class Programs:
         pinned = self._pinned.pop(slot, None)
         if pinned is None:
             return
-        self._reference_slots.discard(slot)
         self._bank.unpin(pinned)
         self._tables.span_S2[slot] = 0
         self._tables.counts_SL[slot] = 0

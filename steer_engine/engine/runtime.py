@@ -371,7 +371,7 @@ class EngineRuntime:
         self._rows_N = rows_N if rows_N.numel() else None
         self._plan = None
         pos_T = self.tables.pos_T[: positions_T.shape[0]]
-        if self._rows_N is not None and not self.programs.need_reference(slot_T, pos_T):
+        if self._rows_N is not None and not self.programs.are_measured(slot_T, pos_T):
             self._plan = StepPlan.of_step(self.tables, rows_N, query_start_loc_B1, idx_mapping_B, positions_T)
 
     def _stop_capturing(self) -> None:

@@ -145,16 +145,42 @@ def test_an_engine_that_captures_reuses_no_plan(plans_made: list[StepPlan]) -> N
     assert len(plans_made) == 2
 
 
-def test_gates_and_preserved_norms_use_the_reference(plans_made: list[StepPlan]) -> None:
+GATE = {"gate": {"vector": "c", "min_cos": 0.0}}
+RANK_2 = {"vector": "reft", "op": "low_rank", "blocks": [1, 3]}
+FEATURE = {"vector": "jump", "op": "feature", "blocks": 2, "feature": [3, 7], "scale": -1.5}
+ROTATION = {"op": "rotate", "toward": "c", "degrees": 90.0}
+REVERSE = {"vector": "d", "op": "rotate", "toward": "a", "to_degrees": 30.0}
+for _edit in (RANK_2, FEATURE, ROTATION, REVERSE):
+    program(_edit)  # its rows are vectors from now on
+
+
+@pytest.mark.parametrize("first", [GATE, RANK_2, FEATURE, ROTATION], ids=["gate", "rank", "feature", "rotation"])
+def test_edits_that_need_the_whole_algebra_share_one_plan(plans_made: list[StepPlan], first: dict[str, Any]) -> None:
     runtime = new_runtime()
-    runtime.admit(1, program({"gate": {"vector": "c", "min_cos": 0.0}}))
-    runtime.admit(2, program({}, preserve_norm=True))
-    runtime.admit(3, program({}))
-    decode(runtime, 5, 1, 3)
-    decode(runtime, 5, 2, 3)
-    assert not plans_made
-    decode(runtime, 5, 3)
+    runtime.admit(1, program(first, {"vector": "b", "scale": 0.5}))
+    runtime.admit(2, program({"blocks": [0, 2, 3]}, preserve_norm=True))
+    runtime.admit(3, program({"scope": {"start": 8}}))
+    for position in range(5, 8):
+        decode(runtime, position, 1, 2, 3)
     assert len(plans_made) == 1
+    assert plans_made[0].full
+    assert plans_made[0].full.keys().isdisjoint(plans_made[0].place_of)
+    hidden, carried = stream(rows=ROWS)
+    changed_LT = [(edited(runtime, hidden, carried, site) != carried).any(1)[:2].tolist() for site in range(4)]
+    assert [first for first, _ in changed_LT][1:] == [True] * 3
+    assert [second for _, second in changed_LT] == [True, False, True, True]
+    decode(runtime, 8, 1, 2, 3)
+    assert len(plans_made) == 2
+
+
+def test_a_site_that_no_request_uses_costs_nothing(plans_made: list[StepPlan]) -> None:
+    """Neither bank rows nor entries of it are read, whatever the numbers of armed blocks and entries are."""
+    runtime = new_runtime()
+    runtime.admit(1, program({"blocks": 2}))
+    runtime.admit(2, program({"op": "ablate", "blocks": [2]}))
+    decode(runtime, 5, 1, 2)
+    assert list(plans_made[0].place_of) == [2]
+    assert len(plans_made[0].steps_at_L) == 1
 
 
 # When an entry applies
@@ -246,6 +272,10 @@ def test_a_request_that_was_measured_before_is_not_measured_again(plans_made: li
 
 EDITS: list[dict[str, Any]] = [
     {},
+    {"vector": "b", **GATE, "schedule": SCHEDULES[0]},
+    {"scope": WINDOW, **RANK_2},
+    {"schedule": SCHEDULES[1], **FEATURE},
+    REVERSE,
     {"vector": "b", "op": "ablate", "scope": WINDOW},
     {"vector": "c", "scope": {"after": [OTHER, OTHER], "until": OPEN, "start": 3}, "schedule": SCHEDULES[1]},
     {"vector": "a", "op": "add_relative", "scope": "generation", "schedule": SCHEDULES[0]},
@@ -263,7 +293,7 @@ EDITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_steps_round_as_the_reference(plans_made: list[StepPlan], seed: int) -> None:
     """Requests with random edits are prefilled in chunks, decode and leave; tokens that open and close are frequent."""
     rng = np.random.default_rng(seed)
@@ -273,7 +303,8 @@ def test_random_steps_round_as_the_reference(plans_made: list[StepPlan], seed: i
         for slot in at:
             if at[slot] < 0:
                 chosen = rng.choice(len(EDITS), size=3, replace=False)
-                runtime.admit(slot, program(*(EDITS[i] for i in chosen), prompt_len=PROMPT_LEN))
+                norm = {"preserve_norm": True} if rng.random() < 0.2 else {}
+                runtime.admit(slot, program(*(EDITS[i] for i in chosen), prompt_len=PROMPT_LEN, **norm))
                 at[slot] = 0
         counts = {slot: min(2, PROMPT_LEN - at[slot]) if at[slot] < PROMPT_LEN else 1 for slot in at}
         tokens = rng.choice([OPEN, CLOSE, OTHER], size=sum(counts.values()), p=[0.1, 0.1, 0.8])

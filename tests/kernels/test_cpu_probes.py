@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.cases import (
     DTYPES,
     NUM_SITES,
-    READING,
     SITE,
     Case,
     Program,
@@ -21,19 +21,21 @@ from helpers.cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steer_kernels.cpu_full_edits import take_full
 from steer_kernels.cpu_plan import StepPlan
 from steer_kernels.cpu_probes import take_probes
 from steer_kernels.reference import edit_residual_reference
-from steer_kernels.tables import COSINE, DOT
+from steer_kernels.tables import COSINE, DOT, GATE_ROW, Entry, encode_entry
 
 
 def planned(programs: list[Program]) -> list[Program]:
-    """What a plan supports: no gates, no modes and no kept norms, and early probes first."""
-    plain = [
-        [replace(step, gate=None) for step in program.steps if step.measure is None and step.op not in READING]
-        for program in programs
-    ]
-    return [Program(steps=sorted(steps, key=lambda step: step.probe is None or step.probe[2])) for steps in plain]
+    """What a plan supports: no measuring for conditions, and the probes around the edits, as the compiler has them."""
+
+    def turn(step: Step) -> int:
+        return 1 if step.probe is None else 2 * step.probe[2]
+
+    plain = [[step for step in program.steps if step.measure is None] for program in programs]
+    return [replace(program, steps=sorted(steps, key=turn)) for program, steps in zip(programs, plain, strict=True)]
 
 
 def case_of(programs: list[Program], **options: object) -> Case:
@@ -115,7 +117,8 @@ def test_only_probes_edit_nothing() -> None:
     case.tables.counts_SL[:, SITE + 1 :] = 0
     case.tables.entries_SLEW[:, SITE + 1 :] = 0
     plan, number_TK = check(case)
-    assert not any(plan.edits_L)
+    assert not plan.place_of
+    assert not plan.full
     assert plan.decoding is not None
     carried = case.carried.clone()
     plan.apply(case.hidden, carried, case.tables.bank_RD, SITE)
@@ -141,3 +144,19 @@ def test_probes_take_no_place_among_the_edits() -> None:
     _, left_NLEW, share_NLE = take_probes(case.tables, words_NLEW, torch.ones(words_NLEW.shape[:3]), torch.arange(2))
     assert left_NLEW.shape[:3] == share_NLE.shape == (2, NUM_SITES, 1)
     assert torch.equal(left_NLEW[:, SITE, 0], words_NLEW[:, SITE, 3])
+
+
+def test_a_probe_that_was_taken_out_is_no_gate() -> None:
+    """A row with fewer entries than another keeps words of its probes, whose column is where a gate has its row."""
+    probe = encode_entry(Entry(row=1, measure=DOT, probe=1000))
+    gated = encode_entry(Entry(row=2, c0=1.0, gate_row=3))
+    words_NLEW = torch.from_numpy(np.stack([[[gated, probe]], [[gated, gated]]]))
+    share_NLE = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]])
+    rows_N, keep_norm_N = torch.arange(2), torch.zeros(2, dtype=torch.int32)
+    full, left_NLE = take_full(words_NLEW, share_NLE, rows_N, keep_norm_N)
+    assert full is not None
+    assert full[0].words_MEW[..., GATE_ROW].tolist() == [[3, -1], [3, 3]]
+    assert not left_NLE.any()
+    words_NLEW[:] = torch.from_numpy(probe)
+    full, left_NLE = take_full(words_NLEW, torch.zeros(2, 1, 2), rows_N, keep_norm_N)
+    assert full is None

@@ -1,12 +1,12 @@
 """The edit plan of a CPU engine: the edits of one step at all sites, computed once and reused until the batch changes.
 
 On a CPU the host can read the routing buffers without a device sync. With a plan, a site needs a few torch calls on
-the steered rows; the reference needs about forty. Steps with gates, modes, kept norms, captures or rows that are
-measured use the reference. Plan and reference round identically, bit for bit, so a row never depends on what other
-requests in the batch use.
+the steered rows; the reference needs about forty. Steps with captures or rows that are measured use the reference.
+Plan and reference round identically, bit for bit, so a row never depends on what other requests in the batch use.
 
-Legend: N steered rows (or 1, for values that all of them share), L sites, E entries per site, T rows of the batch,
-B requests of the batch, D hidden size, W words per entry, X span bounds of all entries of a program, C coefficients.
+Legend: N steered rows (or 1, for values that all of them share), L sites at which a request of the batch has entries,
+E entries per site, T rows of the batch, B requests of the batch, D hidden size, W words per entry, X span bounds of all
+entries of a program, C coefficients.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from steer_kernels import tables as tb
+from steer_kernels.cpu_batch import Decoding, Used
+from steer_kernels.cpu_full_edits import FullEdits, take_full
 from steer_kernels.cpu_probes import SiteProbes, take_probes
 from steer_kernels.fading import Fading, Schedules, add_up
 from steer_kernels.reference import rows_view
 from steer_kernels.shares import covers, have_details, shares_of
-from steer_kernels.tables import MAX_POSITION, Tables
+from steer_kernels.tables import Tables
 
 MAX_GATHERED_NUMBERS = 2**18
 """Most float32 numbers of bank rows that a plan gathers for all sites at once (1 MiB). Below it, the cost of the calls
@@ -74,71 +75,6 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """A batch with exactly one row per request, and for each request the positions [since, until) for which its plan
-    is valid: no entry of its program begins or ends between them, and its triggers' windows are the same. A new program
-    in a slot also invalidates the plan.
-    """
-
-    query_start_loc_B1: np.ndarray
-    idx_mapping_B: np.ndarray
-    since_B: np.ndarray
-    until_B: np.ndarray
-    with_triggers: np.ndarray
-    """The rows of requests with triggers, and their windows."""
-    windows: np.ndarray
-
-    @classmethod
-    def of_step(
-        cls, tables: Tables, query_start_loc_B1: torch.Tensor, idx_mapping_B: torch.Tensor, positions_B: torch.Tensor
-    ) -> Decoding | None:
-        """The batch of this step, or None if a request has no row or several."""
-        num_requests = idx_mapping_B.shape[0]
-        if positions_B.shape[0] != num_requests or bool((query_start_loc_B1.diff() != 1).any()):
-            return None
-        # Include requests outside their program's span: they are not routed now, but will be when they enter it.
-        slot_B = (idx_mapping_B + 1).long()
-        most = max(1, int(tables.counts_SL[slot_B].max()))
-        bounds_BX = tables.entries_SLEW[:, :, :most, tb.START : tb.END + 1][slot_B].flatten(1) & MAX_POSITION
-        passed_BX = bounds_BX <= positions_B.unsqueeze(1)
-        with_triggers = tables.num_triggers_S[slot_B].nonzero().squeeze(1).numpy()
-        return cls(
-            query_start_loc_B1=query_start_loc_B1.numpy().copy(),
-            idx_mapping_B=idx_mapping_B.numpy().copy(),
-            since_B=torch.where(passed_BX, bounds_BX, 0).amax(1).numpy(),
-            until_B=torch.where(passed_BX, MAX_POSITION, bounds_BX).amin(1).numpy(),
-            with_triggers=with_triggers,
-            windows=tables.windows_TJ.numpy()[with_triggers],
-        )
-
-    def continues(
-        self,
-        query_start_loc_B1: torch.Tensor,
-        idx_mapping_B: torch.Tensor,
-        positions_B: torch.Tensor,
-        windows_TJ: torch.Tensor,
-    ) -> bool:
-        """Whether the plan of this batch is also valid for the given step, whose triggers have been advanced."""
-        # Runs in every step, with cold caches: numpy calls take half as long as torch calls.
-        if idx_mapping_B.shape[0] != len(self.idx_mapping_B) or positions_B.shape[0] != len(self.since_B):
-            return False
-        at_B = positions_B.numpy()
-        return bool(
-            (self.idx_mapping_B == idx_mapping_B.numpy()).all()
-            and (self.query_start_loc_B1 == query_start_loc_B1.numpy()).all()
-            and (self.since_B <= at_B).all()
-            and (at_B < self.until_B).all()
-            and (not len(self.windows) or np.array_equal(self.windows, windows_TJ.numpy()[self.with_triggers]))
-        )
-
-    def not_before(self, rows_N: torch.Tensor, position_N: np.ndarray | None) -> None:
-        """The plan is not valid in these rows before these positions, if there are any."""
-        if position_N is not None:
-            rows = rows_N.numpy()
-            self.since_B[rows] = np.maximum(self.since_B[rows], position_N)
-
-
-@dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """The edits at all sites for the steered rows of one engine step."""
 
@@ -150,12 +86,14 @@ class StepPlan:
     """int64: indices of the steered rows in the batch."""
     all_rows: bool
     """True if rows_N is every row of the batch, in order."""
-    edits_L: list[bool]
-    """By site: True if an entry applies to a row."""
+    place_of: dict[int, int]
+    """Site -> its place in L, if an entry of its steps may apply to a row."""
     delta_LND: torch.Tensor | None
     """The sum to add at each site. None if an entry needs x or the bank rows are not gathered; then see steps_at_L."""
     steps_at_L: list[list[Step]]
     """By site, the entries in order; empty if delta_LND is set."""
+    full: dict[int, FullEdits]
+    """The other edits by site: all edits of sites at which one has a gate, a mode or a kept norm."""
     probes: dict[int, SiteProbes]
     """The probes of the sites that have any."""
 
@@ -173,33 +111,40 @@ class StepPlan:
         rows_N: the steered rows, at least one.
         """
         slot_N = tables.slot_T[rows_N].long()
-        decoding = Decoding.of_step(tables, query_start_loc_B1, idx_mapping_B, positions_T)
+        used = Used.of_batch(tables, idx_mapping_B)
+        decoding = Decoding.of_step(tables, used, query_start_loc_B1, idx_mapping_B, positions_T)
         if decoding is None and bool((slot_N == slot_N[0]).all()):
             slot_N = slot_N[:1]  # the rows of one request share its entries
-        most = int(tables.counts_SL[slot_N].max())
-        words_NLEW, pos_N = tables.entries_SLEW[:, :, :most][slot_N], tables.pos_T[rows_N]
+        words_NLEW, pos_N = used.words(tables, slot_N), tables.pos_T[rows_N]
         share_NLE, schedules = covers(words_NLEW, pos_N).float(), None
         probes: dict[int, SiteProbes] = {}
-        if have_details(words_NLEW):
-            windows_NJ = tables.windows_TJ[rows_N]
+        details = have_details(words_NLEW)
+        windows_NJ = tables.windows_TJ[rows_N]
+        if details:
             share_NLE *= shares_of(words_NLEW, pos_N, windows_NJ, slot_N, tables)
             probes, words_NLEW, share_NLE = take_probes(tables, words_NLEW, share_NLE, rows_N)
-            if decoding is not None:
-                step = (words_NLEW, covers(words_NLEW, pos_N), rows_N, pos_N, windows_NJ, slot_N, tables)
-                schedules, ended_N = Schedules.of_step(*step)
-                decoding.not_before(rows_N, ended_N)
+        full, share_NLE = take_full(words_NLEW, share_NLE, rows_N, tables.keep_norm_S[slot_N])
+        if details and decoding is not None:
+            step = (words_NLEW, covers(words_NLEW, pos_N), rows_N, pos_N, windows_NJ, slot_N, tables)
+            schedules, ended_N = Schedules.of_step(*step)
+            decoding.not_before(rows_N, ended_N)
+            if schedules is not None and full is not None:
+                decoding = schedules = None  # shares of full edits do not follow schedules
         entries = _Entries.of(words_NLEW, share_NLE, None if schedules is None else schedules.running_LEN1)
         gathered_LEND = entries.bank_rows(tables.bank_RD)
         delta_LND = None if gathered_LEND is None or not entries.only_add else entries.added(gathered_LEND)
+        edits_L = entries.may_apply_LEN1.flatten(1).any(1).tolist()
+        sites_L = used.sites_L.tolist()
         return cls(
             decoding=decoding,
             fading=None if schedules is None else entries.fading(schedules, gathered_LEND, delta_LND),
             rows_N=rows_N,
             all_rows=rows_N.shape[0] == positions_T.shape[0],
-            edits_L=entries.may_apply_LEN1.flatten(1).any(1).tolist(),
+            place_of={site: place for place, site in enumerate(sites_L) if edits_L[place]},
             delta_LND=delta_LND,
             steps_at_L=entries.steps(gathered_LEND) if delta_LND is None else [],
-            probes=probes,
+            full={sites_L[place]: edits for place, edits in (full or {}).items()},
+            probes={sites_L[place]: numbers for place, numbers in probes.items()},
         )
 
     def continues(
@@ -217,15 +162,19 @@ class StepPlan:
 
     def apply(self, hidden: torch.Tensor | None, carried: torch.Tensor, bank_RD: torch.Tensor, site: int) -> None:
         """Edit `carried` [..., T, D] in place at `site`. x = hidden + carried, or carried alone."""
-        if not self.edits_L[site]:
-            if site in self.probes:
-                self.probes[site].write(hidden, rows_view(carried), None, bank_RD)
+        place, probes = self.place_of.get(site), self.probes.get(site)
+        if site in self.full:
+            self.full[site].apply(hidden, rows_view(carried), bank_RD, probes, len(self.rows_N))
+            return
+        if place is None:
+            if probes is not None:
+                probes.write(hidden, rows_view(carried), None, bank_RD)
             return
         carried_TD = rows_view(carried)
         every = self.all_rows and carried_TD.shape[0] == self.rows_N.shape[0]
-        delta_ND = self._delta(hidden, carried_TD, bank_RD, site, every=every)
-        if site in self.probes:
-            self.probes[site].write(hidden, carried_TD, delta_ND, bank_RD)
+        delta_ND = self._delta(hidden, carried_TD, bank_RD, place, every=every)
+        if probes is not None:
+            probes.write(hidden, carried_TD, delta_ND, bank_RD)
         if carried_TD.dtype != torch.float32:
             carried_TD[self.rows_N] = (carried_TD[self.rows_N].float() + delta_ND).to(carried_TD.dtype)
         elif every:
@@ -234,12 +183,12 @@ class StepPlan:
             carried_TD.index_add_(0, self.rows_N, delta_ND.expand(self.rows_N.shape[0], -1))
 
     def _delta(
-        self, hidden: torch.Tensor | None, carried_TD: torch.Tensor, bank_RD: torch.Tensor, site: int, *, every: bool
+        self, hidden: torch.Tensor | None, carried_TD: torch.Tensor, bank_RD: torch.Tensor, place: int, *, every: bool
     ) -> torch.Tensor:
         """float32 [N or 1, D]."""
         if self.delta_LND is not None:
-            return self.delta_LND[site]
-        steps = self.steps_at_L[site]
+            return self.delta_LND[place]
+        steps = self.steps_at_L[place]
         x_ND = None
         if not all(step.only_adds for step in steps):
             x_ND = self._rows(carried_TD, every)
