@@ -23,6 +23,7 @@ from steer_engine.resolve_probes import resolve_probes, resolve_stops
 from steer_engine.resolve_rows import check_kind, check_terms, feature_blocks, resolve_gate, resolve_terms
 from steer_engine.resolve_vectors import (
     Keep,
+    Repeated,
     VectorSource,
     check_blocks,
     check_direction,
@@ -141,15 +142,34 @@ def resolve(
     *,
     vocabulary: Vocabulary = NO_VOCABULARY,
     preset: str | None = None,
+    repeated: Repeated[ResolvedSpec] | None = None,
 ) -> ResolvedSpec:
     """Check `spec` against the model and the limits, and name its vectors by digest.
 
-    vocabulary: for triggers. preset: the name of the preset that `spec` was expanded from.
+    vocabulary: for triggers. preset: the name of the preset that `spec` was expanded from. repeated: of calls with the
+    same model, limits and vocabulary; None = nothing is kept.
 
     Raises:
         UnknownVectorError: a vector or the preset is not registered.
         SteeringRequestError: any other error of the request; `param` names the field.
     """
+
+    def anew(source: VectorSource) -> ResolvedSpec:
+        return _resolve(spec, source, model, limits, vocabulary, preset)
+
+    if repeated is None or spec.capture is not None:  # each capture has a key of its own
+        return anew(vectors)
+    return repeated.get((spec.model_dump_json(), preset, vocabulary), vectors, anew)
+
+
+def _resolve(
+    spec: SteeringSpec,
+    vectors: VectorSource,
+    model: ModelShape,
+    limits: Limits,
+    vocabulary: Vocabulary,
+    preset: str | None,
+) -> ResolvedSpec:
     if spec.preset is not None:
         raise UnknownVectorError(f"There is no preset named {shown(spec.preset)}.", "steering.preset")
     requested = spec.edits or []

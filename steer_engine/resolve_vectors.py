@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, TypeVar
 
-from steer_engine.errors import SteeringRequestError, UnknownVectorError
+from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.fields import shown
 from steer_engine.model_shape import ModelShape, describe_blocks
 from steer_engine.site import Site
@@ -15,6 +16,11 @@ VectorSource = Callable[[str], ControlVector | RowSet]
 """Name or `sha256:...` digest -> vector or row set. Raises UnknownVectorError."""
 Keep = Callable[[ControlVector], ControlVector]
 """Notes that the request needs a vector, and returns it."""
+
+Value = TypeVar("Value")
+
+MAX_REPEATED = 128
+"""Values that are kept. Their vectors are in memory anyway, unless they were deleted or replaced meanwhile."""
 
 
 def lookup(name: str, param: str, vectors: VectorSource, model: ModelShape) -> ControlVector:
@@ -72,3 +78,38 @@ def check_direction(vector: ControlVector, blocks: tuple[int, ...], param: str) 
         raise SteeringRequestError(
             f"The vector is zero at blocks {describe_blocks(flat)}: it has no direction there.", param
         )
+
+
+class Repeated(Generic[Value]):
+    """What was made lately of vectors and something else, its key.
+
+    What comes again costs a comparison. A value is used again while every name that it was made from stands for the
+    same object as before: after a vector was replaced, even by one of equal content, it is made anew.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[dict[str, ControlVector | RowSet], Value]] = {}
+
+    def get(self, key: Hashable, vectors: VectorSource, make: Callable[[VectorSource], Value]) -> Value:
+        """The value of `key`, or what `make` returns for a source of vectors."""
+        kept = self._kept.get(key)
+        if kept is not None and _unchanged(kept[0], vectors):
+            return kept[1]
+        used: dict[str, ControlVector | RowSet] = {}
+
+        def source(name: str) -> ControlVector | RowSet:
+            used[name] = vectors(name)
+            return used[name]
+
+        value = make(source)
+        if len(self._kept) >= MAX_REPEATED:
+            self._kept.clear()
+        self._kept[key] = used, value
+        return value
+
+
+def _unchanged(used: Mapping[str, ControlVector | RowSet], vectors: VectorSource) -> bool:
+    try:
+        return all(vectors(name) is vector for name, vector in used.items())
+    except SteerError:
+        return False  # making it anew says which field names what is gone

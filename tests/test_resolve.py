@@ -19,9 +19,11 @@ from steer_engine.errors import SteeringRequestError, UnknownVectorError
 from steer_engine.model_shape import MAX_RUNS_SHOWN, ModelShape, describe_blocks
 from steer_engine.parse import parse_spec
 from steer_engine.resolve import ResolvedSpec, resolve
+from steer_engine.resolve_vectors import MAX_REPEATED, Repeated
 from steer_engine.settings import Limits
 from steer_engine.spec import Op, SteeringSpec
 from steer_engine.vectors import ControlVector, VectorMetadata
+from steer_engine.vocabulary import Vocabulary
 
 LIMITS = Limits()
 
@@ -569,3 +571,87 @@ def test_a_capture_is_no_part_of_the_digest() -> None:
     capturing = resolved({"scale": 2.0}, model=shape(capture_blocks=(0,)), capture={})
     assert capturing.digest == plain.digest
     assert capturing.template == plain.template
+
+
+# Specs that come again
+
+
+def named_source(vectors: dict[str, ControlVector], asked: list[str]) -> Any:
+    def found(name: str) -> ControlVector:
+        asked.append(name)
+        if name not in vectors:
+            raise UnknownVectorError(f"There is no control vector {name!r}.")
+        return vectors[name]
+
+    return found
+
+
+SPEC = parse_spec({"edits": [{"vector": "a", "blocks": [1, 2]}, {"vector": "b", "op": "ablate"}]})
+assert SPEC is not None
+
+
+def test_a_spec_that_comes_again_is_resolved_once() -> None:
+    asked: list[str] = []
+    vectors, repeated = dict(VECTORS), Repeated[ResolvedSpec]()
+    first = resolve(SPEC, named_source(vectors, asked), MODEL, LIMITS, repeated=repeated)
+    assert set(asked) == {"a", "b"}
+    again = parse_spec(json.dumps(SPEC.model_dump()))
+    assert again is not None
+    assert again is not SPEC
+    assert resolve(again, named_source(vectors, asked), MODEL, LIMITS, repeated=repeated) is first
+    for other in ({"edits": [{"vector": "a", "blocks": [1, 2], "scale": 0.5}]}, {"edits": [{"vector": "b"}]}):
+        spec = parse_spec(other)
+        assert spec is not None
+        assert resolve(spec, source, MODEL, LIMITS, repeated=repeated).digest != first.digest
+    assert resolve(SPEC, source, MODEL, LIMITS, repeated=repeated, preset="p").preset == "p"
+
+
+@pytest.mark.parametrize("content", ["other", "equal"])
+def test_a_name_that_stands_for_another_vector_is_resolved_anew(content: str) -> None:
+    vectors, repeated = dict(VECTORS), Repeated[ResolvedSpec]()
+    first = resolve(SPEC, named_source(vectors, []), MODEL, LIMITS, repeated=repeated)
+    kept = vectors["b"]
+    vectors["b"] = (
+        VECTORS["c"] if content == "other" else ControlVector(directions=kept.directions, metadata=kept.metadata)
+    )
+    second = resolve(SPEC, named_source(vectors, []), MODEL, LIMITS, repeated=repeated)
+    assert second is not first
+    assert vectors["b"].digest in second.vectors
+    assert (second.digest == first.digest) == (content == "equal")
+
+
+def test_a_vector_that_is_gone_is_named_by_its_field() -> None:
+    vectors, repeated = dict(VECTORS), Repeated[ResolvedSpec]()
+    resolve(SPEC, named_source(vectors, []), MODEL, LIMITS, repeated=repeated)
+    del vectors["b"]
+    for _ in range(2):
+        with pytest.raises(UnknownVectorError) as caught:
+            resolve(SPEC, named_source(vectors, []), MODEL, LIMITS, repeated=repeated)
+        assert caught.value.param == "steering.edits[1].vector"
+
+
+def test_another_vocabulary_is_resolved_anew() -> None:
+    repeated = Repeated[ResolvedSpec]()
+    spec = parse_spec({"edits": [{"vector": "a", "scope": {"after": "x"}}]})
+    assert spec is not None
+    digests = {
+        resolve(
+            spec,
+            source,
+            MODEL,
+            LIMITS,
+            vocabulary=Vocabulary(lambda text, ids=ids: list(ids), 100, lambda name: "none"),
+            repeated=repeated,
+        ).digest
+        for ids in ([5], [6])
+    }
+    assert len(digests) == 2
+
+
+def test_a_limited_number_of_specs_is_kept() -> None:
+    repeated = Repeated[ResolvedSpec]()
+    for i in range(3 * MAX_REPEATED):
+        spec = parse_spec({"edits": [{"vector": "a", "scale": i / 1000}]})
+        assert spec is not None
+        resolve(spec, source, MODEL, LIMITS, repeated=repeated)
+        assert len(repeated._kept) <= MAX_REPEATED

@@ -26,6 +26,7 @@ from steer_engine.program import PROGRAM_KEY, SCORE_KEY, Program, Score
 from steer_engine.resolve import NO_VOCABULARY, ResolvedSpec, resolve, with_probes
 from steer_engine.resolve_capture import resolve_capture
 from steer_engine.resolve_probes import check_prompt_numbers
+from steer_engine.resolve_vectors import Repeated
 from steer_engine.settings import (
     ARMED_ENV,
     DEFAULT_PRESET_ENV,
@@ -75,6 +76,7 @@ class Frontend:
         """Set when the engine's tokenizer is there, and once more when a server's tool parser is known."""
         self.registry = Registry(None)
         self._model = model
+        self._repeated = Repeated[ResolvedSpec]()
         if config is not None:
             self.default_preset = os.environ.get(DEFAULT_PRESET_ENV) or None
             folder = os.environ.get(VECTORS_ENV)
@@ -143,7 +145,8 @@ class Frontend:
             return inline[name] if name in inline else self.found(name)
 
         if spec.preset is None:
-            return resolve(spec, source, model, self.limits, vocabulary=self.vocabulary)
+            repeated = None if inline else self._repeated
+            return resolve(spec, source, model, self.limits, vocabulary=self.vocabulary, repeated=repeated)
         capture = resolve_capture(spec.capture, model, self.limits)
         base = replace(self._resolve_preset(spec.preset, model), capture=capture)
         if spec.probes is None and spec.stop is None:
@@ -158,7 +161,9 @@ class Frontend:
         assert spec is not None
         assert spec.capture is None
         try:
-            found = resolve(spec, self.found, model, self.limits, vocabulary=self.vocabulary, preset=name)
+            found = resolve(
+                spec, self.found, model, self.limits, vocabulary=self.vocabulary, preset=name, repeated=self._repeated
+            )
             return replace(found, num_preset_probes=len(found.template.probes))
         except SteeringRequestError as error:
             # The client wrote the preset's name only; what is wrong inside is its author's.
