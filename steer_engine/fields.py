@@ -35,6 +35,11 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"[:MAX_ECHO_CHARS]
 
 
+def without_password(text: str) -> str:
+    """A text for an error message, without the user and password of the URLs in it."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def field_error(field: str, message: str) -> PydanticCustomError:
     """For validators of a whole object: an error about one of its fields."""
     return PydanticCustomError("wrong_field", "{message}", {"field": field, "message": message})

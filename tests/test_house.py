@@ -108,3 +108,13 @@ def test_every_dependency_has_one_lowest_version() -> None:
     assert {"numpy", "pydantic", "typer", "ray", "scipy", "matplotlib", "datasets"} <= set(names)
     tests = (ROOT / path for path in floors.TESTS)
     assert [path for path in tests if not path.exists()] == []
+
+
+def test_the_tests_of_make_floors_need_no_torch() -> None:
+    """Its environment has none, and one file that imports it ends the run before a test."""
+    left_out = {f"test_{name}.py" for name in floors.NEED_MORE}
+    named = [ROOT / path for path in floors.TESTS]
+    files = [file for path in named for file in (path.glob("*.py") if path.is_dir() else [path])]
+    foreign = re.compile(r"^(?:import|from) (?:torch|transformers|vllm|zstandard|sklearn)\b", re.MULTILINE)
+    found = {file.name for file in files if foreign.search(file.read_text())}
+    assert found <= left_out

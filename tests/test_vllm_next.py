@@ -155,6 +155,10 @@ def test_the_environment_is_made_once_and_again_for_another_version(tmp_path: Pa
     offline = project.run(PIP_FIND_LINKS=str(tmp_path / "nothing"))
     assert offline.returncode == 0
     assert "vllm 9.9.0 was here before and stays" in offline.stdout
+    named = project.run("9.9.0", PIP_FIND_LINKS=str(tmp_path / "nothing"))
+    assert (named.returncode, named.stderr) == (0, ""), "what is there needs no index"
+    assert "vllm         9.9.0+cpu" in named.stdout
+    assert list((project.folder / ".cache" / "next").iterdir()) == []
 
     new_vllm(project.index, "9.10.0", "packaging")
     assert "vllm         9.10.0+cpu" in project.run().stdout

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_engine.errors import ModelError, UnsupportedEngineError
-from steer_engine.fields import block_ranges, parse_blocks
+from steer_engine.fields import block_ranges, parse_blocks, without_password
 from steer_engine.models import PACKAGED, check_obtainable, checkpoint_path
 from steer_engine.monitor import MonitorSpec
 from steer_engine.settings import VECTORS_ENV
@@ -159,11 +159,12 @@ def _check_hub(model: str, known: Sequence[str]) -> None:
                          f"{instead}.")  # fmt: skip
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     status = _hub_status(endpoint, model)
+    shown = without_password(endpoint)
     if status is None:
-        raise ModelError(f"The model {model!r} is not in the hub's cache, and {endpoint} is unreachable. Check the "
+        raise ModelError(f"The model {model!r} is not in the hub's cache, and {shown} is unreachable. Check the "
                          f"network, or {instead}.")  # fmt: skip
     if status in (401, 404):  # the hub does not tell whether a private model exists
-        raise ModelError(f"{endpoint} has no model {model!r} (or it is private: set HF_TOKEN). Check the spelling, or "
+        raise ModelError(f"{shown} has no model {model!r} (or it is private: set HF_TOKEN). Check the spelling, or "
                          f"{instead}.")  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steer_engine.errors import RegistryError, SteeringRequestError, VectorFileError
-from steer_engine.fields import block_ranges
+from steer_engine.fields import block_ranges, without_password
 from steer_engine.settings import ADMIN_KEY_ENV, API_KEY_ENVS, URL_ENV
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class Remote:
     def __init__(self, url: str) -> None:
         if not url.startswith(("http://", "https://")):
             raise RegistryError(f"{url} is not the URL of a server; it must begin with http:// or https://.")
+        if (clean := without_password(url)) != url:  # this client would not send it
+            raise RegistryError(
+                f"The URL {clean} was given with a user or password; keys are read from {ADMIN_KEY_ENV} and "
+                f"{API_KEY_ENVS[0]}."
+            )
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1/steering"
         admin = os.environ.get(ADMIN_KEY_ENV, "")
         key = next((found for name in API_KEY_ENVS if (found := os.environ.get(name))), admin)
@@ -286,6 +291,8 @@ def pull(
     target = out or Path(f"{stem}.safetensors")
     if target.suffix not in SUFFIXES:
         raise VectorFileError(f"{target}: the name of the file must end in {' or '.join(SUFFIXES)}.")
+    if kind != "auto" and not is_on_hub:
+        raise VectorFileError(f"--kind is for files of the hub (hf://OWNER/REPO/FILE); {name} is a server's vector.")
     if target.exists() and not force:
         raise VectorFileError(f"{target}: the file exists; choose another with --out, or replace it with --force.")
     vector = hub.pull(name, kind=kind) if is_on_hub else fetched(name, url)

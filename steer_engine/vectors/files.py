@@ -39,14 +39,18 @@ def save(vector: AnyVector, path: str | os.PathLike[str]) -> None:
     """Write a file atomically, in the format of its suffix. GGUF is written as llama.cpp reads it.
 
     Raises:
-        VectorFileError: the format cannot express it.
+        VectorFileError: the format cannot express it, or the file cannot be written.
     """
-    if _suffix(path) == ".gguf":
-        if isinstance(vector, RowSet):
-            raise VectorFileError(f"{path}: GGUF has no place for {noun(vector)}; write a .safetensors file.")
-        gguf_format.save(vector, path)
-    else:
-        write_atomically(Path(path), to_bytes(vector))
+    suffix = _suffix(path)
+    if suffix == ".gguf" and isinstance(vector, RowSet):
+        raise VectorFileError(f"{path}: GGUF has no place for {noun(vector)}; write a .safetensors file.")
+    try:
+        if suffix == ".gguf":
+            gguf_format.save(vector, path)
+        else:
+            write_atomically(Path(path), to_bytes(vector))
+    except OSError as error:
+        raise VectorFileError(f"{path}: cannot be written ({error.strerror}); choose another place.") from None
 
 
 def from_bytes(data: bytes) -> AnyVector:

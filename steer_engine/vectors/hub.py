@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steer_engine.errors import UnreadableFileError, VectorFileError
+from steer_engine.fields import without_password
 from steer_engine.vectors import importers
 from steer_engine.vectors.files import MAX_FILE_BYTES, SUFFIXES, AnyVector, load_any
+from steer_engine.vectors.storage import NO_SPACE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -230,49 +232,54 @@ def _read(path: Path, kind: str) -> AnyVector:
 
 @contextmanager
 def _explained(where: Address, *, doing: str = "read") -> Iterator[None]:
-    """What the hub's client raises as a VectorFileError that says what to do."""
+    """What the hub's client raises as a VectorFileError that says what to do, without a password of the hub's URL."""
     from huggingface_hub import errors
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = without_password(os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
     try:
         yield
     except errors.GatedRepoError:
         page = f"{endpoint}/{'datasets/' if where.is_dataset else ''}{where.repository}"
-        reason = f"{where.repository} is gated: accept its terms at {page}, and set HF_TOKEN"
+        reason = f"{where.repository} is gated: accept its terms at {page}, and set HF_TOKEN."
     except errors.RepositoryNotFoundError:
         reason = (
             f"{endpoint} has no repository {where.repository}, or it is private: check the spelling, or set HF_TOKEN "
-            "to a token that may read it"
+            "to a token that may read it."
         )
     except errors.RevisionNotFoundError:
-        reason = f"{where.repository} has no revision {where.revision}; a branch, a tag or a commit is needed"
+        reason = f"{where.repository} has no revision {where.revision}; a branch, a tag or a commit is needed."
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         if not _is_offline():
             raise UnreadableFileError(_away(endpoint, error)) from None
-        reason = f"{where} is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or name a file that is there"
+        reason = (
+            f"{where} is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or name a file that is there."
+        )
     except errors.EntryNotFoundError:
-        reason = f"{where} does not exist; check the name of the file"
+        reason = f"{where} does not exist; check the name of the file."
     except errors.HFValidationError as error:
-        reason = f"{where}: {str(error).rstrip('.')}"
+        reason = f"{where}: {str(error).rstrip('.')}."
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             reason = (
-                f"the token may not do this at {where.repository} ({status}): set HF_TOKEN to one that may {doing} "
-                "there"
+                f"The token may not do this at {where.repository} ({status}): set HF_TOKEN to one that may {doing} "
+                "there."
             )
         else:
-            said = error.server_message or str(error).partition("\n")[0]
-            reason = f"{endpoint} answered {status} for {where} ({said}); retry later"
-    except PermissionError as error:
-        raise UnreadableFileError(
-            f"The hub's cache cannot be written ({error}); set HF_HOME to another folder."
-        ) from None
+            said = error.server_message or without_password(str(error).partition("\n")[0])
+            reason = f"{endpoint} answered {status} for {where} ({said}); retry later."
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of whichever library it uses
-        raise UnreadableFileError(_away(endpoint, error)) from None
+        raise UnreadableFileError(_unusable_cache(error) or _away(endpoint, error)) from None
     else:
         return
-    raise VectorFileError(f"{reason[0].upper()}{reason[1:]}.")
+    raise VectorFileError(reason)
+
+
+def _unusable_cache(error: Exception) -> str | None:
+    """The message if an error is of the cache's disk and not of the network."""
+    if not isinstance(error, OSError) or not (error.filename or error.errno in NO_SPACE):
+        return None
+    return f"The hub's cache cannot be written ({error}); free space there, or set HF_HOME to another folder."
 
 
 def _away(endpoint: str, error: Exception) -> str:

@@ -253,6 +253,8 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     Done("serve", "org/nothing").assert_mistake("'org/nothing'", "HF_HUB_OFFLINE", "smollm2-135m")
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     Done("serve", "org/nothing", **away).assert_mistake("http://127.0.0.1:9 is unreachable")
+    with_password = away | {"HF_ENDPOINT": "http://me:secret@127.0.0.1:9"}
+    Done("serve", "org/nothing", **with_password).assert_mistake(" http://127.0.0.1:9 is unreachable")
 
 
 def hub_cache(home: Path, name: str, num_blocks: int) -> None:

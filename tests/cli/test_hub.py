@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -60,6 +62,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(403, {"error": "Access to it is restricted."}, code="GatedRepo")
         elif repository == "org/broken":
             self.answer(500, {"error": "The hub has a bad day."})
+        elif repository == "org/silent":
+            self.answer(500, {})
         elif revision not in ("", "main", "v1", COMMIT):
             self.answer(404, {"error": "Invalid rev id"}, code="RevisionNotFound")
         elif file is None:
@@ -129,14 +133,15 @@ class Machine:
         self.folder = folder
         self.endpoint = f"http://127.0.0.1:{port}"
 
-    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, disk: int | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        """disk: bytes that a file may have before the disk is full."""
         given = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "home")}
         names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE")
         inherited = {name: value for name, value in os.environ.items() if name not in names}
         path = os.pathsep.join(each for each in sys.path if each)
         return subprocess.run(
             [sys.executable, "-P", "-m", "steer_engine", "vectors", *arguments], cwd=self.folder, capture_output=True,
-            text=True, timeout=120, check=False,
+            text=True, timeout=120, check=False, preexec_fn=None if disk is None else partial(limit_files, disk),
             env=inherited | {"NO_COLOR": "1", "COLUMNS": "200", "PYTHONPATH": path} | given | env,
         )  # fmt: skip
 
@@ -145,12 +150,16 @@ class Machine:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def fails(self, *arguments: str, **env: str) -> str:
-        done = self.run(*arguments, **env)
+    def fails(self, *arguments: str, disk: int | None = None, **env: str) -> str:
+        done = self.run(*arguments, disk=disk, **env)
         assert (done.returncode, done.stdout) == (1, ""), done.stdout
         assert done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1
         return done.stderr
+
+
+def limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def one(value: float) -> ControlVector:
@@ -186,6 +195,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         "org/hidden": {"calm.safetensors": ours},
         "org/gated": {"calm.safetensors": ours},
         "org/broken": {},
+        "org/silent": {},
     }
     Hub.private, Hub.requests = {"org/hidden"}, []
     (tmp_path / "work").mkdir()
@@ -255,6 +265,52 @@ def test_a_hub_that_is_away_is_named(machine: Machine) -> None:
         error = machine.fails("pull", address, HF_ENDPOINT="http://127.0.0.1:9")
         assert "http://127.0.0.1:9 is unreachable" in error
         assert "HF_ENDPOINT" in error
+
+
+@pytest.mark.parametrize("name", ["one", "noone", "gated", "broken", "silent"])
+def test_a_password_in_the_hubs_address_is_not_shown(machine: Machine, name: str) -> None:
+    """It works, and is in no message. `silent` is the one whose message has the address that the client asked."""
+    endpoint = machine.endpoint.replace("//", "//me:very%20secret@")
+    done = machine.run("pull", f"hf://org/{name}", HF_ENDPOINT=endpoint)
+    assert done.returncode == (0 if name == "one" else 1)
+    assert (machine.endpoint in done.stderr) == (name != "one")
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_a_password_of_a_hub_that_is_away_is_not_shown(machine: Machine) -> None:
+    error = machine.fails("pull", "hf://org/one", HF_ENDPOINT="http://me:secret@127.0.0.1:9")
+    assert error.startswith("error: http://127.0.0.1:9 is unreachable")
+
+
+def test_a_password_in_a_servers_address_is_refused(machine: Machine) -> None:
+    error = machine.fails("pull", "cheerful", "--url", "http://me:secret@localhost")
+    assert error.startswith("error: The URL http://localhost was given with a user or password")
+    assert "STEER_ENGINE_API_KEY" in error
+
+
+def test_a_full_disk_is_not_taken_for_a_hub_that_is_away(machine: Machine) -> None:
+    address = "hf://org/one/cheerful.safetensors"
+    cache = machine.fails("pull", address, disk=100)
+    assert "hub's cache cannot be written" in cache
+    assert "HF_HOME" in cache
+    machine.does("pull", address)
+    target = machine.fails("pull", address, "--out", "other.safetensors", disk=100)  # which is in the cache now
+    assert target.startswith("error: other.safetensors: cannot be written (")
+    assert sorted(path.name for path in machine.folder.iterdir()) == ["cheerful.safetensors", "home"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(machine: Machine) -> None:
+    (machine.folder / "file").touch()
+    error = machine.fails("pull", "hf://org/one", HF_HOME=str(machine.folder / "file"))
+    assert "hub's cache cannot be written" in error
+
+
+def test_what_only_the_hub_has_is_refused_for_a_server(machine: Machine) -> None:
+    """A server sends vectors of its own; nothing is requested."""
+    error = machine.fails("pull", "cheerful", "--kind", "persona", "--url", machine.endpoint)
+    assert "--kind" in error
+    assert "hf://" in error
+    assert Hub.requests == []
 
 
 def test_a_private_repository_opens_with_a_token(machine: Machine) -> None:
