@@ -44,30 +44,44 @@ def resolve_edits(edits: list[dict[str, Any]], dtype: str, vector: ControlVector
     return resolve(spec, lambda name: vector, shape, Limits())
 
 
-REFUSED = [
-    ("float32", [{"op": "set", "target": 3e38, "blocks": 3}]),
-    ("bfloat16", [{"op": "set", "target": 3e38, "blocks": 3}]),
-    ("float16", [{"op": "set", "target": 6e4, "blocks": 3}]),
-    ("float32", [{"op": "clamp", "lo": 3e38, "blocks": 3}]),
-    ("float32", [{"op": "clamp", "hi": -3e38, "blocks": 3}]),
-    ("float32", [{"op": "set", "target": 1e20, "blocks": 3}, {"op": "add_relative", "scale": 1.0, "blocks": 3}]),
-    ("float32", [{"op": "add_relative", "scale": 10.0}] * 2),
-    ("bfloat16", [{"op": "add_relative", "scale": 10.0}] * 2),
-    ("float16", [{"op": "add_relative", "scale": 3.0}]),
-    ("float16", [{"op": "add_relative", "scale": 5.0, "blocks": 3}]),
-    ("float16", [{"op": "ablate", "scale": 10.0, "blocks": 3}]),
-    ("float32", [{"op": "ablate", "scale": -10.0}] * 2),
-    ("bfloat16", [{"op": "ablate", "scale": -10.0}] * 2),
+TINY = 1e-6
+"""Residual norms by which a client could make any edit look small."""
+
+REFUSED: list[tuple[str, list[dict[str, Any]], float | None]] = [
+    ("float32", [{"op": "set", "target": 3e38, "blocks": 3}], None),
+    ("bfloat16", [{"op": "set", "target": 3e38, "blocks": 3}], None),
+    ("float16", [{"op": "set", "target": 6e4, "blocks": 3}], None),
+    ("float32", [{"op": "clamp", "lo": 3e38, "blocks": 3}], None),
+    ("float32", [{"op": "clamp", "hi": -3e38, "blocks": 3}], None),
+    ("float32", [{"op": "set", "target": 1e20, "blocks": 3}, {"op": "add_relative", "scale": 1.0, "blocks": 3}], None),
+    ("float32", [{"op": "add_relative", "scale": 10.0}] * 2, None),
+    ("bfloat16", [{"op": "add_relative", "scale": 10.0}] * 2, None),
+    ("float16", [{"op": "add_relative", "scale": 3.0}], None),
+    ("float16", [{"op": "add_relative", "scale": 5.0, "blocks": 3}], None),
+    ("float16", [{"op": "ablate", "scale": 10.0, "blocks": 3}], None),
+    ("float32", [{"op": "ablate", "scale": -10.0}] * 2, None),
+    ("bfloat16", [{"op": "ablate", "scale": -10.0}] * 2, None),
+    ("float32", [{"op": "add_relative", "scale": 10.0}], TINY),
+    ("bfloat16", [{"op": "add_relative", "scale": 10.0}], TINY),
+    ("float16", [{"op": "add_relative", "scale": 3.0}], TINY),
+    ("float16", [{"op": "add_relative", "scale": 1.5, "blocks": 3}], TINY),
+    ("float32", [{"op": "ablate", "scale": -10.0}], TINY),
+    ("bfloat16", [{"op": "ablate", "scale": -10.0}], TINY),
+    ("float16", [{"op": "ablate", "scale": -1.5, "blocks": 3}], TINY),
+    ("float32", [{"op": "add", "scale": 1.0}], 1e16),
 ]
+"""Type of the stream, edits, and the residual norm of each block in the vector's file."""
 
 
-@pytest.mark.parametrize(("dtype", "edits"), REFUSED)
+@pytest.mark.parametrize(("dtype", "edits", "residual"), REFUSED)
 @pytest.mark.parametrize("gated", [False, True])
-def test_what_could_overflow_is_refused(dtype: str, edits: list[dict[str, Any]], gated: bool) -> None:
+def test_what_could_overflow_is_refused(
+    dtype: str, edits: list[dict[str, Any]], residual: float | None, gated: bool
+) -> None:
     if gated:
         edits = [edit | {"gate": {"vector": "v", "min_cos": 0.0}} for edit in edits]
     with pytest.raises(SteeringRequestError) as caught:
-        resolve_edits(edits, dtype, vector_of(1.0))
+        resolve_edits(edits, dtype, vector_of(1.0, residual))
     assert caught.value.param is not None
     assert caught.value.param.startswith("steering.edits")
 
@@ -97,12 +111,21 @@ def test_with_preserved_norms_each_block_is_bounded_by_itself() -> None:
     resolve_edits(edits, "float32", vector_of(1.0), preserve_norm=True)
 
 
-def test_a_file_with_residual_norms_gives_the_peak() -> None:
-    """In float16 a quiet stream leaves more room than is assumed of an unknown one."""
-    edits = [{"op": "add_relative", "scale": 1.5, "blocks": 3}]
-    with pytest.raises(SteeringRequestError, match="float16"):
-        resolve_edits(edits, "float16", vector_of(1.0))
-    resolve_edits(edits, "float16", vector_of(1.0, residual=10.0))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [1e-6, 1.0, 90.0])
+def test_the_norms_in_a_file_never_loosen_the_bound(dtype: str, residual: float) -> None:
+    """A client writes them; and a file may know the norms of early blocks only, which are the smallest."""
+    refused = []
+    for scale in np.geomspace(0.05, 9.9, 20):
+        edits = [{"op": "add_relative", "scale": float(scale)}]
+        try:
+            resolve_edits(edits, dtype, vector_of(1.0))
+        except SteeringRequestError:
+            refused.append(edits)
+    assert refused
+    for edits in refused:
+        with pytest.raises(SteeringRequestError, match="grow the residual stream"):
+            resolve_edits(edits, dtype, vector_of(1.0, residual))
 
 
 def edited(x: np.ndarray, edit: dict[str, Any], unit: np.ndarray) -> np.ndarray:
