@@ -29,8 +29,9 @@ PEAK_NORMS = 256.0
 SmolLM2-135M, where other tokens have 180; 100,000 in Gemma 3 270M, where others have 36,800."""
 
 ASSUMED_PEAK = {"float32": 1e6, "float16": LARGEST_FINITE["float16"] / 2, "bfloat16": 1e6}
-"""The same as a norm, where no vector's file has residual norms. In float16 it is the upper bound as well: a model that
-runs in float16 stays within its range."""
+"""Norm of the largest row of an unedited stream. The residual norms of a vector's file can raise it, but never lower
+it: a client may have written them, and a file may know early blocks only, whose rows are the smallest. In float16 it is
+fixed, because a model that runs in float16 stays within its range."""
 
 
 def check_representable(edit: Edit, vector: ControlVector, param: str, dtype: str, limits: Limits) -> None:
@@ -227,12 +228,12 @@ def _change(edit: Edit, scale: float, norm: float, growth: Growth, size: float) 
 
 
 def _peak(vectors: Iterable[ControlVector], dtype: str) -> float:
-    """Norm of the largest row of the unedited stream: from the vectors' files if they know it."""
+    """Bound on the norm of the largest row of the unedited stream."""
+    assumed = ASSUMED_PEAK[dtype]
+    if dtype == "float16":
+        return assumed
     known = [norm for vector in vectors for norm in vector.metadata.residual_norms.values()]
-    if not known:
-        return ASSUMED_PEAK[dtype]
-    peak = PEAK_NORMS * max(known)
-    return min(peak, ASSUMED_PEAK[dtype]) if dtype == "float16" else peak
+    return max(assumed, PEAK_NORMS * max(known, default=0.0))
 
 
 def _doses(edit: Edit, scale: float, norm: float, residual: float | None) -> list[tuple[str, float]]:
