@@ -128,6 +128,14 @@ class ScopeSpec(TriggerSpec):
             raise field_error("end", f"end {self.end} is not above start {self.start or 0}: the scope is empty")
         return self
 
+    @property
+    def is_one_token(self) -> bool:
+        """Whether each window, counted from its first token, is known to be one token, whatever the prompt."""
+        if self.is_trigger:
+            return self.tokens == 1
+        start = self.start or 0
+        return self.end is not None and self.end - start == 1 and (start < 0) == (self.end < 0)
+
     def report(self) -> dict[str, Any]:
         """As in an answer: `start` and `end` always, other fields where they are given."""
         given = self.model_dump(by_alias=True, exclude_defaults=True)

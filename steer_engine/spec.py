@@ -20,7 +20,7 @@ from steer_engine.fields import (
     field_error,
 )
 from steer_engine.probe_spec import MAX_PROBES, MAX_STOPS, ProbeSpec, StopSpec
-from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeField, WhenField, conditions_of
+from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeField, ScopeSpec, WhenField, conditions_of
 from steer_engine.site import Site
 
 MAX_EDITS = 1024
@@ -183,8 +183,8 @@ class EditSpec(Strict):
             raise field_error("scale", f"op {op!r} takes no scale")
         if self.unit == "residual" and self.op is not Op.ADD:
             raise field_error("unit", f"unit 'residual' applies to op 'add', not to {op!r}")
-        if self.schedule is not None and self.scope == "last_prompt_token":
-            raise field_error("schedule", "the scope 'last_prompt_token' is one token; a schedule needs a window")
+        if self.schedule is not None and self._has_one_token():
+            raise field_error("schedule", "the window is one token, at which a schedule is full; it needs a longer one")
         if self.schedule is not None and self.op in (Op.CLAMP, Op.SET) and self.schedule.to > 1:
             raise field_error("schedule", f"op {op!r} moves the component by a share of at most 1; 'to' is above it")
         if self.schedule is not None and self.op in (Op.FEATURE, Op.LOW_RANK) and self.schedule.to > 1:
@@ -192,6 +192,9 @@ class EditSpec(Strict):
         if self.schedule is not None and self.op is Op.ROTATE:
             raise field_error("schedule", "a part of a rotation is no rotation; op 'rotate' takes no schedule")
         return self
+
+    def _has_one_token(self) -> bool:
+        return self.scope.is_one_token if isinstance(self.scope, ScopeSpec) else self.scope == "last_prompt_token"
 
     def _check_feature(self) -> None:
         if self.op is not Op.FEATURE:

@@ -26,6 +26,17 @@ from steer_engine.spec import EditSpec, SteeringSpec, vectors_in, with_vectors
 
 HOLDS = {"vector": "c", "above": 0.1}
 LINEAR = {"kind": "linear", "over": 8, "to": 0.0}
+ONE_TOKEN: list[Any] = [
+    "last_prompt_token",
+    {"from": "generation", "end": 1},
+    {"from": "generation", "start": 4, "end": 5},
+    {"after": 7, "tokens": 1},
+    {"after": 7, "until": 8, "each": True, "tokens": 1, "from": "generation", "start": 2},
+    {"end": 1},
+    {"start": 3, "end": 4},
+    {"start": -5, "end": -4, "except": {"after": 7}},
+]
+"""Windows of one token, whatever the prompt."""
 
 
 def one(**fields: Any) -> dict[str, Any]:
@@ -297,7 +308,7 @@ def test_wrong_conditions(when: Any, param: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "param"),
     [
-        (one(scope="last_prompt_token", schedule=LINEAR), "steering.edits[0].schedule"),
+        *((one(scope=scope, schedule=LINEAR), "steering.edits[0].schedule") for scope in ONE_TOKEN),
         (one(op="set", target=1, schedule=LINEAR | {"to": 1.5}), "steering.edits[0].schedule"),
         (one(op="clamp", lo=1, schedule=LINEAR | {"to": 1.5}), "steering.edits[0].schedule"),
         (one(when=HOLDS) | {"when": HOLDS}, "steering.when"),
@@ -389,6 +400,25 @@ def test_inline_vectors_get_names_wherever_they_are() -> None:
     assert list(vectors_in(with_vectors(one_edit, name_of))) == ["v", "named"]
     plain = parsed(one(when=HOLDS))
     assert with_vectors(plain, name_of) is plain
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"start": 3, "end": -4},
+        {"start": -1},
+        {"end": -1},
+        {"start": -1, "end": 0},
+        {"from": "generation", "end": 2},
+        {"after": 7, "tokens": 2},
+        # A schedule counts from the first token of the trigger's window, which may have come before.
+        {"after": 7, "from": "generation", "end": 1},
+        {"until": 7, "start": 3, "end": 4},
+    ],
+    ids=str,
+)
+def test_a_window_that_may_be_longer_takes_a_schedule(scope: dict[str, Any]) -> None:
+    assert edit_of(scope=scope, schedule=LINEAR).schedule == ScheduleSpec.model_validate(LINEAR)
 
 
 def test_a_schedule_has_a_largest_factor() -> None:

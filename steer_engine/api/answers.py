@@ -40,6 +40,7 @@ class RequestNote:
     model: the model name in the answer, where it differs from vLLM's (`BASE:PRESET`).
     body_model: the model name in the request's body, on a path that loses it before the check (SageMaker).
     retry_after: seconds for a `Retry-After` header.
+    refusal: why the request was refused; for `/v1/messages`, whose handler drops `param`.
     captured: rows of this request are being captured; a second prompt is refused.
     num_prompts: prompts that entered the engine. decisions: how their conditions were decided (`applied.Decisions`).
     probe_answers: the numbers of probes, by the choice's number in the answer.
@@ -51,6 +52,7 @@ class RequestNote:
     model: str | None = None
     body_model: str | None = None
     retry_after: float | None = None
+    refusal: SteerError | None = None
     captured: bool = False
     num_prompts: int = 0
     decisions: dict[tuple[int, int], list[Any]] = field(default_factory=dict)

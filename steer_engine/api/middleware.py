@@ -23,13 +23,16 @@ Headers = Iterable[tuple[bytes, bytes]]
 INVOCATIONS = "/invocations"
 """SageMaker's wrapper replaces the body's model name by the one in a header, or removes it."""
 
+MESSAGES = "/v1/messages"
+"""vLLM builds Anthropic's error object there, which has no `param`."""
+
 CARRYING_PATHS = frozenset(
     {
         "/v1/chat/completions",
         "/v1/chat/completions/batch",
         "/v1/completions",
         "/v1/responses",
-        "/v1/messages",
+        MESSAGES,
         "/inference/v1/generate",
         INVOCATIONS,
     }
@@ -46,6 +49,8 @@ PRESET_HEADER = b"x-steering-preset"
 
 EXPOSED_HEADERS = (HEADER, PRESET_HEADER, b"etag", b"retry-after")
 """Headers of answers that scripts of other origins may read; a browser hides all that are not named to it."""
+
+_OF_A_BODY = (b"content-type", b"content-length")
 
 LARGE_BODY_BYTES = 2**18
 """Larger bodies are parsed in another thread."""
@@ -147,7 +152,14 @@ class _Answer:
                 self._replaced = True
                 await _refuse(self._send, self._path)
                 return
-            message["headers"] = [*message.get("headers", ()), *_headers(self._note, message["status"], self._drain)]
+            headers = [*message.get("headers", ()), *_headers(self._note, message["status"], self._drain)]
+            if self._path == MESSAGES and message["status"] >= 400 and self._note.refusal is not None:
+                self._replaced = True
+                kept = [(name, value) for name, value in headers if name.lower() not in _OF_A_BODY]
+                content = {"type": "error"} | envelope_of(self._note.refusal)
+                await _send_json(self._send, content, message["status"], kept)
+                return
+            message["headers"] = headers
         await self._send(message)
 
 

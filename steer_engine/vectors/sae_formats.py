@@ -72,19 +72,21 @@ def load_saelens(folder: Path, features: Sequence[int], block: int | None = None
             raise VectorFileError(
                 f"{where}: the weights have a scaling factor, which the configuration does not mention."
             )
-        write = write * scale[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            write = write * scale[:, None]
     notes = []
     threshold: Any
-    if architecture == "gated":
-        grown = np.exp(vectors["r_mag"].astype(np.float64))
-        bias = vectors["b_mag"] - grown * _dots(read, centre)
-        # The gate <x, e> + b_gate > 0 is grown * <x, e> + b_mag > b_mag - grown * b_gate.
-        threshold = vectors["b_mag"] - grown * vectors["b_gate"]
-        read = (read * grown[:, None]).astype(np.float32)
-        notes.append("The gates were turned into thresholds.")
-    else:
-        bias = vectors["b_enc"] - _dots(read, centre)
-        threshold = vectors.get("threshold")
+    with np.errstate(over="ignore", invalid="ignore"):  # a row set checks that its values are finite
+        if architecture == "gated":
+            grown = np.exp(vectors["r_mag"].astype(np.float64))
+            bias = vectors["b_mag"] - grown * _dots(read, centre)
+            # The gate <x, e> + b_gate > 0 is grown * <x, e> + b_mag > b_mag - grown * b_gate.
+            threshold = vectors["b_mag"] - grown * vectors["b_gate"]
+            read = (read * grown[:, None]).astype(np.float32)
+            notes.append("The gates were turned into thresholds.")
+        else:
+            bias = vectors["b_enc"] - _dots(read, centre)
+            threshold = vectors.get("threshold")
     extra = {"neuronpedia_id": str(config["neuronpedia_id"])[:MAX_TEXT]} if config.get("neuronpedia_id") else {}
     metadata = {"model": str(config.get("model_name") or "")[:MAX_TEXT], "extra": extra, "notes": " ".join(notes)}
     return _row_set(block, features, read, write, bias, threshold, metadata)
@@ -297,8 +299,7 @@ def _dots(read: Floats, centre: Floats | None) -> Any:
     """<centre, e> of each row, in float64; 0 without a centre."""
     if centre is None:
         return 0.0
-    with np.errstate(over="ignore", invalid="ignore"):  # a row set checks that its values are finite
-        return read.astype(np.float64) @ centre.astype(np.float64)
+    return read.astype(np.float64) @ centre.astype(np.float64)
 
 
 def _row_set(

@@ -63,6 +63,7 @@ def _steering(original: Any) -> Any:
             preset, model = _take_preset(self, request)
         except UnknownVectorError as error:
             metrics.request_refused(status_of(error))
+            begin_note().refusal = error
             return _error_response(error)
         refusal = await original(self, request)
         if refusal is not None:
@@ -75,7 +76,7 @@ def _steering(original: Any) -> Any:
             note.resolved = await _admit(self, request, preset)
             note.report = None if note.resolved is None else note.resolved.report()
         except SteerError as error:
-            note.retry_after = getattr(error, "retry_after", None)
+            note.retry_after, note.refusal = getattr(error, "retry_after", None), error
             metrics.request_refused(status_of(error))
             return _error_response(error)
         return None

@@ -12,7 +12,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from steer_engine.api import answers
 from steer_engine.api.gates import DrainGate
-from steer_engine.api.middleware import CARRYING_PATHS, Receive, Scope, Send, SteeringMiddleware
+from steer_engine.api.middleware import CARRYING_PATHS, MESSAGES, Receive, Scope, Send, SteeringMiddleware
+from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
 
 SPEC = {"edits": [{"vector": "cheerful"}]}
 CARRYING = "/v1/chat/completions"
@@ -25,6 +26,7 @@ class App:
     def __init__(self, *, report: dict[str, Any] | None = None, status: int = 200) -> None:
         self.report, self.status = report, status
         self.retry_after: float | None = None
+        self.refusal: SteerError | None = None
         self.bodies: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,8 +38,9 @@ class App:
                 break
         self.bodies.append(body)
         note = answers.begin_note()
-        note.report, note.retry_after = self.report, self.retry_after
-        await send({"type": "http.response.start", "status": self.status, "headers": [(b"a", b"b")]})
+        note.report, note.retry_after, note.refusal = self.report, self.retry_after, self.refusal
+        headers = [(b"a", b"b"), (b"Content-Length", b"12")]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": b"first ", "more_body": True})
         await send({"type": "http.response.body", "body": b"second"})
 
@@ -72,6 +75,23 @@ async def test_an_error_does_not_claim_that_steering_was_applied() -> None:
     answer = await post(App(report={"digest": "sha256:ab", "edits": []}, status=404), CARRYING, body(steering=SPEC))
     assert answer.status_code == 404
     assert "x-steering" not in answer.headers
+
+
+async def test_a_refused_message_names_the_field() -> None:
+    """vLLM's handler has dropped it. Headers stay, and answers of other paths are the handler's."""
+    for path, root_path in ((MESSAGES, ""), (MESSAGES, "/root"), (CARRYING, "")):
+        app = App(status=503)
+        app.refusal, app.retry_after = CapacityError("Full.", 7.0), 7.0
+        answer = await post(app, root_path + path, body(steering=SPEC), root_path)
+        assert (answer.status_code, answer.headers["a"], answer.headers["Retry-After"]) == (503, "b", "7")
+        if path == CARRYING:
+            assert answer.text == "first second"
+            continue
+        app.refusal, app.status = SteeringRequestError("Wrong.", "steering.edits[0].scale"), 400
+        answer = await post(app, root_path + path, body(steering=SPEC), root_path)
+        error = {"message": "Wrong.", "type": "BadRequestError", "param": "steering.edits[0].scale", "code": 400}
+        assert (answer.status_code, answer.json()) == (400, {"type": "error", "error": error})
+        assert answer.headers.get_list("content-length") == [str(len(answer.content))]
 
 
 async def test_a_script_of_another_origin_can_read_the_headers() -> None:

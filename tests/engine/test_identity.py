@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pickle
 import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.oracle_when import covered
-from helpers.random_specs import VECTORS, covers, resolved, specs
+from helpers.random_specs import MODEL, ROW_SETS, VECTORS, covers, file_source, resolved, specs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steer_engine.parse import parse_spec
 from steer_engine.program import KEY_TAG, Program, block_key
+from steer_engine.resolve import resolve
+from steer_engine.settings import Limits
+from steer_engine.site import SITES_IN_BLOCKS
 from steer_engine.trigger import Windows
+from steer_engine.vectors import ControlVector, RowSet
 
 BLOCK = 4
 Key = tuple[Any, ...] | None
@@ -111,6 +117,78 @@ def test_different_steering_differs() -> None:
         one(scope={"end": 3}),
     ]
     assert len({keys_of(raw, 6)[0] for raw in raws}) == len(raws)
+
+
+FEATURE = {"vector": "relu", "op": "feature", "feature": 3, "target": 2.0, "blocks": 2}
+LOW_RANK = {"vector": "reft", "op": "low_rank"}
+ROTATE = {"vector": "a", "op": "rotate", "toward": "c", "degrees": 30}
+GATED = {"vector": "a", "gate": {"vector": "c", "min_dot": 0.5}}
+SITED = replace(MODEL, sites=SITES_IN_BLOCKS)
+DIFFERENT: dict[str, list[dict[str, Any]]] = {
+    "features": [
+        FEATURE,
+        FEATURE | {"feature": 7},
+        FEATURE | {"feature": [3, 7]},
+        FEATURE | {"vector": "jump"},
+        FEATURE | {"target": 2.5},
+        {key: value for key, value in FEATURE.items() if key != "target"} | {"add": 2.0},
+        {key: value for key, value in FEATURE.items() if key != "target"} | {"scale": 2.0},
+    ],
+    "ranks": [
+        LOW_RANK,
+        LOW_RANK | {"scale": 0.5},
+        LOW_RANK | {"blocks": 1},
+        LOW_RANK | {"blocks": 3},
+        LOW_RANK | {"vector": "reft-rank-1"},
+        LOW_RANK | {"vector": "reft-without-bias"},
+    ],
+    "angles": [
+        ROTATE,
+        ROTATE | {"degrees": 31},
+        ROTATE | {"degrees": -30},
+        ROTATE | {"vector": "c", "toward": "a"},
+        ROTATE | {"toward": "b", "blocks": 1},
+        ROTATE | {"blocks": 1},
+        {key: value for key, value in ROTATE.items() if key != "degrees"} | {"to_degrees": 30},
+    ],
+    "gates": [
+        {"vector": "a"},
+        GATED,
+        GATED | {"gate": {"vector": "c", "min_dot": 0.25}},
+        GATED | {"gate": {"vector": "c", "max_dot": 0.5}},
+        GATED | {"gate": {"vector": "c", "min_cos": 0.5}},
+        GATED | {"gate": {"vector": "b", "min_dot": 0.5}, "blocks": [1, 2, 3]},
+        GATED | {"gate": {"vector": "relu", "feature": 3, "min_dot": 0.5}, "blocks": 2},
+        GATED | {"gate": {"vector": "relu", "feature": 7, "min_dot": 0.5}, "blocks": 2},
+    ],
+    "sites": [{"vector": "a"}, {"vector": "a", "site": "attn"}, {"vector": "a", "site": "mlp"}],
+}
+
+
+def file_of(name: str) -> ControlVector | RowSet:
+    """`file_source`, and two files that differ from `reft` in one thing: rank 1 of it, and no bias."""
+    reft = ROW_SETS["reft"]
+    if name == "reft-rank-1":
+        parts = {part: {b: rows[:1] for b, rows in getattr(reft, part).items()} for part in ("read", "write", "bias")}
+        return replace(reft, **parts)
+    if name == "reft-without-bias":
+        return replace(reft, bias={block: np.zeros_like(bias) for block, bias in reft.bias.items()})
+    return file_source(name)
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_different_rows_angles_gates_and_sites_differ(kind: str) -> None:
+    """Each edit has a key of its own, and gives it again, alone and behind an add that all have in common."""
+    for before in ([], [{"vector": "c", "blocks": 0}]):
+        keys = []
+        for edit in DIFFERENT[kind]:
+            for _ in range(2):
+                spec = parse_spec({"edits": [*before, edit]})
+                assert spec is not None
+                keys.append(block_key(resolve(spec, file_of, SITED, Limits()).template.at(6).to_wire(), [], 0, BLOCK))
+        assert keys[::2] == keys[1::2]
+        assert None not in keys
+        assert len(set(keys)) == len(DIFFERENT[kind])
 
 
 def test_kept_norms_count_only_where_something_is_applied() -> None:

@@ -88,6 +88,16 @@ operations = st.sampled_from(
 )
 
 
+def is_one_token(scope: Any) -> bool:
+    """Whether every window is one token, which takes no schedule."""
+    if isinstance(scope, str):
+        return scope == "last_prompt_token"
+    if "after" in scope or "until" in scope:
+        return scope.get("tokens") == 1
+    start, end = scope.get("start") or 0, scope.get("end")
+    return end is not None and end - start == 1 and (start < 0) == (end < 0)
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> dict[str, Any]:
     edits = []
@@ -95,7 +105,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         edit = {"vector": draw(names), "scope": draw(scopes), **draw(operations)}
         if draw(st.booleans()):
             edit["when"] = draw(whens)
-        if edit["scope"] != "last_prompt_token" and edit["op"] not in ("clamp", "set") and draw(st.booleans()):
+        if edit["op"] not in ("clamp", "set") and draw(st.booleans()) and not is_one_token(edit["scope"]):
             edit["schedule"] = draw(schedules)
         edits.append(edit)
     return {"edits": edits, "preserve_norm": draw(st.integers(0, 3)) == 0}

@@ -89,7 +89,7 @@ def test_responses_tell_them_beside_the_report(server: Server) -> None:
 
 def test_messages_have_no_place_for_numbers_and_take_stop_rules(server: Server) -> None:
     refused = ANTHROPIC.ask(server, steering={"probes": [PROBE]})
-    assert refused.status_code == 400
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "steering.probes"), refused.text
     assert "no place for the numbers of probes" in refused.text
     silent = {"probes": [PROBE | {"return": "none"}], "stop": [{"probe": "p", "block": 10, "above": -2.0, "for": 2}]}
     body = asked(server, ANTHROPIC, silent)

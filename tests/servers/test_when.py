@@ -41,6 +41,7 @@ TALK = [
 
 EDIT = {"vector": "late", "scale": 1.0}
 CONDITION = {"vector": "early", "measure": "cosine"}
+LINEAR = {"kind": "linear", "over": 2, "to": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +152,10 @@ def test_windows_change_the_answer_only_where_they_are(server: Server) -> None:
 
 
 def test_a_schedule(server: Server) -> None:
-    schedule = {"kind": "linear", "over": 2, "to": 0.0}
-    edit = EDIT | {"scope": {"from": "generation"}, "schedule": schedule}
+    edit = EDIT | {"scope": {"from": "generation"}, "schedule": LINEAR}
     faded = asked(server, CHAT, steering={"edits": [edit]})
     full = asked(server, CHAT, steering=steering({"from": "generation"}))
-    assert faded["steering"]["edits"][0]["schedule"] == schedule
+    assert faded["steering"]["edits"][0]["schedule"] == LINEAR
     assert faded["steering"]["digest"] != full["steering"]["digest"]
     assert sequences(faded)[0][1][0] == sequences(full)[0][1][0], "in full at the first token"
     assert sequences(faded) != sequences(full)
@@ -293,7 +293,17 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "each without after": (steering({"each": True}), 400, "edits[0].scope.each"),
     "an unknown field": (steering({"except": {"from": 0}}), 400, "edits[0].scope.except.from"),
     "a schedule of one token": (
-        {"edits": [EDIT | {"scope": "last_prompt_token", "schedule": {"kind": "linear", "over": 2, "to": 0}}]},
+        {"edits": [EDIT | {"scope": "last_prompt_token", "schedule": LINEAR}]},
+        400,
+        "edits[0].schedule",
+    ),
+    "a schedule of one token of the answer": (
+        {"edits": [EDIT | {"scope": {"from": "generation", "end": 1}, "schedule": LINEAR}]},
+        400,
+        "edits[0].schedule",
+    ),
+    "a schedule of windows of one token": (
+        {"edits": [EDIT | {"scope": {"after": THINK, "tokens": 1}, "schedule": LINEAR}]},
         400,
         "edits[0].schedule",
     ),

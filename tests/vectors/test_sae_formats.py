@@ -214,6 +214,15 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert load_saelens(folder, [5]).count(3) == 1
 
 
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+def test_numbers_whose_conversion_warns(tmp_path: Path, name: str) -> None:
+    """Signalling NaN: each conversion to float64 is an invalid operation, and warnings are errors here."""
+    w = weights("b_enc")
+    w[name].view(np.uint32)[...] = 0x7F80_0001
+    with pytest.raises(UnusableVectorError, match="of block 3"):
+        load_saelens(saelens(tmp_path / "sae", w), PICKED)
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(VectorFileError, match=r"cfg\.json: cannot be read"):
         load_saelens(tmp_path, PICKED)
