@@ -45,7 +45,7 @@ def save(vector: AnyVector, path: str | os.PathLike[str]) -> None:
     if suffix == ".gguf" and isinstance(vector, RowSet):
         raise VectorFileError(f"{path}: GGUF has no place for {noun(vector)}; write a .safetensors file.")
     try:
-        if suffix == ".gguf":
+        if suffix == ".gguf" and isinstance(vector, ControlVector):
             gguf_format.save(vector, path)
         else:
             write_atomically(Path(path), to_bytes(vector))

@@ -39,7 +39,6 @@ _POINTERS: Final = {
 }
 
 NUM_PROBES: Final = 4
-NUM_CAPTURE_ROWS: Final = 64
 
 
 def every_kernel(target: str, hidden_size: int, dtype: torch.dtype) -> Iterator[tuple[str, Artifact]]:
@@ -49,17 +48,18 @@ def every_kernel(target: str, hidden_size: int, dtype: torch.dtype) -> Iterator[
     of the compiler, so each has its own entry. `add_rms_norm_edit` is left out for rows that it does not support.
     """
     sizes = (target, hidden_size, dtype)
-    probes: dict[str, Any] = {"num_probes": NUM_PROBES}
-    captures: dict[str, Any] = {"capture": True, "num_capture_rows": NUM_CAPTURE_ROWS}
     yield "edit_residual, adds", compile_edit_residual(*sizes, adds_only=True)
     yield "edit_residual", compile_edit_residual(*sizes, adds_only=False)
     yield "edit_residual, one tensor", compile_edit_residual(*sizes, adds_only=False, has_hidden=False)
-    yield "edit_residual, probes", compile_edit_residual(*sizes, adds_only=False, **probes)
-    yield "edit_residual, probes, captures", compile_edit_residual(*sizes, adds_only=False, **probes, **captures)
+    yield "edit_residual, probes", compile_edit_residual(*sizes, adds_only=False, num_probes=NUM_PROBES)
+    yield (
+        "edit_residual, probes, captures",
+        compile_edit_residual(*sizes, adds_only=False, num_probes=NUM_PROBES, capture=True),
+    )
     if hidden_size * dtype.itemsize <= MAX_NORMED_BYTES:
         yield "add_rms_norm_edit, adds", compile_add_rms_norm_edit(*sizes, adds_only=True)
         yield "add_rms_norm_edit", compile_add_rms_norm_edit(*sizes, adds_only=False)
-        yield "add_rms_norm_edit, probes", compile_add_rms_norm_edit(*sizes, adds_only=False, **probes)
+        yield "add_rms_norm_edit, probes", compile_add_rms_norm_edit(*sizes, adds_only=False, num_probes=NUM_PROBES)
     yield "route_rows", compile_route_rows(target)
     yield "advance_triggers", compile_advance_triggers(target)
 
