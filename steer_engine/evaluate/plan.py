@@ -42,7 +42,8 @@ class Plan:
     """Vectors, and the grid of blocks and strengths that the validation split chooses from.
 
     recipes: vectors to derive from the derive split. vectors: existing vectors by name.
-    blocks: block ranges to try; empty: single blocks at a third, half and two thirds of the depth.
+    blocks: block ranges to try; empty: single blocks at a third, half and two thirds of the depth, or the next to them
+        that a vector has.
     alphas: strengths to try, in units of `unit`. Strength 0 always runs too.
     score: metric to maximise on the validation split. Ties go to the larger share of right answers.
     max_kl: conditions with a larger mean KL on neutral texts, in nats, are not chosen.
@@ -113,6 +114,9 @@ class Plan:
             EvaluationError: the vector has no direction for a block of another range.
         """
         ranges = self.blocks_for(num_blocks)
+        if not self.blocks:
+            nearest = (min(vector.blocks, key=lambda block: abs(block - int(place))) for place in ranges)
+            ranges = tuple(dict.fromkeys(map(str, nearest)))
         for blocks in ranges:
             missing = set(parse_blocks(blocks) or vector.blocks) - set(vector.blocks)
             if missing:

@@ -72,3 +72,15 @@ def test_a_grid_is_blocks_by_strengths_without_zero() -> None:
 def test_a_block_without_direction_is_named() -> None:
     with pytest.raises(EvaluationError, match=r"no direction for block.s. 1; it has 2-3"):
         Plan(vectors={"v": VECTOR}, blocks=("1-2",)).grid("v", VECTOR, 4)
+
+
+def test_without_blocks_a_vector_is_tried_where_it_has_directions() -> None:
+    """The places are a third, half and two thirds of the depth, or the nearest that it has."""
+    plan = Plan(vectors={"v": VECTOR}, alphas=(1.0,))
+    assert [each.blocks for each in plan.grid("v", VECTOR, 6)] == ["2", "3"]
+    narrow = ControlVector(directions={block: np.ones(4, dtype=np.float32) for block in range(8, 20)})
+    assert [each.blocks for each in Plan(vectors={"v": narrow}, alphas=(1.0,)).grid("v", narrow, 30)] == [
+        "10",
+        "15",
+        "19",
+    ]
