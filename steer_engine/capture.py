@@ -1,4 +1,4 @@
-"""Capturing rows of the residual stream: which token positions of a request, at which blocks.
+"""Capturing rows of the residual stream: which token positions of a request, at which points (see `site`).
 
 Three types carry a capture: `CaptureSpec` (what the client wrote, in `spec`), `CaptureRequest` (here: checked, with a
 key), and `CaptureBuffer` (in the worker: the rows until they are fetched by that key).
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from steer_engine.errors import SteeringRequestError
+from steer_engine.site import Site, block_of, site_of
 
 PARAM = "steering.capture"
 """The request field, for error messages."""
@@ -29,19 +30,27 @@ Positions = str | range | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureRequest:
-    """Rows of one sequence at `blocks` (None: every block that the engine captures), before the block's edit or
-    `after`.
+    """Rows of one sequence at ascending `points`, before the edits there or `after` them.
 
-    key: the captured rows are fetched by it. positions: in `scope`; numbers only in the prompt. max_rows: upper bound
-    on token rows (None: no bound).
+    key: the captured rows are fetched by it. points: of one request to a server, all at one site. positions: in
+    `scope`; numbers only in the prompt. max_rows: upper bound on token rows (None: no bound).
     """
 
     key: str
     positions: Positions
+    points: tuple[int, ...]
     scope: Scope = "prompt"
-    blocks: tuple[int, ...] | None = None
     after: bool = False
     max_rows: int | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(map(block_of, self.points))
+
+    @property
+    def site(self) -> Site:
+        """Of a request to a server."""
+        return site_of(self.points[0])
 
     @property
     def reads_prompt(self) -> bool:
@@ -89,7 +98,7 @@ class CaptureRequest:
         return None if self.scope == "prompt" else prompt_len - 1 + num_tokens
 
     def arranged(self, rows_LPD: np.ndarray, prompt_len: int, num_tokens: int) -> tuple[list[int], np.ndarray]:
-        """Captured rows in the requested order: their positions, and float32 `[blocks, rows, D]`.
+        """Captured rows in the requested order: their positions, and float32 `[points, rows, D]`.
 
         rows_LPD: as the workers return them, positions ascending, up to `end`. num_tokens: of the answer. A mean is one
         row, summed in float64; it and "last" have no row if no token was generated.
@@ -99,7 +108,7 @@ class CaptureRequest:
         if rows_LPD.shape[1] != len(numbers):
             raise RuntimeError(f"{len(numbers)} token rows were expected, {rows_LPD.shape[1]} were captured.")
         if not numbers:
-            return [], rows_LPD
+            return [], rows_LPD[: len(self.points)]
         if self.positions == "mean":
             mean_L1D: np.ndarray = rows_LPD.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
             return numbers, mean_L1D
@@ -111,23 +120,22 @@ class CaptureRequest:
     def report(self) -> dict[str, Any]:
         """The `capture` object of an answer, before the rows are there."""
         positions = self.positions if isinstance(self.positions, str) else list(self.positions)
-        blocks = list(self.blocks or ())
-        return {"blocks": blocks, "positions": positions, "scope": self.scope, "after": self.after}
+        report = {"blocks": list(self.blocks), "positions": positions, "scope": self.scope, "after": self.after}
+        return report if self.site is Site.BLOCK else report | {"site": self.site.value}
 
     def to_wire(self) -> list[Any]:
         """Plain data, for a request returned by `at`."""
         positions = self.positions
         span = [positions.start, positions.stop] if isinstance(positions, range) else None
-        blocks = None if self.blocks is None else list(self.blocks)
-        return [self.key, span, None if span else list(positions), blocks, self.after, self.scope]
+        return [self.key, span, None if span else list(positions), list(self.points), self.after, self.scope]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> CaptureRequest:
-        key, span, numbers, blocks, after, scope = wire
+        key, span, numbers, points, after, scope = wire
         return cls(
             key=key,
             positions=range(*span) if span else tuple(numbers),
-            blocks=None if blocks is None else tuple(blocks),
+            points=tuple(points),
             after=after,
             scope=scope,
         )

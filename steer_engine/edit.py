@@ -116,8 +116,8 @@ class Condition(NamedTuple):
     """A number about the prompt, measured before the edits of its blocks, and the bounds strictly between which it
     must be.
 
-    vector: digest. at: "last_prompt_token" and "mean_prompt" take means over positions and blocks, "max_prompt" the
-    largest. The defaults of the bounds exclude nothing.
+    vector: digest. site: what is measured in each block. at: "last_prompt_token" and "mean_prompt" take means over
+    positions and blocks, "max_prompt" the largest. The defaults of the bounds exclude nothing.
     """
 
     vector: str
@@ -126,6 +126,17 @@ class Condition(NamedTuple):
     at: str
     above: float | None = None
     below: float | None = None
+    site: Site = Site.BLOCK
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Where it is measured, in the order of `blocks` (see `site`)."""
+        return points_at(self.blocks, self.site)
+
+    @property
+    def wire(self) -> list[Any]:
+        """Plain data, for digests."""
+        return list(self[:-1]) if self.site is Site.BLOCK else list(self)
 
     def measured_at(self, prompt_len: int) -> Measured:
         """The bounds of the sum (or of the largest number) for a prompt."""
@@ -138,6 +149,8 @@ class Condition(NamedTuple):
         """This condition in the `steering` object of an answer."""
         bounds = {"above": self.above, "below": self.below}
         body = {"vector": self.vector, "blocks": list(self.blocks), "measure": self.measure, "at": self.at}
+        if self.site is not Site.BLOCK:
+            body["site"] = self.site.value
         return body | {key: bound for key, bound in bounds.items() if bound is not None}
 
     def numbers(self, prompt_len: int) -> int:
@@ -156,7 +169,8 @@ class When(NamedTuple):
     @property
     def decided_at(self) -> int:
         """The last block that is measured. The edit applies from position P-1 on at later blocks, and from P on at this
-        block and earlier ones, which have been computed when the decision is made."""
+        block and earlier ones: they may have been computed when the decision is made. That counts for all sites of the
+        block, because some models compute attention and MLP side by side."""
         return max(condition.blocks[-1] for condition in self.conditions)
 
     def holds(self, held: Sequence[bool]) -> bool:
@@ -295,7 +309,7 @@ class Edit:
             # It counts from the first token of a window, which is not seen in the blocks of tokens that follow.
             content.append(["schedule", *self.schedule, self.scope.wire])
         if self.when is not None:
-            content.append(["when", self.when.any, *self.when.conditions])
+            content.append(["when", self.when.any, *(condition.wire for condition in self.when.conditions)])
         if self.site is not Site.BLOCK:
             content.append(["site", self.site.value])
         return sha256_of(content)

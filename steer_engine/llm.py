@@ -20,6 +20,7 @@ from steer_engine.program import SCORE_KEY, Score
 from steer_engine.resolve import ResolvedSpec
 from steer_engine.resolve_capture import check_rows_known
 from steer_engine.settings import SteeringConfig
+from steer_engine.site import Site, describe_sites, points_at
 from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.registry import Registry
 from steer_engine.vllm.plugin import register
@@ -120,6 +121,11 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         return self._frontend.model.armed_blocks
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The armed sites besides the blocks' outputs."""
+        return self._frontend.model.sites
+
+    @property
     def capture_blocks(self) -> tuple[int, ...]:
         """The blocks on the first axis of `capture`, ascending."""
         return tuple(sorted({block for worker in self._status["workers"] for block in worker["capture_blocks"]}))
@@ -186,20 +192,39 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         *,
         steering: Mapping[str, Any] | None = None,
         after: bool = False,
+        site: str = "block",
         use_tqdm: bool = False,
     ) -> list[np.ndarray]:
         """Capture the residual stream of prompts at `capture_blocks`, before the edit of the same block.
 
         position: "last" token, "mean" over the prompt, "all" tokens, or a list of positions (negative: from the end).
         steering: a spec that steers the prompts meanwhile. after: capture the stream after the block's edit instead.
+        site: "attn" or "mlp" captures the output of the blocks' attentions or MLPs instead of the stream; `steering`
+        of the engine must arm it.
 
         Returns one float32 array per prompt: [blocks, positions, D]; one position for "last" and "mean".
         """
+        points = points_at(self.capture_blocks, self._armed_site(site))
+        return self.capture_points(prompts, position, points, steering=steering, after=after, use_tqdm=use_tqdm)
+
+    def capture_points(
+        self,
+        prompts: Sequence[Prompt],
+        position: Position,
+        points: tuple[int, ...],
+        *,
+        steering: Mapping[str, Any] | None = None,
+        after: bool = False,
+        use_tqdm: bool = False,
+    ) -> list[np.ndarray]:
+        """As `capture`, at ascending points (see `steer_engine.site`): [points, positions, D]."""
         if isinstance(position, str) and position not in WORDS:
             raise SteeringRequestError(f"position {position!r} is none of 'last', 'mean', 'all', or a list of numbers.")
         resolved = self._frontend.resolve(steering) or ResolvedSpec()
         positions = position if isinstance(position, str) else tuple(position)
-        captures = [CaptureRequest(key=uuid.uuid4().hex, positions=positions, after=after) for _ in prompts]
+        captures = [
+            CaptureRequest(key=uuid.uuid4().hex, positions=positions, points=points, after=after) for _ in prompts
+        ]
         params = [self._one_token({STEERING_KEY: replace(resolved, capture=capture)}) for capture in captures]
         return [rows_LPD for _, rows_LPD in self._capture(prompts, captures, params, use_tqdm)]
 
@@ -211,14 +236,15 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         scope: Literal["generation", "all"] = "generation",
         position: Literal["last", "mean", "all"] = "all",
         after: bool = False,
+        site: str = "block",
         use_tqdm: bool = False,
     ) -> list[Any]:
         """Answer prompts as `generate` does, and capture the residual stream of the answers in the same pass.
 
         sampling_params: for all prompts, or one for each; steering belongs there, and `n` is 1. scope: "generation" is
         one row for each token of the answer, at the position that chose it (the first at the last token of the prompt);
-        "all" is the rest of the prompt as well. position: which rows of the scope. after: as in `capture`. The rows of
-        all prompts are in memory at once: pass long answers a few at a time.
+        "all" is the rest of the prompt as well. position: which rows of the scope. after, site: as in `capture`. The
+        rows of all prompts are in memory at once: pass long answers a few at a time.
 
         Returns vLLM's outputs. Each has one more attribute, `captured`: float32 [blocks, positions, D].
         """
@@ -231,15 +257,27 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is untyped here
         each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
         if any(params.n != 1 for params in each):
             raise SteeringRequestError("A capture is of one answer: leave n out, and repeat the prompt instead.")
+        points = points_at(self.capture_blocks, self._armed_site(site))
         captures, params = [], []
         for asked in each:
-            captures.append(CaptureRequest(key=uuid.uuid4().hex, positions=position, scope=scope, after=after))
+            captures.append(
+                CaptureRequest(key=uuid.uuid4().hex, positions=position, points=points, scope=scope, after=after)
+            )
             resolved = replace(self._resolved(asked) or ResolvedSpec(), capture=captures[-1])
             params.append(self._with_steering(asked, resolved))
         found = self._capture(prompts, captures, params, use_tqdm)
         for output, rows_LPD in found:
             output.captured = rows_LPD
         return [output for output, _ in found]
+
+    def _armed_site(self, site: str) -> Site:
+        """Raises SteeringRequestError if the engine has no such site."""
+        if site not in (Site.BLOCK, *self.sites):
+            raise SteeringRequestError(
+                f"Site {site!r} is not armed on this engine; armed: {describe_sites(self.sites)}. Valid sites: "
+                f"{', '.join(Site)}; steer_engine.LLM(..., steering=SteeringConfig(sites=(...,))) arms them."
+            )
+        return Site(site)
 
     def _capture(
         self, prompts: Sequence[Prompt], captures: list[CaptureRequest], params: list[Any], use_tqdm: bool

@@ -20,6 +20,7 @@ from steer_engine.fields import parse_blocks, shown
 from steer_engine.probe import Platt, Probe, ProbePlan
 from steer_engine.program import Entry, Program, Row, Sites
 from steer_engine.settings import MONITORS_ENV, EngineLimits
+from steer_engine.site import Site, block_of, describe_point, points_at, site_of
 from steer_engine.template import ProgramTemplate
 
 FLAG = "--steering-monitor"
@@ -100,7 +101,7 @@ class Monitor(NamedTuple):
     """A number that is watched on all traffic.
 
     vector: digest. measure: "cosine", "dot" or "probability"; platt: for the last. above: the threshold, in the unit of
-    the measure; None = no share is counted.
+    the measure; None = no share is counted. site: of the vector.
     """
 
     name: str
@@ -109,17 +110,23 @@ class Monitor(NamedTuple):
     measure: str
     platt: Platt | None = None
     above: float | None = None
+    site: Site = Site.BLOCK
+
+    @property
+    def point(self) -> int:
+        """Where it measures (see `site`)."""
+        return points_at((self.block,), self.site)[0]
 
     def __str__(self) -> str:
         above = "" if self.above is None else f", above {self.above:g}"
-        return f"{self.name}: {self.measure} at block {self.block}{above} ({self.vector})"
+        return f"{self.name}: {self.measure} at block {describe_point(self.point)}{above} ({self.vector})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
     """What an engine measures at the generated tokens of every request.
 
-    numbers: (vector digest, block, "cosine" or "dot") of each number, in order.
+    numbers: (vector digest, point, "cosine" or "dot") of each number, in order.
     """
 
     numbers: tuple[tuple[str, int, str], ...]
@@ -128,7 +135,7 @@ class Watched:
     def of(cls, monitors: Sequence[Monitor]) -> Watched:
         return cls(
             numbers=tuple(
-                (each.vector, each.block, "cosine" if each.measure == "cosine" else "dot") for each in monitors
+                (each.vector, each.point, "cosine" if each.measure == "cosine" else "dot") for each in monitors
             )
         )
 
@@ -138,7 +145,7 @@ class Watched:
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> Watched:
-        return cls(numbers=tuple((vector, block, measure) for vector, block, measure in wire))
+        return cls(numbers=tuple((vector, point, measure) for vector, point, measure in wire))
 
     @property
     def vectors(self) -> frozenset[str]:
@@ -152,16 +159,16 @@ class Watched:
     @cached_property
     def _template(self) -> ProgramTemplate:
         probes = [
-            Probe("", vector, (block,), measure, GENERATION, after=False, returns="")
-            for vector, block, measure in self.numbers
+            Probe("", vector, (block_of(point),), measure, GENERATION, after=False, returns="", site=site_of(point))
+            for vector, point, measure in self.numbers
         ]
         return ProgramTemplate.compile((), probes=probes)
 
     def plan(self, own: ProbePlan | None, prompt_len: int) -> ProbePlan:
         """The plan of a request whose own probes have the plan `own`: our numbers come behind its own."""
         own = own or ProbePlan((), prompt_len - 1)
-        blocks = tuple((block,) for _, block, _ in self.numbers)
-        return own._replace(blocks=own.blocks + blocks, num_watched=len(blocks))
+        points = tuple((point,) for _, point, _ in self.numbers)
+        return own._replace(blocks=own.blocks + points, num_watched=len(points))
 
     def added_to(self, program: Program | None, prompt_len: int) -> Program:
         """`program`, which also measures our numbers, before its edits. None: of an unsteered request."""

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from steer_engine.fields import MAX_BLOCK_NUMBER, BlocksField, Finite, Strict, VectorField, field_error
-from steer_engine.scope import ScopeField
-from steer_engine.site import Site
+from steer_engine.scope import ScopeField, SiteField
 
 MAX_PROBES = 64
 """The schema's own limit; `Limits.max_probes` is the limit of a server."""
@@ -31,7 +30,7 @@ class ProbeSpec(Strict):
     name: ProbeName
     vector: VectorField
     blocks: BlocksField = "all"
-    site: Annotated[Site, Field(strict=False)] = Site.BLOCK
+    site: SiteField | None = None
     measure: Literal["cosine", "dot", "probability"] = "cosine"
     scope: ScopeField = "generation"
     after: bool = False

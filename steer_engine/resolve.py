@@ -27,9 +27,9 @@ from steer_engine.resolve_vectors import (
     VectorSource,
     check_blocks,
     check_direction,
-    check_site,
     lookup,
     lookup_file,
+    site_for,
 )
 from steer_engine.resolve_when import check_counts, resolve_schedule, resolve_scope, resolve_when
 from steer_engine.room import check_room
@@ -228,7 +228,7 @@ def with_probes(
     probes = resolve_probes(
         spec.probes or (),
         lookup,
-        lambda site, param: check_site(site, param, model),
+        lambda site, vector, param: site_for(site, vector, param, model),
         lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         limits,
         vocabulary,
@@ -275,7 +275,6 @@ def _resolve_edit(
         raise SteeringRequestError(
             f"Operation {requested.op.value!r} is not armed here; armed: {armed} (--steering-ops).", f"{param}.op"
         )
-    check_site(requested.site, f"{param}.site", model)
     if requested.gate is not None and model.ops == (Op.ADD,):
         raise SteeringRequestError("Gates need more than op 'add' armed (--steering-ops).", f"{param}.gate")
     if abs(requested.scale) > limits.max_abs_scale:
@@ -286,6 +285,7 @@ def _resolve_edit(
     assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
     file = lookup_file(requested.vector, f"{param}.vector", vectors, model)
     check_kind(requested, file, f"{param}.vector")
+    site = site_for(requested.site, file, f"{param}.site", model)
     blocks = parse_blocks(requested.blocks)
     blocks = feature_blocks(requested, file, blocks, param) if isinstance(file, RowSet) else blocks or file.blocks
     check_blocks(blocks, file, f"{param}.blocks", model)
@@ -296,7 +296,7 @@ def _resolve_edit(
         toward=None if toward is None else toward.digest,
         blocks=blocks,
         scales=_scales(requested, file, blocks, param) if isinstance(file, ControlVector) else (1.0,) * len(blocks),
-        site=requested.site,
+        site=site,
         parts=terms.parts if terms else (),
         growth=terms.growth if terms else (),
         scope=resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits),
@@ -309,6 +309,7 @@ def _resolve_edit(
             f"{param}.when" if requested.when else "steering.when",
             blocks[-1],
             lambda name, param: keep(_deciding(name, param, vectors, model)),
+            lambda site, vector, param: site_for(site, vector, param, model),
             lambda vector, blocks, param: _check_measured(vector, blocks, param, model),
         ),
     )

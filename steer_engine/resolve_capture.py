@@ -8,7 +8,9 @@ from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.errors import SteeringRequestError
 from steer_engine.fields import parse_blocks
 from steer_engine.model_shape import ModelShape, describe_blocks
+from steer_engine.resolve_vectors import check_site
 from steer_engine.settings import Limits
+from steer_engine.site import points_at
 from steer_engine.spec import CaptureSpec
 
 
@@ -16,13 +18,14 @@ def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Li
     """Check a capture against what this engine captures, and give it a key.
 
     Raises:
-        SteeringRequestError: capture is off on this server, or at these blocks.
+        SteeringRequestError: capture is off on this server, at these blocks or at this site.
     """
     if requested is None:
         return None
     if not model.capture_blocks:
         raise SteeringRequestError("Capture is switched off on this server (--steering-capture).", PARAM)
     check_rows_known(model)
+    check_site(requested.site, f"{PARAM}.site", model)
     blocks = parse_blocks(requested.blocks) or model.capture_blocks
     missing = tuple(sorted(set(blocks) - set(model.capture_blocks)))
     if missing:
@@ -37,7 +40,7 @@ def resolve_capture(requested: CaptureSpec | None, model: ModelShape, limits: Li
         key=uuid.uuid4().hex,
         positions=positions if isinstance(positions, str) else tuple(positions),
         scope=requested.scope,
-        blocks=blocks,
+        points=points_at(blocks, requested.site),
         after=requested.after,
         max_rows=limits.max_capture_bytes // row_bytes,
     )

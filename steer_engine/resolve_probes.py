@@ -9,7 +9,7 @@ from steer_engine.errors import SteeringRequestError
 from steer_engine.fields import parse_blocks, shown
 from steer_engine.probe import Platt, Probe, ProbePlan, StopRule, bounds_on_dot
 from steer_engine.probe_spec import ProbeSpec, StopSpec
-from steer_engine.resolve_when import resolve_scope
+from steer_engine.resolve_when import CheckBlocks, SiteFor, resolve_scope
 from steer_engine.settings import Limits
 from steer_engine.site import Site, points_at
 from steer_engine.vectors import ControlVector
@@ -19,16 +19,12 @@ PARAM = "steering.probes"
 
 Lookup = Callable[[str, str], ControlVector]
 """(name, path of the probe) -> a vector that can be measured on this engine."""
-CheckSite = Callable[[Site, str], None]
-"""(site, param): raises SteeringRequestError where it is not armed."""
-CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
-"""(vector, blocks, param): raises SteeringRequestError where it cannot be measured at the blocks."""
 
 
 def resolve_probes(
     requested: Sequence[ProbeSpec],
     lookup: Lookup,
-    check_site: CheckSite,
+    site_for: SiteFor,
     check_blocks: CheckBlocks,
     limits: Limits,
     vocabulary: Vocabulary,
@@ -50,7 +46,7 @@ def resolve_probes(
         param = f"{PARAM}[{number}]"
         if any(probe.name == other.name for other in probes):
             raise SteeringRequestError(f"The probe name {shown(probe.name)} is used twice.", f"{param}.name")
-        probes.append(_resolve_probe(probe, param, lookup, check_site, check_blocks, limits, vocabulary))
+        probes.append(_resolve_probe(probe, param, lookup, site_for, check_blocks, limits, vocabulary))
     count = sum(len(probe.blocks) for probe in probes)
     if count > limits.max_probe_numbers:
         raise SteeringRequestError(
@@ -65,14 +61,14 @@ def _resolve_probe(
     requested: ProbeSpec,
     param: str,
     lookup: Lookup,
-    check_site: CheckSite,
+    site_for: SiteFor,
     check_blocks: CheckBlocks,
     limits: Limits,
     vocabulary: Vocabulary,
 ) -> Probe:
     assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
-    check_site(requested.site, f"{param}.site")
     vector = lookup(requested.vector, param)
+    site = site_for(requested.site, vector, f"{param}.site")
     blocks = parse_blocks(requested.blocks) or vector.blocks
     check_blocks(vector, blocks, f"{param}.vector" if requested.blocks == "all" else f"{param}.blocks")
     scope = resolve_scope(requested.scope, f"{param}.scope", vocabulary, limits)
@@ -86,18 +82,21 @@ def _resolve_probe(
         scope=scope,
         after=requested.after,
         returns=requested.return_,
-        platt=_calibration(requested, vector, blocks, f"{param}.measure"),
-        site=requested.site,
+        platt=_calibration(requested, vector, blocks, site, f"{param}.measure"),
+        site=site,
     )
 
 
-def _calibration(requested: ProbeSpec, vector: ControlVector, blocks: tuple[int, ...], param: str) -> tuple[Platt, ...]:
+def _calibration(
+    requested: ProbeSpec, vector: ControlVector, blocks: tuple[int, ...], site: Site, param: str
+) -> tuple[Platt, ...]:
     """Of each block, for measure 'probability'; none for the others."""
     if requested.measure != "probability":
         return ()
-    if requested.site is not Site.BLOCK:
+    if site is not vector.metadata.site:
         raise SteeringRequestError(
-            f"A calibration is of the stream after a block, not of site {requested.site.value!r}; use measure 'dot'.",
+            f"The probe was calibrated at site {vector.metadata.site.value!r}, not at {site.value!r}; use measure "
+            "'dot'.",
             param,
         )
     fitted = vector.metadata.probe

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from steer_engine.errors import SteerError, SteeringRequestError, UnknownVectorError
 from steer_engine.fields import shown
 from steer_engine.model_shape import ModelShape, describe_blocks
-from steer_engine.site import Site
+from steer_engine.site import Site, describe_sites
 from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vectors.files import as_directions
 
@@ -65,11 +65,30 @@ def check_blocks(blocks: tuple[int, ...], vector: ControlVector | RowSet, param:
         )
 
 
+def site_for(requested: Site | None, vector: ControlVector | RowSet, param: str, model: ModelShape) -> Site:
+    """The requested site, or else the one that the vector was derived at.
+
+    Raises:
+        SteeringRequestError: it is not armed.
+    """
+    own = vector.metadata.site
+    if requested is None and own is not Site.BLOCK and own not in model.sites:
+        raise SteeringRequestError(
+            f"The vector was derived at site {own.value!r}, which is not armed here; armed: "
+            f"{describe_sites(model.sites)} (--steering-sites). Arm it, or name one of these to use it there.",
+            param,
+        )
+    site = own if requested is None else requested
+    check_site(site, param, model)
+    return site
+
+
 def check_site(site: Site, param: str, model: ModelShape) -> None:
     if site is Site.BLOCK or site in model.sites:
         return
-    armed = ", ".join((Site.BLOCK, *model.sites))
-    raise SteeringRequestError(f"Site {site.value!r} is not armed here; armed: {armed} (--steering-sites).", param)
+    raise SteeringRequestError(
+        f"Site {site.value!r} is not armed here; armed: {describe_sites(model.sites)} (--steering-sites).", param
+    )
 
 
 def check_direction(vector: ControlVector, blocks: tuple[int, ...], param: str) -> None:

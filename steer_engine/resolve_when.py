@@ -10,6 +10,7 @@ from steer_engine.fields import parse_blocks
 from steer_engine.probe import Probe
 from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeSpec, TriggerSpec, WhenField, conditions_of
 from steer_engine.settings import Limits
+from steer_engine.site import Site
 from steer_engine.trigger import NO_END, Trigger
 from steer_engine.vectors import ControlVector
 from steer_engine.vocabulary import Vocabulary
@@ -18,6 +19,8 @@ WORDS = {"all": ALL, "prompt": PROMPT, "generation": GENERATION, "last_prompt_to
 
 Lookup = Callable[[str, str], ControlVector]
 """(name, path of the condition) -> a vector that can be measured on this engine."""
+SiteFor = Callable[[Site | None, ControlVector, str], Site]
+"""(requested site, vector, param) -> the site to measure at. Raises SteeringRequestError where it is not armed."""
 CheckBlocks = Callable[[ControlVector, tuple[int, ...], str], None]
 """(vector, blocks, param): raises SteeringRequestError where it cannot be measured at the blocks."""
 
@@ -84,7 +87,12 @@ def resolve_schedule(schedule: ScheduleSpec | None) -> Schedule | None:
 
 
 def resolve_when(
-    when: WhenField | None, param: str, last_block: int, lookup: Lookup, check_blocks: CheckBlocks
+    when: WhenField | None,
+    param: str,
+    last_block: int,
+    lookup: Lookup,
+    site_for: SiteFor,
+    check_blocks: CheckBlocks,
 ) -> When | None:
     """The conditions of an edit whose last block is `last_block`.
 
@@ -95,7 +103,7 @@ def resolve_when(
         return None
     found = []
     for path, condition in conditions_of(when):
-        resolved = _condition(condition, f"{param}{path}", lookup, check_blocks)
+        resolved = _condition(condition, f"{param}{path}", lookup, site_for, check_blocks)
         if resolved.blocks[-1] >= last_block:
             raise SteeringRequestError(
                 f"The condition is decided at block {resolved.blocks[-1]}, and the edit's last block is {last_block}: "
@@ -108,9 +116,12 @@ def resolve_when(
     return When(unique, any=isinstance(when, AnySpec) and len(unique) > 1)
 
 
-def _condition(requested: ConditionSpec, param: str, lookup: Lookup, check_blocks: CheckBlocks) -> Condition:
+def _condition(
+    requested: ConditionSpec, param: str, lookup: Lookup, site_for: SiteFor, check_blocks: CheckBlocks
+) -> Condition:
     assert isinstance(requested.vector, str), "inline vectors are registered and named by digest before"
     vector = lookup(requested.vector, param)
+    site = site_for(requested.site, vector, f"{param}.site")
     if requested.is_bounded:
         found = Condition(
             vector=vector.digest,
@@ -119,6 +130,7 @@ def _condition(requested: ConditionSpec, param: str, lookup: Lookup, check_block
             at=requested.at or "last_prompt_token",
             above=requested.above,
             below=requested.below,
+            site=site,
         )
     else:
         found = _fitted(requested, vector, param)
@@ -129,14 +141,16 @@ def _condition(requested: ConditionSpec, param: str, lookup: Lookup, check_block
 def _fitted(requested: ConditionSpec, vector: ControlVector, param: str) -> Condition:
     """The condition in the vector's file, for a request that names the vector only."""
     fitted = vector.metadata.condition
-    given = [name for name in ("blocks", "measure", "at") if getattr(requested, name) is not None]
+    given = [name for name in ("blocks", "site", "measure", "at") if getattr(requested, name) is not None]
     if fitted is None or given:
         reason = f"it has its own {given[0]}" if given else "the vector's file has no condition"
         raise SteeringRequestError(
             f"The condition needs 'above' or 'below': {reason} ('steer-engine condition fit' stores one).",
             f"{param}.above",
         )
-    return Condition(vector.digest, fitted.blocks, fitted.measure, fitted.at, fitted.above, fitted.below)
+    return Condition(
+        vector.digest, fitted.blocks, fitted.measure, fitted.at, fitted.above, fitted.below, vector.metadata.site
+    )
 
 
 def check_counts(edits: Sequence[Edit], probes: Sequence[Probe], limits: Limits) -> None:

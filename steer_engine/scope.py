@@ -7,10 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, model_validator
 
 from steer_engine.fields import BlocksField, Finite, Position, Strict, VectorField, by_kind, field_error
+from steer_engine.site import Site
 
 ScopeWord = Literal["all", "prompt", "generation", "last_prompt_token", "thinking", "answer", "tool_calls"]
 TriggerWord = Literal["thinking", "answer", "tool_calls"]
 """Windows between tags that the server's parsers know."""
+
+SiteField = Annotated[Site, Field(strict=False)]
 
 MAX_TEXT_CHARS = 128
 """Length of a trigger that is given as text."""
@@ -157,13 +160,15 @@ class ScheduleSpec(Strict):
 class ConditionSpec(Strict):
     """A number about the prompt is above or below a bound: a cosine or dot product of the stream with a vector.
 
-    The stream is measured before it is edited at the same block; edits at sites inside the block are in it.
-    `last_prompt_token` is the mean over `blocks`, `mean_prompt` the mean over blocks and tokens, `max_prompt` the
-    largest. Without a bound, the vector's suggested condition applies (`steer-engine condition fit`).
+    site: what is measured in each block, as in an edit: the stream after it, or the output of its attention or MLP;
+    before it is edited there. `last_prompt_token` is the mean over `blocks`, `mean_prompt` the mean over blocks and
+    tokens, `max_prompt` the largest. Without a bound, the vector's suggested condition applies (`steer-engine condition
+    fit`).
     """
 
     vector: VectorField
     blocks: BlocksField | None = None
+    site: SiteField | None = None
     above: Finite | None = None
     below: Finite | None = None
     measure: Literal["cosine", "dot"] | None = None

@@ -1,4 +1,4 @@
-"""Sites: the places in a block where an edit can apply; and points, which number the sites of all blocks.
+"""Sites: the places in a block where x is edited, measured and captured; and points, which number those of all blocks.
 
 The site "block" is the block's output: the residual stream after the block. The others are the outputs of its attention
 and of its MLP, before they are added to the stream.
@@ -16,7 +16,7 @@ from steer_engine.fields import MAX_BLOCK_NUMBER
 
 
 class Site(StrEnum):
-    """Where in a block an edit applies."""
+    """Where in a block x is edited, measured or captured."""
 
     BLOCK = "block"
     """The residual stream after the block."""
@@ -43,6 +43,11 @@ def all_points(blocks: Iterable[int], sites: Iterable[Site]) -> tuple[int, ...]:
     """The points of ascending `blocks` at their outputs and at `sites`, ascending."""
     blocks = tuple(blocks)
     return tuple(point for site in _ALL if site is Site.BLOCK or site in sites for point in points_at(blocks, site))
+
+
+def describe_sites(sites: Iterable[Site]) -> str:
+    """The sites that are armed, for a message: "block, mlp"."""
+    return ", ".join((Site.BLOCK, *sites))
 
 
 def block_of(point: int) -> int:

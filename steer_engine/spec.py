@@ -20,7 +20,7 @@ from steer_engine.fields import (
     field_error,
 )
 from steer_engine.probe_spec import MAX_PROBES, MAX_STOPS, ProbeSpec, StopSpec
-from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeField, WhenField, conditions_of
+from steer_engine.scope import AnySpec, ConditionSpec, ScheduleSpec, ScopeField, SiteField, WhenField, conditions_of
 from steer_engine.site import Site
 
 MAX_EDITS = 1024
@@ -126,7 +126,8 @@ class EditSpec(Strict):
     """One edit: `op` with `vector` at `blocks`, over the positions of `scope`.
 
     site: what is edited in each block: its output ("block"), or the output of its attention ("attn") or of its MLP
-    ("mlp") before this is added to the residual stream. The operator must have armed the site.
+    ("mlp") before this is added to the residual stream. The operator must have armed the site. Default: the site that
+    the vector was derived at, which is "block" for most.
 
     scale: for op add in units of the vector, or in mean residual norms of the block with `unit: "residual"`; for
     add_relative in norms of the same row; for ablate the fraction to remove; for feature a factor on the activation;
@@ -143,7 +144,7 @@ class EditSpec(Strict):
     op: Annotated[Op, Field(strict=False)] = Op.ADD
     unit: Literal["vector", "residual"] = "vector"
     blocks: BlocksField = "all"
-    site: Annotated[Site, Field(strict=False)] = Site.BLOCK
+    site: SiteField | None = None
     scope: ScopeField = "all"
     gate: Gate | None = None
     schedule: ScheduleSpec | None = None
@@ -220,13 +221,14 @@ class EditSpec(Strict):
 class CaptureSpec(Strict):
     """Return the residual stream of the request's tokens. The operator must have enabled capture.
 
-    blocks: "all" means every block that the server captures. scope: "prompt"; "generation", one row for each token of
-    the answer: the position that chose it; or "all", both. positions: of the scope; "mean" is one row, the mean of all;
-    token numbers are for the prompt only. Default: "last" in the prompt, else "all". after: capture the stream after
-    the block's edit instead of before it.
+    blocks: "all" means every block that the server captures. site: what is captured in each block, as in an edit; the
+    operator must have armed it. scope: "prompt"; "generation", one row for each token of the answer: the position that
+    chose it; or "all", both. positions: of the scope; "mean" is one row, the mean of all; token numbers are for the
+    prompt only. Default: "last" in the prompt, else "all". after: capture x after its edits instead of before them.
     """
 
     blocks: BlocksField = "all"
+    site: SiteField = Site.BLOCK
     scope: Literal["prompt", "generation", "all"] = "prompt"
     positions: PositionsField | None = None
     after: bool = False

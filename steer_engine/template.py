@@ -88,7 +88,7 @@ class ProgramTemplate:
         places = Places(triggers, conditions)
         # Most points get the same entries, which are made once: `alike` is all that they depend on.
         early = [edit.when.decided_at if edit.when else None for edit in edits]
-        measured = [frozenset(each.blocks) for each in conditions] + [frozenset(each.points) for each in probes]
+        measured = [frozenset(each.points) for each in (*conditions, *probes)]
         points_of: dict[tuple[Any, ...], list[int]] = {}
         for point in sorted({point for edit in edits for point in edit.points}.union(*measured)):
             doses = tuple(edit.doses.get(point) for edit in edits)

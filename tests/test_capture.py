@@ -9,6 +9,7 @@ import pytest
 
 from steer_engine.capture import CaptureRequest, Positions, Scope
 from steer_engine.errors import SteeringRequestError
+from steer_engine.site import Site, points_at
 
 PROMPT_LEN = 6
 MOST = 5
@@ -16,7 +17,7 @@ MOST = 5
 
 
 def requested(positions: Positions, max_rows: int | None = None, scope: Scope = "prompt") -> CaptureRequest:
-    return CaptureRequest(key="k", positions=positions, scope=scope, blocks=(1, 3), after=True, max_rows=max_rows)
+    return CaptureRequest(key="k", positions=positions, scope=scope, points=(1, 3), after=True, max_rows=max_rows)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def requested(positions: Positions, max_rows: int | None = None, scope: Scope = 
 )
 def test_absolute_positions(positions: Positions, expected: range | tuple[int, ...]) -> None:
     placed = requested(positions).at(PROMPT_LEN, MOST)
-    assert placed == CaptureRequest(key="k", positions=expected, blocks=(1, 3), after=True)
+    assert placed == CaptureRequest(key="k", positions=expected, points=(1, 3), after=True)
     assert type(placed.positions) is type(expected), "a long range stays two numbers"
 
 
@@ -84,7 +85,7 @@ def test_missing_rows_are_an_error() -> None:
 def test_positions_within_a_chunk() -> None:
     chosen = requested((2, 5, 8)).at(9, MOST)
     assert [list(chosen.within(first, 3)) for first in (0, 3, 6, 9)] == [[2], [5], [8], []]
-    assert list(CaptureRequest(key="k", positions=range(2, 9)).within(1, 4)) == [2, 3, 4]
+    assert list(CaptureRequest(key="k", positions=range(2, 9), points=(1,)).within(1, 4)) == [2, 3, 4]
     whole = requested("all").at(9, MOST)
     assert [list(whole.within(first, 4)) for first in (0, 4, 8, 12)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8], []]
 
@@ -100,7 +101,7 @@ SPANS: dict[Scope, range] = {
 def test_an_answer_is_captured_up_to_its_longest_end(scope: Scope, positions: Positions) -> None:
     """Whichever row is returned: which token is the last is known only when it has come."""
     placed = requested(positions, scope=scope).at(PROMPT_LEN, MOST)
-    assert placed == CaptureRequest(key="k", positions=SPANS[scope], scope=scope, blocks=(1, 3), after=True)
+    assert placed == CaptureRequest(key="k", positions=SPANS[scope], scope=scope, points=(1, 3), after=True)
     assert [position for position in range(30) if placed.keeps(position)] == list(SPANS[scope])
 
 
@@ -162,7 +163,7 @@ def test_one_row_for_each_token_of_the_answer(scope: Scope, num_tokens: int) -> 
 
 @pytest.mark.parametrize("positions", ["last", "mean", "all"])
 def test_an_answer_without_a_token_has_no_row(positions: Positions) -> None:
-    none_L0D = np.zeros((2, 0, 1), dtype=np.float32)
+    none_L0D = np.zeros((6, 0, 1), dtype=np.float32)  # of an engine that captures at more points
     found, rows = requested(positions, scope="generation").arranged(none_L0D, PROMPT_LEN, 0)
     assert (found, rows.shape) == ([], (2, 0, 1))
 
@@ -170,8 +171,10 @@ def test_an_answer_without_a_token_has_no_row(positions: Positions) -> None:
 @pytest.mark.parametrize(
     ("positions", "scope"), [("last", "prompt"), ((0, 2, -1), "prompt"), ("all", "generation"), ("mean", "all")]
 )
-@pytest.mark.parametrize("blocks", [None, (1, 3)])
-def test_the_wire_brings_a_capture_back(positions: Positions, scope: Scope, blocks: tuple[int, ...] | None) -> None:
-    capture = CaptureRequest(key="k", positions=positions, scope=scope, blocks=blocks, after=True)
+@pytest.mark.parametrize("site", Site)
+def test_the_wire_brings_a_capture_back(positions: Positions, scope: Scope, site: Site) -> None:
+    points = points_at((1, 3), site)
+    capture = CaptureRequest(key="k", positions=positions, scope=scope, points=points, after=True)
+    assert (capture.blocks, capture.site) == ((1, 3), site)
     placed = capture.at(PROMPT_LEN, MOST)
     assert CaptureRequest.from_wire(json.loads(json.dumps(placed.to_wire()))) == placed

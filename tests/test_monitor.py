@@ -75,7 +75,7 @@ def test_room_is_added_to_that_of_requests_and_costs_nothing_without_monitors(mo
     def shapes() -> dict[str, tuple[int, ...]]:
         tables = allocate_tables(
             SteeringConfig(), num_sites=4, hidden_size=16, dtype=torch.float32, device="meta", max_requests=2,
-            max_tokens=8, num_drafts=0, captures=False,
+            max_tokens=8, num_drafts=0, capture_sites=(),
         )  # fmt: skip
         assert tables.probed_TK is not None
         parts = {"bank": tables.bank_RD, "entries": tables.entries_SLEW, "numbers": tables.probed_TK}

@@ -221,7 +221,7 @@ def test_identity_lists_edits_with_positions_in_canonical_order() -> None:
 def test_the_wire_brings_a_program_back(raw: dict[str, Any], prompt_len: int, captures: bool) -> None:
     compiled = resolved(raw).template.at(prompt_len)
     if captures:
-        compiled = replace(compiled, capture=CaptureRequest(key="k", positions=range(prompt_len)))
+        compiled = replace(compiled, capture=CaptureRequest(key="k", positions=range(prompt_len), points=(0, 2)))
     wire = compiled.to_wire()
     assert_plain(wire)
     assert Program.from_wire(wire) == compiled
@@ -245,9 +245,9 @@ def assert_plain(value: Any) -> None:
 
 def test_an_empty_program_travels_too() -> None:
     assert Program.from_wire(Program().to_wire()) == Program()
-    capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5)))
+    capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5), points=(1,)))
     assert Program.from_wire(capture.to_wire()) == capture
-    capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5), scope="all"))
+    capture = Program(capture=CaptureRequest(key="k", positions=range(2, 5), points=(1,), scope="all"))
     assert Program.from_wire(capture.to_wire()) == capture
 
 

@@ -135,7 +135,7 @@ def test_null_is_the_same_as_leaving_a_field_out() -> None:
     assert edit_of(scope=scope).scope == ScopeSpec()
     exception = dict.fromkeys(("until", "each", "tokens")) | {"after": 5}
     assert edit_of(scope={"except": exception}).scope == ScopeSpec.model_validate({"except": {"after": 5}})
-    condition = dict.fromkeys(("blocks", "above", "below", "measure", "at")) | {"vector": "c"}
+    condition = dict.fromkeys(("blocks", "site", "above", "below", "measure", "at")) | {"vector": "c"}
     assert edit_of(when=condition).when == ConditionSpec(vector="c")
     assert edit_of(when=None, schedule=None) == EditSpec(vector="v")
     assert parsed(one() | {"when": None}) == parsed(one())
@@ -148,7 +148,7 @@ def test_the_schema_names_the_fields_as_clients_write_them() -> None:
     assert set(defs["ScopeSpec"]["properties"]) == trigger | {"from", "start", "end", "except"}
     assert set(defs["ExceptSpec"]["properties"]) == trigger
     assert set(defs["ScheduleSpec"]["properties"]) == {"kind", "over", "to"}
-    assert set(defs["ConditionSpec"]["properties"]) == {"vector", "blocks", "above", "below", "measure", "at"}
+    assert set(defs["ConditionSpec"]["properties"]) == {"vector", "blocks", "site", "above", "below", "measure", "at"}
     assert {name: set(defs[name]["properties"]) for name in ("AnySpec", "AllSpec")} == {
         "AnySpec": {"any"},
         "AllSpec": {"all"},
@@ -319,12 +319,12 @@ def test_fields_that_do_not_go_together(raw: Any, param: str) -> None:
         (one(scope={"x": 1}), "after, until, each, tokens, from, start, end, except"),
         (one(scope={"except": {"x": 1}}), "after, until, each, tokens"),
         (one(schedule={"x": 1} | LINEAR), "kind, over, to"),
-        (one(when={"x": 1} | HOLDS), "vector, blocks, above, below, measure, at"),
-        (one(when={"any": [{"x": 1} | HOLDS]}), "vector, blocks, above, below, measure, at"),
-        (one(when={"all": [{"x": 1} | HOLDS]}), "vector, blocks, above, below, measure, at"),
+        (one(when={"x": 1} | HOLDS), "vector, blocks, site, above, below, measure, at"),
+        (one(when={"any": [{"x": 1} | HOLDS]}), "vector, blocks, site, above, below, measure, at"),
+        (one(when={"all": [{"x": 1} | HOLDS]}), "vector, blocks, site, above, below, measure, at"),
         (one(when={"any": [HOLDS], "x": 1}), "any"),
         (one(when={"all": [HOLDS], "x": 1}), "all"),
-        (one() | {"when": {"x": 1} | HOLDS}, "vector, blocks, above, below, measure, at"),
+        (one() | {"when": {"x": 1} | HOLDS}, "vector, blocks, site, above, below, measure, at"),
     ],
     ids=str,
 )

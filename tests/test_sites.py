@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.random_specs import HIDDEN_SIZE, MODEL, NUM_BLOCKS, VECTORS, resolved
+from helpers.random_specs import BY_DIGEST, HIDDEN_SIZE, MODEL, NUM_BLOCKS, VECTORS, resolved
 from helpers.stepping import changed, edited, new_runtime, program, route, stream
 
+from steer_engine.api.monitors import resolve_monitors
 from steer_engine.errors import SteeringRequestError, UnsupportedEngineError
 from steer_engine.fields import MAX_BLOCK_NUMBER
 from steer_engine.model_shape import ModelShape
+from steer_engine.monitor import Watched, monitors_of_environment
 from steer_engine.program import Program, block_key
-from steer_engine.settings import SteeringConfig
+from steer_engine.settings import Limits, SteeringConfig
 from steer_engine.site import SITES_IN_BLOCKS, Site, all_points, block_of, describe_point, points_at, site_of
 
 ARMED = ModelShape(**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__} | {"sites": SITES_IN_BLOCKS})
@@ -150,16 +152,137 @@ def test_a_probe_at_a_site_that_is_not_armed_is_refused() -> None:
         resolved({"probes": [probe]}, MODEL)
     assert caught.value.param == "steering.probes[0].site"
     assert "not armed here" in caught.value.message
-    with pytest.raises(SteeringRequestError, match="A calibration is of the stream after a block") as caught:
+    with pytest.raises(SteeringRequestError, match="calibrated at site 'block', not at 'attn'") as caught:
         resolved({"probes": [probe | {"measure": "probability"}]}, ARMED)
     assert caught.value.param == "steering.probes[0].measure"
 
 
-@pytest.mark.parametrize("field", ["capture", "when"])
-def test_captures_and_conditions_have_no_site(field: str) -> None:
-    inside = {"site": "mlp"} | ({"vector": "b", "blocks": 0, "above": 0.0} if field == "when" else {})
-    error = refusal({}, **{field: inside})
-    assert error.param == f"steering.{field}.site"
+def test_a_capture_names_its_site() -> None:
+    capturing = ModelShape(**{**vars_of(ARMED), "capture_blocks": (1, 2)})
+    found = resolved({"capture": {"site": "mlp"}}, capturing)
+    assert found.capture.points == points_at((1, 2), Site.MLP)
+    assert found.report()["capture"] == {
+        "blocks": [1, 2], "positions": "last", "scope": "prompt", "after": False, "site": "mlp"
+    }  # fmt: skip
+    for spec in ({"capture": {}}, {"capture": {"site": "block"}}):
+        assert resolved(spec, capturing).capture.points == (1, 2)
+        assert "site" not in resolved(spec, capturing).report()["capture"]
+    unarmed = ModelShape(**{**vars_of(capturing), "sites": (Site.ATTN,)})
+    with pytest.raises(SteeringRequestError) as caught:
+        resolved({"capture": {"site": "mlp"}}, unarmed)
+    assert caught.value.param == "steering.capture.site"
+    assert caught.value.message == "Site 'mlp' is not armed here; armed: block, attn (--steering-sites)."
+
+
+WHEN = {"vector": "b", "blocks": 1, "above": 0.0}
+
+
+def test_a_condition_is_measured_at_its_site() -> None:
+    specs = [resolved_at({}, when=WHEN | {"site": site}) for site in (None, "block", "attn", "mlp")]
+    assert [entry.get("site") for spec in specs for entry in spec.report()["conditions"]] == [None, None, "attn", "mlp"]
+    assert specs[0].digest == specs[1].digest == resolved_at({}, when=WHEN, model=MODEL).digest
+    assert len({spec.digest for spec in specs}) == 3
+    for spec, site in zip(specs[1:], Site, strict=True):
+        (condition,) = spec.template.conditions
+        assert condition.points == points_at((1,), site)
+        assert measured_at(spec.template.at(10)) == {*condition.points}
+
+
+def measured_at(program: Program) -> set[int]:
+    entries = [(point, entry) for group in program.sites for point in group.blocks for entry in group.entries]
+    return {point for point, entry in entries if entry.details is not None and entry.details.measure}
+
+
+def test_a_condition_on_an_output_decides_on_the_device() -> None:
+    """The number is that of the rows of the MLP's output, and the edit follows in the blocks after it."""
+    numbers = {"attn": 5.0, "mlp": -3.0, "block": -7.0}
+    for site, number in numbers.items():
+        when = {"vector": "b", "blocks": 1, "measure": "dot", "above": 0.0, "site": site}
+        runtime = new_runtime(sites=SITES_IN_BLOCKS)
+        runtime.admit(1, armed_program({"blocks": [1, 2], "scale": 2.0}, when=when))
+        route(runtime, (1, 0, 4))
+        direction = torch.tensor(VECTORS["b"].directions[1])
+        changed_at = []
+        for block in range(NUM_BLOCKS):
+            for each in ("attn", "mlp", "block"):
+                (point,) = points_at((block,), Site(each))
+                x_TD = torch.zeros(4, HIDDEN_SIZE)
+                x_TD[-1] = numbers[each] * direction / direction.square().sum()
+                if changed(x_TD, edited(runtime, None, x_TD, runtime.points.index(point))):
+                    changed_at.append(point)
+        told = float(runtime.measured([1])[0, 0])
+        assert told == pytest.approx(number, rel=1e-5)
+        assert changed_at == ([2] if number > 0 else []), "the output of block 1 may be computed before the decision"
+
+
+def test_a_condition_at_a_site_that_is_not_armed_is_refused() -> None:
+    error = refusal({}, when=WHEN | {"site": "mlp"}, model=MODEL)
+    assert (error.param, "not armed here" in error.message) == ("steering.when.site", True)
+
+
+# Vectors that were derived at a site
+
+
+@pytest.fixture
+def of_mlp() -> str:
+    """The digest of vector `a` as if it had been derived at the MLPs."""
+    vector = VECTORS["a"].with_metadata(site="mlp")
+    BY_DIGEST[vector.digest] = vector
+    return vector.digest
+
+
+def test_a_vector_applies_where_it_was_derived(of_mlp: str) -> None:
+    assert of_mlp != A
+    for requested, expected in ((None, Site.MLP), ("mlp", Site.MLP), ("attn", Site.ATTN), ("block", Site.BLOCK)):
+        probe = {"name": "p", "vector": of_mlp, "site": requested, "blocks": 0}
+        spec = resolved_at(
+            {"vector": of_mlp, "site": requested, "when": WHEN | {"blocks": 2, "vector": of_mlp, "site": requested}},
+            probes=[probe],
+        )
+        assert spec.edits[0].edit.site is expected
+        assert spec.template.conditions[0].site is expected
+        assert spec.template.probes[0].site is expected
+        assert spec.edits[0].edit.points == points_at(range(NUM_BLOCKS), expected)
+
+
+def test_a_vector_of_a_site_that_is_not_armed_names_the_flag(of_mlp: str) -> None:
+    error = refusal({"vector": of_mlp}, model=MODEL)
+    assert error.param == "steering.edits[0].site"
+    assert error.message == (
+        "The vector was derived at site 'mlp', which is not armed here; armed: block (--steering-sites). Arm it, or "
+        "name one of these to use it there."
+    )
+    assert resolved_at({"vector": of_mlp, "site": "block"}, model=MODEL).edits[0].edit.site is Site.BLOCK
+
+
+def test_a_monitor_measures_at_the_site_of_its_vector(of_mlp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_ENGINE_MONITORS", f"x={of_mlp}:1:dot")
+    specs = monitors_of_environment()
+    monitors, used = resolve_monitors(specs, BY_DIGEST.__getitem__, ARMED, Limits())
+    assert str(monitors[0]).startswith("x: dot at block 1 (mlp)")
+    assert used.keys() == {of_mlp}
+    with pytest.raises(UnsupportedEngineError, match="--steering-monitor .* derived at site 'mlp', which is not armed"):
+        resolve_monitors(specs, BY_DIGEST.__getitem__, MODEL, Limits())
+    runtime = new_runtime(sites=SITES_IN_BLOCKS)
+    watched = Watched.from_wire(Watched.of(monitors).to_wire())
+    runtime.watch(watched)
+    runtime.admit(1, watched.added_to(None, 4))
+    route(runtime, (1, 0, 4))
+    rows = {}
+    for number, point in enumerate(runtime.points):
+        rows[point] = stream(seed=number)[1][:4]
+        runtime.edit(None, rows[point].clone(), number)
+    told = float(runtime.probed(torch.tensor([3]), 1)[0, 0])
+    direction = torch.tensor(VECTORS["a"].directions[1])
+    assert told == pytest.approx(float(rows[points_at((1,), Site.MLP)[0]][3] @ direction), abs=1e-4)
+
+
+def test_a_calibration_is_of_the_vectors_site(of_mlp: str) -> None:
+    probe = {"name": "p", "vector": of_mlp, "blocks": 1, "measure": "probability"}
+    with pytest.raises(SteeringRequestError, match="has no calibration for block 1"):
+        resolved({"probes": [probe]}, ARMED)
+    with pytest.raises(SteeringRequestError, match="calibrated at site 'mlp', not at 'block'; use measure 'dot'"):
+        resolved({"probes": [probe | {"site": "block"}]}, ARMED)
 
 
 # What can overflow

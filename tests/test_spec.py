@@ -24,6 +24,7 @@ from steer_engine.fields import (
 )
 from steer_engine.parse import parse_spec
 from steer_engine.scope import AllSpec, AnySpec, ConditionSpec, ScheduleSpec, ScopeSpec
+from steer_engine.site import Site
 from steer_engine.spec import MAX_EDITS, MAX_SPEC_CHARS, CaptureSpec, EditSpec, Gate, Op, SteeringSpec
 from steer_engine.vectors.metadata import MAX_BLOCKS
 
@@ -96,7 +97,7 @@ def test_null_is_the_same_as_leaving_an_optional_field_out() -> None:
     plain = parse_spec({"edits": [{"vector": "v"}], "capture": {}})
     nulls = {
         "edits": [{"vector": "v", **dict.fromkeys(optional)}],
-        "capture": dict.fromkeys(("blocks", "scope", "positions", "after")),
+        "capture": dict.fromkeys(("blocks", "site", "scope", "positions", "after")),
         "preserve_norm": None,
         "preset": None,
     }
@@ -158,12 +159,12 @@ def test_a_preset_alone() -> None:
 
 
 def test_a_capture_alone_or_beside_what_steers() -> None:
-    capture = {"blocks": "1-2", "positions": [0, -1], "after": True}
+    capture = {"blocks": "1-2", "site": "mlp", "positions": [0, -1], "after": True}
     for other in ({}, {"preset": "calm"}, one()):
         spec = parse_spec(other | {"capture": capture})
         assert spec is not None
         assert spec.capture == CaptureSpec(**capture)
-    plain = CaptureSpec(blocks="all", scope="prompt", positions=None, after=False)
+    plain = CaptureSpec(blocks="all", site=Site.BLOCK, scope="prompt", positions=None, after=False)
     assert parse_spec({"capture": {}}) == SteeringSpec(capture=plain)
 
 
@@ -192,6 +193,8 @@ def test_token_numbers_are_of_the_prompt(scope: Any, positions: Any) -> None:
         ({"positions": list(range(1025))}, ".positions"),
         ({"positions": {"start": 0}}, ".positions"),
         ({"after": 1}, ".after"),
+        ({"site": "residual"}, ".site"),
+        ({"site": ["mlp"]}, ".site"),
         ({"scope": "answer"}, ".scope"),
         ({"scope": {"start": 0}}, ".scope"),
         ({"scope": ["all"]}, ".scope"),

@@ -42,7 +42,9 @@ def resolve_monitors(
             (checked,) = resolved.template.probes
             platts = checked.platt or (None,) * len(blocks)
             monitors += [
-                _with_threshold(Monitor(spec.name, vector.digest, block, measure, platt), spec.above, vector)
+                _with_threshold(
+                    Monitor(spec.name, vector.digest, block, measure, platt, site=checked.site), spec.above, vector
+                )
                 for block, platt in zip(blocks, platts, strict=True)
             ]
         except SteeringRequestError as error:

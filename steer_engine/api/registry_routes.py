@@ -275,6 +275,7 @@ def _vector_body(vector: AnyVector) -> dict[str, Any]:
             "residual_norms": {str(block): norms[block] for block in vector.blocks if block in norms},
             "model": about.model,
             "method": about.method,
+            "site": about.site.value,
             "notes": about.notes,
         }
     return {
@@ -286,6 +287,7 @@ def _vector_body(vector: AnyVector) -> dict[str, Any]:
         "residual_norms": {str(block): norms[block] for block in vector.blocks if block in norms},
         "model": about.model,
         "method": about.method,
+        "site": about.site.value,
         "condition": None if about.condition is None else about.condition.model_dump(mode="json", exclude_none=True),
         "probe": None if about.probe is None else about.probe.model_dump(mode="json", exclude_none=True),
         "suggested": starting_point(vector),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steer_engine.cli.checks import check_capture
-from steer_engine.cli.engine_options import CaptureOptions, Model, RayAddress, captures
+from steer_engine.cli.engine_options import CaptureOptions, Model, RayAddress, SiteOption, captures
 from steer_engine.errors import DerivationError
 from steer_engine.fields import parse_blocks
 
@@ -38,12 +38,14 @@ def parsed_blocks(blocks: str) -> tuple[int, ...] | None:
 
 
 def summary(out: Path, vector: ControlVector) -> str:
-    """One line: number of blocks, range of doses, best held-out AUROC, and digest."""
+    """Number of blocks, range of doses, best held-out AUROC, and digest; and what a server needs for another site."""
     norms, streams = vector.norms, vector.metadata.residual_norms
     doses = sorted(norms[block] / streams[block] for block in vector.blocks)
+    site = vector.metadata.site.value
+    needs = "" if site == "block" else f"\nIt applies at site {site!r}: serve it with --steering-sites {site}"
     return (
         f"{out}: {len(vector.blocks)} blocks, {doses[0]:.1%} to {doses[-1]:.1%} of the residual norm at scale 1, "
-        f"{_separation(vector.metadata.separation)}{vector.digest}"
+        f"{_separation(vector.metadata.separation)}{vector.digest}{needs}"
     )
 
 
@@ -67,6 +69,7 @@ def derive_command(
     out: Out,
     method: Method = "diffmean",
     blocks: Blocks = "all",
+    site: SiteOption = "block",
     position: Annotated[
         str, typer.Option(help="Token rows that represent a text: `last`, `mean`, or numbers such as `-1,-2`.")
     ] = "last",
@@ -90,11 +93,11 @@ def derive_command(
     from steer_engine.vectors.files import save
 
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
-    require_writable(out, force=force, blocks=parsed_blocks(blocks), remedy=remedy)
+    require_writable(out, force=force, blocks=parsed_blocks(blocks), site=site, remedy=remedy)
     require_method(method)
     loaded = load_pairs(pairs)
     check_capture(model, blocks, ray_address=capture.ray_address)
-    settings: dict[str, Any] = {"blocks": blocks, "position": position, **capture.arguments}
+    settings: dict[str, Any] = {"blocks": blocks, "site": site, "position": position, **capture.arguments}
     if keep_dump is None:
         vector = derive(model, loaded, method=method, **settings)
     else:
@@ -118,6 +121,7 @@ def dump_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write. An unfinished run with the same settings is resumed.")],
     blocks: Blocks = "all",
+    site: SiteOption = "block",
     position: Annotated[
         str, typer.Option(help="Token rows to keep of a text: `last`, `mean`, `all`, or numbers such as `-1,-2`.")
     ] = "last",
@@ -132,6 +136,7 @@ def dump_command(
 
     Example: steer-engine dump smollm2-135m --pairs sentiment --blocks 8-19 --out sentiment.dump
     """
+    from steer_engine.derive.capture_config import site_named
     from steer_engine.derive.dump_writer import dump
     from steer_engine.derive.texts import load_texts
 
@@ -144,6 +149,7 @@ def dump_command(
         loaded,
         out,
         blocks=blocks,
+        site=site_named(site),
         position=position,
         store=store,
         shard_bytes=shard_mib * _MIB,
@@ -177,7 +183,8 @@ def fit_command(
     from steer_engine.vectors.files import save
 
     remedy = "Make a dump of the blocks from 1 (dump --blocks)"
-    require_writable(out, force=force, blocks=tuple(DumpFolder.open(dump).manifest.blocks), remedy=remedy)
+    manifest = DumpFolder.open(dump).manifest
+    require_writable(out, force=force, blocks=tuple(manifest.blocks), site=manifest.site, remedy=remedy)
     vector = fit_dump(dump, method=method, actors=actors, ray_address=ray_address)
     save(vector, out)
     say(summary(out, vector))

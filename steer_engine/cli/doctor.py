@@ -78,7 +78,12 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     ]
     for site in diagnosis.sites:
         modules = diagnosis.site_modules.get(site)
-        found.append((f"site {site}", f"after {', or after '.join(modules)}" if modules else "not examined"))
+        where = f"after {', or after '.join(modules)}" if modules else "not examined"
+        if modules and diagnosis.tensor_parallel_size > 1:
+            where += (
+                f"; of one rank: if the {diagnosis.tensor_parallel_size} ranks have shares of it, the server refuses it"
+            )
+        found.append((f"site {site}", where))
     found += [("refused", reason) for reason in diagnosis.refused]
     if diagnosis.probed_blocks:
         forms = "; ".join(f"{form} at {block_ranges(blocks)}" for form, blocks in diagnosis.forms.items())

@@ -33,6 +33,12 @@ def _require_room(max_model_len: int | None) -> int | None:
 
 Model = Annotated[str, typer.Argument(help="Path, Hugging Face id, or a packaged model.", metavar="MODEL")]
 ModelOption = Annotated[str, typer.Option("--model", help="Path, Hugging Face id, or a packaged model.")]
+SiteOption = Annotated[
+    str,
+    typer.Option(
+        "--site", help="What to capture in each block: block (the stream after it), attn or mlp (their output)."
+    ),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the texts.")]
 
 DType = Annotated[str, typer.Option(help="The engine's dtype: auto, float32, bfloat16, float16.")]

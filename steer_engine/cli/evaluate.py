@@ -104,7 +104,7 @@ def eval_command(
     )
     require_folder(out)
     check_model(model, *(blocks or ()), modules=MODULES)
-    llm = open_engine(model, **engine.engine_args)
+    llm = open_engine(model, vectors=plan.vectors.values(), **engine.engine_args)
     outcome = Evaluation(
         llm, loaded, plan, out, model=model, chat=chat, generate=max_tokens, command=_command_line()
     ).run()
@@ -232,7 +232,7 @@ def calibrate_command(
     require_folder(out)
     require_absent(target, force=True)
     check_model(model, *(blocks or ()), modules=MODULES)
-    llm = open_engine(model, **engine.engine_args)
+    llm = open_engine(model, vectors=plan.vectors.values(), **engine.engine_args)
     outcome = Evaluation(llm, loaded, plan, out, model=model, chat=chat, command=_command_line()).run()
     save(calibrated(vectors[vector.stem], outcome), target)
     _print_verdicts(outcome, write_results(outcome, out))

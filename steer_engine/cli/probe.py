@@ -10,7 +10,7 @@ import typer
 from steer_engine.cli.checks import check_capture
 from steer_engine.cli.condition import Prompts, picture_path
 from steer_engine.cli.derive import say
-from steer_engine.cli.engine_options import CaptureOptions, ModelOption, captures
+from steer_engine.cli.engine_options import CaptureOptions, ModelOption, SiteOption, captures
 from steer_engine.cli.registry import new_table, print_table
 from steer_engine.errors import DerivationError
 
@@ -40,6 +40,7 @@ def fit(
         typer.Option(help="logistic (standardised, L2), lda (with shrinkage), or diffmean (difference of the means)."),
     ] = "logistic",
     blocks: Annotated[str, typer.Option(help="Blocks to train at, from 0: `all`, `8-22`, `14`.")] = "all",
+    site: SiteOption = "block",
     at: Annotated[
         str,
         typer.Option(
@@ -80,7 +81,7 @@ def fit(
     except ValueError as error:
         raise DerivationError(f"--blocks: {error}.") from None
     remedy = "Leave it out, for example with --blocks 1-29 for a model of 30 blocks"
-    require_writable(out, force=force, blocks=numbers, remedy=remedy)
+    require_writable(out, force=force, blocks=numbers, site=site, remedy=remedy)
     picture = picture_path(plot, out, "probe", force=force)
     check_capture(model, blocks, ray_address=capture.ray_address)
     found = fit_probe(
@@ -89,6 +90,7 @@ def fit(
         negative,
         method=method,
         blocks=blocks,
+        site=site,
         at=cast("ProbeAt", at),
         held_out=held_out,
         rate=fpr,

@@ -27,6 +27,7 @@ from steer_engine.cli.registry import (
 )
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import block_ranges
+from steer_engine.site import Site
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -299,6 +300,7 @@ def _show_file(vector: AnyVector) -> None:
         "hidden size": str(vector.hidden_size),
         "method": about.method,
         "position": about.position,
+        "site": "" if about.site is Site.BLOCK else about.site.value,
         "data set": about.dataset_digest,
         "condition": "" if about.condition is None else str(about.condition),
         "probe": "" if about.probe is None else str(about.probe),

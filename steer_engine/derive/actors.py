@@ -212,6 +212,7 @@ def start_capturing(
     source: str,
     position: str,
     blocks: str | int | Iterable[int],
+    site: str = "block",
     chat: bool = False,
     dtype: str = "auto",
     actors: int = 1,
@@ -237,9 +238,9 @@ def start_capturing(
         with Progress(enabled=progress) as shown:
             config = CaptureConfig.of(
                 name_of(model), position=position, blocks=blocks, chat=chat, source=source, dtype=dtype,
-                engine_args=None, local=False,
+                engine_args=None, local=False, site=site,
             )  # fmt: skip
-            require_captured(model, config.blocks)
+            require_captured(model, config.blocks, config.site)
             living = LivingEngine(CaptureEngine(config, model))
             yield Capturing(config=config, engines=living, facts=living.facts(), shown=shown)
         return
@@ -252,6 +253,7 @@ def start_capturing(
         dtype=dtype,
         engine_args=engine_args,
         local=ray_address is None,
+        site=site,
     )
     with (
         Progress(enabled=progress) as shown,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from steer_engine.errors import DerivationError
 from steer_engine.fields import block_ranges, parse_blocks
 from steer_engine.models import PACKAGED, checkpoint_path, resolve_model
+from steer_engine.site import Site
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
@@ -93,13 +94,15 @@ class Position:
 class CaptureConfig:
     """What a `CaptureEngine` needs.
 
-    model: path or Hugging Face id. blocks: sites to capture, None for all. chat: apply the model's chat template.
-    source: name of the texts, for messages. engine_args: further arguments of `steer_engine.LLM`.
+    model: path or Hugging Face id. blocks: to capture, None for all. site: what is captured in each block. chat: apply
+    the model's chat template. source: name of the texts, for messages. engine_args: further arguments of
+    `steer_engine.LLM`.
     """
 
     model: str
     position: Position
     blocks: tuple[int, ...] | None = None
+    site: Site = Site.BLOCK
     chat: bool = False
     source: str = "pairs"
     engine_args: tuple[tuple[str, Any], ...] = ()
@@ -116,11 +119,12 @@ class CaptureConfig:
         dtype: str,
         engine_args: Mapping[str, Any] | None,
         local: bool,
+        site: str = "block",
     ) -> CaptureConfig:
         """From the arguments of `derive` and `dump`. local: the actors run on this machine.
 
         Raises:
-            DerivationError: position or blocks are invalid.
+            DerivationError: position, blocks or site are invalid.
         """
         try:
             numbers = parse_blocks(blocks if isinstance(blocks, str | int) else list(blocks))
@@ -130,10 +134,18 @@ class CaptureConfig:
             model=_model_for_actors(model, local=local),
             position=Position(position),
             blocks=numbers,
+            site=site_named(site),
             chat=chat,
             source=source,
             engine_args=tuple({**engine_defaults(), "dtype": dtype, **(engine_args or {})}.items()),
         )
+
+
+def site_named(site: str) -> Site:
+    """Raises DerivationError if there is none of that name."""
+    if site not in list(Site):
+        raise DerivationError(f"Site {site[:64]!r} is none of {', '.join(Site)}.")
+    return Site(site)
 
 
 def engine_defaults() -> dict[str, Any]:
@@ -158,8 +170,8 @@ def name_of(model: str | LLM) -> str:
     return next((name for name, each in PACKAGED.items() if str(checkpoint_path(each)) == path), path)
 
 
-def require_captured(llm: LLM, blocks: tuple[int, ...] | None) -> None:
-    """Raise DerivationError unless a living engine captures the blocks (None: any)."""
+def require_captured(llm: LLM, blocks: tuple[int, ...] | None, site: Site = Site.BLOCK) -> None:
+    """Raise DerivationError unless a living engine captures the blocks (None: any) at the site."""
     armed = llm.capture_blocks
     if not armed:
         raise DerivationError("This LLM captures no block; make it with LLM(model, capture=True).")
@@ -167,6 +179,11 @@ def require_captured(llm: LLM, blocks: tuple[int, ...] | None) -> None:
         raise DerivationError(
             f"This LLM captures blocks {block_ranges(armed)}, and not {block_ranges(missing)}; choose among the first, "
             "or make it with other capture_blocks."
+        )
+    if site is not Site.BLOCK and site not in llm.sites:
+        raise DerivationError(
+            f"This LLM does not arm site {site.value!r}; make it with LLM(model, capture=True, "
+            f"steering=SteeringConfig(sites=({site.value!r},)))."
         )
 
 

@@ -22,6 +22,7 @@ from steer_engine.derive.make_pairs import Question
 from steer_engine.derive.moments import Array, Chunk, Rows, Sample, summarise
 from steer_engine.derive.texts import Pair, Text
 from steer_engine.errors import DerivationError
+from steer_engine.site import all_points, points_at
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM
@@ -90,7 +91,7 @@ class CaptureEngine:
         from steer_engine.settings import SteeringConfig
 
         # Only what is captured is armed: a block that cannot be does not matter elsewhere, and nothing is steered.
-        steering = SteeringConfig(blocks=self._config.blocks or "all", rows=1)
+        steering = SteeringConfig(blocks=self._config.blocks or "all", sites=(self._config.site,), rows=1)
         return LLM(self._config.model, **{"steering": steering, "capture": True, **dict(self._config.engine_args)})
 
     @cached_property
@@ -111,7 +112,7 @@ class CaptureEngine:
             architecture=str(self._llm.model_config.architecture),
             hidden_size=self._llm.hidden_size,
             num_blocks=self._llm.num_blocks,
-            blocks=self._config.blocks or tuple(self._llm.capture_blocks),
+            blocks=self._blocks,
             dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
             versions=installed_versions(),
             weights=fingerprint(str(self._llm.model_config.model), self._llm.model_config.hf_config),
@@ -126,8 +127,8 @@ class CaptureEngine:
         position = self._config.position
         texts = [(pair.prompt, text, pair.line) for pair in pairs for text in (pair.positive, pair.negative)]
         prompts = [self._tokens(*text, position) for text in texts]
-        arrays = self._capture(prompts, position.capture_position)
-        samples = [self._sample(array, line, position) for array, (_, _, line) in zip(arrays, texts, strict=True)]
+        arrays = self._capture_beside_stream(prompts, position.capture_position)
+        samples = [self._sample(*pair, line, position) for pair, (_, _, line) in zip(arrays, texts, strict=True)]
         return Chunk.of(samples[::2], samples[1::2], keep_rows=keep_rows)
 
     def capture_texts(self, texts: Sequence[Text], position: Position, source: str = "") -> list[CapturedText]:
@@ -137,10 +138,10 @@ class CaptureEngine:
             DerivationError: as `capture_pairs`.
         """
         prompts = [self._tokens(text.prompt, text.text, text.line, position, source) for text in texts]
-        arrays = self._capture(prompts, position.capture_position)
+        arrays = self._capture_beside_stream(prompts, position.capture_position)
         captured = []
-        for text, tokens, rows_LTD in zip(texts, prompts, arrays, strict=True):
-            sample = self._sample(rows_LTD, text.line, position)
+        for text, tokens, (rows_LTD, stream_LTD) in zip(texts, prompts, arrays, strict=True):
+            sample = self._sample(rows_LTD, stream_LTD, text.line, position)
             captured.append(
                 CapturedText(
                     rows_LPD=sample.row_LD[:, None].astype(np.float32) if position.rule == "mean" else rows_LTD,
@@ -176,7 +177,7 @@ class CaptureEngine:
             Answer(
                 text=output.outputs[0].text,
                 token_ids=tuple(output.outputs[0].token_ids),
-                sample=self._sample(output.captured, question.line, position, skip_first=False),
+                sample=self._sample(output.captured, output.captured, question.line, position, skip_first=False),
             )
             for question, output in zip((each for each in questions for _ in params), outputs, strict=True)
         ]
@@ -227,18 +228,30 @@ class CaptureEngine:
                 yield from map(readout.numbers, self._capture(batch, "all"))
                 batch = []
 
-    def _capture(self, prompts: Sequence[list[int]], position: str | list[int]) -> list[Rows]:
-        """Rows of each prompt, `[L, P, D]`, at the blocks of the configuration."""
-        arrays: list[Rows] = self._llm.capture(prompts, position=position)
-        blocks = self._llm.capture_blocks
-        if self._config.blocks in (None, blocks):
-            return arrays
-        chosen = [blocks.index(block) for block in self._config.blocks or ()]
-        return [array_LPD[chosen] for array_LPD in arrays]
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        return self._config.blocks or self._llm.capture_blocks
 
-    def _sample(self, rows_LTD: Rows, line: int, position: Position, skip_first: bool | None = None) -> Sample:
+    def _capture(self, prompts: Sequence[list[int]], position: str | list[int]) -> list[Rows]:
+        """Rows of each prompt, `[L, P, D]`, at the blocks and the site of the configuration."""
+        found: list[Rows] = self._llm.capture_points(prompts, position, points_at(self._blocks, self._config.site))
+        return found
+
+    def _capture_beside_stream(
+        self, prompts: Sequence[list[int]], position: str | list[int]
+    ) -> list[tuple[Rows, Rows]]:
+        """The same, and the stream after the blocks, whose norms a vector of any site needs."""
+        count = len(self._blocks)
+        points = all_points(self._blocks, (self._config.site,))
+        # At the site "block", both are the same rows.
+        return [(array[-count:], array[:count]) for array in self._llm.capture_points(prompts, position, points)]
+
+    def _sample(
+        self, rows_LTD: Rows, stream_LTD: Rows, line: int, position: Position, skip_first: bool | None = None
+    ) -> Sample:
+        skips = position.includes_first if skip_first is None else skip_first
         try:
-            return summarise(rows_LTD, skip_first=position.includes_first if skip_first is None else skip_first)
+            return summarise(rows_LTD, skip_first=skips, stream_LTD=stream_LTD)
         except DerivationError as error:
             raise DerivationError(f"{self._where(line)}: {error.message}") from None
 

@@ -125,7 +125,7 @@ def fit_condition(
     """Find the blocks and the threshold at which a vector tells prompts that need steering from those that do not.
 
     Args, `EngineOptions` (see `derive`), and:
-        vector: its directions are compared with the residual stream of the prompts.
+        vector: its directions are compared with the residual stream of the prompts, or with the outputs at its site.
         positive: prompts for which the condition shall hold, as `load_prompts` reads them.
         negative: prompts for which it shall not hold.
         at: `"last_prompt_token"`, `"mean_prompt"` or `"max_prompt"`. measure: `"cosine"` or `"dot"`.
@@ -153,6 +153,7 @@ def fit_condition(
         source="prompts",
         position="last",
         blocks=candidates,
+        site=vector.metadata.site,
         **engine,
     ) as run:
         vector.check(hidden_size=run.facts.hidden_size, num_blocks=run.facts.num_blocks)

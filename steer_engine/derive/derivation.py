@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from steer_engine.derive.actors import start_capturing
-from steer_engine.derive.capture_config import CaptureConfig, EngineOptions
+from steer_engine.derive.capture_config import CaptureConfig, EngineOptions, site_named
 from steer_engine.derive.capture_engine import EngineFacts
 from steer_engine.derive.dump_folder import DumpManifest
 from steer_engine.derive.fit import MAX_ROWS_BYTES, SAMPLE_TEXTS, CapturedRows
 from steer_engine.derive.methods import FROM_ROWS, require_method
 from steer_engine.derive.texts import Pair, PairRow, Pairs, as_pairs, from_pairs
 from steer_engine.errors import DerivationError
+from steer_engine.site import Site
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import SUFFIXES, save
 
@@ -33,6 +34,7 @@ def derive(
     *,
     method: str = "diffmean",
     blocks: str | int | Iterable[int] = "all",
+    site: str = "block",
     position: str = "last",
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -50,7 +52,9 @@ def derive(
         pairs: JSONL file or name of a packaged set (see `load_pairs`); or an iterable of (positive, negative), of
             (positive, negative, prompt), or of mappings with these keys, such as the rows of a dataset.
         method: one of `methods.METHODS`. Scale 1 of the vector is the difference of the means for all but `mean`.
-        blocks: sites to capture, `"all"`, `"8-22"`, a number or numbers.
+        blocks: to capture, `"all"`, `"8-22"`, a number or numbers.
+        site: what is captured in each block: `"block"`, the stream after it; `"attn"` or `"mlp"`, the output of its
+            attention or MLP. The vector remembers it, and requests apply it there.
         position: token rows that represent a text: `"last"`, `"mean"`, or numbers such as `"-1,-2"`.
         out: file to save the vector to, `.safetensors` or `.gguf`. An existing one is replaced only with `force`.
         engine: `chat`, `dtype`, `actors`, `ray_address`, `gpus_per_actor`, `engine_args`, `progress`: see
@@ -66,12 +70,14 @@ def derive(
     if out is not None:
         numbers = CaptureConfig.of("", position=position, blocks=blocks, chat=False, source="", dtype="",
                                    engine_args=None, local=False).blocks  # fmt: skip
-        require_writable(Path(out), force=force, blocks=numbers, remedy="Leave it out, for example with blocks='1-29'")
+        remedy = "Leave it out, for example with blocks='1-29'"
+        require_writable(Path(out), force=force, blocks=numbers, site=site, remedy=remedy)
     with start_capturing(
         model,
         source=pairs.source or "pairs",
         position=position,
         blocks=blocks,
+        site=site,
         **engine,
     ) as run:
         keep_rows_of = num_pairs_to_keep(method, len(pairs), run.facts)
@@ -87,11 +93,18 @@ def derive(
     return vector
 
 
-def require_writable(out: Path, *, force: bool, blocks: tuple[int, ...] | None, remedy: str) -> None:
+def require_writable(
+    out: Path, *, force: bool, blocks: tuple[int, ...] | None, site: str = "block", remedy: str
+) -> None:
     """Raise DerivationError, before minutes of work, if a vector cannot be written to `out`.
 
     blocks: those that the vector will have; None for all. remedy: how to leave out block 0.
     """
+    if out.suffix == ".gguf" and site_named(site) is not Site.BLOCK:
+        raise DerivationError(
+            f"{out}: a GGUF control vector applies to the stream after a block, not to site {site!r}; write "
+            ".safetensors."
+        )
     if out.suffix not in SUFFIXES:
         raise DerivationError(f"{out}: the output's name must end in {' or '.join(SUFFIXES)}.")
     if out.suffix == ".gguf" and (blocks is None or 0 in blocks):

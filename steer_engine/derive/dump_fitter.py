@@ -129,6 +129,10 @@ def project(folder: Path, vector: ControlVector, blocks: Sequence[int]) -> dict[
             f"{folder}: a dump of {manifest.model} (hidden size {manifest.hidden_size}); the vector is for "
             f"{model or 'a model'} (hidden size {vector.hidden_size})."
         )
+    if manifest.site is not vector.metadata.site:
+        raise DerivationError(
+            f"{folder}: a dump of site {manifest.site.value!r}; the vector is of site {vector.metadata.site.value!r}."
+        )
     shards = dump.require_complete()
     projections = {}
     for block in blocks:

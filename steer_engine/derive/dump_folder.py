@@ -14,6 +14,7 @@ from steer_engine.derive.capture_engine import CapturedText, EngineFacts
 from steer_engine.derive.shard import AGAIN, Shard, StoredDType, write_shard
 from steer_engine.derive.texts import Text, Texts
 from steer_engine.errors import DerivationError
+from steer_engine.site import Site
 from steer_engine.vectors.metadata import VectorMetadata
 from steer_engine.vectors.storage import write_atomically
 
@@ -25,8 +26,9 @@ _LOCK = ".lock"
 class DumpManifest(BaseModel):
     """`manifest.json` of a dump folder, written before its first shard.
 
-    blocks: sites, ascending; block l = the output of block l, from 0. dataset: digest of the texts. weights: digest of
-    the checkpoint, or its commit on a hub. edits: rows are captured without any steering.
+    blocks: ascending; block l = the output of block l, from 0. site: what was captured in each; not in the file for the
+    stream after a block, of which the norms are in any case. dataset: digest of the texts. weights: digest of the
+    checkpoint, or its commit on a hub. edits: rows are captured without any steering.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -39,6 +41,7 @@ class DumpManifest(BaseModel):
     hidden_size: Annotated[int, Field(ge=1)]
     num_blocks: Annotated[int, Field(ge=1)]
     blocks: Annotated[list[int], Field(min_length=1)]
+    site: Site = Site.BLOCK
     dtype: str
     stored: StoredDType
     position: str
@@ -63,6 +66,7 @@ class DumpManifest(BaseModel):
                 "hidden_size": facts.hidden_size,
                 "num_blocks": facts.num_blocks,
                 "blocks": list(facts.blocks),
+                "site": config.site,
                 "dtype": facts.dtype,
                 "stored": facts.dtype if store == "auto" else store,
                 "position": config.position.rule,
@@ -85,7 +89,8 @@ class DumpManifest(BaseModel):
             raise DerivationError(f"{where}: not the manifest of a dump ({field}: {first['msg']}).") from None
 
     def to_bytes(self) -> bytes:
-        return self.model_dump_json(indent=2).encode() + b"\n"
+        unnamed = {"site"} if self.site is Site.BLOCK else set()
+        return self.model_dump_json(indent=2, exclude=unnamed).encode() + b"\n"
 
     def require_same(self, other: DumpManifest, where: str) -> None:
         """Raise DerivationError unless `other` would write the same rows; names the first field that differs."""
@@ -107,6 +112,7 @@ class DumpManifest(BaseModel):
             num_blocks=self.num_blocks,
             method=method,
             position=self.position,
+            site=self.site,
             dataset_digest=self.dataset,
             created_with=self.versions,
             notes=f"{units}, captured in {self.dtype}{', chat template' if self.chat else ''}.",

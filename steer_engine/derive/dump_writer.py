@@ -47,6 +47,7 @@ def dump(
     folder: str | os.PathLike[str],
     *,
     blocks: str | int | Iterable[int] = "all",
+    site: str = "block",
     position: str = "last",
     store: str = "auto",
     shard_bytes: int = SHARD_BYTES,
@@ -75,6 +76,7 @@ def dump(
         source=texts.source,
         position=position,
         blocks=blocks,
+        site=site,
         **engine,
     ) as run:
         started = DumpFolder.start(Path(folder), DumpManifest.of(run.config.model, run.config, run.facts, texts, store))

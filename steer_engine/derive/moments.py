@@ -35,9 +35,10 @@ def require_finite(rows: Rows) -> None:
         raise DerivationError("The model's residual stream is not finite here; another dtype (bfloat16) may help.")
 
 
-def summarise(rows_LTD: Rows, *, skip_first: bool) -> Sample:
-    """Mean over the token rows of a text, and the sum of their norms, in float64.
+def summarise(rows_LTD: Rows, *, skip_first: bool, stream_LTD: Rows | None = None) -> Sample:
+    """Mean over the token rows of a text, and the sum of the norms of the residual stream there, in float64.
 
+    stream_LTD: the stream after the same blocks, if the rows are of another site.
     skip_first: the rows begin with the text's first token; leave out its norm if there are others. Models park
         attention there: its norm is tens to hundreds of times that of any other row and would dominate the mean.
 
@@ -46,7 +47,8 @@ def summarise(rows_LTD: Rows, *, skip_first: bool) -> Sample:
     """
     require_finite(rows_LTD)
     rows = rows_LTD.astype(np.float64)
-    counted = rows[:, 1:] if skip_first and rows.shape[1] > 1 else rows
+    stream = rows if stream_LTD is None else stream_LTD.astype(np.float64)
+    counted = stream[:, 1:] if skip_first and rows.shape[1] > 1 else stream
     norms_LT = np.linalg.norm(counted, axis=-1)
     return Sample(row_LD=rows.mean(axis=1), norm_L=norms_LT.sum(axis=1), norm_count=counted.shape[1])
 

@@ -46,6 +46,7 @@ def fit_probe(
     *,
     method: str = "logistic",
     blocks: str | int | Iterable[int] = "all",
+    site: str = "block",
     at: ProbeAt = "last_prompt_token",
     held_out: float = 0.3,
     rate: float = 0.01,
@@ -57,6 +58,7 @@ def fit_probe(
     Args, `EngineOptions` (see `derive`), and:
         positive: prompts at which the probe shall fire, as `load_prompts` reads them. negative: the others.
         method: `"diffmean"`, `"logistic"` or `"lda"`.
+        site: as in `derive`.
         at: `"last_prompt_token"`, `"mean_prompt"`, or `"every_prompt_token"`: each token is an example by itself.
         held_out: share of each class that the quality is measured on; seed: of that split.
         rate: false-positive rate of the threshold.
@@ -73,6 +75,7 @@ def fit_probe(
         source=texts.source,
         position=POSITIONS[at],
         blocks=blocks,
+        site=site,
         **engine,
     ) as run:
         manifest = DumpManifest.of(run.config.model, run.config, run.facts, texts)
@@ -133,6 +136,7 @@ def report_probe(
         source=texts.source,
         position=POSITIONS[probe.at],
         blocks=measured,
+        site=vector.metadata.site,
         **options,
     ) as run:
         vector.check(hidden_size=run.facts.hidden_size, num_blocks=run.facts.num_blocks)

@@ -4,12 +4,13 @@ Nothing here bounds captured rows: offline, the caller captures in chunks; a ser
 time, and drops the rows of aborted ones. Of scores, only numbers leave the worker, never a distribution; their
 arithmetic is float64.
 
-Shape suffixes: L capture blocks, P positions, D hidden size, C captured rows of a step, R rows of logits, V vocabulary.
+Shape suffixes: L capture points, P positions, D hidden size, C captured rows of a step, R rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,17 @@ from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.program import Score
 
 Numbers = dict[str, object]
+
+
+class Taken(NamedTuple):
+    """The rows of a capture request on this worker: float32 [L, P, D].
+
+    points: those of the request that this worker has, ascending. positions: ascending.
+    """
+
+    points: tuple[int, ...]
+    positions: list[int]
+    rows_LPD: np.ndarray
 
 
 MAX_TAKEN = 4096
@@ -40,6 +52,8 @@ class CaptureBuffer:
         self._positions_C: torch.Tensor | None = None
         """The positions of these rows, on the device."""
         self._rows: dict[str, dict[int, np.ndarray]] = {}
+        self._points: dict[str, tuple[int, ...]] = {}
+        """The points of these rows."""
         self._taken: dict[str, None] = {}
         """The last keys that were fetched or dropped, oldest first."""
 
@@ -91,15 +105,20 @@ class CaptureBuffer:
         if not self._planned:
             return
         assert self._positions_C is not None
-        rows_LCD = self._runtime.captured(len(self._planned)).numpy()
+        wanted = {capture.key: self._here(capture) for capture in self._planned}
+        points = sorted(set().union(*wanted.values()))
+        rows_LCD = self._runtime.captured(len(self._planned), points).numpy()
+        place_of = {point: place for place, point in enumerate(points)}
+        places = {key: [place_of[point] for point in mine] for key, mine in wanted.items()}
         for c, (capture, position) in enumerate(zip(self._planned, self._positions_C.tolist(), strict=True)):
             if capture.keeps(position):
-                rows_LD = rows_LCD[self._places(capture), c]
-                self._rows.setdefault(capture.key, {})[position] = rows_LD.copy()
+                self._points[capture.key] = wanted[capture.key]
+                # A copy: indexing with a list makes one.
+                self._rows.setdefault(capture.key, {})[position] = rows_LCD[places[capture.key], c]
         self._planned = []
 
-    def take(self, key: str, end: int | None = None) -> tuple[list[int], np.ndarray]:
-        """Positions in order, those before `end`, and float32 [L, P, D] with L the requested blocks of this worker.
+    def take(self, key: str, end: int | None = None) -> Taken:
+        """The rows of a key at positions before `end`.
 
         All rows are forgotten, and nothing more is captured under the key, even if its request runs on.
         """
@@ -108,24 +127,21 @@ class CaptureBuffer:
         self._taken[key] = None
         if len(self._taken) > MAX_TAKEN:
             del self._taken[next(iter(self._taken))]
-        rows = self._rows.pop(key, {})
+        rows, points = self._rows.pop(key, {}), self._points.pop(key, self._runtime.capture_points)
         positions = sorted(position for position in rows if end is None or position < end)
         if not positions:
-            shape = (len(self._runtime.capture_blocks), 0, self._runtime.hidden_size)
-            return [], np.zeros(shape, dtype=np.float32)
-        return positions, np.stack([rows[position] for position in positions], axis=1)
+            return Taken(points, [], np.zeros((len(points), 0, self._runtime.hidden_size), dtype=np.float32))
+        return Taken(points, positions, np.stack([rows[position] for position in positions], axis=1))
 
     @property
     def num_bytes(self) -> int:
         """Host memory of rows that were not fetched yet."""
         return sum(rows_LD.nbytes for rows in list(self._rows.values()) for rows_LD in list(rows.values()))
 
-    def _places(self, capture: CaptureRequest) -> slice | list[int]:
-        """Where the requested blocks are among those that this worker captures; others belong to other stages."""
-        if capture.blocks is None:
-            return slice(None)
-        here = self._runtime.capture_blocks
-        return [here.index(block) for block in capture.blocks if block in here]
+    def _here(self, capture: CaptureRequest) -> tuple[int, ...]:
+        """The requested points that this worker captures; others belong to other stages."""
+        here = self._runtime.capture_points
+        return tuple(point for point in capture.points if point in here)
 
 
 class Scores:

@@ -31,13 +31,14 @@ def allocate_tables(
     max_requests: int,
     max_tokens: int,
     num_drafts: int,
-    captures: bool,
+    capture_sites: Sequence[int],
     num_points: int | None = None,
 ) -> Tables:
     """Zeroed device buffers of an engine with `num_sites` armed points. On device "meta" they only count bytes.
 
     max_tokens: token rows of the largest batch. num_drafts: draft tokens of a request in one step, at most.
-    captures: whether the stream can be captured. num_points: of all stages of a pipeline; default: num_sites.
+    capture_sites: the armed points that can be captured, by their numbers in the tables. num_points: of all stages of a
+    pipeline; default: num_sites.
     """
     max_probes, num_probes = config.probe_room(num_points or num_sites)
     num_watched = monitor_room()
@@ -52,7 +53,8 @@ def allocate_tables(
         device=device,
         num_drafts=num_drafts,
         num_probes=num_probes + num_watched,
-        capture_rows=max_tokens if captures else 0,
+        capture_rows=max_tokens if capture_sites else 0,
+        capture_sites=capture_sites,
     )
 
 
@@ -95,7 +97,7 @@ class Footprint:
             ),
             routing=tables.slot_T.nbytes + tables.pos_T.nbytes + tables.windows_TJ.nbytes,
             probes=0 if tables.probed_TK is None else tables.probed_TK.nbytes,
-            capture=sum(part.nbytes for part in (tables.capture_T, tables.captured_LCD) if part is not None),
+            capture=sum(part.nbytes for part in (tables.capture_T, tables.captured_MCD) if part is not None),
         )
 
 
@@ -128,6 +130,7 @@ class EngineRuntime:
         """In the order of the tables (see `site`)."""
         others = all_points(elsewhere, config.sites)
         self.capture_blocks = capture_blocks
+        self.capture_points = all_points(capture_blocks, config.sites)
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.max_requests = max_requests
@@ -143,7 +146,7 @@ class EngineRuntime:
             max_requests=max_requests,
             max_tokens=max_tokens,
             num_drafts=num_drafts,
-            captures=bool(capture_blocks),
+            capture_sites=[self.points.index(point) for point in self.capture_points],
             num_points=len(self.points) + len(others),
         )
         self.bank = Bank(self.tables.bank_RD, self.store.row)
@@ -216,7 +219,7 @@ class EngineRuntime:
 
     def watch(self, watched: Watched) -> None:
         """Keep the bank rows of the monitors, whose vectors are in the store, for the life of the engine."""
-        self.bank.pin([row for row in watched.rows if row[1] in self.forms])
+        self.bank.pin([row for row in watched.rows if row[1] in self.points])
 
     def measured(self, slots: Sequence[int]) -> torch.Tensor:
         """float64 [slots, Q]: a copy of what has been measured for the conditions of these slots, on the device."""
@@ -296,7 +299,7 @@ class EngineRuntime:
         self._stop_capturing()
 
     def capture(self, rows: list[int], after: Sequence[bool]) -> None:
-        """Capture these token rows of the coming step at every capture block, each before or `after` the edit."""
+        """Capture these token rows of the coming step at every capture point, each before or `after` the edit."""
         assert self.tables.capture_T is not None
         self._stop_capturing()
         if rows:
@@ -307,11 +310,16 @@ class EngineRuntime:
             if self._rows_N is None and not self.use_triton:
                 self._rows_N = index_C[:0]
 
-    def captured(self, num_rows: int) -> torch.Tensor:
-        """float32 [capture blocks, num_rows, D] on the host: the rows of the last step, in the order of `capture`."""
-        assert self.tables.captured_LCD is not None
-        sites = [self.points.index(block) for block in self.capture_blocks]
-        return self.tables.captured_LCD[sites, :num_rows].cpu()
+    def captured(self, num_rows: int, points: Sequence[int] | None = None) -> torch.Tensor:
+        """float32 [points, num_rows, D] on the host: the rows of the last step, in the order of `capture`.
+
+        points: some of the capture points; default: all.
+        """
+        assert self.tables.captured_MCD is not None
+        rows_MCD = self.tables.captured_MCD[:, :num_rows]
+        if points is not None and tuple(points) != self.capture_points:
+            rows_MCD = rows_MCD[[self.capture_points.index(point) for point in points]]
+        return rows_MCD.cpu()
 
     def edit(self, hidden: torch.Tensor | None, carried: torch.Tensor, site: int) -> None:
         """The op's body (see `op.edit_residual`)."""

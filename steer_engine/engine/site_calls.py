@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steer_engine.errors import UnsupportedEngineError
-from steer_engine.site import describe_point
+from steer_engine.site import Site, describe_point, site_of
 
 
 class SiteCalls:
@@ -65,14 +65,15 @@ class SiteCalls:
         self._check(1, "a step")
 
     def _check(self, expected: int, when: str) -> None:
-        wrong = [
-            f"{describe_point(point)} ({count})"
-            for point, count in zip(self._points, self._counts, strict=True)
-            if count != expected
-        ]
-        if wrong:
-            raise UnsupportedEngineError(
-                f"In {when}, edits must run {expected} times at each armed block, and ran otherwise at: "
-                f"{', '.join(wrong)[:400]}. The model does not call these blocks as it did at startup. Leave them out "
-                "of --steering-blocks, or start the model unarmed."
-            )
+        wrong = {point: count for point, count in zip(self._points, self._counts, strict=True) if count != expected}
+        if not wrong:
+            return
+        sites = dict.fromkeys(site.value for point in wrong if (site := site_of(point)) is not Site.BLOCK)
+        remedy = "Leave them out of --steering-blocks"
+        if sites:
+            remedy += f", or {' and '.join(sites)} out of --steering-sites"
+        named = ", ".join(f"{describe_point(point)} ({count})" for point, count in wrong.items())
+        raise UnsupportedEngineError(
+            f"In {when}, edits must run {expected} times at each armed block, and ran otherwise at: {named[:400]}. The "
+            f"model does not call these blocks as it did at startup. {remedy}, or start the model unarmed."
+        )

@@ -16,9 +16,11 @@ from steer_engine.errors import EvaluationError
 from steer_engine.evaluate.conditions import BASELINE, Condition
 from steer_engine.evaluate.encode import Question
 from steer_engine.evaluate.statistics import ANSWER_KEY, choice_metrics, exact_metrics, shift_metrics
+from steer_engine.settings import SteeringConfig
 
 if TYPE_CHECKING:
     from steer_engine.llm import LLM, Numbers
+    from steer_engine.vectors.control_vector import ControlVector
 
 
 BATCH = 512
@@ -28,11 +30,20 @@ Job = tuple[Question, Condition]
 Score = dict[str, float]
 
 
-def open_engine(model: str, *, dtype: str = "auto", max_model_len: int | None = None, **settings: Any) -> LLM:
+def open_engine(
+    model: str,
+    *,
+    vectors: Iterable[ControlVector] = (),
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    **settings: Any,
+) -> LLM:
     """Start the engine of an evaluation in this process, with steering and capture enabled.
 
     It runs eagerly, because a run of a few minutes is too short to repay compilation. On a CPU, KV-cache blocks have
     32 tokens, the smallest size that CPU attention supports, so that short prompts share blocks.
+
+    vectors: the sites at which they apply are armed.
     """
     # vLLM reads this when it is imported. In one process, captured rows need no copy between processes.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -40,7 +51,10 @@ def open_engine(model: str, *, dtype: str = "auto", max_model_len: int | None = 
 
     from steer_engine.llm import LLM
 
-    defaults: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 256}
+    sites = tuple({vector.metadata.site for vector in vectors})
+    defaults: dict[str, Any] = {
+        "enforce_eager": True, "max_num_seqs": 256, "steering": SteeringConfig(sites=sites)
+    }  # fmt: skip
     if not torch.cuda.is_available():
         defaults |= {"block_size": 32, "max_num_seqs": 64}
     if max_model_len is not None:

@@ -103,7 +103,7 @@ def sweep(
         raise EvaluationError(f"split {split!r} is none of validation, test.")
     named, loaded = _vectors_of(vectors), _task_of(task, settings)
     plan = _plan(settings, vectors=named)
-    with _engine(model, settings) as llm, _folder(settings) as folder:
+    with _engine(model, named.values(), settings) as llm, _folder(settings) as folder:
         generate, chat = settings.get("max_tokens", 32), settings.get("chat", False)
         for vector in named.values():
             vector.check(hidden_size=llm.hidden_size, num_blocks=llm.num_blocks)
@@ -200,7 +200,7 @@ def calibrate(
 
 
 def _run(model: str | LLM, task: Task, plan: Plan, settings: Settings) -> Outcome:
-    with _engine(model, settings) as llm, _folder(settings) as folder:
+    with _engine(model, plan.vectors.values(), settings) as llm, _folder(settings) as folder:
         if missing := sorted(set(range(llm.num_blocks)) - set(llm.capture_blocks)):
             raise EvaluationError(
                 f"This LLM does not capture blocks {block_ranges(missing)}, which the controls need; make it with "
@@ -247,10 +247,10 @@ def _vectors_of(vectors: Vectors) -> dict[str, ControlVector]:
 
 
 @contextmanager
-def _engine(model: str | LLM, settings: Settings) -> Iterator[LLM]:
+def _engine(model: str | LLM, vectors: Iterable[ControlVector], settings: Settings) -> Iterator[LLM]:
     arguments = settings.get("engine_args")
     if isinstance(model, str):
-        yield open_engine(model, **dict(arguments or {}))
+        yield open_engine(model, vectors=vectors, **dict(arguments or {}))
         return
     if arguments:
         raise EvaluationError("engine_args are for an engine that is started here; leave them out with a living LLM.")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from steer_engine.errors import UnusableVectorError, VectorFileError
 from steer_engine.fields import shown
+from steer_engine.site import Site
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata, require_fit
 
 Direction = npt.NDArray[np.float32]
@@ -89,10 +90,11 @@ class ControlVector:
 
     @cached_property
     def digest(self) -> str:
-        """`"sha256:<64 hex>"` of the content: directions and residual norms, never names.
+        """`"sha256:<64 hex>"` of the content: directions, residual norms and the site, never names.
 
         Digested bytes: the tag; then per block, ascending, `<u4 block, u4 D` and D little-endian float32; then per
-        residual norm of a block that has a direction, ascending, `<u4 block, f8 norm`.
+        residual norm of a block that has a direction, ascending, `<u4 block, f8 norm`; then the name of the site if it
+        is not "block".
         """
         sha = hashlib.sha256(DIGEST_TAG)
         for block, direction in self.directions.items():
@@ -101,6 +103,8 @@ class ControlVector:
         for block, norm in sorted(self.metadata.residual_norms.items()):
             if block in self.directions:
                 sha.update(struct.pack("<Id", block, norm))
+        if self.metadata.site is not Site.BLOCK:
+            sha.update(self.metadata.site.value.encode())
         return f"sha256:{sha.hexdigest()}"
 
     def check(self, *, hidden_size: int, num_blocks: int) -> None:
@@ -136,6 +140,8 @@ class ControlVector:
             return NotImplemented
         if self.hidden_size != other.hidden_size:
             raise VectorFileError(f"Hidden sizes {self.hidden_size} and {other.hidden_size} cannot be added.")
+        if (mine := self.metadata.site) is not (theirs := other.metadata.site):
+            raise VectorFileError(f"Vectors of the sites {mine.value!r} and {theirs.value!r} cannot be added.")
         # A block without a direction counts as zero.
         summed = {
             block: _plus(self.directions.get(block), other.directions.get(block))

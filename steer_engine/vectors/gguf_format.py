@@ -19,6 +19,7 @@ import numpy as np
 
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
+from steer_engine.site import Site
 from steer_engine.vectors.control_vector import ControlVector, Direction
 from steer_engine.vectors.gguf_keys import METADATA_KEY, Keys, glp_values, use_of
 from steer_engine.vectors.metadata import (
@@ -86,8 +87,14 @@ def save(vector: ControlVector, path: str | os.PathLike[str], *, llama_cpp: bool
             variant, which may have one.
 
     Raises:
-        VectorFileError: the vector has a direction for block 0 and `llama_cpp` is true.
+        VectorFileError: the vector has a direction for block 0 and `llama_cpp` is true, or it is of another site than
+            the stream after a block: the programs that read such a file know no other.
     """
+    if vector.metadata.site is not Site.BLOCK:
+        raise VectorFileError(
+            f"A GGUF control vector applies to the stream after a block; this one is of site "
+            f"{vector.metadata.site.value!r}. Write .safetensors."
+        )
     if llama_cpp and 0 in vector.directions:
         raise VectorFileError(
             "llama.cpp rejects a control vector with a direction for block 0. Leave that block out "

@@ -23,6 +23,7 @@ from pydantic import (
 from steer_engine.errors import ModelMismatchError, VectorFileError
 from steer_engine.fields import shown
 from steer_engine.probe import Platt
+from steer_engine.site import Site
 
 MAX_BLOCKS = 1024
 """More blocks than any known model has. Limits block numbers, headers and allocations."""
@@ -192,8 +193,11 @@ class FittedProbe(BaseModel):
 class VectorMetadata(BaseModel):
     """Provenance and calibration of a control vector. Empty text and None mean "unknown".
 
+    site: where it was derived, and where it applies unless a request says otherwise; so it is content and part of the
+        digest. "block" is the stream after a block.
     residual_norms: block -> mean Euclidean norm of a token row of the residual stream there, measured while the
-        vector was derived. `unit: "residual"` multiplies by it, so it is content and part of the digest.
+        vector was derived. `unit: "residual"` multiplies by it, so it is content and part of the digest. Of the stream
+        after the block for every site.
     separation: block -> AUROC of the direction on pairs it was not derived from: how often it ranked a positive above a
         negative (0.5 is chance).
     explained_variance: block -> share of the squared differences of the pairs that lies along the direction.
@@ -212,6 +216,7 @@ class VectorMetadata(BaseModel):
     num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
     method: Text = ""
     position: Text = ""
+    site: Annotated[Site, Field(strict=False)] = Site.BLOCK
     residual_norms: dict[Block, float] = Field(default_factory=dict)
     separation: dict[Block, Share] = Field(default_factory=dict)
     explained_variance: dict[Block, Share] = Field(default_factory=dict)
@@ -246,7 +251,7 @@ class VectorMetadata(BaseModel):
             raise VectorFileError(f"The vector's metadata field {where} is not usable: {first['msg']}.") from None
 
     def joined(self, other: VectorMetadata) -> VectorMetadata:
-        """Metadata of a sum of two vectors; symmetric. Equal fields stay, other fields become unknown.
+        """Metadata of a sum of two vectors of one site; symmetric. Equal fields stay, other fields become unknown.
 
         Residual norms that both have for a block are averaged, because both estimate the same property of the model.
         Condition and probe are left out, because the sum has other directions than those that they were fitted for.
@@ -263,6 +268,7 @@ class VectorMetadata(BaseModel):
             num_blocks=self.num_blocks if self.num_blocks == other.num_blocks else None,
             method=_agreed(self.method, other.method),
             position=_agreed(self.position, other.position),
+            site=self.site,
             residual_norms=norms,
             separation=self.separation if self.separation == other.separation else {},
             explained_variance=self.explained_variance if self.explained_variance == other.explained_variance else {},
@@ -285,7 +291,7 @@ ROW_SET_VERSION = "2"
 BLOCK_FIELDS = ("residual_norms", "separation", "explained_variance")
 JSON_FIELDS = (*BLOCK_FIELDS, "condition", "probe", "created_with", "extra")
 NUMBER_FIELDS = ("hidden_size", "num_blocks")
-TEXT_FIELDS = ("model", "architecture", "method", "position", "dataset_digest", "notes")
+TEXT_FIELDS = ("model", "architecture", "method", "position", "site", "dataset_digest", "notes")
 
 
 def require_fit(
@@ -312,7 +318,7 @@ def metadata_to_text(metadata: VectorMetadata, version: str = FORMAT_VERSION) ->
             if value:
                 entries = {str(key): entry for key, entry in value.items()}
                 text[name] = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
-        elif value != "":
+        elif value != "" and (name != "site" or value is not Site.BLOCK):
             text[name] = str(value)
     return text
 

@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 
 from steer_engine.errors import VectorFileError
+from steer_engine.site import Site
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.files import AnyVector
 from steer_engine.vectors.row_set import RowSet
@@ -85,6 +86,7 @@ def _section(name: str, vector: ControlVector, projections: Projections) -> str:
         "model": about.model,
         "method": about.method,
         "position": about.position,
+        "site": "" if about.site is Site.BLOCK else about.site.value,
         "data set": about.dataset_digest,
         "condition": "" if about.condition is None else str(about.condition),
         "probe": "" if about.probe is None else str(about.probe),

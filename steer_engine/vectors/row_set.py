@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from steer_engine.errors import UnusableVectorError, VectorFileError
 from steer_engine.fields import shown
+from steer_engine.site import Site
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, VectorMetadata, require_fit
 
 Kind = Literal["features", "low_rank"]
@@ -203,12 +204,12 @@ class RowSet:
 
     @cached_property
     def digest(self) -> str:
-        """`"sha256:<64 hex>"` of the content: rows, biases, thresholds, indices and residual norms; never labels.
+        """`"sha256:<64 hex>"` of the content: rows, biases, thresholds, indices, residual norms and site; no labels.
 
         Digested bytes: the tag; the kind and a newline; then per block, ascending, `<u4 block, u4 k, u4 D, u4 t>` with
         t = 1 if the block has thresholds; k x D float32 of read, the same of write, k of bias, k of threshold (if
         any), and k int64 of the rows' numbers, all little-endian; then per residual norm of a block that has rows,
-        ascending, `<u4 block, f8 norm>`.
+        ascending, `<u4 block, f8 norm>`; then the name of the site if it is not "block".
         """
         sha = hashlib.sha256(DIGEST_TAG + self.kind.encode() + b"\n")
         for block in self.blocks:
@@ -220,6 +221,8 @@ class RowSet:
         for block, norm in sorted(self.metadata.residual_norms.items()):
             if block in self.read:
                 sha.update(struct.pack("<Id", block, norm))
+        if self.metadata.site is not Site.BLOCK:
+            sha.update(self.metadata.site.value.encode())
         return f"sha256:{sha.hexdigest()}"
 
     def check(self, *, hidden_size: int, num_blocks: int) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from steer_engine.errors import VectorFileError
+from steer_engine.site import Site
 from steer_engine.vectors.control_vector import ControlVector, Direction
 from steer_engine.vectors.metadata import (
     FORMAT,
@@ -279,6 +280,8 @@ def _metadata_schema() -> dict[str, Any]:
             properties[name] = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
         elif name in NUMBER_FIELDS:
             properties[name] = {"type": "string", "pattern": "^[0-9]{1,9}$"}
+        elif name == "site":
+            properties[name] = {"enum": [site.value for site in Site]}
         else:
             properties[name] = {key: field[key] for key in ("type", "maxLength", "pattern") if key in field}
         properties[name]["description"] = _DESCRIPTIONS[name]
@@ -311,6 +314,7 @@ _DESCRIPTIONS = {
     "num_blocks": "Number of blocks of the model. Block numbers of directions are below it.",
     "method": "How it was derived: diffmean, pca, ...",
     "position": "Which token rows were captured: last, mean, token numbers, answer last or answer mean.",
+    "site": "Where it was derived, and applies: after a block (the default), or at attn or mlp. Part of the digest.",
     "residual_norms": "Block -> mean Euclidean norm of a token row of the stream at its output. Part of the digest.",
     "separation": "Block -> AUROC of the direction on texts that it was not derived from; 0.5 is chance.",
     "explained_variance": "Block -> share of the squared differences of the pairs that lies along the direction.",

@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from steer_engine.api.answers import RequestNote, current_note
 from steer_engine.capture import PARAM, CaptureRequest
 from steer_engine.errors import SteeringRequestError
+from steer_engine.site import Site
 from steer_engine.vllm import engine_client
 from steer_engine.vllm.intake import checked_steering, frontend_of
 
@@ -102,19 +103,21 @@ async def _fetching(
 def deliver(note: RequestNote, capture: CaptureRequest, rows_LPD: np.ndarray, prompt_len: int, num_tokens: int) -> None:
     """Put captured rows into the note's report: base64 of a safetensors file.
 
-    rows_LPD: float32 [blocks, positions, D], as the workers return them. num_tokens: of the answer.
+    rows_LPD: float32 [points, positions, D], as the workers return them. num_tokens: of the answer.
     """
     assert note.report is not None
-    assert capture.blocks is not None
     positions, rows_LPD = capture.arranged(rows_LPD, prompt_len, num_tokens)
+    name = "residual" if capture.site is Site.BLOCK else capture.site.value
     tensors = {
-        f"residual.{block}": np.ascontiguousarray(rows) for block, rows in zip(capture.blocks, rows_LPD, strict=True)
+        f"{name}.{block}": np.ascontiguousarray(rows) for block, rows in zip(capture.blocks, rows_LPD, strict=True)
     }
     metadata = {
         "format": FORMAT,
         "positions": ",".join(map(str, positions)),
         "edit": "after" if capture.after else "before",
     }
+    if capture.site is not Site.BLOCK:
+        metadata["site"] = capture.site.value
     if capture.scope != "prompt":
         metadata["scope"] = capture.scope
         metadata["prompt_tokens"] = str(prompt_len)

@@ -135,7 +135,7 @@ async def drop_capture(async_llm: Any, key: str) -> None:
 
 
 def rows_of(reply: dict[str, Any]) -> np.ndarray:
-    """float32 `[blocks, positions, D]` of a reply to `fetch_capture`."""
+    """float32 `[points, positions, D]` of a reply to `fetch_capture`."""
     if not reply["ok"]:
         raise RuntimeError(f"Capture failed in the worker: {reply['reason']}")
     return np.frombuffer(reply["rows"], dtype=np.float32).reshape(reply["shape"])

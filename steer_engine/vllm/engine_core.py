@@ -6,6 +6,7 @@ utility method, `steer(action, args)`, which clients reach by name. Known for vL
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,16 +120,20 @@ def fetch_capture(core: Any, key: str, wanted: bool = True, end: int | None = No
         return failed[0]
     if not wanted:
         return {"ok": True}
-    of_stages = {tuple(reply["blocks"]): reply for reply in reversed(replies) if reply["blocks"]}
-    parts = [of_stages[blocks] for blocks in sorted(of_stages)]
+    parts = [reply for reply in replies if reply["points"]]
     if not parts or any(part["positions"] != parts[0]["positions"] for part in parts):
         return {"ok": False, "reason": "the stages of the pipeline captured different positions"}
+    num_bytes = 4 * math.prod(parts[0]["shape"][1:])  # float32, of one point
+    rows_of = {
+        point: part["rows"][place * num_bytes : (place + 1) * num_bytes]
+        for part in reversed(parts)
+        for place, point in enumerate(part["points"])
+    }
     return {
         "ok": True,
-        "blocks": [block for part in parts for block in part["blocks"]],
         "positions": parts[0]["positions"],
-        "shape": [sum(part["shape"][0] for part in parts), *parts[0]["shape"][1:]],
-        "rows": b"".join(part["rows"] for part in parts),
+        "shape": [len(rows_of), *parts[0]["shape"][1:]],
+        "rows": b"".join(rows_of[point] for point in sorted(rows_of)),
     }
 
 

@@ -23,6 +23,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from steer_engine.engine.runtime import Footprint, allocate_tables
 from steer_engine.errors import SteerError
 from steer_engine.settings import CONFIG_KEY, EngineLimits, SteeringConfig
+from steer_engine.site import all_points
 from steer_engine.vllm import engine_client, launch, symbols
 from steer_engine.vllm.arming import most_rows, num_drafts
 from steer_engine.vllm.fused_norm import reason_not_to_fuse
@@ -93,6 +94,8 @@ class Diagnosis:
     """Where edits may apply besides the outputs of the armed blocks."""
     site_modules: dict[str, list[str]] = field(default_factory=dict)
     """By site, the modules of the copy whose outputs are edited."""
+    tensor_parallel_size: int = 1
+    """Of the server. The copy is one rank, so it does not show whether each rank has the whole output of a module."""
     ops: list[str] = field(default_factory=list)
     rows: int = 0
     max_num_seqs: int = 0
@@ -133,8 +136,9 @@ def examine(argv: Sequence[str], *, probe: bool = True) -> Diagnosis:
     diagnosis = Diagnosis(model=argv[0] if argv else "")
     try:
         _check_symbols(diagnosis)
-        args = _attempt(diagnosis, lambda: _engine_args(argv))
-        diagnosis.model = args.model
+        requested = _attempt(diagnosis, lambda: _engine_args(argv))
+        diagnosis.model, diagnosis.tensor_parallel_size = requested.model, requested.tensor_parallel_size
+        args = _one_rank(requested)
         vllm_config = _attempt(diagnosis, lambda: _examine_configuration(diagnosis, args))
         if probe:
             _attempt(diagnosis, lambda: _examine_copy(diagnosis, args, vllm_config))
@@ -172,11 +176,16 @@ def _attempt(diagnosis: Diagnosis, step: Callable[[], T]) -> T:
 
 
 def _engine_args(argv: Sequence[str]) -> EngineArgs:
-    """vLLM's engine arguments from the flags of `serve`, for one rank of one replica: all ranks are equal."""
+    """vLLM's engine arguments from the flags of `serve`."""
     flags = launch.parse_serve_flags(argv)
     register()
+    return EngineArgs.from_cli_args(flags)
+
+
+def _one_rank(args: EngineArgs) -> EngineArgs:
+    """The arguments for one rank of one replica: all ranks are equal."""
     return replace(
-        EngineArgs.from_cli_args(flags),
+        args,
         skip_tokenizer_init=True,
         tensor_parallel_size=1,
         data_parallel_size=1,
@@ -215,6 +224,7 @@ def _examine_configuration(diagnosis: Diagnosis, args: EngineArgs) -> VllmConfig
 def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
     """Bytes of the buffers of one rank. The call that allocates them in an engine runs here on the device `meta`."""
     shape = model_shape(vllm_config, config)
+    points = config.armed_points(shape.num_blocks)
     tables = allocate_tables(
         config,
         num_sites=shape.num_points,
@@ -224,7 +234,7 @@ def footprint(vllm_config: VllmConfig, config: SteeringConfig) -> Footprint:
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=most_rows(vllm_config),
         num_drafts=num_drafts(vllm_config),
-        captures=config.capture != (),
+        capture_sites=[points.index(point) for point in all_points(shape.capture_blocks, shape.sites)],
     )
     return Footprint.of(tables)
 

@@ -1,9 +1,9 @@
 """The sites inside blocks: which module's output is the attention's or the MLP's contribution to the stream.
 
-Found and examined at startup, by two small forward passes with made-up attention (see `blocks.row_local`). The first
-one shows which modules run, the second one whether noise in their outputs arrives in the stream as it is. With tensor
-parallelism, each rank must have the whole output, not its share. Uses `tensor_model_parallel_all_reduce` of vLLM 0.32
-and 0.33.
+Found and examined at startup, by small forward passes with made-up attention (see `blocks.row_local`). The first one
+shows which modules run, two others whether noise of two sizes in their outputs arrives in the stream in its direction,
+and in proportion. With tensor parallelism, each rank must have the whole output, not its share. Uses
+`tensor_model_parallel_all_reduce` of vLLM 0.32 and 0.33.
 
 Shape suffixes: T rows of the probe, P points, D hidden size.
 """
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,10 +45,29 @@ NOUNS = {Site.ATTN: "attention", Site.MLP: "MLP"}
 
 REMEDY = "Leave it out of --steering-sites, or these blocks out of --steering-blocks."
 
-NOISE = 16.0
-"""Size of the noise, in sizes of the stream: the rest of the block then changes its output by far less."""
+NOISES = (4.0, 16.0)
+"""Sizes of the noise, in sizes of the stream: the rest of the block then changes its output by far less."""
 MIN_COSINE = 0.7
 """Of the noise and what arrives in the stream. Another projection on the way leaves about 1 / sqrt(D)."""
+MIN_SHARE, MAX_SHARE = 0.5, 2.0
+"""What arrives of the noise between the two sizes, in shares of what arrives of the larger one. A constant factor on
+the way (Granite) leaves 1, a norm almost 0."""
+
+
+class Effect(NamedTuple):
+    """Noise in an output, and how it changed the stream: float32 [D]."""
+
+    noise_D: torch.Tensor
+    change_D: torch.Tensor
+
+    @property
+    def cosine(self) -> float:
+        return float(torch.cosine_similarity(self.change_D, self.noise_D, dim=0))
+
+    @property
+    def gain(self) -> float:
+        """The part of the noise that arrives."""
+        return float(self.change_D @ self.noise_D / self.noise_D.square().sum())
 
 
 @dataclass(eq=False)
@@ -118,15 +137,24 @@ def find_site_modules(
     for point, site_module in found.items():
         _check_runs(point, blocks, site_module, rows, vllm_config.model_config.get_hidden_size())
     _check_whole(blocks, found, vllm_config)
-    arrived = _noise_pass(model, blocks, forms, found, streams, rows, stage, vllm_config, device)
+    small, large = (
+        _noise_pass(model, blocks, forms, found, streams, rows, stage, vllm_config, device, size) for size in NOISES
+    )
     for point, site_module in found.items():
-        cosine = arrived.get(point, math.nan)
+        cosine, share = _arrived(small.get(point), large.get(point))
         if not cosine > MIN_COSINE:
             raise _refusal(
                 point,
                 blocks,
                 f"the output of {site_module.name} is not added to the residual stream as it is (noise in it and the "
                 f"stream's change have a cosine of {cosine:.2f})",
+            )
+        if not MIN_SHARE < share < MAX_SHARE:
+            raise _refusal(
+                point,
+                blocks,
+                f"the output of {site_module.name} is not added to the residual stream in proportion to its size, as "
+                f"behind a norm (of more noise, {share:.0%} of the share of less arrives)",
             )
         site_module.output = site_module.row_D = None
     return found
@@ -185,6 +213,14 @@ def _check_whole(blocks: nn.ModuleList, found: Mapping[int, SiteModule], vllm_co
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     if num_ranks == 1:
         return
+    for point, each in found.items():
+        # vLLM sets this after the model is built, for a sum that a later kernel makes. The passes here may not show it.
+        experts = blocks[block_of(point)].modules() if site_of(point) is Site.MLP else ()
+        if any(getattr(getattr(part, "moe_config", None), "skip_final_all_reduce", False) for part in experts):
+            reason = (
+                f"the experts of {each.name} are summed over the ranks of tensor parallelism only after they are added"
+            )
+            raise _refusal(point, blocks, reason)
     rows_PD = torch.stack([each.row_D.reshape(-1).float() for each in found.values() if each.row_D is not None])
     means_PD = tensor_model_parallel_all_reduce(rows_PD.clone()) / num_ranks
     differ_P = (means_PD - rows_PD).norm(dim=1) > 1e-2 * rows_PD.norm(dim=1)
@@ -244,6 +280,15 @@ def _watch_pass(
     return streams
 
 
+def _arrived(small: Effect | None, large: Effect | None) -> tuple[float, float]:
+    """The cosine of the large noise and its effect; and how much of the difference of both noises arrives, in shares of
+    what arrives of the large one. NaN where a module or block did not run."""
+    if small is None or large is None:
+        return math.nan, math.nan
+    more = Effect(large.noise_D - small.noise_D, large.change_D - small.change_D)
+    return large.cosine, more.gain / large.gain
+
+
 def _noise_pass(
     model: nn.Module,
     blocks: nn.ModuleList,
@@ -254,12 +299,16 @@ def _noise_pass(
     stage: Stage,
     vllm_config: VllmConfig,
     device: torch.device,
-) -> dict[int, float]:
-    """By point, the cosine of the noise in the module's output, in a row of its own, and what it does to the stream."""
+    size: float,
+) -> dict[int, Effect]:
+    """By point, noise in the module's output, in a row of its own, and what it does to the stream.
+
+    size: of the noise, in sizes of the stream.
+    """
     generator = torch.Generator().manual_seed(2)
     noise_D = torch.randn(vllm_config.model_config.get_hidden_size(), generator=generator).to(device)
     added: dict[int, torch.Tensor] = {}
-    arrived: dict[int, float] = {}
+    arrived: dict[int, Effect] = {}
 
     def row_of(point: int) -> int:
         return rows.row(block_of(point), SITES_IN_BLOCKS.index(site_of(point)))
@@ -271,7 +320,7 @@ def _noise_pass(
                 return None
             tensor = tensor.clone()
             clean_D = tensor[..., 0, :].clone()
-            size_D = noise_beside(noise_D, [clean_D, streams[block_of(point)].to(tensor.dtype)], NOISE)
+            size_D = noise_beside(noise_D, [clean_D, streams[block_of(point)].to(tensor.dtype)], size)
             tensor[..., row_of(point), :] = clean_D + size_D.to(tensor.dtype)
             added[point] = (tensor[..., row_of(point), :].float() - clean_D.float()).reshape(-1)
             return with_main_tensor(output, tensor)
@@ -284,7 +333,7 @@ def _noise_pass(
             for point, noise in added.items():
                 if block_of(point) == block:
                     change_D = stream_TD[row_of(point)] - stream_TD[0]
-                    arrived[point] = float(torch.cosine_similarity(change_D, noise, dim=0))
+                    arrived[point] = Effect(noise, change_D)
 
         return hook
 

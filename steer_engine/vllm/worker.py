@@ -85,17 +85,17 @@ def status(adapter: RunnerAdapter) -> Reply:
 
 
 def fetch_capture(adapter: RunnerAdapter, key: str, wanted: bool = True, end: int | None = None) -> Reply:
-    """The rows captured under a key at this worker's blocks: positions, float32 [blocks, positions, D] as bytes.
+    """The rows captured under a key at this worker's points: positions, float32 [points, positions, D] as bytes.
 
     wanted: return them; otherwise they are only dropped. A request that still runs (it was aborted, and the next step
     will say so) captures nothing more. end: rows from this position on are dropped.
     """
-    positions, rows_LPD = adapter.captures.take(key, end)
+    points, positions, rows_LPD = adapter.captures.take(key, end)
     if not wanted:
         return {"ok": True}
     return {
         "ok": True,
-        "blocks": list(adapter.runtime.capture_blocks),
+        "points": list(points),
         "positions": positions,
         "shape": list(rows_LPD.shape),
         "rows": rows_LPD.tobytes(),

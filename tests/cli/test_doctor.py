@@ -58,7 +58,15 @@ def found(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "unknown": [str(folder / "unknown"), "--memory-only"],
         "adapters": [tiny_llama, "--memory-only", "--json", "--enable-lora"],
         "dead": [str(rescaled(Path(tiny_llama), folder / "dead", {"model.norm.weight": 0.0}))],
-        "no weights": [str(no_weights), "--max-num-seqs", "8", "--steering-sites", "mlp"],
+        "no weights": [
+            str(no_weights),
+            "--max-num-seqs",
+            "8",
+            "--steering-sites",
+            "mlp",
+            "--tensor-parallel-size",
+            "2",
+        ],
         "site": [tiny_llama, "--memory-only", "--steering-sites", "ffn"],
         "tiny": [
             tiny_llama,
@@ -161,7 +169,7 @@ def test_a_yes_without_the_weights_says_so(found: dict[str, tuple[int, str]]) ->
     assert status == 0, printed
     assert "yes: it can be served steered, judging by a copy with random weights" in printed
     assert "site mlp" in printed
-    assert "after mlp" in printed
+    assert "after mlp; of one rank: if the 2 ranks have shares of it, the server refuses it" in printed
     assert "its own weights were not examined" not in found["tiny table"][1]
 
 

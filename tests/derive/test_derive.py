@@ -170,6 +170,8 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "caa"}, "no method 'caa'"),
     "blocks": ({"blocks": "22-8"}, "runs backwards"),
     "position": ({"position": "first"}, "Position 'first' is none of"),
+    "site": ({"site": "ffn"}, "Site 'ffn' is none of block, attn, mlp"),
+    "GGUF of a site": ({"site": "mlp", "blocks": 1, "out": "v.gguf"}, "not to site 'mlp'; write .safetensors"),
     "actors": ({"actors": 0}, "0 actors cannot capture"),
     "GPUs": ({"gpus_per_actor": 99.0}, r"1 actor\(s\) with 99 GPU"),
     "pairs": ({"pairs": "gone.jsonl"}, r"gone\.jsonl: cannot be read"),

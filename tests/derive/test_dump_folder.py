@@ -17,6 +17,7 @@ from helpers.dumping import contrast, manifest, rows_of, texts_of, write
 from steer_engine.derive.dump_folder import DumpFolder, DumpManifest
 from steer_engine.derive.shard import CODES, decode, encode
 from steer_engine.errors import DerivationError
+from steer_engine.site import Site
 
 
 def test_shards_come_in_canonical_order_however_they_are_numbered(tmp_path: Path) -> None:
@@ -162,6 +163,17 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
         other.stdout.close()
     with folder.writing():
         pass
+
+
+def test_a_dump_of_another_site_says_so(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", contrast(5)).manifest
+    assert b'"site"' not in plain.to_bytes()
+    assert plain.vector_metadata("diffmean").site is Site.BLOCK
+    of_mlp = plain.model_copy(update={"site": Site.MLP})
+    assert DumpManifest.parse(of_mlp.to_bytes(), "m") == of_mlp
+    assert of_mlp.vector_metadata("diffmean").site is Site.MLP
+    with pytest.raises(DerivationError, match="its site is block, now it would be mlp"):
+        plain.require_same(of_mlp, "d")
 
 
 def test_the_rows_file_is_plain_safetensors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from helpers.stepping import HIDDEN_SIZE, changed, edited, new_runtime, program,
 from steer_engine.capture import CaptureRequest, Positions
 from steer_engine.engine.outputs import MAX_TAKEN, CaptureBuffer
 from steer_engine.engine.runtime import EngineRuntime
+from steer_engine.site import SITES_IN_BLOCKS, Site, points_at
 
 CAPTURE_BLOCKS = (1, 3)
 
@@ -32,8 +33,8 @@ def value(request: int, position: int, block: int) -> float:
     return 1000.0 * request + 10.0 * position + block
 
 
-def request(key: str, positions: Positions, **fields: Any) -> CaptureRequest:
-    return CaptureRequest(key=key, positions=positions, **fields)
+def request(key: str, positions: Positions, points: tuple[int, ...] = CAPTURE_BLOCKS, **fields: Any) -> CaptureRequest:
+    return CaptureRequest(key=key, positions=positions, points=points, **fields)
 
 
 def plan(buffer: CaptureBuffer, batch: Sequence[tuple[str, int, int]], ahead: int = 0) -> torch.Tensor:
@@ -76,7 +77,8 @@ def step(
 def assert_taken(
     buffer: CaptureBuffer, key: str, request: int, positions: list[int], offset: float = 0.0, end: int | None = None
 ) -> None:
-    found, rows_LPD = buffer.take(key, end)
+    points, found, rows_LPD = buffer.take(key, end)
+    assert points == CAPTURE_BLOCKS
     assert found == positions
     assert rows_LPD.dtype == np.float32
     assert rows_LPD.shape == (len(CAPTURE_BLOCKS), len(positions), HIDDEN_SIZE)
@@ -114,12 +116,12 @@ def test_several_requests_among_others(runtime: EngineRuntime, buffer: CaptureBu
 
 
 def test_chosen_positions_at_chosen_blocks(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
-    capture = request("k", (0, 3, 6), blocks=(3,))
+    capture = request("k", (0, 3, 6), points=(3,))
     whole = request("whole", range(3))
     step(runtime, buffer, [(1, capture, 0, 4), (2, whole, 0, 3)])
     assert buffer.num_bytes == (2 * 1 + 3 * len(CAPTURE_BLOCKS)) * HIDDEN_SIZE * 4
     step(runtime, buffer, [(1, capture, 4, 3)])
-    found, rows_LPD = buffer.take("k")
+    _, found, rows_LPD = buffer.take("k")
     assert found == [0, 3, 6]
     assert rows_LPD[:, :, 0].tolist() == [[value(1, position, 3) for position in found]]
     assert_taken(buffer, "whole", 2, [0, 1, 2])
@@ -127,13 +129,44 @@ def test_chosen_positions_at_chosen_blocks(runtime: EngineRuntime, buffer: Captu
 
 
 def test_blocks_of_other_pipeline_stages_are_left_out(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
-    step(runtime, buffer, [(1, request("some", range(2), blocks=(0, 3)), 0, 2)])
-    step(runtime, buffer, [(1, request("none", range(2), blocks=(0,)), 0, 2)])
-    found, rows_LPD = buffer.take("some")
+    step(runtime, buffer, [(1, request("some", range(2), points=(0, 3)), 0, 2)])
+    step(runtime, buffer, [(1, request("none", range(2), points=(0,)), 0, 2)])
+    points, found, rows_LPD = buffer.take("some")
+    assert points == (3,)
     assert found == [0, 1]
     assert rows_LPD[:, :, 0].tolist() == [[value(1, position, 3) for position in found]]
-    found, rows_LPD = buffer.take("none")
-    assert (found, rows_LPD.shape) == ([0, 1], (0, 2, HIDDEN_SIZE))
+    points, found, rows_LPD = buffer.take("none")
+    assert (points, found, rows_LPD.shape) == ((), [0, 1], (0, 2, HIDDEN_SIZE))
+
+
+def test_requests_at_several_sites_of_one_step() -> None:
+    """Each gets the rows of its own points; only capture blocks have rows, at every armed site."""
+    runtime = new_runtime(capture_blocks=CAPTURE_BLOCKS, sites=SITES_IN_BLOCKS)
+    rows_MCD = runtime.tables.captured_MCD
+    assert rows_MCD is not None
+    assert len(rows_MCD) == 3 * len(CAPTURE_BLOCKS)
+    buffer = CaptureBuffer(runtime)
+    wanted = {
+        "stream": CAPTURE_BLOCKS,
+        "mlp": points_at((3,), Site.MLP),
+        "both": (1, *points_at(CAPTURE_BLOCKS, Site.ATTN)),
+        "plain": (),
+    }
+    for name, points in wanted.items():
+        buffer.start(name, request(name, range(2), points) if points else None)
+    route(runtime, *[(0, 0, 2)] * len(wanted))
+    plan(buffer, [(name, 0, 2) for name in wanted])
+    rows = torch.arange(2.0 * len(wanted))[:, None].expand(-1, HIDDEN_SIZE)
+    for number, point in enumerate(runtime.points):
+        runtime.edit(None, (rows + 10 * point).contiguous(), number)
+    buffer.collect()
+    for first, (name, points) in enumerate(wanted.items()):
+        if points:
+            found, positions, rows_LPD = buffer.take(name)
+            assert (found, positions) == (points, [0, 1])
+            expected = [[2 * first + 10 * point, 2 * first + 1 + 10 * point] for point in points]
+            assert rows_LPD[:, :, 0].tolist() == expected
+    assert buffer.num_bytes == 0
 
 
 def test_before_and_after_the_edit_side_by_side(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
@@ -155,7 +188,7 @@ def test_before_and_after_the_edit_side_by_side(runtime: EngineRuntime, buffer: 
         (slice(2, 4), "after", left[1]),
         (slice(4, 6), "plain", carried),
     ):
-        _, rows_LPD = buffer.take(key)
+        rows_LPD = buffer.take(key).rows_LPD
         assert np.array_equal(rows_LPD[0], (hidden + source)[rows].numpy())
         assert np.array_equal(rows_LPD[1], (hidden + carried)[rows].numpy())  # block 3: nothing is edited there
 
@@ -169,7 +202,7 @@ def test_positions_computed_again_are_overwritten(runtime: EngineRuntime, buffer
 
 
 def answer(key: str, prompt_len: int, max_tokens: int) -> CaptureRequest:
-    return CaptureRequest(key=key, positions="all", scope="generation").at(prompt_len, max_tokens)
+    return request(key, "all", scope="generation").at(prompt_len, max_tokens)
 
 
 def test_an_answer_in_steps(runtime: EngineRuntime, buffer: CaptureBuffer) -> None:
@@ -198,7 +231,7 @@ def test_rejected_drafts_give_way_to_the_tokens_that_came(runtime: EngineRuntime
     step(runtime, buffer, [(1, capture, 3, 4)], offset=0.5)  # one draft of three is taken: positions 3 and 4 stay
     step(runtime, buffer, [(2, None, 9, 2), (1, capture, 5, 4)], ahead=2)  # all are taken
     step(runtime, buffer, [(1, capture, 9, 4)], ahead=2)
-    found, rows_LPD = buffer.take("k")
+    _, found, rows_LPD = buffer.take("k")
     assert found == [2, 3, 4, 5, 6, 7, 8], "no row beyond the longest answer is kept"
     expected = [value(1, position, 3) + 0.5 * (position in (3, 4)) for position in found]
     assert rows_LPD[1, :, 0].tolist() == expected
@@ -210,7 +243,7 @@ def test_an_answer_computed_again_is_overwritten(runtime: EngineRuntime, buffer:
     for first, count in ((0, 3), (3, 1), (4, 1), (5, 1)):
         step(runtime, buffer, [(1, capture, first, count)])
     step(runtime, buffer, [(1, capture, 4, 3)], offset=0.5)
-    found, rows_LPD = buffer.take("k", 6)
+    _, found, rows_LPD = buffer.take("k", 6)
     assert found == [2, 3, 4, 5]
     assert rows_LPD[0, :, 0].tolist() == [value(1, position, 1) + 0.5 * (position > 3) for position in found]
 
@@ -247,7 +280,7 @@ def test_nothing_is_captured_under_a_key_that_was_taken(runtime: EngineRuntime, 
         plan(buffer, [("1", first, 2)])
         for block in range(NUM_BLOCKS):
             runtime.edit(None, torch.full((2, HIDDEN_SIZE), 1.0), block)
-        assert buffer.take("k")[0] == expected
+        assert buffer.take("k").positions == expected
     assert buffer.num_bytes == 0
 
 

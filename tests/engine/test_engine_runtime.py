@@ -230,7 +230,9 @@ def test_a_capture_does_not_change_what_is_computed() -> None:
 def test_addresses_never_change() -> None:
     """A CUDA graph holds them."""
     runtime = new_runtime(capture_blocks=(1,))
-    tensors = {name: getattr(runtime.tables, name) for name in type(runtime.tables).__slots__}
+    parts = {name: getattr(runtime.tables, name) for name in type(runtime.tables).__slots__}
+    tensors = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
+    assert parts.keys() - tensors.keys() == {"capture_places"}
     before = {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in tensors.items()}
     hidden, carried = stream()
     for step in range(50):
@@ -257,8 +259,6 @@ def test_the_bank_has_room_for_all_that_requests_may_need() -> None:
 
 
 def test_bytes_are_those_of_all_buffers() -> None:
-    tables = new_runtime(capture_blocks=(1,)).tables
-    assert tables.captured_LCD is not None
     runtime = new_runtime()
     assert runtime.num_bytes < new_runtime(capture_blocks=(1,)).num_bytes
     assert runtime.num_bytes >= runtime.tables.bank_RD.nbytes + runtime.tables.entries_SLEW.nbytes

@@ -8,6 +8,7 @@ from helpers.stepping import new_runtime, route, stream
 from steer_engine.engine.runtime import EngineRuntime
 from steer_engine.engine.site_calls import SiteCalls
 from steer_engine.errors import UnsupportedEngineError
+from steer_engine.site import Site, points_at
 
 BLOCKS = (2, 4, 7)
 STEPS = 3
@@ -28,6 +29,23 @@ def step(runtime: EngineRuntime, *sites: int) -> None:
     route(runtime, (0, 0, 2))
     forward(runtime, *sites)
     runtime.end_step()
+
+
+def test_a_site_that_runs_otherwise_names_its_flag() -> None:
+    points = (*BLOCKS, *points_at(BLOCKS, Site.MLP))
+    calls = SiteCalls(points, can_replay=False)
+    calls.begin_step()
+    for site in (0, 1, 2, 3, 3, 5):
+        calls.count(site)
+    with pytest.raises(UnsupportedEngineError) as caught:
+        calls.end_step()
+    assert "ran otherwise at: 2 (mlp) (2), 4 (mlp) (0)." in caught.value.message
+    assert "Leave them out of --steering-blocks, or mlp out of --steering-sites" in caught.value.message
+    calls = SiteCalls(BLOCKS, can_replay=False)
+    calls.begin_step()
+    with pytest.raises(UnsupportedEngineError) as caught:
+        calls.end_step()
+    assert "--steering-sites" not in caught.value.message
 
 
 def test_counting_ends_after_the_first_steps() -> None:

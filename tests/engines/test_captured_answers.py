@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,14 @@ from helpers.driving import params, sampled, tokens
 from helpers.engines import RUNNER, TINY_BLOCKS
 from helpers.oracle import Oracle
 from helpers.traffic import SPECS, Ask, Start, asks, core_of, drafts_of, marked, run
+from safetensors.numpy import load as load_tensors
 
 from steer_engine import LLM
+from steer_engine.api.answers import RequestNote
+from steer_engine.capture import CaptureRequest
 from steer_engine.errors import SteeringRequestError
+from steer_engine.site import Site, points_at
+from steer_engine.vllm.capture_fetch import deliver
 
 NUM = 24 if RUNNER == "v1" else 4
 SCOPES: tuple[Scope, ...] = ("generation", "all")
@@ -181,3 +188,23 @@ def test_a_call_that_is_interrupted_leaves_no_rows(tiny: LLM, monkeypatch: pytes
     while engine.has_unfinished_requests():
         engine.step()
     assert captured_bytes(tiny) == 0
+
+
+@pytest.mark.parametrize(("site", "name"), [(Site.BLOCK, "residual"), (Site.MLP, "mlp")])
+def test_a_servers_answer_names_the_site(site: Site, name: str) -> None:
+    """The file in the answer: a tensor for each block, under the name of what was captured."""
+    capture = CaptureRequest(key="k", positions=(0, 2), points=points_at((0, 2), site))
+    note = RequestNote(report={"capture": capture.report()})
+    rows_LPD = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+    deliver(note, capture, rows_LPD, 3, 1)
+    assert note.report is not None
+    told = note.report["capture"]
+    data = base64.b64decode(told["data"])
+    assert told.get("site") == (None if site is Site.BLOCK else "mlp")
+    tensors = load_tensors(data)
+    assert {key: rows.tolist() for key, rows in tensors.items()} == {
+        f"{name}.0": rows_LPD[0].tolist(), f"{name}.2": rows_LPD[1].tolist()
+    }  # fmt: skip
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    assert metadata.get("site") == told.get("site")
+    assert metadata["positions"] == "0,2"

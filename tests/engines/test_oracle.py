@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.driving import distribution, edit, generate, prompt_logprobs, sampled, steering, tokens
+from helpers.driving import distribution, edit, generate, params, prompt_logprobs, sampled, steering, tokens
 from helpers.engines import TINY_BLOCKS, TINY_VOCAB, random_vector
 from helpers.oracle import Oracle, stacked
 
 from steer_engine import LLM
+from steer_engine.errors import SteeringRequestError
+from steer_engine.site import SITES_IN_BLOCKS, all_points
 
 VECTORS = {f"r{seed}": random_vector(seed) for seed in range(32)}
 PROMPT = tokens(0, 40)
@@ -132,6 +134,49 @@ def test_captured_streams_are_those_of_the_oracle(tiny: LLM, oracle: Oracle) -> 
     assert np.abs(ours[2] - ours_plain[2]).max() >= 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("site", ["attn", "mlp"])
+def test_captured_outputs_are_those_of_hooks(tiny_sites: LLM, oracle: Oracle, site: str) -> None:
+    """Of prompts and of answers, before the edits of the site and after them."""
+    spec = steering(edit("r0", 1.5, site=site, blocks=1), edit("r1", 0.8, blocks=0))
+    plain = stacked(oracle.streams(PROMPT, None, site=site))
+    bound_L = 1e-5 * np.abs(plain).max(axis=(1, 2))
+    for steered in (None, spec):
+        streams = oracle.streams(PROMPT, steered, site=site)
+        for after in (False, True):
+            expected = stacked(streams, after=after)
+            ours = tiny_sites.capture([PROMPT], "all", steering=steered, after=after, site=site)[0]
+            assert ours.shape == expected.shape
+            assert (np.abs(ours - expected).max(axis=(1, 2)) <= 2 * bound_L).all()
+            assert (np.abs(expected - plain).max(axis=(1, 2)) >= 1e-2).any() == (steered is not None)
+    other = stacked(oracle.streams(PROMPT, None))
+    assert (np.abs(other - plain).max(axis=(1, 2)) >= 1e4 * bound_L).all(), "the stream is another number"
+    (output,) = tiny_sites.capture_answers([PROMPT], params(spec, max_tokens=4), scope="all", site=site)
+    whole = [*PROMPT, *output.outputs[0].token_ids]
+    expected = stacked(oracle.streams(whole, spec, len(PROMPT), site=site))[:, :-1]
+    assert output.captured.shape == expected.shape
+    assert (np.abs(output.captured - expected).max(axis=(1, 2)) <= 2e-5 * np.abs(expected).max(axis=(1, 2))).all()
+
+
+@pytest.mark.slow
+def test_captures_at_several_sites_share_a_batch(tiny_sites: LLM) -> None:
+    """And a capture of the stream has the bits that it has alone."""
+    alone = tiny_sites.capture([PROMPT], "all")[0]
+    points = all_points(range(TINY_BLOCKS), SITES_IN_BLOCKS)
+    together = tiny_sites.capture_points([PROMPT], "all", points)[0]
+    assert np.array_equal(together[:TINY_BLOCKS], alone)
+    for number, site in enumerate(SITES_IN_BLOCKS, start=1):
+        own = tiny_sites.capture([PROMPT], "all", site=site)[0]
+        assert np.array_equal(together[number * TINY_BLOCKS :][:TINY_BLOCKS], own)
+
+
+def test_a_site_that_is_not_armed_is_not_captured(tiny: LLM) -> None:
+    with pytest.raises(SteeringRequestError, match=r"Site 'mlp' is not armed on this engine; armed: block\."):
+        tiny.capture([PROMPT], site="mlp")
+    with pytest.raises(SteeringRequestError, match="Site 'ffn' .* Valid sites: block, attn, mlp"):
+        tiny.capture_answers([PROMPT], site="ffn")
+
+
 AT_SITES = {
     "attention": [edit("r0", 1.5, site="attn", blocks=1)],
     "mlp": [edit("r0", 1.5, site="mlp", blocks=1)],
@@ -183,6 +228,29 @@ def test_a_condition_on_an_edit_of_an_mlp(tiny_sites: LLM, oracle: Oracle) -> No
         whole, start = [*PROMPT, *ids], len(PROMPT) - 1
         applied = steering(edit("r0", 1.5, site="mlp", blocks=[1, 2], scope="generation"))
         expected = teacher_forced(oracle, whole, applied if above < 0 else None, len(PROMPT))[start:]
+        assert np.abs(np.subtract(logprobs, expected)).max() <= 5e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["last_prompt_token", "mean_prompt", "max_prompt"])
+@pytest.mark.parametrize("site", ["attn", "mlp"])
+def test_a_condition_on_an_output(tiny_sites: LLM, oracle: Oracle, site: str, at: str) -> None:
+    """Its number is that of hooks on the modules, and it decides as the oracle does, whichever way."""
+    when = {"vector": "r9", "blocks": [0, 1], "site": site, "at": at, "measure": "dot"}
+    edits = [edit("r0", 1.5, site="mlp", blocks=[1, 2]), edit("r1", 0.8, blocks=0)]
+    number = oracle.decisions(PROMPT, steering(*edits, when=when | {"above": 0.0}), len(PROMPT)).value(
+        when | {"above": 0.0}
+    )
+    for above in (number - 0.05, number + 0.05):
+        spec = steering(*edits, when=when | {"above": above})
+        (steered,) = generate(tiny_sites, [PROMPT], [spec], max_tokens=4)
+        (told,) = steered.steering["conditions"]
+        assert told["site"] == site
+        assert told["value"] == pytest.approx(number, abs=2e-4)
+        assert told["held"] == (above < number)
+        ids, logprobs = sampled(steered)
+        whole, start = [*PROMPT, *ids], len(PROMPT) - 1
+        expected = teacher_forced(oracle, whole, spec, len(PROMPT))[start:]
         assert np.abs(np.subtract(logprobs, expected)).max() <= 5e-5
 
 

@@ -5,6 +5,7 @@ Legend: T rows of the probe, D hidden size.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,22 @@ class Tuples(Llama):
 
 class OverItsInput(Llama):
     feed = InPlace
+
+
+class Bounded(Llama):
+    """Norms the output of its MLP in a function: its direction arrives as it is, and its size does not."""
+
+    def forward(self, hidden: torch.Tensor, second: torch.Tensor | None) -> Any:
+        output, stream = super().forward(hidden, second)
+        return nn.functional.rms_norm(output.float(), output.shape[-1:]).to(output.dtype), stream
+
+
+class Deferred(Llama):
+    """Its experts leave their sum over the ranks to a later kernel."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.mlp.moe_config = SimpleNamespace(skip_final_all_reduce=True)  # type: ignore[assignment]
 
 
 class TooNarrow(Llama):
@@ -282,6 +299,11 @@ def test_one_site_may_be_armed_alone(config: VllmConfig) -> None:
 
 REFUSED = [
     (
+        Bounded,
+        Site.MLP,
+        r"block 0 \(Bounded\): the output of mlp is not added to the residual stream in proportion to its size, as",
+    ),
+    (
         Mamba,
         Site.ATTN,
         r"^Site 'attn' does not exist in every armed block: blocks 0-2 \(Mamba\) have no attention in a",
@@ -322,6 +344,19 @@ def test_a_share_of_a_rank_is_refused(config: VllmConfig, monkeypatch: pytest.Mo
     monkeypatch.setattr(sites, "tensor_model_parallel_all_reduce", lambda rows: rows + torch.ones_like(rows))
     with pytest.raises(UnsupportedEngineError, match="self_attn is summed over the ranks of tensor parallelism only"):
         probe(config, NeoX)
+
+
+def test_experts_that_are_summed_later_are_refused(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all ranks return the same, as with the made-up attention of the probe."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    assert "skip_final_all_reduce" in FusedMoEConfig.__dataclass_fields__
+    assert len(probe(config, Deferred)) == 2 * NUM_BLOCKS, "one rank has nothing to sum"
+    config.parallel_config.tensor_parallel_size = 2
+    monkeypatch.setattr(sites, "tensor_model_parallel_all_reduce", lambda rows: 2 * rows)
+    with pytest.raises(UnsupportedEngineError, match="the experts of mlp are summed over the ranks"):
+        probe(config, Deferred)
+    assert len(probe(config, Deferred, (Site.ATTN,))) == NUM_BLOCKS
 
 
 class Doubling:

@@ -68,6 +68,23 @@ def test_a_sweep_measures_what_the_evaluation_measures(swept: Sweep, outcome: Ou
     assert {point.split for point in swept.points} == {"validation", "neutral"}
 
 
+@pytest.mark.slow
+def test_vectors_of_sites_are_applied_there(tiny_llama: str, task: Task, vector: ControlVector, swept: Sweep) -> None:
+    """The engine of the sweep arms them. What is added to an MLP is added to the stream; to an attention, it is not."""
+    named = {site: vector.with_metadata(site=site) for site in ("attn", "mlp")}
+    started = {"dtype": "float32", "max_model_len": 768, "gpu_memory_utilization": 0.2, "seed": 0, "max_num_seqs": 32}
+    found = sweep(tiny_llama, named, task, engine_args=started, **SETTINGS)
+
+    def margins(points: list[Point], name: str) -> np.ndarray:
+        of_name = [point for point in points if point.split == "validation" and point.vector == name]
+        return np.array([point.metrics["margin"].mean for point in sorted(of_name, key=lambda point: point.alpha)])
+
+    stream = margins(swept.points, "vector")
+    assert len(stream) == len(ALPHAS)
+    assert np.abs(margins(found.points, "mlp") - stream).max() <= BOUND
+    assert np.abs(margins(found.points, "attn") - stream).min() > 10 * BOUND
+
+
 def test_the_frame_of_a_sweep_has_a_row_per_condition(swept: Sweep) -> None:
     frame = swept.to_frame()
     assert len(frame) == len(swept.points) == 6

@@ -96,10 +96,13 @@ SITES_HERE = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SITES_HERE)
 def test_parity_at_every_site(answers: Answers, name: str) -> None:
-    llm = engine(answers(name)[0], name, steering=SteeringConfig(sites=SITES_IN_BLOCKS))
+    path, ids, logprobs = answers(name)
+    llm = engine(path, name, capture=True, steering=SteeringConfig(sites=SITES_IN_BLOCKS))
     try:
         assert llm.steering_status()["workers"][0]["site_modules"] == SITES_HERE[name]
-        assert_parity(llm, name, *answers(name)[1:], sites=tuple(Site))
+        assert_parity(llm, name, ids, logprobs, sites=tuple(Site))
+        with np.load(f"{path}.npz") as saved:
+            assert_outputs(llm, saved["outputs"])
     finally:
         del llm
         cleanup_dist_env_and_memory()
@@ -121,6 +124,17 @@ def test_a_site_that_a_model_lacks_is_refused(answers: Answers, name: str, site:
             engine(answers(name)[0], name, steering=SteeringConfig(sites=(Site(site),)))
     finally:
         cleanup_dist_env_and_memory()
+
+
+def assert_outputs(llm: LLM, expected_LPD: np.ndarray) -> None:
+    """Captured rows of attentions and MLPs equal what Hugging Face's modules return, and no other module's."""
+    ours_LPD = np.concatenate([llm.capture([PROMPT], "all", site=site)[0] for site in SITES_IN_BLOCKS])
+    assert ours_LPD.shape == expected_LPD.shape
+    largest_L = np.abs(expected_LPD).max(axis=(1, 2))
+    for point, rows_PD in enumerate(ours_LPD):
+        errors_L = np.abs(rows_PD - expected_LPD).max(axis=(1, 2)) / largest_L[point]
+        assert errors_L[point] <= 2e-5, point
+        assert (np.delete(errors_L, point) >= 1e-2).all(), point
 
 
 MODEL_CLASS = {"gemma3n_text": "Gemma3nDecoderLayer", "iquestloopcoder": "IQuestLoopCoderForCausalLM"}

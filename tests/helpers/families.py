@@ -4,8 +4,9 @@
 
 writes FOLDER/NAME (a checkpoint) and FOLDER/NAME.npz: `ids` [1 + blocks, ANSWER], the greedy answers to PROMPT without
 steering and steered at each block, and `logprobs` [1 + blocks, T - 1 + ANSWER], of the prompt's tokens but the first
-and of the answer's. For architectures of SITE_MODULES, rows follow for each block of each site. It runs in a process
-of its own: an engine on vLLM's Transformers backend patches Hugging Face's attention in its process.
+and of the answer's. For architectures of SITE_MODULES, rows follow for each block of each site, and there is `outputs`
+[2 * blocks, T, D]: what the modules return in the unsteered prompt, site by site. It runs in a process of its own: an
+engine on vLLM's Transformers backend patches Hugging Face's attention in its process.
 """
 
 from __future__ import annotations
@@ -285,7 +286,8 @@ def make(name: str, folder: Path) -> None:
         answers.append(_answer(model))
         handle.remove()
     ids, logprobs = zip(*answers, strict=True)
-    np.savez(folder / f"{name}.npz", ids=np.array(ids), logprobs=np.array(logprobs))
+    outputs = _outputs(model, [module for each in parts for module in each])
+    np.savez(folder / f"{name}.npz", ids=np.array(ids), logprobs=np.array(logprobs), outputs=outputs)
 
 
 def _adding(edit_D: Any) -> Any:
@@ -293,6 +295,27 @@ def _adding(edit_D: Any) -> Any:
         return (output[0] + edit_D, *output[1:]) if isinstance(output, tuple) else output + edit_D
 
     return hook
+
+
+def _outputs(model: Any, modules: list[Any]) -> np.ndarray:
+    """float32 [modules, T, D]: what each returns while the model reads PROMPT."""
+    import torch
+
+    found: dict[int, np.ndarray] = {}
+
+    def recording(number: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            found[number] = output.reshape(-1, HIDDEN).numpy()
+
+        return hook
+
+    handles = [module.register_forward_hook(recording(number)) for number, module in enumerate(modules)]
+    with torch.inference_mode():
+        model(torch.tensor([PROMPT]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return np.stack([found[number] for number in range(len(modules))]) if found else np.zeros((0, len(PROMPT), HIDDEN))
 
 
 def _answer(model: Any) -> tuple[list[int], list[float]]:

@@ -115,7 +115,7 @@ def assert_captured(case: Case, expected: Expected, after_TD: torch.Tensor, *, u
 
     after_TD: float32, the stream that the side under test left behind.
     """
-    captured_LCD, capture_T = case.tables.captured_LCD, case.tables.capture_T
+    captured_LCD, capture_T = case.tables.captured_MCD, case.tables.capture_T
     assert captured_LCD is not None
     assert capture_T is not None
     asked_T = capture_T[: len(expected.x_TD)]

@@ -92,8 +92,8 @@ class Oracle:
             def hook(module: Any, args: Any, output: Any) -> Any:
                 stream = output[0] if isinstance(output, tuple) else output
                 x_TD = stream.reshape(-1, stream.shape[-1])
-                if measure and decisions is not None and site == "block":
-                    decisions.measure(x_TD, block, self.vectors)
+                if measure and decisions is not None:
+                    decisions.measure(x_TD, block, self.vectors, site)
                 edited_TD = self.edited(x_TD, block, spec, tokens, prompt_len, decisions, site)
                 if recorded is not None and site == recorded_site:
                     recorded.append((x_TD, edited_TD))

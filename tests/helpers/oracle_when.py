@@ -99,10 +99,10 @@ class Decisions:
     def decided_at(self, when: dict[str, Any], vectors: Any) -> int:
         return max(max(self.blocks_of(condition, vectors)) for condition in conditions_of(when))
 
-    def measure(self, x_TD: torch.Tensor, block: int, vectors: Any) -> None:
+    def measure(self, x_TD: torch.Tensor, block: int, vectors: Any, site: str) -> None:
         for edit in self.spec["edits"]:
             for condition in conditions_of(self.when_of(edit) or {"all": []}):
-                if block in self.blocks_of(condition, vectors):
+                if condition.get("site", "block") == site and block in self.blocks_of(condition, vectors):
                     self._measure(condition, x_TD[: self.prompt_len].double(), block, vectors)
 
     def _measure(self, condition: dict[str, Any], x_PD: torch.Tensor, block: int, vectors: Any) -> None:

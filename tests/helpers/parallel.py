@@ -15,9 +15,10 @@ import pytest
 
 from helpers.driving import edit, steering, tokens
 from helpers.engines import RUNNER, SETTINGS
-from helpers.oracle import Oracle
+from helpers.oracle import Oracle, stacked
 from helpers.oracle_probes import assert_numbers
 from helpers.tiny_models import tiny_llama_path
+from steer_engine.site import Site
 
 LONG = 11
 LAST_PROBED = 2
@@ -146,15 +147,11 @@ def assert_algebra(parallel: dict[str, Any]) -> None:
 
 
 def assert_read(parallel: dict[str, Any], oracle: Oracle, num_blocks: int, hidden_size: int) -> None:
-    """The captured rows of the first prompt equal those of Hugging Face."""
-    import torch
-
-    with torch.inference_mode():
-        states = oracle.model(torch.tensor([PROMPTS[0]]), output_hidden_states=True).hidden_states
+    """The captured rows of the first prompt equal those of Hugging Face: streams, outputs of attentions and of MLPs."""
     captured_LPD = np.array(parallel["captured"])
-    assert captured_LPD.shape == (num_blocks, len(PROMPTS[0]), hidden_size)
-    for block in range(num_blocks - 1):  # the last of Hugging Face's states is normed
-        np.testing.assert_allclose(captured_LPD[block], states[block + 1][0], rtol=1e-4, atol=1e-5)
+    assert captured_LPD.shape == (3 * num_blocks, len(PROMPTS[0]), hidden_size)
+    states_LPD = np.concatenate([stacked(oracle.streams(PROMPTS[0], None, site=site)) for site in Site])
+    np.testing.assert_allclose(captured_LPD, states_LPD, rtol=1e-4, atol=1e-5)
 
 
 def assert_probes(parallel: dict[str, Any], oracle: Oracle) -> None:

@@ -5,8 +5,8 @@
 SETTINGS: {"model", "num_blocks", "llm": {...}, "batches": [[[tokens, spec or null], ...], ...], "params": {...},
 "probed": [[tokens, spec], ...], "wrong": a digest under which r0 is offered at the end}; r0..r31 are the vectors.
 OUT: {"batches": [[[tokens, logprobs, prompt logprobs], ...], ...], "probed": [[tokens, what is told], ...],
-"captured": [blocks, positions, D] of the first prompt, "workers": what each says of itself at the end, "refused": the
-answer to the offer}.
+"captured": [points, positions, D] of the first prompt, at all sites, "workers": what each says of itself at the end,
+"refused": the answer to the offer}.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     from helpers.engines import random_vector
     from steer_engine import LLM
     from steer_engine.settings import SteeringConfig
-    from steer_engine.site import SITES_IN_BLOCKS
+    from steer_engine.site import SITES_IN_BLOCKS, all_points
     from steer_engine.vectors import safetensors_format
     from steer_engine.vllm import engine_client
 
@@ -69,7 +69,8 @@ def main() -> None:
         output.outputs[0] for output in generate(llm, prompts, specs, max_tokens=settings["params"]["max_tokens"])
     ]
     probed = [[list(choice.token_ids), getattr(choice, "steering", None)] for choice in choices]
-    captured = llm.capture([settings["batches"][0][0][0]], position="all")[0]
+    points = all_points(range(settings["num_blocks"]), SITES_IN_BLOCKS)
+    captured = llm.capture_points([settings["batches"][0][0][0]], "all", points)[0]
     payload = safetensors_format.to_bytes(vectors["r0"])
     refused = engine_client.call(llm.llm_engine, "put", settings["wrong"], payload)
     workers = llm.steering_status()["workers"]

@@ -44,7 +44,7 @@ def test_sizes_that_are_not_powers_of_two(compiled: Process, target: str, hidden
     assert artifact.row_bytes(hidden_size, 2, launch_for(hidden_size).tile) + SCALAR_BYTES <= 1.05 * floor
 
 
-@pytest.mark.parametrize("options", [{"capture": True, "num_capture_rows": 64}, {"bank_dtype": torch.float32}])
+@pytest.mark.parametrize("options", [{"capture": True}, {"bank_dtype": torch.float32}])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS)
 def test_capture_and_a_float32_bank(
@@ -74,7 +74,6 @@ def test_capture_at_every_size(compiled: Process, target: str, adds_only: bool, 
         *("compile.compile_edit_residual", target, hidden_size, torch.bfloat16),
         adds_only=adds_only,
         capture=True,
-        num_capture_rows=64,
     )
     assert artifact.spilled_bytes == 0
 

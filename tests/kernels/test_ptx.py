@@ -46,9 +46,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor) -> Machine:
     """The compiled kernel of a launch on `case`, with its tensors as arguments."""
     tables = case.tables
-    captured_LCD = tables.captured_LCD if case.capture else torch.zeros(1, 1, 1, dtype=carried.dtype)
+    captured_CD = tables.captured_at(SITE) if case.capture else torch.zeros(1, 1, dtype=carried.dtype)
     capture_T = tables.capture_T if case.capture else torch.zeros(1, dtype=torch.int32)
-    assert captured_LCD is not None
+    assert captured_CD is not None
     assert capture_T is not None
     artifact = process.call(
         "compile.compile_edit_residual",
@@ -59,14 +59,13 @@ def machine_of(process: Process, target: str, case: Case, carried: torch.Tensor)
         bank_dtype=tables.bank_RD.dtype,
         num_sites=NUM_SITES,
         num_entries=NUM_ENTRIES,
-        num_capture_rows=captured_LCD.shape[1] if case.capture else 0,
         num_probes=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
     )
     hidden = torch.zeros(1, 1, dtype=carried.dtype) if case.hidden is None else case.hidden
     arguments = (hidden, carried, tables.bank_RD, tables.entries_SLEW, tables.counts_SL, tables.keep_norm_S)
     when = (tables.slot_T, tables.pos_T, tables.windows_TJ, tables.measured_SQ, tables.bounds_SQ2)
     probed_TK = tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK
-    return Machine(artifact.text, [*arguments, *when, capture_T, captured_LCD, probed_TK, SITE])
+    return Machine(artifact.text, [*arguments, *when, capture_T, captured_CD, probed_TK, SITE])
 
 
 def run(process: Process, target: str, case: Case) -> tuple[torch.Tensor, list[dict[int, Traffic]]]:

@@ -178,13 +178,14 @@ def test_allocated_tables_steer_and_capture_nothing() -> None:
     assert tables.bank_RD.dtype == torch.bfloat16
     assert tables.entries_SLEW.shape == (3, 2, 4, NUM_WORDS)
     assert tables.capture_T is None
-    assert tables.captured_LCD is None
+    assert tables.captured_MCD is None
+    assert tables.captured_at(0) is None
     assert tables.probed_TK is None
     assert tables.history_SHC.shape == (3, 9, 17)
     assert tables.bounds_SQ2.dtype == torch.float64
     for name in Tables.__dataclass_fields__:
         part = getattr(tables, name)
-        assert part is None or not part.any()
+        assert part is None or part == {} or not part.any()
 
 
 def test_allocated_tables_with_probes() -> None:
@@ -201,6 +202,22 @@ def test_allocated_tables_with_probes() -> None:
     assert tables.probed_TK is not None
     assert tables.probed_TK.shape == (7, 2)
     assert tables.probed_TK.dtype == torch.float32
+
+
+def test_only_the_named_sites_have_capture_rows() -> None:
+    sizes = {"num_slots": 3, "num_sites": 9, "num_entries": 4, "num_rows": 5, "hidden_size": 8, "max_tokens": 7}
+    tables = Tables.allocate(**sizes, bank_dtype=torch.bfloat16, capture_rows=7, capture_sites=(1, 5))
+    assert tables.captured_MCD is not None
+    assert tables.captured_MCD.shape == (2, 7, 8)
+    for site in range(9):
+        found_CD = tables.captured_at(site)
+        assert (found_CD is not None) == (site in (1, 5))
+        if found_CD is not None:
+            found_CD.fill_(site)
+    assert tables.captured_MCD[:, 0, 0].tolist() == [1, 5]
+    everywhere = Tables.allocate(**sizes, bank_dtype=torch.bfloat16, capture_rows=7)
+    assert everywhere.captured_MCD is not None
+    assert len(everywhere.captured_MCD) == 9
 
 
 def test_the_kernels_offsets_fit_the_tables() -> None:

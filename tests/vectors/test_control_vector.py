@@ -88,6 +88,16 @@ def test_the_digest_is_what_its_docstring_says(vector: ControlVector) -> None:
     assert vector.digest == "sha256:" + hashlib.sha256(content).hexdigest()
 
 
+def test_the_site_is_part_of_the_digest_unless_it_is_the_stream(vector: ControlVector) -> None:
+    of_sites = {site: vector.with_metadata(site=site) for site in ("block", "attn", "mlp")}
+    assert of_sites["block"].digest == vector.digest
+    assert len({each.digest for each in of_sites.values()}) == 3
+    assert (-of_sites["mlp"] * 2.0).metadata.site == "mlp"
+    assert (of_sites["mlp"] + of_sites["mlp"]).metadata.site == "mlp"
+    with pytest.raises(VectorFileError, match="Vectors of the sites 'mlp' and 'block' cannot be added"):
+        of_sites["mlp"] - vector
+
+
 def test_the_digest_of_a_known_vector_never_changes() -> None:
     vector = ControlVector(
         directions={1: np.array([1.0, -2.0], np.float32)}, metadata=VectorMetadata(residual_norms={1: 8.0})

@@ -88,6 +88,13 @@ def test_block_0_needs_easysteers_variant(tmp_path: Path) -> None:
     assert load(tmp_path / "v.gguf").blocks == (1,)
 
 
+def test_a_vector_of_another_site_is_not_written(vector: ControlVector, tmp_path: Path) -> None:
+    for llama_cpp in (True, False):
+        with pytest.raises(VectorFileError, match="applies to the stream after a block; this one is of site 'attn'"):
+            save(vector.with_metadata(site="attn"), tmp_path / "v.gguf", llama_cpp=llama_cpp)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_file_is_not_a_vector(tmp_path: Path) -> None:
     with pytest.raises(VectorFileError, match=r"v\.gguf: The GGUF architecture is 'llama'"):
         load(write(tmp_path / "v.gguf", rows(1), "llama"))

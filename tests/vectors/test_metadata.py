@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from steer_engine.errors import VectorFileError
+from steer_engine.site import Site
 from steer_engine.vectors import VectorMetadata
 from steer_engine.vectors.metadata import FittedCondition, FittedProbe, metadata_from_text, metadata_to_text
 
@@ -123,6 +124,18 @@ def test_a_probe_has_typed_blocks() -> None:
     assert list(bare.blocks) == [4, 20]  # ascending
     assert bare.blocks[20].platt is None
     assert str(bare) == "2 blocks, trained on every_prompt_token; held-out AUROC up to 0.750 (block 4)"
+
+
+def test_a_site_is_written_unless_it_is_the_stream_after_a_block() -> None:
+    plain = VectorMetadata(method="block")
+    assert "site" not in metadata_to_text(plain)
+    assert metadata_to_text(plain)["method"] == "block"
+    assert metadata_from_text(metadata_to_text(plain)).site is Site.BLOCK
+    text = metadata_to_text(VectorMetadata(site=Site.MLP))
+    assert text["site"] == "mlp"
+    assert metadata_from_text(text).site is Site.MLP
+    with pytest.raises(VectorFileError, match="field 'site' is not usable: Input should be 'block', 'attn' or 'mlp'"):
+        metadata_from_text(text | {"site": "resid_mid"})
 
 
 def test_a_file_without_a_probe_reads_as_before() -> None:

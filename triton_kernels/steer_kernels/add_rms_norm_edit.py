@@ -44,7 +44,7 @@ def add_rms_norm_edit_kernel(
     measured_SQ,
     bounds_SQ2,
     capture_T,
-    captured_LCD,
+    captured_CD,
     probed_TK,
     site,
     epsilon,
@@ -53,7 +53,6 @@ def add_rms_norm_edit_kernel(
     RESIDUAL_STRIDE: tl.constexpr,
     NUM_SITES: tl.constexpr,
     NUM_ENTRIES: tl.constexpr,
-    NUM_CAPTURE_ROWS: tl.constexpr,
     NUM_PROBES: tl.constexpr,
     ADDS_ONLY: tl.constexpr,
     CAPTURE: tl.constexpr,
@@ -76,9 +75,7 @@ def add_rms_norm_edit_kernel(
     residual = residual_TD + row * RESIDUAL_STRIDE
     capture_place = 0
     if CAPTURE:
-        capture_place = capture_row(
-            capture_T + row, captured_LCD, hidden, residual, site, D, TILE, NUM_CAPTURE_ROWS, True
-        )
+        capture_place = capture_row(capture_T + row, captured_CD, hidden, residual, D, TILE, True)
     delta = zero_row(D, TILE)
     if slot != 0:
         place = slot * NUM_SITES + site
@@ -119,7 +116,7 @@ def add_rms_norm_edit_kernel(
         store_tile(residual, i, tile, D, TILE)
         if CAPTURE:  # noqa: SIM102  (a compile-time constant)
             if capture_place < 0:
-                target = capture_target(captured_LCD, site, capture_place, D, NUM_CAPTURE_ROWS)
+                target = capture_target(captured_CD, capture_place, D)
                 store_tile(target, i, tile.to(residual_TD.dtype.element_ty), D, TILE)
         store_tile(hidden, i, tile * scale * weight, D, TILE)
 
@@ -145,7 +142,7 @@ def add_rms_norm_edit(
     if num_tokens == 0:
         return
     assert not adds_only or tables.probed_TK is None, "an engine that only adds has no probes"
-    assert not capture or tables.captured_LCD is not None, "these tables have no capture buffers"
+    captured_CD = tables.captured_at(site) if capture else None
     add_rms_norm_edit_kernel[(num_tokens,)](
         hidden_TD,
         residual_TD,
@@ -159,8 +156,8 @@ def add_rms_norm_edit(
         tables.windows_TJ,
         tables.measured_SQ,
         tables.bounds_SQ2,
-        tables.capture_T if capture else tables.slot_T,
-        tables.captured_LCD if capture else residual_TD,
+        tables.slot_T if captured_CD is None else tables.capture_T,
+        residual_TD if captured_CD is None else captured_CD,
         tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK,
         site,
         epsilon,
@@ -168,10 +165,9 @@ def add_rms_norm_edit(
         RESIDUAL_STRIDE=row_stride(residual_TD),
         NUM_SITES=tables.counts_SL.shape[1],
         NUM_ENTRIES=tables.entries_SLEW.shape[2],
-        NUM_CAPTURE_ROWS=0 if tables.captured_LCD is None else tables.captured_LCD.shape[1],
         NUM_PROBES=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
         ADDS_ONLY=adds_only,
-        CAPTURE=capture,
+        CAPTURE=captured_CD is not None,
         **launch_for(hidden_size).constants(hidden_size),
         **launch_for(hidden_size).options(BACKEND),
     )

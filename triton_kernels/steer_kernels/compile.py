@@ -63,7 +63,6 @@ def compile_edit_residual(
     bank_dtype: torch.dtype | None = None,
     num_sites: int = 32,
     num_entries: int = 4,
-    num_capture_rows: int = 0,
     num_probes: int = 0,
 ) -> Artifact:
     """Compile `edit_residual` as launched on a contiguous stream. Captured rows are float32."""
@@ -77,7 +76,6 @@ def compile_edit_residual(
         "CARRIED_STRIDE": hidden_size,
         "NUM_SITES": num_sites,
         "NUM_ENTRIES": num_entries,
-        "NUM_CAPTURE_ROWS": num_capture_rows,
         "NUM_PROBES": num_probes,
         "HAS_HIDDEN": has_hidden,
         "ADDS_ONLY": adds_only,
@@ -98,7 +96,6 @@ def compile_add_rms_norm_edit(
     bank_dtype: torch.dtype | None = None,
     num_sites: int = 32,
     num_entries: int = 4,
-    num_capture_rows: int = 0,
     num_probes: int = 0,
 ) -> Artifact:
     """Compile `add_rms_norm_edit` as launched on contiguous rows. Captured rows are float32."""
@@ -109,7 +106,6 @@ def compile_add_rms_norm_edit(
         "RESIDUAL_STRIDE": hidden_size,
         "NUM_SITES": num_sites,
         "NUM_ENTRIES": num_entries,
-        "NUM_CAPTURE_ROWS": num_capture_rows,
         "NUM_PROBES": num_probes,
         "ADDS_ONLY": adds_only,
         "CAPTURE": capture,
@@ -152,7 +148,7 @@ def _table_types(dtype: torch.dtype, bank_dtype: torch.dtype | None, capture: bo
         "measured_SQ": "*fp64",
         "bounds_SQ2": "*fp64",
         "bank_RD": _POINTERS[bank_dtype or dtype],
-        "captured_LCD": _POINTERS[torch.float32 if capture else dtype],
+        "captured_CD": _POINTERS[torch.float32 if capture else dtype],
         "probed_TK": _POINTERS[torch.float32 if num_probes else torch.float64],
         "site": "i32",
     }

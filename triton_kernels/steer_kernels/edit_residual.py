@@ -180,13 +180,11 @@ def rescaled(hidden, carried, delta, ratio, D: tl.constexpr, TILE: tl.constexpr,
 @triton.jit
 def capture_row(
     capture_at,
-    captured_LCD,
+    captured_CD,
     hidden,
     carried,
-    site,
     D: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_CAPTURE_ROWS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
 ):
     """Store x in the capture row whose number, counted from 1, is at `capture_at`. 0 = the row is not captured.
@@ -196,16 +194,16 @@ def capture_row(
     """
     place = tl.load(capture_at).to(tl.int64)
     if place != 0:
-        target = capture_target(captured_LCD, site, place, D, NUM_CAPTURE_ROWS)
+        target = capture_target(captured_CD, place, D)
         for i in tl.static_range(triton.cdiv(D, TILE)):
             store_tile(target, i, load_stream_tile(hidden, carried, i, D, TILE, HAS_HIDDEN), D, TILE)
     return place
 
 
 @triton.jit
-def capture_target(captured_LCD, site, place, D: tl.constexpr, NUM_CAPTURE_ROWS: tl.constexpr):
+def capture_target(captured_CD, place, D: tl.constexpr):
     """Pointer to the capture row with the number `place` (its sign is ignored)."""
-    return captured_LCD + (site.to(tl.int64) * NUM_CAPTURE_ROWS + tl.abs(place) - 1) * D
+    return captured_CD + (tl.abs(place) - 1) * D
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -222,7 +220,7 @@ def edit_residual_kernel(
     measured_SQ,
     bounds_SQ2,
     capture_T,
-    captured_LCD,
+    captured_CD,
     probed_TK,
     site,
     D: tl.constexpr,
@@ -230,7 +228,6 @@ def edit_residual_kernel(
     CARRIED_STRIDE: tl.constexpr,
     NUM_SITES: tl.constexpr,
     NUM_ENTRIES: tl.constexpr,
-    NUM_CAPTURE_ROWS: tl.constexpr,
     NUM_PROBES: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
     ADDS_ONLY: tl.constexpr,
@@ -259,9 +256,7 @@ def edit_residual_kernel(
     carried = carried_TD + row * CARRIED_STRIDE
     capture_place = 0
     if CAPTURE:
-        capture_place = capture_row(
-            capture_T + row, captured_LCD, hidden, carried, site, D, TILE, NUM_CAPTURE_ROWS, HAS_HIDDEN
-        )
+        capture_place = capture_row(capture_T + row, captured_CD, hidden, carried, D, TILE, HAS_HIDDEN)
     if slot == 0:
         return
     place = slot * NUM_SITES + site
@@ -304,7 +299,7 @@ def edit_residual_kernel(
                     x = edited.to(tile.dtype).to(tl.float32)
                     if HAS_HIDDEN:
                         x = load_tile(hidden, i, D, TILE).to(tl.float32) + x
-                    target = capture_target(captured_LCD, site, capture_place, D, NUM_CAPTURE_ROWS)
+                    target = capture_target(captured_CD, capture_place, D)
                     store_tile(target, i, x, D, TILE)
 
 
@@ -327,7 +322,7 @@ def edit_residual(
     num_tokens = carried_TD.shape[0]
     if num_tokens == 0:
         return
-    assert not capture or tables.captured_LCD is not None, "these tables have no capture buffers"
+    captured_CD = tables.captured_at(site) if capture else None
     assert not adds_only or tables.probed_TK is None, "an engine that only adds has no probes"
     hidden_size = carried_TD.shape[1]
     edit_residual_kernel[(num_tokens,)](
@@ -342,19 +337,18 @@ def edit_residual(
         tables.windows_TJ,
         tables.measured_SQ,
         tables.bounds_SQ2,
-        tables.capture_T if capture else tables.slot_T,
-        tables.captured_LCD if capture else carried_TD,
+        tables.slot_T if captured_CD is None else tables.capture_T,
+        carried_TD if captured_CD is None else captured_CD,
         tables.bounds_SQ2 if tables.probed_TK is None else tables.probed_TK,
         site,
         HIDDEN_STRIDE=row_stride(hidden_TD),
         CARRIED_STRIDE=row_stride(carried_TD),
         NUM_SITES=tables.counts_SL.shape[1],
         NUM_ENTRIES=tables.entries_SLEW.shape[2],
-        NUM_CAPTURE_ROWS=0 if tables.captured_LCD is None else tables.captured_LCD.shape[1],
         NUM_PROBES=0 if tables.probed_TK is None else tables.probed_TK.shape[1],
         HAS_HIDDEN=hidden is not None,
         ADDS_ONLY=adds_only,
-        CAPTURE=capture,
+        CAPTURE=captured_CD is not None,
         **launch_for(hidden_size).constants(hidden_size),
         **launch_for(hidden_size).options(BACKEND),
     )

@@ -91,17 +91,19 @@ def stream_rows(hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, rows_N
 def _capture(
     hidden_TD: torch.Tensor | None, carried_TD: torch.Tensor, tables: Tables, site: int, *, late: bool
 ) -> None:
-    """Store the requested rows of x in `captured_LCD`.
+    """Store the requested rows of x, at a site that has capture rows.
 
     late=False, before the edit: all requested rows. late=True, after the edit: again those requested as edited.
     """
-    assert tables.capture_T is not None, "these tables have no capture buffers"
-    assert tables.captured_LCD is not None
+    captured_CD = tables.captured_at(site)
+    if captured_CD is None:
+        return
+    assert tables.capture_T is not None
     index_T = tables.capture_T[: carried_TD.shape[0]]
     rows_N = (index_T < 0 if late else index_T).nonzero().squeeze(1)
     if rows_N.numel():
         x_ND = stream_rows(hidden_TD, carried_TD, rows_N)
-        tables.captured_LCD[site, index_T[rows_N].abs().long() - 1] = x_ND.to(tables.captured_LCD.dtype)
+        captured_CD[index_T[rows_N].abs().long() - 1] = x_ND.to(captured_CD.dtype)
 
 
 def _used(

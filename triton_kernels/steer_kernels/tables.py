@@ -1,8 +1,8 @@
 """The persistent buffers that all kernels use, and the binary format of one entry of a program.
 
 Legend: T tokens, S slots, L sites (armed blocks), E entries per site, W words per entry, R bank rows, D hidden size,
-C capture rows, J triggers of a slot, P words per trigger, H positions of history, Q conditions of a slot, K probes of a
-slot. An entry is one step of a program at one site:
+C capture rows, M sites that capture, J triggers of a slot, P words per trigger, H positions of history, Q conditions of
+a slot, K probes of a slot. An entry is one step of a program at one site:
 
     x' = x + share * g(x) * w        g(x) = c0 + c1*|x| + c2*<x,w> + c3*(clip(<x,w>, lo, hi) - <x,w>)
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -289,10 +289,13 @@ class Tables:
     bounds_SQ2: torch.Tensor
     """float64 [S, Q, 2]: condition q holds if its number is strictly between the two."""
     capture_T: torch.Tensor | None = None
-    """int32 [max tokens]: 0 = not captured; k = store x before the edit in captured_LCD[site, k - 1]; -k = store x
-    after the edit there."""
-    captured_LCD: torch.Tensor | None = None
-    """[L, C, D]: captured rows, in float32 or the model's dtype, contiguous, 16-byte aligned."""
+    """int32 [max tokens]: 0 = not captured; k = store x before the edit in row k - 1 of the site's capture rows; -k =
+    store x after the edit there."""
+    captured_MCD: torch.Tensor | None = None
+    """[M, C, D]: captured rows of the M sites that have some, in float32 or the model's dtype, contiguous, 16-byte
+    aligned."""
+    capture_places: dict[int, int] = field(default_factory=dict)
+    """Site -> its place in `captured_MCD`."""
     probed_TK: torch.Tensor | None = None
     """float32 [max tokens, K]: the numbers of each row's probes. The host fills it with NaN before a step; a column
     that no probe of the row writes keeps what it has. None = no probes."""
@@ -311,13 +314,14 @@ class Tables:
         device: torch.device | str = "cpu",
         num_drafts: int = 0,
         capture_rows: int = 0,
+        capture_sites: Sequence[int] | None = None,
         capture_dtype: torch.dtype = torch.float32,
         num_probes: int = 0,
     ) -> Tables:
         """Zeroed buffers, which steer and capture nothing.
 
         num_slots: includes slot 0. num_drafts: draft tokens of a request in one step, at most. num_probes: K; 0 = the
-        tables have no buffer for probes.
+        tables have no buffer for probes. capture_sites: those with capture rows; default: all.
         """
 
         def int32(*shape: int) -> torch.Tensor:
@@ -328,7 +332,8 @@ class Tables:
 
         num_positions = 1 + num_drafts + MAX_TRIGGER_TOKENS
         probed = torch.zeros(max_tokens, num_probes, dtype=torch.float32, device=device)
-        captured = torch.zeros(num_sites, capture_rows, hidden_size, dtype=capture_dtype, device=device)
+        sites = tuple(range(num_sites) if capture_sites is None else capture_sites) if capture_rows else ()
+        captured = torch.zeros(len(sites), capture_rows, hidden_size, dtype=capture_dtype, device=device)
         return cls(
             bank_RD=torch.zeros(num_rows, hidden_size, dtype=bank_dtype, device=device),
             entries_SLEW=int32(num_slots, num_sites, num_entries, NUM_WORDS),
@@ -343,7 +348,13 @@ class Tables:
             windows_TJ=int32(max_tokens, MAX_TRIGGERS),
             measured_SQ=float64(num_slots, MAX_CONDITIONS),
             bounds_SQ2=float64(num_slots, MAX_CONDITIONS, 2),
-            capture_T=int32(max_tokens) if capture_rows else None,
-            captured_LCD=captured if capture_rows else None,
+            capture_T=int32(max_tokens) if sites else None,
+            captured_MCD=captured if sites else None,
+            capture_places={site: place for place, site in enumerate(sites)},
             probed_TK=probed if num_probes else None,
         )
+
+    def captured_at(self, site: int) -> torch.Tensor | None:
+        """[C, D]: the capture rows of a site; None if it has none."""
+        place = self.capture_places.get(site)
+        return None if place is None or self.captured_MCD is None else self.captured_MCD[place]
