@@ -63,13 +63,13 @@ class SteeringConfig(BaseModel):
     """What an engine is armed for. Only settings that change the compiled graph or device memory belong here.
 
     blocks: `"all"`, `"8-22"` or a list: blocks that can be steered.
-    sites: where edits may apply besides the outputs of these blocks: "attn", "mlp" (default: nowhere else). A model
-        without such a point is refused at startup.
+    sites: where edits, probes, conditions and captures may apply besides the outputs of these blocks: "attn", "mlp"
+        (default: nowhere else). A model without such a point is refused at startup.
     ops: operations that a request may use. `("add",)` compiles to a graph without reductions.
     rows: bank rows (and program entries) that one request may need per block and site, after adds are merged.
     bank_rows: total rows of the bank. Default: enough for all requests at once. With fewer, requests wait in the
         scheduler.
-    capture: blocks whose residual stream can be captured (empty: none).
+    capture: blocks whose residual stream, and outputs at the sites, can be captured (empty: none).
     fuse_norm: edit inside the add-and-norm that follows a block, where the model has one (Triton devices). This
         saves one launch per block, but unsteered output then equals plain vLLM's within rounding, not bit for bit.
     """

@@ -22,6 +22,7 @@ import numpy as np
 
 from steer_engine.errors import UnreadableFileError, VectorFileError
 from steer_engine.fields import shown
+from steer_engine.site import Site
 from steer_engine.vectors.control_vector import ControlVector
 from steer_engine.vectors.metadata import MAX_BLOCKS, MAX_HIDDEN_SIZE, MAX_TEXT, VectorMetadata
 from steer_engine.vectors.row_set import MAX_INDEX, MAX_LABEL
@@ -80,8 +81,12 @@ def save(vector: ControlVector, path: Path) -> None:
     """Write one direction as the body with which Neuronpedia's API creates a vector.
 
     Raises:
-        VectorFileError: the vector has directions at several blocks.
+        VectorFileError: the vector has directions at several blocks, or is not of the stream after one.
     """
+    if vector.metadata.site is not Site.BLOCK:
+        raise VectorFileError(
+            f"Vectors are exported as directions of the stream; this one is of site {vector.metadata.site.value!r}."
+        )
     if len(vector.blocks) != 1:
         raise VectorFileError(f"Neuronpedia's vectors have one direction; this one has blocks {list(vector.blocks)}.")
     (block,) = vector.blocks

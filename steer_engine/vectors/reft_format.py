@@ -26,6 +26,7 @@ import numpy as np
 
 from steer_engine.errors import VectorFileError
 from steer_engine.fields import shown
+from steer_engine.site import Site
 from steer_engine.vectors import torch_format
 from steer_engine.vectors.metadata import MAX_BLOCKS, VectorMetadata
 from steer_engine.vectors.row_set import ORTHONORMAL_BOUND, RowSet
@@ -128,6 +129,8 @@ def save_reft(rows: RowSet, folder: Path) -> None:
     """
     if rows.kind != "low_rank":
         raise VectorFileError("A pyreft folder holds low-rank edits; this file has features.")
+    if rows.metadata.site is not Site.BLOCK:
+        raise VectorFileError(f"Edits are exported for block outputs; these are of site {rows.metadata.site.value!r}.")
     for block in rows.blocks:
         if (error := rows.orthonormality_error(block)) > ORTHONORMAL_BOUND:
             raise VectorFileError(

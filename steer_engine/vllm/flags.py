@@ -72,8 +72,9 @@ def add_flags(parser: Any) -> None:
         "(s3://, gs://, hf://, https://, file://), into the folder at startup, and keep it in sync.")  # fmt: skip
     add("--steering-mirror-seconds", type=float, metavar="N", help="Mirror polling interval in seconds. Default: 60.")
     add("--steering-blocks", metavar="BLOCKS", help="Blocks that can be steered, such as 8-22. Default: all.")
-    add("--steering-sites", metavar="SITES", help="Where edits may apply besides the outputs of the blocks: attn,mlp, "
-        "the outputs of attention and MLP before they are added to the stream. Default: nowhere else.")  # fmt: skip
+    add("--steering-sites", metavar="SITES", help="Where edits, probes and captures may apply besides the outputs "
+        "of the blocks: attn,mlp, the outputs of attention and MLP before they are added to the stream. Default: "
+        "nowhere else.")  # fmt: skip
     add("--steering-ops", metavar="OPS", help=f"Operations that requests may use, of {','.join(Op)}. Default: all.")
     add("--steering-rows", type=int, metavar="N", help="Bank rows that one request may need per block. Default: 4.")
     add("--steering-bank-rows", type=int, metavar="N", help="Total bank rows, one per vector and block in use. "

@@ -66,6 +66,8 @@ def test_a_vector_that_we_write_is_read_back_exactly(tmp_path: Path) -> None:
     assert (sent["layerNumber"], sent["hookType"], sent["modelId"]) == (6, "hook_resid_pre", "gpt2-small")
     with pytest.raises(VectorFileError, match=r"one direction; this one has blocks \[1, 2\]"):
         neuronpedia_format.save(ControlVector(directions={1: numbers, 2: numbers}), tmp_path / "two.json")
+    with pytest.raises(VectorFileError, match="directions of the stream; this one is of site 'mlp'"):
+        neuronpedia_format.save(vector.with_metadata(site="mlp"), tmp_path / "mlp.json")
 
 
 @pytest.mark.parametrize(

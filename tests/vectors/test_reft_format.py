@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from steer_engine.errors import VectorFileError
-from steer_engine.vectors import RowSet, torch_format
+from steer_engine.site import Site
+from steer_engine.vectors import RowSet, VectorMetadata, torch_format
 from steer_engine.vectors.reft_format import load_axbench, load_reft, save_reft
 from steer_engine.vectors.torch_format import NotOnlyTensorsError
 
@@ -199,6 +200,12 @@ def test_what_we_write_is_read_by_torch_and_back_exactly(tmp_path: Path) -> None
         save_reft(RowSet(kind="low_rank", read=rows.read, write=rows.read), tmp_path / "skew")
     with pytest.raises(VectorFileError, match="this file has features"):
         save_reft(RowSet(kind="features", read=rows.read, write=rows.read), tmp_path / "features")
+    of_mlp = RowSet(
+        kind="low_rank", read=rows.read, write=rows.write, bias=rows.bias, metadata=VectorMetadata(site=Site.MLP)
+    )
+    assert of_mlp.digest != rows.digest
+    with pytest.raises(VectorFileError, match="for block outputs; these are of site 'mlp'"):
+        save_reft(of_mlp, tmp_path / "mlp")
 
 
 def test_build_changes_nothing_but_the_state_of_a_module(tmp_path: Path) -> None:
