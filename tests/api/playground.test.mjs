@@ -1,130 +1,20 @@
-// The playground's modules that need no page. `test_playground_modules.py` copies them beside this file and runs it.
+// The playground's modules that need no page: sizes, numbers, answers, links, Markdown. `test_playground_modules.py` runs it.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { levelOf, linesOf, scaleOf, shown, summaryOf, valueOf } from "./chart.js";
-import { addPart, appliedText, endOf, newTurn, textOf } from "./columns.js";
+import { levelOf, linesOf, scaleOf, shown, summaryOf } from "./chart.js";
 import { chosenBlocks, describeDose, doseOf, probeStart, ranges, rangeOf, scaleFor, startOf, thresholdOf } from "./dose.js";
 import { inline, parse } from "./markdown.js";
-import { DEFAULTS, PROBE, bodyOf, curl, decodeLink, encodeLink, factorsOf, literal, node, python, withProbe } from "./request.js";
+import { PROBE } from "./probe_spec.js";
+import { DEFAULTS, bodyOf, curl, decodeLink, encodeLink, factorsOf, literal, node, python } from "./request.js";
 import { eventsOf, explain, partOf } from "./server.js";
-import { EMPTY, FieldError, blocksOf, editOf, fieldsOf, number, scaled } from "./spec.js";
+import { addPart, appliedText, endOf, newTurn, seriesOf, textOf, valueOf } from "./turns.js";
 
 const VECTOR = {
   blocks: [8, 9, 10, 11], norms: { 8: 10, 9: 10, 10: 20, 11: 10 }, residual_norms: { 8: 100, 9: 100, 10: 100, 11: 100 },
   suggested: { blocks: "8-10", scale: 0.25, unit: "vector", scope: "all" }, probe: null,
 };
-
-test("an edit goes through the form and back without a change", () => {
-  const edits = [
-    { vector: "v", scale: 0.3 },
-    { vector: "v", scale: -2, op: "add_relative", blocks: "8-22" },
-    { vector: "v", scale: 1, unit: "residual", blocks: [8, 9] },
-    { vector: "v", scale: 0.5, op: "ablate", scope: "generation" },
-    { vector: "v", op: "clamp", lo: -1, hi: 0.5 },
-    { vector: "v", op: "set", target: 0 },
-    { vector: "v", scale: 1, scope: { from: "generation", start: 0, end: 8 } },
-    { vector: "v", scale: 1, scope: { from: "generation" } },
-    { vector: "v", scale: 1, scope: { start: 1, end: -1 } },
-    { vector: "v", scale: 1, scope: { after: "<think>", until: "</think>", each: true, tokens: 4, except: "tool_calls" } },
-    { vector: "v", scale: 1, scope: { until: [5, 7] } },
-    { vector: "v", scale: 1, scope: { except: "thinking" } },
-    { vector: "v", scale: 1, schedule: { kind: "linear", over: 24, to: 0 } },
-    { vector: "v", scale: 1, when: { vector: "w", measure: "dot", at: "max_prompt", above: 0.1, below: 3 } },
-    { vector: "v", scale: 1, when: { vector: "w" } },
-    { vector: "v", scale: 1, gate: { vector: "w", min_cos: 0.1, max_cos: 0.9 } },
-    // What has no control of its own.
-    { vector: "v", op: "feature", feature: [3, 5], target: 2 },
-    { vector: "v", op: "feature", feature: 3, scale: 0 },
-    { vector: "v", op: "low_rank", scale: 0.5 },
-    { vector: "v", op: "rotate", toward: "w", degrees: 20 },
-    { vector: "v", op: "ablate", scale: 1, unit: "residual" },
-    { vector: "v", op: "clamp", lo: 0, scale: 2 },
-    { vector: "v", scale: 1, scope: { from: "prompt", start: 1 } },
-    { vector: "v", scale: 1, scope: { after: "a", from: "generation", except: { after: "b" } } },
-    { vector: "v", scale: 1, when: { any: [{ vector: "w", above: 0 }, { vector: "x", below: 1 }] } },
-    { vector: "v", scale: 1, when: { vector: "w", above: 0.1, blocks: "8-10" } },
-    { vector: "v", scale: 1, gate: { vector: "w", min_dot: 2 } },
-    { vector: { data: "AAAA" }, scale: 1 },
-  ];
-  for (const edit of edits) {
-    const fields = fieldsOf(edit);
-    if (typeof edit.vector === "string") {
-      const { when, ...rest } = editOf(fields);
-      const same = when && "above" in when && !("any" in when) ? { measure: "cosine", at: "last_prompt_token" } : {};
-      assert.deepEqual({ ...rest, ...(when ? { when } : {}) }, "when" in edit && !edit.when.any && !edit.when.blocks ? { ...edit, when: { ...same, ...edit.when } } : edit);
-    } else assert.deepEqual(JSON.parse(fields.more).vector, edit.vector);
-  }
-});
-
-test("a token id becomes a list with one id, and text with a bracket stays text", () => {
-  assert.deepEqual(editOf(fieldsOf({ vector: "v", scope: { after: 7 } })).scope, { after: [7] });
-  assert.deepEqual(editOf({ ...EMPTY, vector: "v", scope: "window", after: "[INST]" }).scope, { after: "[INST]" });
-});
-
-test("fields that are wrong are named", () => {
-  const wrong = [
-    [{}, "vector"], [{ vector: "v", scale: "" }, "scale"], [{ vector: "v", scale: "x" }, "scale"],
-    [{ vector: "v", op: "clamp" }, "lo"], [{ vector: "v", op: "set" }, "target"], [{ vector: "v", blocks: "8..9" }, "blocks"],
-    [{ vector: "v", scope: "window" }, "after"], [{ vector: "v", scope: "all_but" }, "except"],
-    [{ vector: "v", scope: "positions", start: "1.5" }, "start"], [{ vector: "v", schedule: "linear", over: "" }, "over"],
-    [{ vector: "v", when: "bounds", when_vector: "w" }, "above"], [{ vector: "v", when: "stored" }, "when_vector"],
-    [{ vector: "v", gate_vector: "w" }, "min_cos"], [{ vector: "v", more: "[1]" }, "more"], [{ vector: "v", more: "{" }, "more"],
-  ];
-  for (const [fields, field] of wrong) {
-    assert.throws(() => editOf({ ...EMPTY, ...fields }), (error) => error instanceof FieldError && error.field === field, JSON.stringify(fields));
-  }
-  assert.throws(() => number("1e999", "seed"), /must be a number/);
-});
-
-test("blocks as they are written", () => {
-  assert.deepEqual([blocksOf("14"), blocksOf("8, 9"), blocksOf("8-22"), blocksOf("all")], [[14], [8, 9], "8-22", "all"]);
-});
-
-test("a column has the steering at its factor", () => {
-  const spec = { edits: [{ vector: "v", scale: 0.1 }, { vector: "v", op: "set", target: 2 }, { vector: "v", op: "clamp", lo: -1, hi: 3 }], preserve_norm: true };
-  assert.equal(scaled(spec, 0), false);
-  assert.equal(scaled(spec, 1), spec);
-  const minus = scaled(spec, -1);
-  assert.equal(minus.preserve_norm, true);
-  assert.deepEqual(minus.edits.map((edit) => edit.scale ?? edit.target ?? [edit.lo, edit.hi]), [-0.1, -2, [-3, 1]]);
-  assert.equal(scaled(spec, 3).edits[0].scale, 0.3);
-  assert.deepEqual(scaled({ edits: [{ vector: "v", op: "clamp", lo: 1 }] }, -2).edits, [{ vector: "v", op: "clamp", hi: -2 }]);
-  assert.deepEqual(scaled({ preset: "p" }, -1, { p: { edits: [{ vector: "v" }] } }), { edits: [{ vector: "v", scale: -1 }] });
-  assert.equal(scaled(false, 1), false);
-});
-
-test("no column has another strength than its heading says", () => {
-  const preset = { edits: [{ vector: "v" }], preserve_norm: true, probes: [{ name: "own" }], stop: [{ probe: "own", above: 1 }] };
-  const twice = scaled({ preset: "p", probes: [{ name: PROBE }] }, 2, { p: preset });
-  assert.deepEqual(twice, { ...preset, edits: [{ vector: "v", scale: 2 }], probes: [{ name: "own" }, { name: PROBE }] });
-  assert.throws(() => scaled({ preset: "p" }, -1, {}), /preset p are not known/);
-  assert.deepEqual(scaled({ preset: "p" }, 1, {}), { preset: "p" });
-  for (const op of ["feature", "low_rank", "rotate"]) {
-    const spec = { edits: [{ vector: "v", op }] };
-    assert.throws(() => scaled(spec, -1), new RegExp(`operation ${op} cannot be multiplied by -1`));
-    assert.equal(scaled(spec, 1), spec);
-  }
-  // What the server refuses is sent as it is, for it says why.
-  for (const spec of [{ when: { vector: "w", above: 1 } }, { preserve_norm: true }]) {
-    for (const factor of [1, 2]) assert.equal(scaled(spec, factor), spec);
-    const ofPreset = { preset: "p", ...spec };
-    for (const factor of [1, 2]) assert.equal(scaled(ofPreset, factor, { p: preset }), ofPreset);
-  }
-});
-
-test("a probe stands in every column, alone in the plain one", () => {
-  const probe = { vector: "w", block: "14", measure: "dot", after: true, rule: "below", bound: "-0.1", tokens: "2" };
-  const spec = withProbe({ edits: [{ vector: "v" }] }, probe);
-  assert.deepEqual(spec.probes, [{ name: PROBE, vector: "w", blocks: [14], measure: "dot", after: true }]);
-  assert.deepEqual(spec.stop, [{ probe: PROBE, below: -0.1, for: 2 }]);
-  assert.deepEqual(scaled(spec, 0), { probes: spec.probes, stop: spec.stop });
-  assert.deepEqual(scaled(spec, 2).edits, [{ vector: "v", scale: 2 }]);
-  assert.deepEqual(scaled(withProbe(false, probe), 1).probes, spec.probes);
-  assert.equal(withProbe(false, null), false);
-  assert.throws(() => withProbe(false, { ...probe, bound: "" }), /Enter a number/);
-});
 
 test("the size of an edit in residual norms", () => {
   assert.deepEqual(doseOf({ scale: -0.5 }, VECTOR), { total: 0.25, largest: 0.1, block: 10, blocks: 4 });
@@ -152,7 +42,7 @@ test("strength and slider begin where the vector suggests", () => {
 
 test("a set of rows is told apart from a vector", () => {
   const rows = { kind: "features", blocks: [8], rows: { 8: [7] }, residual_norms: { 8: 100 } };
-  assert.deepEqual(describeDose({ scale: 1 }, rows), { text: "This is a set of features, not a control vector.", warning: true });
+  assert.deepEqual(describeDose({ scale: 1 }, rows), { text: 'This is a set of features: choose the operation "change features".', warning: true });
   assert.equal(startOf(rows).scale, "1");
   assert.equal(rangeOf({ scale: 1 }, rows).limit, 4);
   assert.equal(probeStart(rows).block, 8);
@@ -194,7 +84,7 @@ test("a chart has a gap where a token has no number", () => {
   const lines = linesOf([0, 1, null, 3], { low: 0, middle: 1, high: 3 }, box);
   assert.deepEqual(lines.map((line) => line.map(([x]) => Math.round(x))), [[0, 33], [100]]);
   assert.equal(lines[1][0][1], 0);
-  assert.equal(valueOf({ numbers: [1, null] }), 1);
+  assert.equal(valueOf({ numbers: { "p:3": [1, null], "q:3": [2] } }, "p:3"), 1);
   assert.equal(summaryOf([1, null, 3]), "Mean 2.00, lowest 1.00, highest 3.00 of 2 tokens.");
   assert.deepEqual([shown(-0.0391), shown(null), shown(1e-9)], ["−0.0391", "–", "1.0e-9"]);
 });
@@ -207,16 +97,18 @@ test("a scale and a summary take more numbers than a call takes arguments", () =
 
 test("numbers stay beside the text of their tokens", () => {
   const turn = newTurn("p");
-  const part = (text, numbers, more = {}) => ({ text, thinking: "", numbers: numbers && { 14: numbers }, finish: null, stopReason: null, report: null, ...more });
+  const part = (text, numbers, more = {}) => ({ text, thinking: "", numbers: numbers && { "p:14": numbers, "q:3": numbers.map((value) => -value) }, finish: null, stopReason: null, report: null, ...more });
   addPart(turn, part("", null));
   addPart(turn, part("Good", [1]));
   addPart(turn, part("", [2])); // the first bytes of a character
   addPart(turn, part("é", [3]));
   addPart(turn, part(" and more", [4, 5]));
-  addPart(turn, part("", [6], { finish: "stop", stopReason: "probe:playground", report: { digest: "d", edits: [] } }));
-  assert.deepEqual(turn.segments.map((each) => [each.text, each.numbers]), [["Good", [1]], ["é", [2, 3]], [" and more", [4, 5]], ["", [6]]]);
+  addPart(turn, part("", [6], { finish: "stop", stopReason: "probe:mood", summaries: { "s:1": { mean: 1, max: 2, tokens: 3 } }, promptNumbers: { "p:14": [9] }, report: { digest: "d", edits: [] } }));
+  assert.deepEqual(turn.segments.map((each) => [each.text, each.numbers["p:14"]]), [["Good", [1]], ["é", [2, 3]], [" and more", [4, 5]], ["", [6]]]);
+  assert.deepEqual(turn.segments[1].numbers["q:3"], [-2, -3]);
+  assert.deepEqual([seriesOf([turn]), turn.summaries["s:1"].max, turn.promptNumbers], [["p:14", "q:3"], 2, { "p:14": [9] }]);
   assert.equal(textOf(turn), "Goodé and more");
-  assert.equal(endOf(turn), "Ended by the probe's rule.");
+  assert.equal(endOf(turn), "Ended by the rule of the probe mood.");
   assert.equal(endOf({ finish: "length" }), "Ended at the limit of tokens.");
   const report = { edits: [{ name: "v", applied_tokens: 7 }], conditions: [{ value: [0.5], held: [true] }] };
   assert.equal(appliedText(report), "Steered v: 7 tokens; condition held (0.500)");
@@ -241,9 +133,14 @@ test("events of a stream, cut anywhere", () => {
 
 test("what a chunk brings", () => {
   const chunk = { choices: [{ delta: { content: "hi" }, finish_reason: "stop", stop_reason: "probe:x", steering: { probes: { p: { 14: [1] } } } }], steering: { digest: "d" } };
-  assert.deepEqual(partOf(chunk, "p"), { text: "hi", thinking: "", numbers: { 14: [1] }, finish: "stop", stopReason: "probe:x", report: { digest: "d" } });
-  assert.equal(partOf({ choices: [{ text: "t" }] }, "p").text, "t");
-  assert.equal(partOf({ choices: [], usage: {} }, "p").text, "");
+  const told = { text: "hi", thinking: "", numbers: { "p:14": [1] }, finish: "stop", stopReason: "probe:x", report: { digest: "d" } };
+  assert.deepEqual(partOf(chunk), { ...told, summaries: {}, promptNumbers: null });
+  assert.equal(partOf({ choices: [{ text: "t" }] }).text, "t");
+  assert.equal(partOf({ choices: [], usage: {} }).text, "");
+  const several = { probes: { "a:b": { 3: [1], 4: [2] }, s: { 5: { mean: 1, max: 2, tokens: 3 } } }, prompt_probes: { "a:b": { 3: [7, 8] } } };
+  const part = partOf({ choices: [{ text: "t", steering: several }] });
+  assert.deepEqual([part.numbers, part.summaries, part.promptNumbers],
+    [{ "a:b:3": [1], "a:b:4": [2] }, { "s:5": { mean: 1, max: 2, tokens: 3 } }, { "a:b:3": [7, 8] }]);
 });
 
 test("errors say what happened", () => {
@@ -298,22 +195,31 @@ test("a request has what differs from the server's defaults", () => {
 });
 
 test("a link carries everything, and the answers on wish", () => {
-  const state = { settings: { ...DEFAULTS, prompt: "50 % & #?", seed: "3" }, steering: { edits: [{ vector: "v", scale: 1 }] }, probe: { vector: "w", block: "14", measure: "cosine", after: true, rule: "", bound: "", tokens: "1" } };
+  const steering = { edits: [{ vector: "v", op: "rotate", toward: "w", degrees: 20, site: "mlp" }], probes: [{ name: "p", vector: "w", scope: "all" }], stop: [{ probe: "p", above: 1 }] };
+  const state = { settings: { ...DEFAULTS, prompt: "50 % & #?", seed: "3" }, steering };
   const opened = decodeLink(`#${encodeLink(state)}`);
-  assert.deepEqual({ ...opened, columns: undefined }, { ...state, columns: undefined });
-  assert.equal(opened.columns, null);
-  const columns = [{ factor: 0, label: "Plain", turns: [{ prompt: "p", note: "", segments: [{ text: "a", numbers: [0.123456], thinking: false }, { text: "b", numbers: null, thinking: true }] }] }];
+  assert.deepEqual(opened, { ...state, columns: null });
+  const segments = [{ text: "a", numbers: { "p:1": [0.123456], "q:2": [null, 1] }, thinking: false }, { text: "b", numbers: null, thinking: true }, { text: "c", numbers: { "p:1": [2] }, thinking: false }];
+  const columns = [{ factor: 0, label: "Plain", turns: [{ prompt: "p", note: "", segments }] }];
   const carried = decodeLink(encodeLink(state, columns)).columns[0].turns[0];
-  assert.deepEqual(carried.segments, [{ text: "a", numbers: [0.1235], thinking: false }, { text: "b", numbers: null, thinking: true }]);
+  assert.deepEqual(carried.segments, [
+    { text: "a", numbers: { "p:1": [0.1235], "q:2": [null, 1] }, thinking: false }, { text: "b", numbers: null, thinking: true },
+    { text: "c", numbers: { "p:1": [2], "q:2": [] }, thinking: false },
+  ]);
 });
 
 test("links of before are read, and damaged ones are not", () => {
   const before = decodeLink(encodeURIComponent(JSON.stringify({ prompt: "x", tokens: 6, temperature: 0, steering: { preset: "calm" } })));
   assert.deepEqual([before.settings.tokens, before.steering.preset], ["6", "calm"]);
+  const probe = { vector: "w", block: "14", measure: "dot", after: true, rule: "below", bound: "-0.1", tokens: "2" };
+  const watched = decodeLink(encodeURIComponent(JSON.stringify({ probe, columns: [{ factor: 0, turns: [{ segments: [["a", [1, null]]] }] }] })));
+  assert.deepEqual(watched.steering, {
+    probes: [{ name: PROBE, vector: "w", blocks: [14], measure: "dot", after: true }], stop: [{ probe: PROBE, below: -0.1, for: 2 }],
+  });
+  assert.deepEqual(watched.columns[0].turns[0].segments[0].numbers, { "playground:14": [1, null] });
   for (const text of ["", "%", "null", "3", "[]", '"x"']) assert.equal(decodeLink(text), null, text);
   const odd = decodeLink('{"steering": {"edits": [null, 3, {"vector": "v"}]}, "probe": 3, "columns": [null, {"factor": 1, "turns": [{"segments": [["a", ["x"]], 3]}]}], "mode": "x"}');
   assert.deepEqual(odd.steering.edits, [{ vector: "v" }]);
-  assert.equal(odd.probe, null);
   assert.equal(odd.settings.mode, "chat");
   assert.deepEqual(odd.columns[0].turns[0].segments, [{ text: "a", numbers: null, thinking: false }]);
 });

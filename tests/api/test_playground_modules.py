@@ -19,11 +19,12 @@ MODULES = sorted((STATIC / "playground").glob("*.js"))
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
 def test_the_logic_of_the_modules(tmp_path: Path) -> None:
-    for module in [*MODULES, Path(__file__).with_name("playground.test.mjs")]:
+    tests = sorted(Path(__file__).parent.glob("playground*.test.mjs"))
+    for module in [*MODULES, *tests]:
         shutil.copy(module, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
     done = subprocess.run(
-        ["node", "--test", str(tmp_path / "playground.test.mjs")],
+        ["node", "--test", *(str(tmp_path / each.name) for each in tests)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,13 +13,26 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import pytest
 from helpers import browser
 from helpers.accessibility import axe_source, too_small, violations
+from helpers.body_record import RECORD_ENV, Bodies
 from helpers.browser import Page
+from helpers.playground import (
+    ANSWERS,
+    EDIT,
+    answered,
+    compared,
+    fits_and_is_accessible,
+    opened,
+    picture,
+    received,
+    sent_by_programs,
+    use,
+)
+from helpers.playground_controls import CONTROLS, REASONS, expected, more_files
 from helpers.server_process import Server, steer_engine_serve
 
 from steer_engine.demo.__main__ import MODEL, NAME, derive_once
@@ -28,8 +41,6 @@ from steer_engine.vectors import load, save
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 
 PROBED_BLOCKS = {"12": {"auroc": 0.8}, "15": {"auroc": 0.95, "threshold": 0.5, "platt": {"a": 0.1, "b": 0.0}}}
-ANSWERS = "#columns .turn:last-child .body"
-"""The newest answer of each column."""
 KEEP_REQUESTS = """
 window.sent = [];
 const real = fetch;
@@ -49,9 +60,20 @@ def vectors(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def bodies(tmp_path_factory: pytest.TempPathFactory) -> Bodies:
+    """What the server receives."""
+    return Bodies(tmp_path_factory.mktemp("bodies") / "bodies.jsonl")
+
+
+@pytest.fixture(scope="module")
+def server(vectors: Path, bodies: Bodies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    running = Server(steer_engine_serve(MODEL, "--steering-vectors", str(vectors)), log)
+    command = steer_engine_serve(
+        MODEL, "--steering-vectors", str(vectors), "--steering-sites", "mlp",
+        "--middleware", "helpers.body_record.BodyRecord",
+    )  # fmt: skip
+    paths = os.pathsep.join([str(Path(browser.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    running = Server(command, log, env={RECORD_ENV: str(bodies.path), "PYTHONPATH": paths})
     yield running
     running.kill()
 
@@ -75,37 +97,13 @@ def many(vectors: Path) -> Iterator[None]:
         file.unlink()
 
 
-def opened(server: Server, profile: Path, shared: dict[str, Any] | None = None) -> Page:
-    """A page that is connected and shows one edit."""
-    page = Page(f"{server.url}/playground" + (f"#{quote(json.dumps(shared))}" if shared else ""), profile)
-    try:
-        page.show_as()
-        page.wait_for(f"document.getElementById('about')?.textContent.startsWith('{MODEL}')")
-        page.wait_for("document.querySelector('.edit .dose')?.textContent")
-    except BaseException:
-        page.__exit__(None, None, None)
-        raise
-    return page
-
-
-def answered(page: Page) -> list[str]:
-    """The newest answer of each column, once all are complete."""
-    status = page.wait_for("/\\d of \\d answers are complete/.exec(document.getElementById('status').textContent)?.[0]")
-    assert status[0] == status[5], (status, page.the("#error", "textContent"))
-    return page.each(ANSWERS, "innerText")
-
-
-def compared(page: Page, button: str = "#compare") -> list[str]:
-    """The answers of a run that is started by a click."""
-    page.evaluate("document.getElementById('status').textContent = ''")
-    page.click(button)
-    return answered(page)
-
-
-def picture(page: Page, name: str) -> None:
-    if folder := os.environ.get("STEER_TEST_PICTURES"):
-        page.evaluate("scrollTo(0, 0)")
-        page.screenshot(Path(folder) / name)
+@pytest.fixture
+def every_kind(vectors: Path) -> Iterator[None]:
+    """Files of other kinds for a while: features, a low-rank edit, a vector with a condition and a trained probe."""
+    files = more_files(vectors, load(vectors / f"{NAME}.safetensors"))
+    yield
+    for file in files:
+        file.unlink()
 
 
 def distinct_words(text: str) -> float:
@@ -212,7 +210,7 @@ def test_tokens_have_the_colours_and_numbers_of_a_probe(server: Server, profile:
         page.type("cheer")
         page.press("ArrowDown")
         page.press("Enter")
-        page.wait_for("document.querySelector('#probe [data-field=block]').value")
+        page.wait_for("document.querySelector('#probe [data-field=blocks]').value")
         compared(page)
         assert min(page.each(ANSWERS, "querySelectorAll('.token:not(.none)').length")) >= 30
         assert len(page.each("#columns .chart .line", "tagName")) == 2
@@ -238,17 +236,15 @@ def test_a_trained_probe_brings_its_block_and_threshold(server: Server, many: No
         page.type("trained")
         page.press("Enter")
         page.wait_for("document.querySelector('#probe [data-field=measure]').value === 'probability'")
-        assert page.the("#probe [data-field=block]", "value") == "15"
+        assert page.the("#probe [data-field=blocks]", "value") == "15"
         compared(page)
         assert "the probe's threshold" in page.the("#legend", "textContent")
         assert len(page.each(".chart .threshold", "tagName")) == 2
         # No number is that large, so the first token ends the answer.
-        for field, value in (("measure", "dot"), ("rule", "below")):
-            choice = f"document.querySelector('#probe [data-field={field}]')"
-            page.evaluate(f"{choice}.value = '{value}', {choice}.dispatchEvent(new Event('input', {{bubbles: true}}))")
-        page.write("#probe [data-field=bound]", "1000000")
+        for field, value in (("measure", "dot"), ("rule", "below"), ("below", "1000000")):
+            use(page, f"#probe [data-field={field}]", value)
         compared(page)
-        assert page.each(".note", "textContent") == ["Ended by the probe's rule."] * 2
+        assert page.each(".note", "textContent") == ["Ended by the rule of the probe playground."] * 2
         assert page.each(ANSWERS, "querySelectorAll('.token').length") == [1, 1]
 
 
@@ -297,13 +293,79 @@ def test_a_link_has_every_field_and_the_answers_on_wish(server: Server, profile:
         assert "came with the link" in page.the("#status", "textContent")
 
 
+@pytest.mark.parametrize("part", CONTROLS)
+def test_each_control_changes_what_the_server_receives(
+    server: Server, every_kind: None, bodies: Bodies, profile: Path, part: str
+) -> None:
+    steering = {"edits": [{"vector": NAME, "scale": 0.1, "blocks": "8-10"}]}
+    with opened(server, profile, {"prompt": "Hello", "tokens": 1, "steering": steering}) as page:
+        assert received(page, bodies) == steering
+        for entries, changes in CONTROLS[part]:
+            for selector, value in entries:
+                use(page, selector, value)
+            steering = expected(steering, changes)
+            assert received(page, bodies) == steering, entries
+        fits_and_is_accessible(page)
+        # What was typed is in a link, and in the tab.
+        page.click("#copy-link")
+        link = page.wait_for("document.getElementById('code').textContent")
+        page.wait_for("sessionStorage['steer-engine-playground-2']")
+    with Page(link, profile.with_name("other")) as page:
+        page.wait_for("document.getElementById('about')?.textContent.includes('vectors')")
+        assert received(page, bodies) == steering
+        for name, body in sent_by_programs(page, bodies).items():
+            assert body["steering"] == steering, name
+            assert [body["max_tokens"], body["messages"]] == [1, [{"role": "user", "content": "Hello"}]]
+
+
+def test_what_a_server_does_not_allow_is_disabled_with_the_reason(server: Server, profile: Path) -> None:
+    with opened(server, profile) as page:
+        disabled = "[...document.querySelectorAll('#edits option:disabled')].map((each) => each.textContent)"
+        found = " | ".join(page.evaluate(disabled))
+        assert "output of the attention (not armed: --steering-sites)" in found
+        assert "the reasoning (needs --reasoning-parser)" in found
+        assert "tool calls (needs --tool-call-parser)" in found
+        # The same page, told by a server that has less.
+        page.evaluate(
+            "window.real = fetch, window.fetch = async (path, options) => path !== 'v1/steering' ? real(path, options)"
+            " : new Response(JSON.stringify({...await (await real(path, options)).json(), operations: ['add']})), 0"
+        )
+        page.click("#access button")
+        page.wait_for("document.querySelector('#add-probe').disabled")
+        for selector, reason in REASONS.items():
+            assert page.the(selector, "disabled"), selector
+            described = (
+                f"document.getElementById(document.querySelector('{selector}').getAttribute('aria-describedby'))"
+            )
+            assert reason in page.evaluate(f"{described}.textContent")
+        options = "[...document.querySelectorAll('#edits [data-field=op] option:disabled')].map((each) => each.value)"
+        assert page.evaluate(options) == ["add_relative", "ablate", "clamp", "set", "feature", "low_rank", "rotate"]
+
+
+def test_a_field_that_is_not_finished_survives_a_reload(server: Server, profile: Path) -> None:
+    with opened(server, profile) as page:
+        use(page, f"{EDIT} [data-field=op]", "rotate")
+        use(page, f"{EDIT} [data-field=toward]", "")
+        use(page, f"{EDIT} [data-field=degrees]", "12")
+        use(page, f"{EDIT} [data-field=scope]", "window")
+        use(page, f"{EDIT} [data-field=until]", "[3,")
+        page.wait_for("sessionStorage['steer-engine-playground-2']?.includes('[3,')")
+        page.evaluate("window.before = 1, location.reload()")
+        page.wait_for(f"!window.before && document.getElementById('about')?.textContent.startsWith('{MODEL}')")
+        assert page.the(f"{EDIT} [data-field=degrees]", "value") == "12"
+        assert page.the(f"{EDIT} [data-field=until]", "value") == "[3,"
+        page.click("#compare")
+        page.wait_for("document.getElementById('error').textContent.includes('toward which')")
+        assert page.focused() == "toward"
+
+
 def test_runs_stay_in_the_history_of_the_tab(server: Server, profile: Path) -> None:
     with opened(server, profile, {"prompt": "First", "tokens": 6}) as page:
         first = compared(page)
         page.write("#prompt", "Second")
         compared(page, "#three")
         page.write("#prompt", "Not sent yet")
-        page.wait_for("(sessionStorage['steer-engine-playground'] ?? '').includes('Not sent yet')")
+        page.wait_for("(sessionStorage['steer-engine-playground-2'] ?? '').includes('Not sent yet')")
         page.evaluate("window.before = 1, history.replaceState(null, '', '/playground'), location.reload()")
         # The old page answers until the new one is there.
         page.wait_for(f"!window.before && document.getElementById('about')?.textContent.startsWith('{MODEL}')")

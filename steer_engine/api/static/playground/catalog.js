@@ -1,7 +1,7 @@
 // What the server has: model, limits, vectors, presets. Facts about a vector are fetched when they are needed.
 
 import { isRowSet } from "./dose.js";
-import { OPERATIONS } from "./spec.js";
+import { offersOf } from "./offers.js";
 
 /** Vectors whose facts are fetched at once, so that lists can tell which are probes. Others when they are chosen. */
 const EAGER = 40;
@@ -11,8 +11,7 @@ export class Catalog {
   /** Before the first answer of the server, everything is offered that any server has. */
   constructor(client) {
     Object.assign(this, {
-      client, connected: false, model: "", names: [], presets: {}, armed: null, numBlocks: 0, maxScale: 1000,
-      operations: Object.keys(OPERATIONS), scopes: ["all", "prompt", "generation", "last_prompt_token"],
+      client, connected: false, model: "", names: [], presets: {}, armed: null, numBlocks: 0, offers: offersOf(),
     });
     this.facts = new Map();
     this.known = new Map();
@@ -27,8 +26,7 @@ export class Catalog {
     ]);
     Object.assign(this, {
       connected: true, model: about.model, armed: about.armed_blocks, numBlocks: about.num_blocks,
-      maxScale: about.limits.max_abs_scale, operations: about.operations,
-      scopes: about.scopes.filter((scope) => typeof scope === "string"), names: vectors.map((each) => each.name),
+      offers: offersOf(about), names: vectors.map((each) => each.name),
       presets: Object.fromEntries(presets.map((each) => [each.name, each.spec])),
     });
     this.facts.clear();

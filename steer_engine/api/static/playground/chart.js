@@ -28,9 +28,6 @@ export function levelOf(value, scale) {
   return Math.round(Math.max(-1, Math.min(1, share)) * LEVELS) + 0;
 }
 
-/** The number of a piece of text: that of its last token. null if there is none. */
-export const valueOf = (segment) => segment.numbers?.findLast((value) => value !== null) ?? null;
-
 /** Three significant digits, without an exponent where that is short. */
 export function shown(value) {
   if (value === null || value === undefined) return "–";

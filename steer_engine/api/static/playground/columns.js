@@ -1,54 +1,10 @@
 // The answers, side by side: their turns, as formatted text or as tokens with the probe's numbers and a chart.
 
-import { draw, levelOf, LEVELS, scaleOf, shown, summaryOf, valueOf } from "./chart.js";
-import { $, make } from "./dom.js";
+import { draw, levelOf, LEVELS, scaleOf, shown, summaryOf } from "./chart.js";
+import { $, make, setChoices } from "./dom.js";
 import { parse, render } from "./markdown.js";
-
-/**
- * An empty turn. label: of its steering, where that is not what the column's heading says.
- * state: "running", "done", "half" (cut off or stopped) or "failed" (nothing came).
- */
-export const newTurn = (prompt, label = "") => ({ prompt, label, segments: [], state: "running", note: "", finish: null, report: null });
-
-export const textOf = (turn) => turn.segments.filter((each) => !each.thinking).map((each) => each.text).join("");
-
-/** Numbers by token, in order. */
-const numbersOf = (turn) => turn.segments.flatMap((each) => each.numbers ?? []);
-
-/** Add what a chunk brought. A token without text (a part of a character, the end) keeps its number with its neighbour. */
-export function addPart(turn, part) {
-  const numbers = part.numbers ? Object.values(part.numbers)[0] : null;
-  const thinking = part.thinking !== "" && part.text === "";
-  if (part.thinking && part.text) turn.segments.push({ text: part.thinking, thinking: true, numbers: null });
-  const text = thinking ? part.thinking : part.text;
-  const last = turn.segments.at(-1);
-  if (numbers || text) {
-    if (last && last.text === "") {
-      Object.assign(last, { text, thinking, numbers: [...(last.numbers ?? []), ...(numbers ?? [])] });
-    } else turn.segments.push({ text, thinking, numbers });
-  }
-  turn.finish = part.finish ?? turn.finish;
-  turn.stopReason = part.stopReason ?? turn.stopReason;
-  turn.report = part.report ?? turn.report;
-}
-
-/** Why an answer ended, where that is worth a word. */
-export function endOf(turn) {
-  if (turn.finish === "length") return "Ended at the limit of tokens.";
-  if (String(turn.stopReason ?? "").startsWith("probe:")) return "Ended by the probe's rule.";
-  return "";
-}
-
-/** What the server applied, in words. */
-export function appliedText(report) {
-  if (!report?.edits?.length) return "";
-  const tokens = report.edits.map((edit) => `${edit.name ?? edit.vector.slice(0, 14)}: ${edit.applied_tokens ?? "?"} tokens`);
-  const decided = (report.conditions ?? []).map((each) => {
-    const value = [each.value].flat()[0];
-    return `condition ${[each.held].flat()[0] ? "held" : "did not hold"} (${shown(value ?? null)})`;
-  });
-  return `Steered ${[...tokens, ...decided].join("; ")}`;
-}
+import { seriesText } from "./probe_spec.js";
+import { appliedText, describe, endOf, numbersOf, seriesOf, summaryLines, textOf, valueOf } from "./turns.js";
 
 class TurnView {
   constructor(turn) {
@@ -65,15 +21,18 @@ class TurnView {
     this.drawn = "";
   }
 
-  draw(view, scale, beside, isThreshold) {
+  /** key: of the series that is drawn; null if there is none. */
+  draw(view, { key, scale, beside, isThreshold }) {
     const { turn } = this;
-    this.shared = { scale, beside, isThreshold };
-    const asTokens = view === "tokens" && turn.segments.some((each) => each.numbers);
+    const isOther = key !== this.shared?.key;
+    this.shared = { key, scale, beside, isThreshold };
+    const asTokens = view === "tokens" && turn.segments.some((each) => each.numbers?.[key]);
     // Formatting a long answer again for each token costs more than its text.
     const state = `${view} ${asTokens} ${turn.segments.length} ${turn.segments.at(-1)?.text.length}`;
     if (asTokens) this.#drawTokens(scale);
     else if (state !== this.drawn) this.#drawText(view);
     this.drawn = state;
+    if (isOther && this.marked !== null) this.#read();
     this.#drawChart();
     const end = turn.state === "running" ? "" : turn.note || endOf(turn);
     this.note.textContent = end;
@@ -82,7 +41,8 @@ class TurnView {
     this.note.classList.toggle("half", turn.state === "half" || turn.state === "failed");
     if (turn.report && this.applied.hidden) {
       this.applied.hidden = false;
-      this.applied.append(make("summary", {}, appliedText(turn.report) || "Not steered; watched by the probe"), make("code", {}, turn.report.digest));
+      const lines = summaryLines(turn).map((line) => make("p", {}, line));
+      this.applied.append(make("summary", {}, appliedText(turn.report) || "Not steered; watched by the probe"), ...lines, make("code", {}, turn.report.digest));
     }
   }
 
@@ -122,25 +82,27 @@ class TurnView {
       const token = this.body.children[at];
       const text = segment.text || " end";
       if (token.textContent !== text) token.textContent = text;
-      const value = valueOf(segment);
+      const value = valueOf(segment, this.shared.key);
       const level = levelOf(value, scale);
       const marked = at === this.marked ? " marked" : "";
       token.className = `token ${level === null ? "none" : `level${level}`}${segment.thinking ? " thought" : ""}${segment.text ? "" : " end"}${marked}`;
-      token.title = describe(segment);
+      token.title = describe(segment, this.shared.key);
     });
   }
 
   #drawChart() {
-    const { scale, beside, isThreshold } = this.shared;
-    const numbers = numbersOf(this.turn);
+    const { key, scale, beside, isThreshold } = this.shared;
+    const numbers = numbersOf(this.turn, key);
     if (!scale || !numbers.length) {
       this.chart.replaceChildren();
       return;
     }
-    const before = this.turn.segments.slice(0, (this.marked ?? -1) + 1).flatMap((each) => each.numbers ?? []).length;
+    const before = this.turn.segments.slice(0, (this.marked ?? -1) + 1).flatMap((each) => each.numbers?.[key] ?? []).length;
     const marked = this.marked === null || !before ? null : before - 1;
     const width = Math.max(160, Math.min(480, this.chart.clientWidth || 320));
-    this.chart.replaceChildren(draw(numbers, scale, { beside, isThreshold, marked, width }), make("p", { className: "hint" }, summaryOf(numbers)));
+    const ofPrompt = this.turn.promptNumbers?.[key];
+    const lines = [summaryOf(numbers), ...(ofPrompt?.length ? [`On the prompt: ${summaryOf(ofPrompt)}`] : [])];
+    this.chart.replaceChildren(draw(numbers, scale, { beside, isThreshold, marked, width }), ...lines.map((line) => make("p", { className: "hint" }, line)));
   }
 
   /** Show the number of one token, in words and in the chart. */
@@ -148,9 +110,13 @@ class TurnView {
     this.body.children[this.marked]?.classList.remove("marked");
     this.marked = at;
     this.body.children[at]?.classList.add("marked");
-    this.readout.hidden = false;
-    this.readout.textContent = `Token ${at + 1}: ${describe(this.turn.segments[at])}`;
+    this.#read();
     this.#drawChart();
+  }
+
+  #read() {
+    this.readout.hidden = false;
+    this.readout.textContent = `Token ${this.marked + 1}: ${describe(this.turn.segments[this.marked], this.shared.key)}`;
   }
 
   #key(event) {
@@ -162,25 +128,19 @@ class TurnView {
   }
 }
 
-function describe(segment) {
-  const text = segment.text ? `“${segment.text}”` : "end of the answer";
-  const numbers = (segment.numbers ?? []).map(shown);
-  if (!numbers.length) return `${text}, no number`;
-  return `${text} ${numbers.at(-1)}${numbers.length > 1 ? ` (${numbers.join(", ")})` : ""}`;
-}
-
 /** All columns of a run. */
 export class Columns {
   constructor() {
     this.columns = [];
-    this.probe = { threshold: null, measure: "cosine", title: "" };
+    this.factsOf = () => ({ threshold: null, measure: "cosine", title: "" });
     this.waiting = false;
+    $("series").addEventListener("change", () => this.draw());
   }
 
-  /** columns: [{ factor, label, turns }]. probe: { threshold, measure, title } of their numbers. */
-  show(columns, probe) {
+  /** columns: [{ factor, label, turns }]. factsOf: series -> { threshold, measure, title } of its numbers. */
+  show(columns, factsOf) {
     this.columns = columns;
-    this.probe = probe;
+    this.factsOf = factsOf;
     this.views = columns.map((column) => {
       const turns = make("div", { className: "turns" });
       const root = make("article", { className: column.factor === 0 ? "plain" : "steered" },
@@ -204,8 +164,10 @@ export class Columns {
 
   draw() {
     const view = $("view").value;
-    const values = this.columns.flatMap((column) => column.turns.flatMap(numbersOf));
-    const scale = scaleOf(values, this.probe);
+    const key = this.#chosenSeries();
+    const facts = key === null ? null : this.factsOf(key);
+    const values = this.columns.flatMap((column) => column.turns.flatMap((turn) => numbersOf(turn, key)));
+    const scale = facts && scaleOf(values, facts);
     const plain = this.columns.find((column) => column.factor === 0);
     this.columns.forEach((column, at) => {
       const { turns, turnViews } = this.views[at];
@@ -214,20 +176,33 @@ export class Columns {
           turnViews[number] = new TurnView(turn);
           turns.append(turnViews[number].root);
         }
-        const beside = plain && plain !== column && plain.turns[number] ? numbersOf(plain.turns[number]) : null;
-        turnViews[number].draw(view, scale, beside, this.probe.threshold !== null);
+        const beside = plain && plain !== column && plain.turns[number] ? numbersOf(plain.turns[number], key) : null;
+        turnViews[number].draw(view, { key, scale, beside, isThreshold: Boolean(facts) && facts.threshold !== null });
       });
     });
-    this.#drawLegend(view === "tokens" ? scale : null);
+    this.#drawLegend(view === "tokens" ? scale : null, facts);
   }
 
-  #drawLegend(scale) {
+  /** The series that is drawn, of those that the answers have: a choice if there are several. */
+  #chosenSeries() {
+    const known = seriesOf(this.columns.flatMap((column) => column.turns));
+    const select = $("series");
+    if (known.join("\n") !== this.known) {
+      this.known = known.join("\n");
+      if (!known.includes(select.value)) select.replaceChildren();
+      setChoices(select, known.map((key) => [key, seriesText(key)]));
+    }
+    select.closest("label").hidden = known.length < 2;
+    return known.length ? select.value : null;
+  }
+
+  #drawLegend(scale, facts) {
     $("legend").hidden = !scale;
     if (!scale) return;
     const swatches = Array.from({ length: 2 * LEVELS + 1 }, (_, at) => make("span", { className: `token level${at - LEVELS}`, "aria-hidden": "true" }));
     $("legend").replaceChildren(
-      make("span", {}, this.probe.title), make("span", {}, shown(scale.low)), make("span", { className: "swatches" }, ...swatches),
+      make("span", {}, facts.title), make("span", {}, shown(scale.low)), make("span", { className: "swatches" }, ...swatches),
       make("span", {}, shown(scale.high)),
-      make("span", { className: "hint" }, `middle ${shown(scale.middle)}${this.probe.threshold === null ? "" : ", the probe's threshold"}; point at a token for its number`));
+      make("span", { className: "hint" }, `middle ${shown(scale.middle)}${facts.threshold === null ? "" : ", the probe's threshold"}; point at a token for its number`));
   }
 }

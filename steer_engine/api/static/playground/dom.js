@@ -1,4 +1,5 @@
-// Small helpers for controls, and the box in which a vector is searched by name.
+// Small helpers for controls and forms. A form is an element with `data-form`; its fields are the controls with `data-field` in it, without
+// those of forms inside of it.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -15,17 +16,51 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Replace the choices of a select and keep what was chosen, offered or not. choices: [value, label] pairs. */
+/**
+ * Replace the choices of a select and keep what was chosen, offered or not. choices: [value, label, reason]; one with a
+ * reason cannot be chosen.
+ */
 export function setChoices(select, choices) {
   const before = select.value;
-  select.replaceChildren(...choices.map(([value, label]) => new Option(label, value)));
+  select.replaceChildren(...choices.map(([value, label, reason = ""]) => {
+    const option = new Option(reason ? `${label} (${reason})` : label, value);
+    option.disabled = reason !== "";
+    return option;
+  }));
   if (before && !choices.some(([value]) => value === before)) select.append(new Option(`${before} (not offered here)`, before));
   if (before) select.value = before;
 }
 
-const fieldsIn = (root) => [...root.querySelectorAll("[data-field]")];
+/**
+ * Disable a control and say why below it; "" allows it. What has content stays usable, so that it can be removed, and
+ * the server says what is wrong with it.
+ */
+export function allow(control, reason) {
+  const place = control.closest("label") ?? control;
+  let note = place.nextElementSibling?.matches(".reason") ? place.nextElementSibling : null;
+  const isEmpty = control.type === "checkbox" ? !control.checked : control.tagName === "BUTTON" || !control.value;
+  control.disabled = reason !== "" && isEmpty;
+  if (!reason) {
+    note?.remove();
+    control.removeAttribute("aria-describedby");
+    return;
+  }
+  if (!note) {
+    note = make("p", { className: "hint reason", id: `reason-${(reasons += 1)}` });
+    place.after(note);
+  }
+  note.textContent = reason;
+  control.setAttribute("aria-describedby", note.id);
+}
+let reasons = 0;
 
-/** The values of all `data-field` controls inside of an element: text, and true or false for checkboxes. */
+const isIn = (root) => (part) => part.closest("[data-form]") === root;
+const fieldsIn = (root) => [...root.querySelectorAll("[data-field]")].filter(isIn(root));
+
+/** The control of a field in a form; null if there is none. */
+export const fieldIn = (root, field) => fieldsIn(root).find((each) => each.dataset.field === field) ?? null;
+
+/** The values of the fields of a form: text, and true or false for checkboxes. */
 export function readFields(root) {
   return Object.fromEntries(fieldsIn(root).map((each) => [each.dataset.field, each.type === "checkbox" ? each.checked : each.value]));
 }
@@ -46,13 +81,29 @@ export function fillFields(root, values) {
   showFields(root);
 }
 
-/** Show each part of a form only where it has a meaning: `data-when="op=clamp,set"`, or `data-when="rule"` (not empty). */
+/**
+ * Show each part of a form only where it has a meaning: `data-when="op=clamp,set"`, or `data-when="rule"` (not empty);
+ * several of these, separated by `;`, where one of them is met. A field that is hidden itself counts as empty.
+ */
 export function showFields(root) {
   const values = readFields(root);
-  for (const part of root.querySelectorAll("[data-when]")) {
-    const [field, list] = part.dataset.when.split("=");
-    part.hidden = list ? !list.split(",").includes(values[field]) : !values[field];
+  for (const part of [...root.querySelectorAll("[data-when]")].filter(isIn(root))) {
+    part.hidden = !part.dataset.when.split(";").some((when) => isMet(root, when, values));
   }
+}
+
+/** A control stands before the parts that depend on it, so it is already known whether it is hidden. */
+function isMet(root, when, values) {
+  const [field, list] = when.split("=");
+  const part = fieldIn(root, field).closest("[data-when]");
+  if (part?.hidden && isIn(root)(part)) return false;
+  return list ? list.split(",").includes(values[field]) : Boolean(values[field]);
+}
+
+/** Mark a form as busy until a promise ends. Returns the promise. */
+export function busyUntil(root, promise) {
+  root.setAttribute("aria-busy", "true");
+  return promise.finally(() => root.removeAttribute("aria-busy"));
 }
 
 /** The first control inside of an element whose content is not valid, or null. Hidden ones are not looked at. */
@@ -67,107 +118,4 @@ export function pointOut(control) {
   control.setAttribute("aria-invalid", "true");
   control.addEventListener("input", () => control.removeAttribute("aria-invalid"), { once: true });
   control.focus();
-}
-
-/** At most so many names are listed at once. */
-const LISTED = 100;
-let number = 0;
-
-/**
- * A text field with a list of vectors below it, filtered by what is typed (the combobox pattern of ARIA).
- * Arrow keys move, Enter or a click chooses, Escape closes. It stands in an element of class `box`.
- */
-export class VectorBox {
-  /** options: returns [{ name, hint }]. onChoose: called after a choice, or when another text was typed and left. */
-  constructor(input, options, onChoose) {
-    Object.assign(this, { input, options, onChoose, active: -1, typed: false, settled: input.value });
-    this.list = make("ul", { role: "listbox", id: `vectors-${(number += 1)}`, hidden: true, "aria-label": "Vectors" });
-    input.closest(".box").append(this.list);
-    const attributes = { role: "combobox", autocomplete: "off", spellcheck: "false", "aria-autocomplete": "list",
-      "aria-expanded": "false", "aria-controls": this.list.id };
-    for (const [name, value] of Object.entries(attributes)) input.setAttribute(name, value);
-    input.addEventListener("input", () => { this.typed = true; this.open(); });
-    input.addEventListener("click", () => this.open());
-    input.addEventListener("keydown", (event) => this.#key(event));
-    input.addEventListener("focus", () => input.select());
-    input.addEventListener("blur", () => { this.close(); this.#settle(); });
-  }
-
-  open() {
-    const words = this.typed ? this.input.value.toLowerCase().split(/\s+/).filter(Boolean) : [];
-    const found = this.options().filter(({ name }) => words.every((word) => name.toLowerCase().includes(word)));
-    this.active = -1;
-    this.list.replaceChildren(...found.slice(0, LISTED).map(({ name, hint }, at) => this.#item(name, hint, at)));
-    if (found.length > LISTED) this.list.append(this.#note(`${found.length - LISTED} more: type a part of the name`));
-    if (!found.length) this.list.append(this.#note("no vector has that name"));
-    this.list.hidden = false;
-    this.input.setAttribute("aria-expanded", "true");
-  }
-
-  close() {
-    this.list.hidden = true;
-    this.typed = false;
-    this.input.setAttribute("aria-expanded", "false");
-    this.input.removeAttribute("aria-activedescendant");
-  }
-
-  /** Fill in a name without telling anybody. */
-  set(name) {
-    this.input.value = this.settled = name;
-  }
-
-  #item(name, hint, at) {
-    const selected = name === this.input.value ? "true" : "false";
-    const item = make("li", { role: "option", id: `${this.list.id}-${at}`, "aria-selected": selected }, make("span", {}, name));
-    item.dataset.name = name;
-    if (hint) item.append(make("span", { className: "hint" }, hint));
-    // Before the field loses the focus.
-    item.addEventListener("pointerdown", (event) => { event.preventDefault(); this.#choose(name); });
-    return item;
-  }
-
-  #note(text) {
-    return make("li", { role: "option", "aria-disabled": "true", "aria-selected": "false", className: "hint" }, text);
-  }
-
-  #choose(name) {
-    this.input.value = name;
-    this.close();
-    this.input.dispatchEvent(new Event("input", { bubbles: true }));
-    this.close();
-    this.#settle();
-  }
-
-  #settle() {
-    if (this.input.value === this.settled) return;
-    this.settled = this.input.value;
-    this.onChoose(this.input.value);
-  }
-
-  #key(event) {
-    const items = [...this.list.querySelectorAll("[data-name]")];
-    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      event.preventDefault();
-      if (this.list.hidden) this.open();
-      else this.#move(items, event.key === "ArrowDown" ? 1 : -1);
-    } else if (event.key === "Enter" && !event.ctrlKey && !event.metaKey && !this.list.hidden) {
-      event.preventDefault();
-      if (items[this.active]) this.#choose(items[this.active].dataset.name);
-      else if (items.length === 1) this.#choose(items[0].dataset.name);
-      else this.close();
-    } else if (event.key === "Escape" && !this.list.hidden) {
-      event.preventDefault();
-      this.close();
-    }
-  }
-
-  #move(items, step) {
-    if (!items.length) return;
-    items[this.active]?.classList.remove("active");
-    this.active = this.active < 0 && step < 0 ? items.length - 1 : (this.active + step + items.length) % items.length;
-    const item = items[this.active];
-    item.classList.add("active");
-    item.scrollIntoView({ block: "nearest" });
-    this.input.setAttribute("aria-activedescendant", item.id);
-  }
 }

@@ -1,7 +1,8 @@
 // How strong an edit is, in norms of the residual stream: where a strength starts, how far its slider goes, and when
 // to warn. Pure functions.
 
-import { SCALED } from "./spec.js";
+import { CHANGES, KINDS, OPERATIONS, SCALED } from "./operations.js";
+import { blocksOf } from "./values.js";
 
 /** Added over all blocks, in residual norms. More than this breaks the text of small models. */
 export const WARN_ABOVE = 0.5;
@@ -51,11 +52,22 @@ export function doseOf(edit, vector) {
   return { total, largest, block, blocks: shares.size };
 }
 
-/** One sentence about the size of an edit, and whether it is a warning. */
-export function describeDose(edit, vector) {
+/**
+ * One sentence about the size of an edit, and whether it is a warning.
+ * edit: an incomplete one is { op, isPart: true }. maxRank: the server's limit of a rank and of the features of an edit.
+ */
+export function describeDose(edit, vector, maxRank = Infinity) {
   if (!vector) return { text: "", warning: false };
-  if (isRowSet(vector)) return { text: `This is a set of ${vector.kind}, not a control vector.`, warning: true };
   const op = edit.op ?? "add";
+  const misfit = describeMisfit(op, vector);
+  if (misfit) return { text: misfit, warning: true };
+  if (op === "low_rank") return describeLowRank(vector, maxRank);
+  if (edit.isPart) return { text: "", warning: false };
+  if (op === "feature") return describeFeatures(edit, vector, maxRank);
+  if (op === "rotate") {
+    const angle = edit.degrees === undefined ? `to the angle of ${edit.to_degrees}°, counted from this vector` : `by ${edit.degrees}°`;
+    return { text: `Turns each token ${angle}, toward ${edit.toward}. Its length stays.`, warning: false };
+  }
   if (op === "ablate") {
     return { text: `Removes ${percent(edit.scale ?? 1)} of what the stream has along this direction.`, warning: false };
   }
@@ -69,6 +81,60 @@ export function describeDose(edit, vector) {
   const text = `Adds ${percent(dose.total)} of the residual norm${where}.`;
   if (dose.total <= WARN_ABOVE + 1e-9) return { text, warning: false };
   return { text: `${text} That is more than half of it: the text may break.`, warning: true };
+}
+
+const FILES = { features: "a set of features", low_rank: "a low-rank edit" };
+
+/** Why an operation cannot read a file; "" if it can. */
+function describeMisfit(op, vector) {
+  const kind = vector.kind ?? "directions";
+  if (kind === (KINDS[op] ?? "directions")) return "";
+  const [fitting] = Object.entries(KINDS).find(([, each]) => each === kind) ?? [];
+  if (fitting) return `This is ${FILES[kind]}: choose the operation "${OPERATIONS[fitting]}".`;
+  return `This is a control vector; the operation "${OPERATIONS[op]}" needs the file of ${FILES[KINDS[op]] ?? "another kind"}.`;
+}
+
+function describeLowRank(vector, maxRank) {
+  const rank = Math.max(...Object.values(vector.rows ?? { 0: [] }).map((rows) => rows.length));
+  if (rank > maxRank) return { text: `This edit has rank ${rank}; the server takes at most ${maxRank} (max_rank).`, warning: true };
+  return { text: `A low-rank edit of rank ${rank}. At strength 1 it is as trained.`, warning: false };
+}
+
+function describeFeatures(edit, vector, maxRank) {
+  const numbers = [edit.feature].flat();
+  const blocks = chosenBlocks(edit.blocks, vector);
+  if (numbers.length > maxRank) {
+    return { text: `These are ${numbers.length} features; the server takes at most ${maxRank} in an edit (max_rank).`, warning: true };
+  }
+  if (edit.blocks === undefined && blocks.length > 1) {
+    return { text: `The file has features at blocks ${ranges(blocks)}: enter one of them under Blocks.`, warning: true };
+  }
+  for (const block of blocks) {
+    const missing = numbers.find((each) => !(vector.rows?.[block] ?? []).includes(each));
+    if (missing !== undefined) return { text: `The file has no feature ${missing} at block ${block}.`, warning: true };
+  }
+  const change = Object.keys(CHANGES).find((name) => edit[name] !== undefined);
+  const names = numbers.map((each) => { const label = vector.labels?.[blocks[0]]?.[each]; return label ? `${each} (${label})` : each; });
+  const what = `feature${numbers.length > 1 ? "s" : ""} ${names.join(", ")}`;
+  const text = {
+    target: `Sets ${what} to ${edit.target}.`, add: `Adds ${edit.add} to ${what}.`,
+    scale: edit.scale === 0 ? `Removes ${what}.` : `Multiplies ${what} by ${edit.scale}.`,
+  }[change];
+  return { text: text ?? "", warning: false };
+}
+
+/** The features of a file that the written blocks have: [{ row, label }], ascending. blocks: the text of the form. */
+export function rowsOf(blocks, vector) {
+  if (vector?.kind !== "features") return [];
+  let chosen = vector.blocks;
+  try {
+    if (blocks.trim()) chosen = chosenBlocks(blocksOf(blocks), vector);
+  } catch { /* not finished: those of all blocks */ }
+  const found = new Map();
+  for (const block of chosen) {
+    for (const row of vector.rows?.[block] ?? []) found.set(row, found.get(row) ?? vector.labels?.[block]?.[row] ?? "");
+  }
+  return [...found].sort(([a], [b]) => a - b).map(([row, label]) => ({ row, label }));
 }
 
 export function percent(share) {
@@ -92,7 +158,7 @@ export function startOf(vector, armed = null) {
 /** The strength, as text, that an operation begins with: an edit's other fields are given. 1 if nothing is known. */
 export function scaleFor(edit, vector) {
   const [op, unit, found] = [edit.op ?? "add", edit.unit ?? "vector", vector?.suggested];
-  if (op === "ablate") return "1";
+  if (op === "ablate" || op === "low_rank") return "1";
   if (op === "add" && found?.unit === unit && Number.isFinite(found.scale)) return String(nice(found.scale));
   const dose = doseOf({ ...edit, scale: 1 }, vector);
   return String(dose?.total ? nice((0.75 * WARN_ABOVE) / dose.total) : 1);
@@ -101,7 +167,7 @@ export function scaleFor(edit, vector) {
 /** { limit, step } of the slider: twice the strength that is warned about, and never less than the present value. */
 export function rangeOf(edit, vector, maxScale = Infinity) {
   const op = edit.op ?? "add";
-  let limit = op === "ablate" ? 2 : UNKNOWN_RANGE;
+  let limit = op === "ablate" || op === "low_rank" ? 2 : UNKNOWN_RANGE;
   const dose = doseOf({ ...edit, scale: 1 }, vector);
   if (dose?.total) limit = (2 * WARN_ABOVE) / dose.total;
   limit = Math.min(Math.max(nice(limit), Math.abs(edit.scale ?? 0)), maxScale);

@@ -1,8 +1,16 @@
 // The cards of edits: one form for each edit, with a strength that fits its vector.
 
-import { VectorBox, fillFields, firstInvalid, make, readFields, setChoices, showFields, $ } from "./dom.js";
-import { describeDose, nice, rangeOf, scaleFor, startOf } from "./dose.js";
-import { EMPTY, FieldError, OPERATIONS, SCOPE_FORMS, SCOPE_WORDS, blocksOf, editOf, fieldsOf } from "./spec.js";
+import { $, allow, busyUntil, fieldIn, fillFields, firstInvalid, make, readFields, setChoices, showFields } from "./dom.js";
+import { describeDose, isRowSet, nice, rangeOf, rowsOf, scaleFor, startOf } from "./dose.js";
+import { KINDS, OPERATIONS } from "./operations.js";
+import { scopeFields, scopeText } from "./scope.js";
+import { ScopeForm, WhenForm } from "./scope_form.js";
+import { EMPTY, SITES, editOf, fieldsOf } from "./spec.js";
+import { FieldError, blocksOf } from "./values.js";
+import { VectorBox } from "./vector_box.js";
+
+/** At most so many features of a file are listed; others are entered by their number. */
+const LISTED_FEATURES = 500;
 
 class EditCard {
   /** catalog: what the server has. onChange: called after every change. onRemove: called with this card. */
@@ -13,34 +21,43 @@ class EditCard {
     this.vector = null;
     this.ready = null; // a promise while a chosen vector is looked up
     this.slider = this.part(".slider");
-    this.boxes = ["vector", "when_vector", "gate_vector"].map((field) => this.#box(field));
+    this.scope = new ScopeForm(this.part("[data-part=scope]"), catalog);
+    this.when = new WhenForm(this.part("[data-part=when]"), catalog, () => this.#changed(this.root));
+    this.boxes = ["vector", "gate_vector", "toward"].map((field) => this.#box(field));
+    this.pick = this.part(".pick");
+    this.pick.addEventListener("input", (event) => this.#picked(event));
     this.offer();
     this.root.addEventListener("input", (event) => this.#changed(event.target));
-    this.part(".remove").addEventListener("click", () => onRemove(this));
+    this.part(".remove-edit").addEventListener("click", () => onRemove(this));
   }
 
   part(selector) {
     return this.root.querySelector(selector);
   }
 
-  control(field) {
-    return this.part(`[data-field="${field}"]`);
+  /** The control of a field, also of one that a request calls otherwise. part, at: of the form inside of this one. */
+  control(field, part, at) {
+    if (part === "scope") return this.scope.control(field);
+    if (part === "when") return this.when.control(field, at);
+    return fieldIn(this.root, field);
   }
 
   get fields() {
-    return readFields(this.root);
+    return { ...readFields(this.root), scope: this.scope.fields, when: this.when.fields };
   }
 
   /** Show fields, without changing their strength. */
   fill(fields) {
-    fillFields(this.root, { ...EMPTY, ...fields });
+    const all = { ...EMPTY, ...fields };
+    fillFields(this.root, { ...all, scope: undefined, when: undefined });
     for (const box of this.boxes) box.settled = box.input.value;
-    return this.describe();
+    this.scope.fill(all.scope);
+    return Promise.all([this.when.fill(all.when), this.describe()]);
   }
 
-  /** Choose a vector, with the strength and blocks that fit it. */
+  /** Choose a vector, with the operation, strength and blocks that fit it. */
   choose(name) {
-    this.ready = this.#begin(name);
+    this.ready = busyUntil(this.root, this.#begin(name));
     return this.ready;
   }
 
@@ -49,10 +66,31 @@ class EditCard {
     await this.#look();
     if (!this.vector || this.fields.vector !== name) return;
     const { scale, blocks, unit, scope } = startOf(this.vector, this.catalog.armed);
-    fillFields(this.root, { scale, blocks, unit, ...(typeof scope === "string" ? { scope } : {}) });
+    fillFields(this.root, { scale, blocks, unit });
+    const fitting = this.#fittingOperation();
+    if (fitting !== this.fields.op) fillFields(this.root, { op: fitting });
+    if (isRowSet(this.vector)) this.#beginRows();
+    const shown = scope === "all" ? null : scopeFields(scope);
+    if (shown) this.scope.fill(shown);
     if (this.fields.op !== "add") this.#fit();
     this.#draw();
     this.onChange();
+  }
+
+  /** The chosen operation if it reads such a file, otherwise one that does. */
+  #fittingOperation() {
+    const { op } = this.fields;
+    const kind = this.vector.kind ?? "directions";
+    const allowed = this.catalog.offers.operations.filter(([value, , reason]) => !reason && (KINDS[value] ?? "directions") === kind);
+    return allowed.some(([value]) => value === op) || !allowed.length ? op : allowed[0][0];
+  }
+
+  /** The first feature of a file, at its block. */
+  #beginRows() {
+    const usable = this.vector.blocks.filter((block) => !this.catalog.armed || this.catalog.armed.includes(block));
+    const block = usable[0] ?? this.vector.blocks[0];
+    if (this.vector.kind !== "features") return;
+    fillFields(this.root, { blocks: this.vector.blocks.length > 1 ? String(block) : "", feature: String(this.vector.rows?.[block]?.[0] ?? "") });
   }
 
   /** Look up the vector and say how large the edit is. */
@@ -61,15 +99,16 @@ class EditCard {
     this.#draw();
   }
 
-  /** The choices that this server offers. */
+  /** What this server offers. */
   offer() {
-    const { operations, scopes } = this.catalog;
-    setChoices(this.control("op"), operations.map((op) => [op, OPERATIONS[op] ?? op]));
-    const words = scopes.map((word) => [word, SCOPE_WORDS[word] ?? word]);
-    setChoices(this.control("scope"), [...words, ...SCOPE_FORMS.map(([value, label]) => [value, label])]);
-    const windows = scopes.filter((word) => ["thinking", "answer", "tool_calls"].includes(word));
-    setChoices(this.control("except"), [["", "nothing"], ...windows.map((word) => [word, SCOPE_WORDS[word]])]);
+    const { operations, sites, why, maxScale } = this.catalog.offers;
+    setChoices(this.control("op"), operations);
+    setChoices(this.control("site"), sites);
     this.control("blocks").placeholder = "all of the vector";
+    Object.assign(this.control("scale"), { max: maxScale, min: -maxScale });
+    allow(this.control("gate_vector"), why.gate);
+    this.scope.offer();
+    this.when.offer();
     showFields(this.root);
   }
 
@@ -80,7 +119,7 @@ class EditCard {
       if (wrong) throw new FieldError(wrong.dataset.field ?? "scale", wrong.validationMessage);
       return editOf(this.fields);
     } catch (error) {
-      error.control = wrong ?? this.control(error.field);
+      error.control = wrong ?? this.control(error.field, error.part, error.at);
       throw error;
     }
   }
@@ -99,6 +138,17 @@ class EditCard {
     this.onChange();
   }
 
+  /** A feature of the list is added to the numbers. */
+  #picked(event) {
+    event.stopPropagation();
+    const control = this.control("feature");
+    const before = control.value.split(/[,\s]+/).filter(Boolean);
+    const chosen = this.pick.value;
+    this.pick.value = "";
+    if (chosen && !before.includes(chosen)) control.value = [...before, chosen].join(", ");
+    this.#changed(control);
+  }
+
   /** A strength means something else in another operation or unit. */
   #fit() {
     const { op, unit, blocks } = this.fields;
@@ -108,26 +158,38 @@ class EditCard {
   }
 
   async #look() {
-    const name = this.fields.vector;
+    const name = this.fields.vector.trim();
     const found = name ? await this.catalog.vector(name) : null;
-    if (this.fields.vector === name) this.vector = found;
+    if (this.fields.vector.trim() === name) this.vector = found;
   }
 
   /** isSliding: the slider keeps its range while it is moved. */
   #draw(isSliding = false) {
+    const fields = this.fields;
     let edit = null;
     try {
-      edit = editOf(this.fields);
+      edit = editOf(fields);
     } catch { /* not complete yet; the run says what is missing */ }
-    const usable = edit ?? { op: this.fields.op, scale: Number(this.fields.scale) || 0 };
-    const { limit, step } = rangeOf(usable, this.vector, this.catalog.maxScale);
+    const usable = edit ?? { op: fields.op, scale: Number(fields.scale) || 0 };
+    const { limit, step } = rangeOf(usable, this.vector, this.catalog.offers.maxScale);
     if (!isSliding) Object.assign(this.slider, { min: -limit, max: limit, step, value: usable.scale ?? 0 });
-    this.control("scale").max = this.catalog.maxScale;
-    this.control("scale").min = -this.catalog.maxScale;
-    const about = edit ? describeDose(edit, this.vector) : { text: "", warning: false };
+    const about = describeDose(edit ?? { op: fields.op, isPart: true }, this.vector, this.catalog.offers.maxRank);
     this.part(".dose").textContent = about.text;
     this.part(".dose").classList.toggle("warning", about.warning);
-    this.part(".summary").textContent = summaryOf(this.fields, this.vector);
+    this.part(".summary").textContent = summaryOf(fields, this.vector);
+    this.#drawFeatures(fields);
+  }
+
+  #drawFeatures({ op, blocks }) {
+    const rows = op === "feature" ? rowsOf(blocks, this.vector) : [];
+    const listed = rows.slice(0, LISTED_FEATURES);
+    const more = rows.length - listed.length;
+    const first = rows.length ? `choose${more ? `; ${more} more by their number` : ""}` : "no file of features is chosen";
+    const state = JSON.stringify([listed, first]);
+    if (state === this.listed) return;
+    this.listed = state;
+    this.pick.replaceChildren(new Option(first, ""), ...listed.map(({ row, label }) => new Option(label ? `${row}: ${label}` : String(row), row)));
+    this.pick.disabled = !rows.length;
   }
 }
 
@@ -135,11 +197,12 @@ class EditCard {
 function summaryOf(fields, vector) {
   const parts = [];
   if (fields.op !== "add") parts.push(OPERATIONS[fields.op] ?? fields.op);
-  parts.push(fields.blocks ? `blocks ${fields.blocks}` : vector ? `all ${vector.blocks.length} blocks` : "all blocks");
-  const form = SCOPE_FORMS.find(([value]) => value === fields.scope);
-  parts.push(form ? form[1] : SCOPE_WORDS[fields.scope] ?? fields.scope);
+  const all = vector?.blocks.length === 1 ? `block ${vector.blocks[0]}` : vector ? `all ${vector.blocks.length} blocks` : "all blocks";
+  parts.push(fields.blocks ? `blocks ${fields.blocks}` : all);
+  if (fields.site !== "block") parts.push(SITES[fields.site] ?? fields.site);
+  parts.push(scopeText(fields.scope));
   if (fields.schedule) parts.push(`${fields.schedule} schedule`);
-  if (fields.when) parts.push("a condition");
+  if (fields.when.mode) parts.push("a condition");
   if (fields.gate_vector) parts.push("a gate");
   return parts.join(" · ");
 }
@@ -150,33 +213,36 @@ export class Edits {
     this.catalog = catalog;
     this.onChange = onChange;
     this.cards = [];
+    this.addButton = $("add");
   }
 
   /** A new card with the first vector that no card has. */
   async add() {
     const used = this.cards.map((each) => each.fields.vector);
     const card = this.#append();
-    card.ready = this.catalog.firstVector(used).then((name) => name && card.choose(name));
+    card.ready = busyUntil(card.root, this.catalog.firstVector(used).then((name) => name && card.choose(name)));
     await card.ready;
     return card;
   }
 
-  /** Replace all cards. edits: as in a request. */
+  /** Replace all cards by those of a request's edits. */
   fill(edits) {
-    for (const card of [...this.cards]) this.#remove(card);
-    return Promise.all(edits.map((edit) => {
-      const card = this.#append();
-      if ("vector" in edit) return card.fill(fieldsOf(edit));
-      return card.fill(fieldsOf(edit)).then(() => card.control("vector").focus());
-    }));
+    return this.fillFields(edits.map(fieldsOf));
   }
 
-  /** The server's vectors or choices have changed. Nothing that was typed changes. */
+  /** Replace all cards by forms with these fields. */
+  fillFields(forms) {
+    for (const card of [...this.cards]) this.#remove(card);
+    return Promise.all(forms.map((fields) => this.#append().fill(fields)));
+  }
+
+  /** The server's vectors or what it offers have changed. Nothing that was typed changes. */
   refresh() {
     for (const card of this.cards) {
       card.offer();
       card.describe();
     }
+    this.#number();
   }
 
   /** Until every chosen vector has its strength. */
@@ -189,13 +255,17 @@ export class Edits {
     return this.cards.map((card) => card.edit());
   }
 
+  get fields() {
+    return this.cards.map((card) => card.fields);
+  }
+
   #append() {
     const card = new EditCard(this.catalog, this.onChange, (each) => {
       const next = this.cards[this.cards.indexOf(each) + 1] ?? this.cards.at(-2);
       this.#remove(each);
       this.onChange();
       // The focus must not fall back to the beginning of the page.
-      (next?.control("vector") ?? $("add")).focus();
+      (next?.control("vector") ?? this.addButton).focus();
     });
     this.cards.push(card);
     $("edits").append(card.root);
@@ -213,7 +283,9 @@ export class Edits {
     this.cards.forEach((card, at) => {
       const title = this.cards.length > 1 ? `Edit ${at + 1}` : "Edit";
       card.part("legend").replaceChildren(make("span", {}, title));
-      card.part(".remove").textContent = this.cards.length > 1 ? `Remove ${title.toLowerCase()}` : "Remove this edit";
+      card.part(".remove-edit").textContent = this.cards.length > 1 ? `Remove ${title.toLowerCase()}` : "Remove this edit";
     });
+    const { maxEdits } = this.catalog.offers;
+    allow(this.addButton, this.cards.length >= maxEdits ? `The server takes at most ${maxEdits} edits (max_edits).` : "");
   }
 }

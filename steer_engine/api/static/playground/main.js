@@ -1,83 +1,40 @@
-// The page: connects, sends the requests of a run, and keeps what is typed. The API key stays in its field: it is in no
+// The page: connects, sends the requests of a run, and keeps its history. The API key stays in its field: it is in no
 // link, no copied code and no storage.
 
 import { Catalog } from "./catalog.js";
-import { Columns, addPart, newTurn, textOf } from "./columns.js";
-import { $, firstInvalid, pointOut, setChoices } from "./dom.js";
-import { Edits } from "./edits.js";
-import { ProbeForm } from "./probe_form.js";
-import { DEFAULTS, PROBE, bodyOf, decodeLink, factorsOf, pathOf, withProbe } from "./request.js";
+import { Columns } from "./columns.js";
+import { $, firstInvalid, pointOut } from "./dom.js";
+import { thresholdOf } from "./dose.js";
+import { Form } from "./form.js";
+import { SCALED } from "./operations.js";
+import { factsOf } from "./probe_spec.js";
+import { DEFAULTS, bodyOf, decodeLink, factorsOf, pathOf } from "./request.js";
 import { Copying, History, restoreTab } from "./runs.js";
 import { Client } from "./server.js";
-import { SCALED, scaled } from "./spec.js";
+import { scaled } from "./spec.js";
+import { addPart, newTurn, textOf } from "./turns.js";
 
 const keyOf = () => $("key").value.trim();
 const client = new Client(keyOf);
 const catalog = new Catalog(client);
-const edits = new Edits(catalog, changed);
-const probe = new ProbeForm(catalog, changed);
+const form = new Form(catalog, changed);
 const columns = new Columns();
 const history = new History(openRun);
-let run = null; // { at, draft, columns, probe } on the page
+let run = null; // { at, draft, columns, probes, facts } on the page
 let running = null; // its AbortController while answers are written
-let wantsFirstEdit = true;
 let connecting = "";
-
-// ---- What is typed -------------------------------------------------------------------------------------------------
-
-const settings = () => Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, $(name).value]));
-
-/** The steering of the form, without the probe's; false for none. Raises FieldError. */
-function steering() {
-  const extra = extraFields();
-  if ($("preset").value) return { preset: $("preset").value, ...extra };
-  const all = edits.edits();
-  if (!all.length) return Object.keys(extra).length ? extra : false;
-  return { edits: all, ...($("preserve_norm").checked ? { preserve_norm: true } : {}), ...extra };
-}
-
-function extraFields() {
-  if (!$("extra").value.trim()) return {};
-  try {
-    const fields = JSON.parse($("extra").value);
-    if (typeof fields === "object" && fields !== null && !Array.isArray(fields)) return fields;
-  } catch { /* reported below */ }
-  throw Object.assign(new Error(`"More fields" must be a JSON object, not ${$("extra").value}`), { control: $("extra") });
-}
-
-const draft = () => ({ settings: settings(), steering: steering(), probe: probe.read() });
-
-/** Show a draft: of a link, of this tab before it was loaded again, or of an earlier run. */
-function fill({ settings: values, steering: spec, probe: asked }) {
-  for (const [name, value] of Object.entries({ ...DEFAULTS, ...values })) $(name).value = value;
-  const { edits: all = [], preset = "", preserve_norm: keepsNorm = false, ...extra } = spec || {};
-  if (preset) setChoices($("preset"), presetChoices([preset]));
-  $("preset").value = preset;
-  $("preserve_norm").checked = keepsNorm === true;
-  $("extra").value = Object.keys(extra).length ? JSON.stringify(extra) : "";
-  $("more-part").open = $("extra").value !== "";
-  wantsFirstEdit = !spec;
-  const filled = Promise.all([edits.fill(all), probe.fill(asked)]);
-  show();
-  return filled;
-}
 
 /** After every change: show what fits it, and keep it for this tab. */
 function changed() {
   show();
-  try {
-    history.keepDraft(draft());
-  } catch {
-    // A field is not finished. What was typed elsewhere is kept with the last complete edits.
-    history.keepDraft({ ...history.draft, settings: settings() });
-  }
+  history.keepTyped(form.typed());
 }
 
 function show() {
   const isChat = $("mode").value === "chat";
   $("system-label").hidden = !isChat;
   $("edit-part").hidden = $("preset").value !== "";
-  const { temperature, tokens, repetition, seed } = settings();
+  const { temperature, tokens, repetition, seed } = form.settings;
   const parts = [`${tokens} tokens`, `temperature ${temperature}`];
   if (Number(repetition) !== 1) parts.push(`repetition penalty ${repetition}`);
   if (seed) parts.push(`seed ${seed}`);
@@ -90,8 +47,6 @@ const canContinue = () => run.columns.every((column) => column.turns.length && t
 
 // ---- The server ----------------------------------------------------------------------------------------------------
 
-const presetChoices = (names) => [["", "none: the edits below"], ...names.map((name) => [name, name])];
-
 /** Ask the server what it has. False if that failed: the page says why. */
 async function connect() {
   const attempt = `${keyOf()}\n${Date.now()}`;
@@ -102,13 +57,9 @@ async function connect() {
     if (connecting !== attempt) return false;
     $("about").textContent = catalog.describe();
     showError("");
-    setChoices($("preset"), presetChoices(Object.keys(catalog.presets)));
-    $("empty").hidden = catalog.names.length > 0;
-    edits.refresh();
-    await probe.refresh();
-    if (wantsFirstEdit && !edits.cards.length && catalog.names.length) await edits.add();
-    wantsFirstEdit = false;
+    await form.refresh();
     show();
+    columns.drawSoon(); // thresholds of probes are known now
     catalog.lookAround();
     return true;
   } catch (error) {
@@ -127,18 +78,18 @@ async function compare(factors) {
   if (!(await isReady())) return;
   try {
     prepared = prepare();
-    const { spec, asked } = prepared;
-    if (!spec && !asked) throw new Error("Choose a vector or a preset first. Without steering, both answers are the same.");
-    const wanted = spec ? factors() : [0];
+    const { steering: spec } = prepared;
+    if (!spec) throw new Error("Choose a vector or a preset first. Without steering, both answers are the same.");
+    const wanted = spec.edits || spec.preset ? factors() : [0];
     run = {
-      at: Date.now(), draft: prepared.draft, probe: asked ? probe.facts() : { threshold: null, measure: "cosine", title: "" },
+      at: Date.now(), draft: prepared, probes: probesOf(spec), facts: {},
       columns: wanted.map((factor) => ({ factor, label: labelOf(spec, factor), turns: [] })),
     };
   } catch (error) {
     fail(error);
     return;
   }
-  columns.show(run.columns, run.probe);
+  columns.show(run.columns, factsIn(run));
   await answer(prepared);
 }
 
@@ -148,8 +99,7 @@ async function nextTurn() {
   try {
     const prepared = prepare();
     const sent = $("prompt").value;
-    if (prepared.asked) Object.assign(run.probe, probe.facts());
-    run.draft = prepared.draft;
+    Object.assign(run, { draft: prepared, probes: probesOf(prepared.steering), facts: {} });
     await answer(prepared);
     const last = run.columns.map((column) => column.turns.at(-1));
     if ($("prompt").value === sent && last.every((turn) => turn.state === "done")) $("prompt").value = "";
@@ -161,29 +111,44 @@ async function nextTurn() {
 /** Connected, and every chosen vector has its strength. A click may come before that. */
 async function isReady() {
   if (!catalog.connected && !(await connect())) return false;
-  await Promise.all([edits.ready(), probe.ready]);
+  await form.ready();
   return true;
 }
 
-/** { draft, spec, asked }: what is sent. Raises an error that says which control is wrong. */
+/** The probes of a request, with those of its preset. */
+const probesOf = (spec) => [...(spec?.probes ?? []), ...(catalog.presets[spec?.preset]?.probes ?? [])];
+
+/** What the numbers of a run's series mean. It is kept with the run, once the vector of the probe is known. */
+const factsIn = (of) => (key) => {
+  if (of.facts[key]) return of.facts[key];
+  let isKnown = true;
+  const found = factsOf(key, of.probes, (name, block, measure) => {
+    isKnown = catalog.known.has(name);
+    return thresholdOf(catalog.known.get(name), block, measure);
+  });
+  if (isKnown) of.facts[key] = found;
+  return found;
+};
+
+/** The draft that is sent. Raises an error that says which control is wrong. */
 function prepare() {
   const wrong = firstInvalid($("sampling"));
   if (wrong) throw Object.assign(new Error(`${wrong.labels[0].firstChild.textContent.trim()}: ${wrong.validationMessage}`), { control: wrong });
   if (!$("prompt").value.trim()) throw Object.assign(new Error("Enter a prompt."), { control: $("prompt") });
-  const now = draft();
-  return { draft: now, spec: now.steering, asked: now.probe };
+  return form.draft();
 }
 
-async function answer({ draft: now, spec, asked }) {
+async function answer(now) {
   running?.abort();
   const mine = (running = new AbortController());
   const current = run;
   showError("");
-  if (asked) $("view").value = "tokens";
+  const hasNumbers = run.probes.some((probe) => (probe.return ?? "tokens") === "tokens");
+  if (hasNumbers) $("view").value = "tokens";
   else if ($("view").value === "tokens") $("view").value = "markdown";
   $("status").textContent = `Writing ${current.columns.length} answers…`;
   show();
-  const results = current.columns.map((column) => ask(column, now, withProbe(spec, asked), mine.signal));
+  const results = current.columns.map((column) => ask(column, now, mine.signal));
   columns.draw();
   bringIntoView(current);
   history.add(current);
@@ -199,7 +164,8 @@ async function answer({ draft: now, spec, asked }) {
 }
 
 /** One answer into a new turn of a column. Returns the error that ended it, or null. */
-async function ask(column, now, spec, signal) {
+async function ask(column, now, signal) {
+  const spec = now.steering;
   const earlier = column.turns.map((turn) => ({ prompt: turn.prompt, answer: textOf(turn) }));
   const label = labelOf(spec, column.factor); // the steering may have changed since the first answer of the conversation
   const turn = newTurn(now.settings.prompt, label === column.label ? "" : label);
@@ -208,7 +174,7 @@ async function ask(column, now, spec, signal) {
   try {
     const body = bodyOf(now.settings, catalog.model, earlier);
     body.steering = scaled(spec, column.factor, catalog.presets);
-    await client.stream(pathOf(now.settings), body, { signal, probe: PROBE, onPart });
+    await client.stream(pathOf(now.settings), body, { signal, onPart });
     turn.state = "done";
     return null;
   } catch (error) {
@@ -239,9 +205,10 @@ function labelOf(spec, factor) {
 function openRun(chosen) {
   running?.abort();
   run = chosen;
-  fill(chosen.draft);
-  $("view").value = chosen.probe.title ? "tokens" : "markdown";
-  columns.show(chosen.columns, chosen.probe);
+  form.fill(chosen.draft);
+  show();
+  $("view").value = chosen.probes.length ? "tokens" : "markdown";
+  columns.show(chosen.columns, factsIn(chosen));
   $("status").textContent = `Answers of ${new Date(chosen.at).toLocaleTimeString()}.`;
   showError("");
   $("results").scrollIntoView({ block: "start" });
@@ -264,26 +231,19 @@ function fail(error) {
 
 function controlOf(error) {
   if (error.kind === "key-missing" || error.kind === "key-wrong") return $("key");
-  if (error.field?.startsWith("probe_")) return probe.control(error.field.slice(6));
-  if (error.field in DEFAULTS) return $(error.field);
-  const [, at, field] = /^steering\.edits\[(\d+)\]\.(\w+)/.exec(error.param ?? "") ?? [];
-  if (at !== undefined && !$("preset").value) return edits.cards[at]?.control(field) ?? null;
-  if (error.param?.startsWith("steering.stop")) return probe.control("bound");
-  const [, probeField] = /^steering\.probes\[\d+\]\.(\w+)/.exec(error.param ?? "") ?? [];
-  return probeField ? probe.control({ blocks: "block" }[probeField] ?? probeField) : null;
+  return error.field in DEFAULTS ? $(error.field) : form.controlOf(error.param);
 }
 
 // ---- Start ---------------------------------------------------------------------------------------------------------
 
 const toCompare = () => compare(() => [0, 1]);
 new Copying({
-  draft, hasKey: () => keyOf() !== "", fail,
+  draft: () => form.draft(), hasKey: () => keyOf() !== "", fail,
   columns: () => run?.columns ?? null,
   request() {
-    const now = draft();
-    const body = bodyOf(now.settings, catalog.model);
-    const spec = withProbe(now.steering, now.probe);
-    return { settings: now.settings, body: spec ? { ...body, steering: spec } : body };
+    const { settings: values, steering: spec } = form.draft();
+    const body = bodyOf(values, catalog.model);
+    return { settings: values, body: spec ? { ...body, steering: spec } : body };
   },
 });
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); toCompare(); });
@@ -291,7 +251,7 @@ $("three").addEventListener("click", () => compare(() => [-1, 0, 1]));
 $("run-sweep").addEventListener("click", () => compare(() => [0, ...factorsOf($("sweep").value).filter((factor) => factor !== 0)]));
 $("continue").addEventListener("click", nextTurn);
 $("stop").addEventListener("click", () => running?.abort());
-$("add").addEventListener("click", async () => { (await edits.add()).control("vector").focus(); changed(); });
+$("add").addEventListener("click", async () => { (await form.edits.add()).control("vector").focus(); changed(); });
 $("view").addEventListener("change", () => columns.draw());
 $("access").addEventListener("submit", (event) => { event.preventDefault(); connect(); });
 for (const id of ["composer", "settings"]) $(id).addEventListener("input", changed);
@@ -302,14 +262,15 @@ document.addEventListener("keydown", (event) => {
 });
 
 const linked = decodeLink(location.hash);
-fill(linked ?? restoreTab().draft ?? { settings: DEFAULTS, steering: null, probe: null });
+const before = linked ? null : restoreTab().typed;
+if (before) form.fillTyped(before);
+else form.fill(linked ?? { settings: DEFAULTS, steering: null });
 if (linked?.columns) {
-  const facts = { threshold: null, measure: linked.probe?.measure ?? "cosine", title: linked.probe ? `${linked.probe.vector}, block ${linked.probe.block}` : "" };
   for (const turn of linked.columns.flatMap((column) => column.turns)) turn.state = turn.note ? "half" : "done";
-  run = { at: Date.now(), draft: linked, columns: linked.columns, probe: facts };
-  if (linked.probe) $("view").value = "tokens";
-  columns.show(run.columns, run.probe);
+  run = { at: Date.now(), draft: linked, columns: linked.columns, probes: probesOf(linked.steering), facts: {} };
+  if (run.probes.length) $("view").value = "tokens";
+  columns.show(run.columns, factsIn(run));
   $("status").textContent = "These answers came with the link; they were not made here.";
-  show();
 }
+show();
 connect();

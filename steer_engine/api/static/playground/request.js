@@ -1,10 +1,8 @@
-// What is sent: the body of a request, its steering with the probe, code that sends the same, and the share link.
-// Pure functions. The API key is in none of them.
+// What is sent: the body of a request, code that sends the same, and the share link. Pure functions. The API key is in
+// none of them.
 
-import { number } from "./spec.js";
-
-/** The probe's name in a request. Presets may have probes of their own, with other names. */
-export const PROBE = "playground";
+import { PROBE, probeOf, probeOfBefore, seriesKey, withProbes } from "./probe_spec.js";
+import { isObject, number } from "./values.js";
 
 /** The state of an untouched page. Numbers are text, as in their controls. */
 export const DEFAULTS = Object.freeze({
@@ -38,25 +36,6 @@ export function bodyOf(settings, model, turns = []) {
 }
 
 export const pathOf = (settings) => (settings.mode === "text" ? "v1/completions" : "v1/chat/completions");
-
-/**
- * The steering with the probe of the form beside it.
- * probe: { vector, block, measure, after, rule, bound, tokens }, or null. rule: "", "above" or "below". Raises FieldError.
- */
-export function withProbe(spec, probe) {
-  if (!probe?.vector) return spec;
-  const block = number(probe.block, "probe_block", { optional: false, integer: true });
-  const asked = { name: PROBE, vector: probe.vector, blocks: [block], measure: probe.measure };
-  if (probe.after) asked.after = true;
-  const stop = [];
-  if (probe.rule) {
-    stop.push({ probe: PROBE, [probe.rule]: number(probe.bound, "probe_bound", { optional: false }) });
-    const tokens = number(probe.tokens, "probe_tokens", { integer: true });
-    if (tokens !== undefined && tokens !== 1) stop[0].for = tokens;
-  }
-  const rules = [...(spec?.stop ?? []), ...stop];
-  return { ...(spec || {}), probes: [...(spec?.probes ?? []), asked], ...(rules.length ? { stop: rules } : {}) };
-}
 
 /** Factors of a sweep. Raises an error if they are not 1 to 8 numbers. */
 export function factorsOf(written) {
@@ -112,26 +91,32 @@ export function literal(value) {
   return `{${Object.entries(value).map(([key, each]) => `${JSON.stringify(key)}: ${literal(each)}`).join(", ")}}`;
 }
 
-/** The part of a link after "#". Fields that have their default are left out. run: columns to carry along, or null. */
-export function encodeLink({ settings, steering, probe }, columns = null) {
+/**
+ * The part of a link after "#". Fields that have their default are left out. steering: as in a request, with its probes.
+ * columns: the answers to carry along, or null.
+ */
+export function encodeLink({ settings, steering }, columns = null) {
   const shared = {};
   for (const [name, value] of Object.entries(settings)) if (value !== DEFAULTS[name] || name === "prompt") shared[name] = value;
   if (steering) shared.steering = steering;
-  if (probe?.vector) shared.probe = probe;
-  if (columns) shared.columns = columns.map(shortened);
+  if (columns) {
+    const segments = columns.flatMap((column) => column.turns.flatMap((turn) => turn.segments));
+    shared.series = [...new Set(segments.flatMap((segment) => Object.keys(segment.numbers ?? {})))];
+    shared.columns = columns.map((column) => shortened(column, shared.series));
+  }
   return encodeURIComponent(JSON.stringify(shared));
 }
 
-/** Numbers with four digits: they are drawn, not computed with. */
-function shortened({ factor, label, turns }) {
-  const short = (segment) => [
-    segment.text, segment.numbers?.map((value) => (value === null ? null : Number(value.toPrecision(4)))) ?? null,
-    ...(segment.thinking ? [true] : []),
+/** Numbers with four digits, by the place of their series: they are drawn, not computed with. */
+function shortened({ factor, label, turns }, series) {
+  const digits = (value) => (value === null ? null : Number(value.toPrecision(4)));
+  const short = ({ text, numbers, thinking }) => [
+    text, numbers && series.map((key) => (numbers[key] ?? []).map(digits)), ...(thinking ? [true] : []),
   ];
   return { factor, label, turns: turns.map(({ prompt, label, segments, note }) => ({ prompt, label, note, segments: segments.map(short) })) };
 }
 
-/** { settings, steering, probe, columns } of a link. A damaged link, or a damaged part of one, counts as absent. */
+/** { settings, steering, columns } of a link. A damaged link, or a damaged part of one, counts as absent. */
 export function decodeLink(hash) {
   let shared = null;
   try {
@@ -144,32 +129,39 @@ export function decodeLink(hash) {
     if (typeof value === "string" || Number.isFinite(value)) settings[name] = String(value);
   }
   if (!["chat", "text"].includes(settings.mode)) settings.mode = "chat";
-  const steering = isObject(shared.steering) ? shared.steering : null;
+  let steering = isObject(shared.steering) ? shared.steering : null;
   if (steering?.edits !== undefined) {
     steering.edits = Array.isArray(steering.edits) ? steering.edits.filter(isObject) : [];
   }
-  const probe = isObject(shared.probe) && typeof shared.probe.vector === "string" ? textFields(shared.probe) : null;
-  return { settings, steering, probe, columns: columnsOf(shared.columns) };
+  let series = Array.isArray(shared.series) ? shared.series.map(String) : [];
+  // Links of before have one probe beside the steering, with fields of its own.
+  if (isObject(shared.probe) && typeof shared.probe.vector === "string") {
+    series = [seriesKey(PROBE, shared.probe.block)];
+    try {
+      steering = withProbes(steering ?? {}, [probeOf(probeOfBefore(shared.probe))]);
+    } catch { /* a damaged probe counts as absent */ }
+  }
+  return { settings, steering, columns: columnsOf(shared.columns, series) };
 }
 
-const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-
-const textFields = (object) =>
-  Object.fromEntries(Object.entries(object).map(([name, value]) => [name, name === "after" ? value === true : String(value)]));
-
-function columnsOf(columns) {
+function columnsOf(columns, series) {
   if (!Array.isArray(columns)) return null;
   const found = columns.filter((each) => isObject(each) && Number.isFinite(each.factor) && Array.isArray(each.turns));
   if (!found.length) return null;
   return found.slice(0, 9).map(({ factor, label, turns }) => ({
     factor, label: String(label), turns: turns.filter(isObject).map((turn) => ({
       prompt: String(turn.prompt ?? ""), label: String(turn.label ?? ""), note: typeof turn.note === "string" ? turn.note : "", finish: null, report: null,
-      segments: (Array.isArray(turn.segments) ? turn.segments : []).filter(Array.isArray).map(segmentOf),
+      segments: (Array.isArray(turn.segments) ? turn.segments : []).filter(Array.isArray).map((segment) => segmentOf(segment, series)),
     })),
   }));
 }
 
-function segmentOf([text, numbers, thinking]) {
-  const usable = Array.isArray(numbers) && numbers.every((value) => value === null || Number.isFinite(value));
-  return { text: String(text ?? ""), numbers: usable ? numbers : null, thinking: thinking === true };
+/** numbers: a list for each series; in links of before, the numbers of the only one. */
+function segmentOf([text, numbers, thinking], series) {
+  const lists = Array.isArray(numbers) && numbers.every(Array.isArray) ? numbers : [numbers];
+  const isUsable = (list) => Array.isArray(list) && list.every((value) => value === null || Number.isFinite(value));
+  const shown = lists.length === series.length && lists.every(isUsable);
+  return {
+    text: String(text ?? ""), numbers: shown ? Object.fromEntries(series.map((key, at) => [key, lists[at]])) : null, thinking: thinking === true,
+  };
 }

@@ -1,20 +1,20 @@
 // The history of this tab's runs, and copying: as curl, Python, Node, or as a link.
 
 import { $, make } from "./dom.js";
-import { textOf } from "./columns.js";
 import { curl, encodeLink, node, pathOf, python } from "./request.js";
+import { textOf } from "./turns.js";
 
 const KEPT = 30;
 /** In this tab's session storage: runs and what is typed, never the key. It ends with the tab. */
-const STORE = "steer-engine-playground";
+const STORE = "steer-engine-playground-2";
 
-/** What the tab had before it was loaded again: { draft, runs }. */
+/** What the tab had before it was loaded again: { typed, runs }. */
 export function restoreTab() {
   try {
     const kept = JSON.parse(sessionStorage.getItem(STORE));
-    return { draft: kept?.draft ?? null, runs: Array.isArray(kept?.runs) ? kept.runs : [] };
+    return { typed: kept?.typed ?? null, runs: Array.isArray(kept?.runs) ? kept.runs : [] };
   } catch {
-    return { draft: null, runs: [] };
+    return { typed: null, runs: [] };
   }
 }
 
@@ -25,16 +25,16 @@ export class History {
     this.draw();
   }
 
-  /** run: { draft, columns, probe }; kept as it is when the run ends. Adding a run that is known updates it. */
+  /** run: { draft, columns, probes, facts }; kept as it is when the run ends. Adding a run that is known updates it. */
   add(run) {
     this.runs = [run, ...this.runs.filter((each) => each.at !== run.at)].slice(0, KEPT);
     this.draw();
     this.save();
   }
 
-  /** Keep what is typed, so that loading the page again loses nothing. */
-  keepDraft(draft) {
-    this.draft = draft;
+  /** Keep what is typed, finished or not, so that loading the page again loses nothing. */
+  keepTyped(typed) {
+    this.typed = typed;
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.save(), 400);
   }
@@ -42,7 +42,7 @@ export class History {
   save() {
     for (let kept = this.runs.length; kept >= 0; kept = kept ? Math.floor(kept / 2) : -1) {
       try {
-        sessionStorage.setItem(STORE, JSON.stringify({ draft: this.draft, runs: this.runs.slice(0, kept) }));
+        sessionStorage.setItem(STORE, JSON.stringify({ typed: this.typed, runs: this.runs.slice(0, kept) }));
         return;
       } catch { /* full, or not allowed: keep fewer runs */ }
     }

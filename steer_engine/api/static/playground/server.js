@@ -1,5 +1,7 @@
 // Requests to this server: JSON, lists of several pages, streams; and what an error means in plain words.
 
+import { seriesKey } from "./probe_spec.js";
+
 export class ServerError extends Error {
   /** kind: "key-missing", "key-wrong", "gone", "busy" or "refused". param: path of the field that is wrong, or "". */
   constructor(kind, message, param = "") {
@@ -42,19 +44,27 @@ export function eventsOf(text) {
 }
 
 /**
- * What a chunk adds to an answer: { text, thinking, numbers, finish, stopReason, report }.
- * numbers: block -> list, of the probe `probe`, or null.
+ * What a chunk adds to an answer: { text, thinking, numbers, summaries, promptNumbers, finish, stopReason, report }.
+ * numbers, promptNumbers: series (a probe at a block) -> list, of the answer's tokens and of the prompt's, or null.
+ * summaries: series -> { mean, max, tokens }.
  */
-export function partOf(chunk, probe) {
+export function partOf(chunk) {
   const choice = chunk.choices?.[0];
-  const numbers = choice?.steering?.probes?.[probe] ?? null;
+  const told = seriesIn(choice?.steering?.probes);
+  const numbers = told.filter(([, value]) => Array.isArray(value));
   return {
     text: choice?.delta?.content ?? choice?.text ?? "",
     thinking: choice?.delta?.reasoning ?? choice?.delta?.reasoning_content ?? "",
-    numbers, finish: choice?.finish_reason ?? null, stopReason: choice?.stop_reason ?? null,
-    report: chunk.steering ?? null,
+    numbers: numbers.length ? Object.fromEntries(numbers) : null,
+    summaries: Object.fromEntries(told.filter(([, value]) => !Array.isArray(value))),
+    promptNumbers: choice?.steering?.prompt_probes ? Object.fromEntries(seriesIn(choice.steering.prompt_probes)) : null,
+    finish: choice?.finish_reason ?? null, stopReason: choice?.stop_reason ?? null, report: chunk.steering ?? null,
   };
 }
+
+/** [series, its value] of { probe: { block: value } }. */
+const seriesIn = (probes) =>
+  Object.entries(probes ?? {}).flatMap(([name, blocks]) => Object.entries(blocks).map(([block, value]) => [seriesKey(name, block), value]));
 
 /** keyOf: returns the key that is entered now, or "". */
 export class Client {
@@ -88,7 +98,7 @@ export class Client {
    * Send a request and call onPart for what each chunk adds. Raises ServerError; an aborted request raises AbortError.
    * A stream that ends without its last event was cut off: that is an error as well.
    */
-  async stream(path, body, { signal, probe, onPart }) {
+  async stream(path, body, { signal, onPart }) {
     const options = { method: "POST", headers: this.headers(), signal, body: JSON.stringify({ ...body, stream: true }) };
     const answer = await this.#fetch(path, options);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -101,7 +111,7 @@ export class Client {
       for (const event of events) {
         if (event === null) return;
         if (event.error) throw explain(Number(event.error.code) || 500, event);
-        onPart(partOf(event, probe));
+        onPart(partOf(event));
       }
     }
   }
