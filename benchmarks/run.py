@@ -42,6 +42,9 @@ def bench(
     again: Annotated[
         bool, typer.Option("--again", help="Measure questions again that have an answer in the folder.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Check these arguments and the flags of the servers, and measure nothing.")
+    ] = False,
 ) -> None:
     """Run benchmarks with interleaved runs. A question with an answer in the folder is shown, not measured again.
 
@@ -57,6 +60,10 @@ def bench(
     if quick and out == RESULTS / "latest":
         out = RESULTS / "quick"
     settings = Settings(model=resolve_model(model), dtype=dtype, memory=memory)
+    if plan:
+        for name in chosen:
+            _plan(name, settings)
+        return
     about = {"machine": machine(), "settings": {**settings.to_json(), "model": model}, "quick": quick}
     console.print(f"{about['machine']['cpu']}, {about['machine']['cores']} cores, {model} in {dtype}", highlight=False)
     failed = [
@@ -65,6 +72,16 @@ def bench(
     _write_table(out)
     console.print(f"Results in {out}")
     raise typer.Exit(1 if failed else 0)
+
+
+def _plan(name: str, settings: Settings) -> None:
+    """Import a question, and parse the flags of the server that it starts."""
+    question = import_module(f"steer_bench.questions.{name}")
+    assert callable(question.measure)
+    if name == "http":
+        from steer_bench.server import parse_flags
+
+        parse_flags(settings)
 
 
 def _measure(

@@ -29,6 +29,26 @@ COMMANDS = {
 PLUGINS = {"stock": {"VLLM_PLUGINS": ""}, "ours": {}}
 
 
+def flags_of(settings: Settings, port: int, vectors: Path | None = None) -> list[str]:
+    """The flags of a server, after its model."""
+    flags = [
+        "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "bench", "--dtype", settings.dtype,
+        "--max-num-seqs", str(settings.max_num_seqs), "--max-model-len", str(settings.max_model_len),
+        "--gpu-memory-utilization", str(settings.memory), "--block-size", "32", "--seed", "0",
+    ]  # fmt: skip
+    flags += ["--enforce-eager"] if settings.eager else []
+    flags += ["--steering-vectors", str(vectors)] if vectors is not None else []
+    return flags
+
+
+def parse_flags(settings: Settings) -> None:
+    """Parse the flags of our server as it would, and start nothing. Exits, or raises SteerError, if one is wrong."""
+    from steer_engine.vllm.launch import parse_serve_flags
+
+    with tempfile.TemporaryDirectory() as vectors:
+        parse_serve_flags([settings.model, *flags_of(settings.compiled(), 8000, Path(vectors))])
+
+
 class Server:
     """`with Server("ours", settings, vectors=folder) as server: server.url`."""
 
@@ -38,13 +58,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._kind = kind
-        flags = [
-            "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "bench", "--dtype", settings.dtype,
-            "--max-num-seqs", str(settings.max_num_seqs), "--max-model-len", str(settings.max_model_len),
-            "--gpu-memory-utilization", str(settings.memory), "--block-size", "32", "--seed", "0",
-        ]  # fmt: skip
-        flags += ["--enforce-eager"] if settings.eager else []
-        flags += ["--steering-vectors", str(vectors)] if vectors is not None else []
+        flags = flags_of(settings, port, vectors)
         variables = os.environ | environment() | PLUGINS[kind]
         del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"steer-bench-server-{kind}-", suffix=".log")  # noqa: SIM115

@@ -22,17 +22,7 @@ if os.environ.get("STEER_TEST_RUNNER", "v1") == "v2":
 
     use_v2_runner()
 
-from helpers.engines import (
-    ROW_SETS,
-    RUNNER,
-    SETTINGS,
-    TINY_BLOCKS,
-    TINY_VOCAB,
-    VECTORS,
-    assert_meant,
-    kept,
-    random_vector,
-)
+from helpers.engines import ROW_SETS, RUNNER, SETTINGS, VECTORS, assert_meant, kept, random_vector, tiny_engine
 from helpers.oracle import Oracle
 from helpers.traffic import Start
 
@@ -50,15 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     other = {"v1": "v2_only", "v2": "v1_only"}[RUNNER]
     items[:] = [item for item in items if here not in item.path.parents or item.get_closest_marker(other) is None]
-
-
-def tiny_engine(model: str, **settings: Any) -> LLM:
-    """An engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1; float32 unless `settings` say so."""
-    # Mixed traffic asks for more rows at a block than the default has room for.
-    settings = {"dtype": "float32", "steering": SteeringConfig(rows=8), **SETTINGS, **settings}
-    llm = LLM(model, vectors={**VECTORS, **ROW_SETS}, max_logprobs=TINY_VOCAB, **settings)
-    assert_meant(llm, num_blocks=TINY_BLOCKS)
-    return kept(llm)
 
 
 @pytest.fixture(scope="session")

@@ -6,76 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.driving import distribution, edit, generate, prompt_logprobs, sampled, steering, tokens
-from helpers.engines import TINY_BLOCKS, TINY_VOCAB, random_vector
+from helpers.driving import edit, generate, sampled, steering, tokens
+from helpers.engines import TINY_BLOCKS
+from helpers.exactness import AT_SITES, OPERATIONS, PROMPT, assert_same, teacher_forced
 from helpers.oracle import Oracle, stacked
 
 from steer_engine import LLM
-
-VECTORS = {f"r{seed}": random_vector(seed) for seed in range(32)}
-PROMPT = tokens(0, 40)
-# Rounding grows with the work done after an edit; plain vLLM differs from Hugging Face by this much without steering,
-# which each test measures anew. An edited stream is of another size, so its rounding is too: hence the factor.
-ROUNDING_FACTOR = 8.0
-FLOOR = 2e-6
-
-
-def teacher_forced(oracle: Oracle, ids: list[int], spec: Any, prompt_len: int | None = None) -> np.ndarray:
-    """float64 [T - 1]: logprob of each token but the first."""
-    logprobs_TV = oracle.logprobs(ids, spec, prompt_len)
-    return np.array([logprobs_TV[t, token] for t, token in enumerate(ids[1:])])
-
-
-def assert_same(llm: LLM, oracle: Oracle, spec: dict[str, Any]) -> None:
-    """All prompt logprobs and the whole first distribution agree with the oracle, and steering moved them."""
-    outputs = generate(llm, [PROMPT, PROMPT], [None, spec], prompt_logprobs=0, max_tokens=1, logprobs=TINY_VOCAB)
-    plain, steered = ([*prompt_logprobs(out), *distribution(out, TINY_VOCAB)] for out in outputs)
-    expected_plain, expected = (
-        [*teacher_forced(oracle, PROMPT, s), *oracle.logprobs(PROMPT, s)[-1]] for s in (None, spec)
-    )
-    rounding = max(float(np.abs(np.subtract(plain, expected_plain)).max()), FLOOR)
-    assert rounding < 5e-5, "plain vLLM itself differs from Hugging Face"
-    error = float(np.abs(np.subtract(steered, expected)).max())
-    assert np.isfinite(error)
-    assert error <= ROUNDING_FACTOR * rounding
-    effect = float(np.abs(np.subtract(steered, plain)).max())
-    assert effect >= 100 * ROUNDING_FACTOR * rounding, "steering had no effect to speak of"
 
 
 @pytest.mark.parametrize("block", range(TINY_BLOCKS))
 def test_add_at_each_block(tiny: LLM, oracle: Oracle, block: int) -> None:
     assert_same(tiny, oracle, steering(edit("r0", 1.5, blocks=block)))
-
-
-OPERATIONS = {
-    "add": [edit("r0", -0.7)],
-    "two adds": [edit("r0", 0.7), edit("r1", -1.2)],
-    "adds of different blocks": [edit("r0", 0.7, blocks="0-1"), edit("r1", -1.2, blocks=[1, 2])],
-    "add_relative": [edit("r2", 0.4, op="add_relative")],
-    "ablate": [edit("r3", op="ablate"), edit("r0", 1.0, op="ablate", blocks=1)],
-    "half ablate": [edit("r3", 0.5, op="ablate"), edit("r4", 2.0, op="ablate")],
-    "clamp": [{"vector": "r4", "op": "clamp", "lo": 0.5, "hi": 1.5}],
-    "clamp below": [{"vector": "r4", "op": "clamp", "hi": -0.5}],
-    "set": [{"vector": "r5", "op": "set", "target": 2.0}],
-    "mixed order": [edit("r0", 1.0), edit("r3", 1.0, op="ablate"), edit("r1", 0.8), edit("r6", 0.2, op="add_relative")],
-    "gate": [edit("r0", 1.5, gate={"vector": "r7", "min_cos": 0.0})],
-    "feature set": [{"vector": "relu", "op": "feature", "feature": 3, "target": 3.0}],
-    "features scaled": [{"vector": "jump", "op": "feature", "feature": [40, 3], "scale": -3.0}],
-    "features set": [{"vector": "jump", "op": "feature", "feature": [40, 3], "target": 2.0}],
-    "feature added": [{"vector": "relu", "op": "feature", "feature": [3], "add": -2.0, "scope": {"start": 5}}],
-    "low_rank": [{"vector": "reft", "op": "low_rank"}],
-    "rotate": [{"vector": "r1", "op": "rotate", "toward": "r2", "degrees": 70}],
-    "rotate to": [{"vector": "r1", "op": "rotate", "toward": "r2", "to_degrees": -120, "blocks": [0, 2]}],
-    "gates on dot products": [
-        edit("r0", 1.5, gate={"vector": "r7", "min_dot": 0.02}),
-        edit("r1", 1.5, blocks=1, gate={"vector": "relu", "feature": 3, "min_dot": 0.12}),
-    ],
-    "rows among others": [
-        edit("r0", 1.0, blocks=1),
-        {"vector": "reft", "op": "low_rank", "blocks": 1, "scale": 0.7, "gate": {"vector": "r7", "min_dot": 0.0}},
-    ],
-    "gate above": [edit("r0", 1.5, gate={"vector": "r7", "max_cos": 0.05}), edit("r1", 0.5)],
-}
 
 
 ROWS = ["features set", "feature set", "low_rank", "rotate", "rotate to"]
@@ -130,27 +71,6 @@ def test_captured_streams_are_those_of_the_oracle(tiny: LLM, oracle: Oracle) -> 
         assert np.abs(ours[block] - streams[block]).max() <= 2 * bound
     assert np.abs(ours[1] - ours_plain[1]).max() == 0.0
     assert np.abs(ours[2] - ours_plain[2]).max() >= 0.1
-
-
-AT_SITES = {
-    "attention": [edit("r0", 1.5, site="attn", blocks=1)],
-    "mlp": [edit("r0", 1.5, site="mlp", blocks=1)],
-    "all sites of a block": [
-        edit(f"r{i}", 1.0, site=site, blocks=0) for i, site in enumerate(("mlp", "block", "attn"))
-    ],
-    "operations": [
-        edit("r3", op="ablate", site="attn"),
-        {"vector": "r5", "op": "set", "target": 1.0, "site": "mlp", "blocks": [0, 2]},
-        edit("r2", 0.4, op="add_relative", site="mlp"),
-        {"vector": "reft", "op": "low_rank", "site": "attn", "blocks": 1},
-        edit("r1", 0.5),
-    ],
-    "gate": [edit("r0", 1.5, site="mlp", gate={"vector": "r7", "min_cos": 0.0})],
-    "scope": [
-        edit("r0", 2.0, site="attn", scope={"start": 3, "end": 17}),
-        edit("r1", 1.0, site="mlp", scope={"start": -5}),
-    ],
-}
 
 
 @pytest.mark.slow

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import own_process
 from helpers.driving import FEW, fill_the_bank, silent, tokens
 from helpers.engines import RUNNER, SETTINGS, TINY_VOCAB, kept, random_vector
 
@@ -30,13 +27,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(model: str, llm_settings: dict[str, Any], *, armed: bool = False) -> tuple[np.ndarray, np.ndarray]:
         folder = tmp_path_factory.mktemp("alone")
-        settings = {"model": model, "llm": llm_settings, "prompts": PROMPTS, "params": ANSWER, "armed": armed}
-        (folder / "settings.json").write_text(json.dumps(settings))
-        script = Path(__file__).parents[1] / "helpers" / "own_process.py"
-        command = [sys.executable, "-P", str(script), str(folder / "settings.json"), str(folder / "out.npz")]
-        subprocess.run(command, check=True, timeout=280)
-        saved = np.load(folder / "out.npz")
-        return saved["ids"], saved["logprobs"]
+        return own_process.alone(folder, model, llm_settings, PROMPTS, ANSWER, armed=armed)
 
     return run
 

@@ -10,56 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.driving import edit, generate, params, sampled, steering, tokens
+from helpers.driving import edit, generate, params, steering
 from helpers.engines import random_vector
+from helpers.exactness import MARKED, PLACES, SCHEDULES, WINDOWS, assert_exact
 from helpers.oracle import Oracle
 
 from steer_engine import LLM, ControlVector
 from steer_engine.vectors import VectorMetadata
-
-PROMPT = [*tokens(40, 12), 77, 78, *tokens(41, 6), 90, *tokens(42, 3), 77, 78, *tokens(43, 9)]
-SAMPLED = 16
-BOUND = 5e-5
-
-
-def forced(oracle: Oracle, prompt: list[int], answer: list[int], spec: Any) -> np.ndarray:
-    """float64 [T]: the logprobs of the answer's tokens."""
-    logprobs_TV = oracle.logprobs([*prompt, *answer], spec, len(prompt))
-    return np.array([logprobs_TV[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
-
-
-def assert_exact(llm: LLM, oracle: Oracle, spec: dict[str, Any], *, prompt: list[int] = PROMPT, **fields: Any) -> Any:
-    """The answer is the oracle's; returns vLLM's output and how far each token's logprob was moved."""
-    output = generate(llm, [prompt], [spec], max_tokens=SAMPLED, **fields)[0]
-    ids, logprobs = sampled(output)
-    expected_T = forced(oracle, prompt, ids, spec)
-    assert np.abs(np.subtract(logprobs, expected_T)).max() <= BOUND
-    return output, np.abs(expected_T - forced(oracle, prompt, ids, None))
-
-
-WINDOWS = {
-    "last prompt token": "last_prompt_token",
-    "first tokens of the answer": {"from": "generation", "start": 0, "end": 4},
-    "later tokens of the answer": {"from": "generation", "start": 5},
-    "after": {"after": 90},
-    "after a sequence": {"after": [77, 78]},
-    "after each": {"after": [77, 78], "each": True, "tokens": 3},
-    "between": {"after": [77, 78], "until": 90},
-    "until": {"until": 90},
-    "except": {"except": {"after": [77, 78], "until": 90, "each": True}},
-    "of the answer": {"after": 90, "from": "generation", "start": 2},
-    "in a span": {"after": 77, "start": 10, "end": -4},
-    "tokens": {"after": 77, "tokens": 5},
-}
 
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows(tiny: LLM, oracle: Oracle, name: str) -> None:
     _, moved_T = assert_exact(tiny, oracle, steering(edit("r8", 2.0, scope=WINDOWS[name])))
     assert moved_T.max() >= 1e-2
-
-
-SCHEDULES = [{"kind": "linear", "over": 8, "to": 0.0}, {"kind": "exponential", "over": 6, "to": 0.1}]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
@@ -69,16 +32,13 @@ def test_schedules(tiny: LLM, oracle: Oracle, scope: Any, schedule: dict[str, An
     assert moved_T.max() >= 1e-2
 
 
-PLACES = ["last_prompt_token", "mean_prompt", "max_prompt"]
-
-
 @pytest.mark.parametrize("measure", ["cosine", "dot"])
 @pytest.mark.parametrize("at", PLACES)
 def test_conditions(tiny: LLM, oracle: Oracle, at: str, measure: str) -> None:
     """Just below and just above the value: the edit applies, or does not."""
     condition = {"vector": "r9", "blocks": [0, 1], "measure": measure, "at": at}
     probe = steering(edit("r8", 2.0), when=condition | {"above": 0.0})
-    value = oracle.decisions(PROMPT, probe, len(PROMPT)).value(condition | {"above": 0.0})
+    value = oracle.decisions(MARKED, probe, len(MARKED)).value(condition | {"above": 0.0})
     for above, holds in ((value - 1e-4, True), (value + 1e-4, False)):
         _, moved_T = assert_exact(tiny, oracle, steering(edit("r8", 2.0), when=condition | {"above": above}))
         assert (moved_T.max() >= 1e-2) == holds
@@ -105,9 +65,9 @@ def test_a_chat_offline_says_what_was_applied(tiny: LLM) -> None:
 def test_an_answer_that_ends_at_a_stop_string_says_what_was_decided(tiny: LLM) -> None:
     condition = {"vector": "r9", "blocks": [0], "above": -1.0}
     spec = steering(edit("r8", 2.0, when=condition))
-    free = generate(tiny, [PROMPT], [spec], max_tokens=6)[0].outputs[0]
+    free = generate(tiny, [MARKED], [spec], max_tokens=6)[0].outputs[0]
     stop = tiny.get_tokenizer().decode(free.token_ids[2])
-    output = generate(tiny, [PROMPT], [spec], max_tokens=6, stop=[stop], detokenize=True)[0]
+    output = generate(tiny, [MARKED], [spec], max_tokens=6, stop=[stop], detokenize=True)[0]
     assert output.outputs[0].finish_reason == "stop"
     assert output.steering["conditions"][0]["held"] is True
     assert output.steering["edits"][0]["applied_tokens"] == len(output.outputs[0].token_ids)
@@ -116,9 +76,9 @@ def test_an_answer_that_ends_at_a_stop_string_says_what_was_decided(tiny: LLM) -
 def test_an_edit_that_covers_nothing_reports_no_decision_of_another(tiny: LLM) -> None:
     """Its slot has been another's, whose condition was measured."""
     condition = {"vector": "r9", "blocks": [0], "above": -1.0}
-    generate(tiny, [PROMPT], [steering(edit("r8", 2.0, when=condition))], max_tokens=1)
+    generate(tiny, [MARKED], [steering(edit("r8", 2.0, when=condition))], max_tokens=1)
     nothing = steering(edit("r8", 2.0, scope={"end": 1}, when={**condition, "vector": "r10"}))
-    output = generate(tiny, [PROMPT], [nothing], max_tokens=2)[0]
+    output = generate(tiny, [MARKED], [nothing], max_tokens=2)[0]
     assert output.steering["edits"][0]["applied_tokens"] == 0
     assert "held" not in output.steering["conditions"][0]
 
@@ -133,7 +93,7 @@ def test_a_cosine_does_not_depend_on_the_length_of_the_vector(tiny: LLM, size: f
     values = []
     for name in ("long", "scaled"):
         spec = steering(edit("r8", 1.0), when={"vector": name, "blocks": [0], "above": -1.0})
-        output = generate(tiny, [PROMPT], [spec], max_tokens=1)[0]
+        output = generate(tiny, [MARKED], [spec], max_tokens=1)[0]
         values.append(output.steering["conditions"][0]["value"])
     assert abs(values[0]) > 1e-3
     assert abs(values[0] - values[1]) <= 1e-6

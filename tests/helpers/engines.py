@@ -8,14 +8,19 @@ from typing import Any, Literal
 import numpy as np
 
 from steer_engine import LLM, ControlVector
+from steer_engine.settings import SteeringConfig
 from steer_engine.vectors import RowSet, VectorMetadata
 
 RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
+DEVICE = os.environ.get("STEER_TEST_DEVICE", "cpu")
+"""`gpu` in tests/gpu, where there is one."""
 RUNNER_CLASS = {
-    "v1": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
-    "v2": "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
-}[RUNNER]
-KERNEL = {"v1": "torch", "v2": "triton"}[RUNNER]
+    ("cpu", "v1"): "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+    ("cpu", "v2"): "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+    ("gpu", "v1"): "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+    ("gpu", "v2"): "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+}[DEVICE, RUNNER]
+KERNEL = "torch" if (DEVICE, RUNNER) == ("cpu", "v1") else "triton"
 
 TINY_BLOCKS, TINY_HIDDEN, TINY_VOCAB = 3, 64, 512
 SETTINGS: dict[str, Any] = {
@@ -81,3 +86,13 @@ def assert_meant(llm: LLM, *, num_blocks: int, form: str = "split") -> None:
     assert worker["kernel"] == KERNEL
     assert worker["armed_blocks"] == list(range(num_blocks))
     assert set(worker["forms"].values()) == {form}
+
+
+def tiny_engine(model: str, **settings: Any) -> LLM:
+    """An engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1; float32 unless `settings` say so."""
+    # Mixed traffic asks for more rows at a block than the default has room for.
+    settings = {"dtype": "float32", "steering": SteeringConfig(rows=8), **SETTINGS, **settings}
+    llm = LLM(model, vectors={**VECTORS, **ROW_SETS}, max_logprobs=TINY_VOCAB, **settings)
+    assert_meant(llm, num_blocks=TINY_BLOCKS)
+    engine: LLM = kept(llm)
+    return engine

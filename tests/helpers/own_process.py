@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,25 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def alone(
+    folder: Path,
+    model: str,
+    llm: dict[str, Any],
+    prompts: list[list[int]],
+    params: dict[str, Any],
+    *,
+    armed: bool = False,
+    timeout: int = 280,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run this file in a process. Returns tokens and logprobs [N, M]. folder: where its two files go."""
+    settings = {"model": model, "llm": llm, "prompts": prompts, "params": params, "armed": armed}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-P", __file__, str(folder / "settings.json"), str(folder / "out.npz")]
+    subprocess.run(command, check=True, timeout=timeout)
+    saved = np.load(folder / "out.npz")
+    return saved["ids"], saved["logprobs"]
 
 
 def plain(settings: dict[str, Any]) -> Any:
@@ -42,7 +62,7 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     if not settings["armed"]:
         os.environ["VLLM_PLUGINS"] = ""
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
         from helpers.interpreted import use_v2_runner
 
         use_v2_runner()

@@ -37,7 +37,9 @@ def let_stages_run_on_a_processor() -> None:
 
 
 # Here and not in `main`: the workers import this file too.
-if os.environ.get("STEER_TEST_RUNNER") == "v2":
+if os.environ.get("STEER_TEST_DEVICE") == "gpu":
+    pass
+elif os.environ.get("STEER_TEST_RUNNER") == "v2":
     from helpers.interpreted import use_v2_runner
 
     use_v2_runner()

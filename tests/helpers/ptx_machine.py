@@ -40,6 +40,8 @@ class Traffic:
 
     loaded: int = 0
     stored: int = 0
+    loaded_at: set[int] = field(default_factory=set)
+    """Offsets of the bytes that were loaded, however often."""
     widths: set[int] = field(default_factory=set)
     """Bytes that a thread moves at once."""
 
@@ -263,6 +265,8 @@ class Machine:
         moved = len(np.unique(offsets[active])) * width
         traffic.loaded += moved if name == "ld" else 0
         traffic.stored += moved if name == "st" else 0
+        if name == "ld":
+            traffic.loaded_at.update((offsets[active][:, None] + np.arange(width)).ravel().tolist())
         traffic.widths.add(width)
         return memory, offsets
 

@@ -201,6 +201,19 @@ def test_rows_with_a_stride(interpreted: Process) -> None:
     assert (edited[:, 71:] == 3.0).all()
 
 
+def test_what_a_device_computes_comes_back() -> None:
+    """As on a GPU (STEER_TEST_KERNELS), where the kernel gets copies of the stream and of all tables."""
+    process = Process(TRITON_INTERPRET="1", STEER_KERNEL_DEVICE="cpu")
+    try:
+        case = build(each_measure(), hidden_size=63, dtype=torch.float32, num_tokens=20, seed=8)
+        expected = oracle_of(case)
+        assert torch.equal(edit(process, case), case.carried)
+        assert_measured(case, expected)
+        test_rows_with_a_stride(process)
+    finally:
+        process.close()
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_the_smallest_batches(interpreted: Process, num_tokens: int) -> None:
     case = build([adds(1)], hidden_size=63, dtype=torch.float32, num_tokens=num_tokens, seed=6, adds_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,7 @@ from steer_kernels.advance_triggers import OPTIONS as TRIGGER_OPTIONS
 from steer_kernels.advance_triggers import advance_triggers_kernel
 from steer_kernels.artifact import Artifact, inspect
 from steer_kernels.edit_residual import edit_residual_kernel
-from steer_kernels.launch_table import launch_for
+from steer_kernels.launch_table import MAX_NORMED_BYTES, launch_for
 from steer_kernels.route_rows import BLOCK, OPTIONS, route_rows_kernel
 from steer_kernels.tables import MAX_TRIGGER_TOKENS, MAX_TRIGGERS, TRIGGER_WORDS
 
@@ -36,6 +37,31 @@ _POINTERS: Final = {
     torch.int64: "*i64",
     torch.float64: "*fp64",
 }
+
+NUM_PROBES: Final = 4
+NUM_CAPTURE_ROWS: Final = 64
+
+
+def every_kernel(target: str, hidden_size: int, dtype: torch.dtype) -> Iterator[tuple[str, Artifact]]:
+    """Compile all kernels that an engine launches on rows of `hidden_size` items: name and compiled code.
+
+    The general kernels have all operations, gates, windows, schedules and conditions. Probes and captures are constants
+    of the compiler, so each has its own entry. `add_rms_norm_edit` is left out for rows that it does not support.
+    """
+    sizes = (target, hidden_size, dtype)
+    probes: dict[str, Any] = {"num_probes": NUM_PROBES}
+    captures: dict[str, Any] = {"capture": True, "num_capture_rows": NUM_CAPTURE_ROWS}
+    yield "edit_residual, adds", compile_edit_residual(*sizes, adds_only=True)
+    yield "edit_residual", compile_edit_residual(*sizes, adds_only=False)
+    yield "edit_residual, one tensor", compile_edit_residual(*sizes, adds_only=False, has_hidden=False)
+    yield "edit_residual, probes", compile_edit_residual(*sizes, adds_only=False, **probes)
+    yield "edit_residual, probes, captures", compile_edit_residual(*sizes, adds_only=False, **probes, **captures)
+    if hidden_size * dtype.itemsize <= MAX_NORMED_BYTES:
+        yield "add_rms_norm_edit, adds", compile_add_rms_norm_edit(*sizes, adds_only=True)
+        yield "add_rms_norm_edit", compile_add_rms_norm_edit(*sizes, adds_only=False)
+        yield "add_rms_norm_edit, probes", compile_add_rms_norm_edit(*sizes, adds_only=False, **probes)
+    yield "route_rows", compile_route_rows(target)
+    yield "advance_triggers", compile_advance_triggers(target)
 
 
 def compile_kernel(
