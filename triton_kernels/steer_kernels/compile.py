@@ -55,7 +55,7 @@ def every_kernel(target: str, hidden_size: int, dtype: torch.dtype) -> Iterator[
     yield "edit_residual", compile_edit_residual(*sizes, adds_only=False)
     yield "edit_residual, one tensor", compile_edit_residual(*sizes, adds_only=False, has_hidden=False)
     yield "edit_residual, probes", compile_edit_residual(*sizes, adds_only=False, **probes)
-    yield "edit_residual, probes, captures", compile_edit_residual(*sizes, adds_only=False, **probes, **captures)
+    yield "edit_residual, probes, captures", compile_edit_residual(*sizes, adds_only=False, **{**probes, **captures})
     if hidden_size * dtype.itemsize <= MAX_NORMED_BYTES:
         yield "add_rms_norm_edit, adds", compile_add_rms_norm_edit(*sizes, adds_only=True)
         yield "add_rms_norm_edit", compile_add_rms_norm_edit(*sizes, adds_only=False)
