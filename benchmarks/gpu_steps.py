@@ -239,8 +239,8 @@ def in_own_group(step: Step, log: Path) -> tuple[int, str]:
     Engines are processes of their own, so all of the step's group ends with it, also when the user interrupts.
     """
     with log.open("wb") as output:
-        output.write(f"$ {' '.join(f'{name}={value}' for name, value in step.env.items())} ".encode())
-        output.write(f"{' '.join(step.command)}\n".encode())
+        words = [*(f"{name}={value}" for name, value in step.env.items()), *step.command]
+        output.write(f"$ {' '.join(words)}\n".encode())
         output.flush()
         try:
             process = subprocess.Popen(
@@ -367,6 +367,8 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         todo = [planned(step) for step in todo]
         todo += [compiling(target, there, python) for target in arguments.plan or TARGETS]
     run = Run(out, len(gpus), again=again, planning=planning)
+    # What a job scheduler sends ends the running step and shows the table too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 0
     try:
         for step in chosen(todo, arguments.only):

@@ -129,19 +129,19 @@ class Stages:
         return self.replies
 
 
-def captured(*blocks: int, positions: tuple[int, ...] = (4, 5)) -> dict[str, Any]:
+def captured(*points: int, positions: tuple[int, ...] = (4, 5)) -> dict[str, Any]:
     rows_LPD = (
-        np.stack([np.full((len(positions), 2), block, np.float32) for block in blocks]) if blocks else np.empty(0)
+        np.stack([np.full((len(positions), 2), point, np.float32) for point in points]) if points else np.empty(0)
     )
-    return {"ok": True, "blocks": list(blocks), "positions": list(positions), "shape": list(rows_LPD.shape),
+    return {"ok": True, "points": list(points), "positions": list(positions), "shape": list(rows_LPD.shape),
             "rows": rows_LPD.tobytes()}  # fmt: skip
 
 
-def test_captured_rows_of_stages_are_joined_in_the_order_of_blocks() -> None:
+def test_captured_rows_of_stages_are_joined_in_the_order_of_points() -> None:
     taken = engine_core.fetch_capture(
         Stages(captured(0, 1), captured(0, 1), captured(2, 10), captured(2, 10), captured(positions=())), "key"
     )
-    assert (taken["blocks"], taken["positions"], taken["shape"]) == ([0, 1, 2, 10], [4, 5], [4, 2, 2])
+    assert (taken["points"], taken["positions"], taken["shape"]) == ([0, 1, 2, 10], [4, 5], [4, 2, 2])
     rows_LPD = np.frombuffer(taken["rows"], np.float32).reshape(taken["shape"])
     assert rows_LPD[:, 0, 0].tolist() == [0, 1, 2, 10]
     assert engine_core.fetch_capture(Stages(captured(0), {"ok": False, "reason": "why"}), "key")["reason"] == "why"
