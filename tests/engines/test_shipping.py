@@ -141,7 +141,7 @@ def test_captured_rows_of_stages_are_joined_in_the_order_of_points() -> None:
     taken = engine_core.fetch_capture(
         Stages(captured(0, 1), captured(0, 1), captured(2, 10), captured(2, 10), captured(positions=())), "key"
     )
-    assert (taken["points"], taken["positions"], taken["shape"]) == ([0, 1, 2, 10], [4, 5], [4, 2, 2])
+    assert (taken["positions"], taken["shape"]) == ([4, 5], [4, 2, 2])
     rows_LPD = np.frombuffer(taken["rows"], np.float32).reshape(taken["shape"])
     assert rows_LPD[:, 0, 0].tolist() == [0, 1, 2, 10]
     assert engine_core.fetch_capture(Stages(captured(0), {"ok": False, "reason": "why"}), "key")["reason"] == "why"
