@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError
+from steer_engine.spec import Op
 
 BATCH = 4
 EXAMPLES = 25 if RUNNER == "v1" else 3
@@ -33,12 +34,31 @@ operations = st.one_of(
     st.builds(lambda scale: {"op": "ablate", "scale": scale}, scales),
     st.builds(lambda low, width: {"op": "clamp", "lo": low, "hi": low + width}, scales, st.sampled_from([0.0, 1.0])),
     st.builds(lambda target: {"op": "set", "target": target}, scales),
+    st.builds(lambda scale: {"op": "low_rank", "vector": "reft", "scale": scale}, scales),
+    st.builds(
+        lambda vector, numbers, change: {"op": "feature", "vector": vector, "feature": numbers, "blocks": 1, **change},
+        st.sampled_from(["relu", "jump"]),
+        st.sampled_from([3, 40, [40, 3]]),
+        st.sampled_from([{"target": 0.0}, {"target": 2.5}, {"scale": 0.0}, {"scale": -1.5}, {"add": 0.75}]),
+    ),
+    st.builds(
+        lambda angle, degrees: {"op": "rotate", "toward": "r6", angle: degrees},
+        st.sampled_from(["degrees", "to_degrees"]),
+        st.sampled_from([-30.0, 70.0, 180.0, 350.0]),
+    ),
 )
+bounds = st.floats(-0.2, 0.2)
 gates = st.none() | st.builds(
     lambda vector, side, bound: {"vector": vector, side: bound},
     names,
-    st.sampled_from(["min_cos", "max_cos"]),
-    st.floats(-0.2, 0.2),
+    st.sampled_from(["min_cos", "max_cos", "min_dot", "max_dot"]),
+    bounds,
+)
+gates_on_features = st.builds(
+    lambda number, side, bound: {"vector": "relu", "feature": number, side: bound},
+    st.sampled_from([3, 40]),
+    st.sampled_from(["min_dot", "max_dot"]),
+    bounds,
 )
 
 
@@ -47,7 +67,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
     edits = []
     for _ in range(draw(st.integers(1, 4))):
         edit = {"vector": draw(names), "blocks": draw(blocks), "scope": draw(scopes), **draw(operations)}
-        gate = draw(gates)
+        gate = draw(gates | gates_on_features if edit["blocks"] in (1, [1]) else gates)
         edits.append(edit if gate is None else {**edit, "gate": gate})
     return {"edits": edits, "preserve_norm": draw(st.booleans())}
 
@@ -80,12 +100,16 @@ def test_random_mixes(tiny: LLM, oracle: Oracle, requested: list[dict[str, Any]]
         bound = 3e-5 * max(1.0, float(np.abs(expected).max()) / 10)
         assert np.abs(ours - expected).max() <= bound, spec
         EFFECTS.append(float(np.abs(expected - plain).max()) / bound)
+        OPERATIONS.update(Op(edit["op"]) for edit in spec["edits"])
 
 
 EFFECTS: list[float] = []
+OPERATIONS: set[Op] = set()
+"""In the specs that were compared."""
 
 
 def test_the_mixes_had_effects() -> None:
-    """Most random specs move the logprobs by far more than the bound of the comparison."""
+    """Most random specs move the logprobs by far more than the bound of the comparison; every operation was in some."""
     assert len(EFFECTS) >= 2 * EXAMPLES
+    assert RUNNER == "v2" or OPERATIONS.issuperset(Op)
     assert np.median(EFFECTS) >= 1000

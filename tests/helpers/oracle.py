@@ -26,7 +26,7 @@ class Oracle:
         self.vectors = vectors
         self.row_sets = row_sets or {}
         self.closest_gate = np.inf
-        """How near any cosine came to the bound of its gate: too near, and rounding decides."""
+        """How near any number came to the bound of its gate or of its feature: too near, and rounding decides."""
 
     def logprobs(self, tokens: Sequence[int], spec: dict[str, Any] | None, prompt_len: int | None = None) -> np.ndarray:
         """float64 [T, V]: log-softmax at every position, the stream edited as `spec` says."""
@@ -159,17 +159,17 @@ class Oracle:
             return torch.ones(len(x_TD), dtype=torch.bool)
         if "feature" in gate:
             row = self.row_sets[gate["vector"]].row(block, gate["feature"])
-            return x_TD @ _float64(row.read) + row.bias >= gate["min_dot"]
-        g_D = _float64(self.vectors[gate["vector"]].directions[block])
-        if "min_dot" in gate:
-            dot_T = x_TD @ g_D
-            self.closest_gate = min(self.closest_gate, float((dot_T - gate["min_dot"]).abs().min()))
-            return dot_T >= gate["min_dot"]
-        cos_T = (x_TD @ g_D) / (x_TD.norm(dim=1) * g_D.norm())
-        for bound in (gate.get("min_cos"), gate.get("max_cos")):
+            number_T = x_TD @ _float64(row.read) + row.bias
+        else:
+            g_D = _float64(self.vectors[gate["vector"]].directions[block])
+            number_T = x_TD @ g_D
+            if "min_cos" in gate or "max_cos" in gate:
+                number_T = number_T / (x_TD.norm(dim=1) * g_D.norm())
+        low, high = (gate.get(f"{side}_cos", gate.get(f"{side}_dot")) for side in ("min", "max"))
+        for bound in (low, high):
             if bound is not None:
-                self.closest_gate = min(self.closest_gate, float((cos_T - bound).abs().min()))
-        return (cos_T >= gate.get("min_cos", -2.0)) & (cos_T <= gate.get("max_cos", 2.0))
+                self.closest_gate = min(self.closest_gate, float((number_T - bound).abs().min()))
+        return (number_T >= (-np.inf if low is None else low)) & (number_T <= (np.inf if high is None else high))
 
     def _change_by_rows(self, edit: dict[str, Any], rows: RowSet, x_TD: torch.Tensor, block: int) -> torch.Tensor:
         """What an edit of features or ranks adds. Features: decode what the change of the activations encodes."""
