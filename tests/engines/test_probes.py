@@ -12,8 +12,9 @@ import pytest
 from helpers.driving import FEW, edit, generate, params, steering, tokens
 from helpers.engines import RUNNER
 from helpers.oracle import Oracle
-from helpers.oracle_probes import assert_numbers, expected_numbers
-from helpers.traffic import core_of
+from helpers.oracle_probes import assert_numbers
+from helpers.stop_rules import assert_stop_rules
+from helpers.traffic import Start, core_of, drafts_of
 
 from steer_engine import LLM
 from steer_engine.errors import SteeringRequestError
@@ -121,48 +122,34 @@ def test_a_stop_string_cuts_the_numbers_too(tiny: LLM) -> None:
 
 def test_stop_rules_fire_at_exactly_the_oracles_token(tiny: LLM, oracle: Oracle) -> None:
     """200 random rules, on plain and steered requests in one batch."""
-    rng = np.random.default_rng(60)
-    num, length = (200, 16) if RUNNER == "v1" else (200, 4)
-    cases = []
-    for number in range(num):
-        prompt = tokens(6_000 + number, int(rng.integers(3, 20)))
-        spec = [None, steering(edit("r8", 1.5)), steering(edit("r9", op="ablate", scope="generation"))][number % 3]
-        probe = {"name": "p", "vector": f"r{20 + number % 8}", "blocks": [int(rng.integers(3))], "measure": "dot"}
-        cases.append((prompt, spec, probe | {"after": bool(number % 2)}))
-    free = generate(tiny, [case[0] for case in cases], [case[1] for case in cases], max_tokens=length)
-    wanted, lengths = [], []
-    for (prompt, spec, probe), output in zip(cases, free, strict=True):
-        answer = list(output.outputs[0].token_ids)
-        ((number_T, bound),) = expected_numbers(oracle, [*prompt, *answer], spec, [probe], len(prompt))["p"].values()
-        numbers = number_T[len(prompt) - 1 : -1]
-        rule, stops_at = _rule(rng, numbers, bound)
-        wanted.append((spec or {}) | {"probes": [probe], "stop": [rule]})
-        lengths.append(stops_at or length)
-    outputs = generate(tiny, [case[0] for case in cases], wanted, max_tokens=length)
-    for output, stops_at, whole, case in zip(outputs, lengths, free, cases, strict=True):
-        choice = output.outputs[0]
-        assert list(choice.token_ids) == list(whole.outputs[0].token_ids)[:stops_at], case
-        assert len(choice.steering["probes"]["p"][str(case[2]["blocks"][0])]) == stops_at
-        fired = stops_at < length or choice.finish_reason == "stop"
-        assert (choice.finish_reason, choice.stop_reason) == (("stop", "probe:p") if fired else ("length", None))
-    assert 0.3 < np.mean([stops_at < length for stops_at in lengths]) < 0.95
-    assert core_of(tiny).scheduler.requests == {}
+    assert_stop_rules(tiny, oracle, 200, 16 if RUNNER == "v1" else 4)
 
 
-def _rule(rng: np.random.Generator, numbers: np.ndarray, bound: float) -> tuple[dict[str, Any], int | None]:
-    """A rule whose threshold no number comes near, and after how many tokens it ends the answer; None = never."""
-    ordered = np.sort(numbers)
-    gaps = np.diff(ordered)
-    cut = int(rng.choice(np.flatnonzero(gaps > 4 * bound)))
-    threshold = float((ordered[cut] + ordered[cut + 1]) / 2)
-    side, tokens_in_a_row = str(rng.choice(["above", "below"])), int(rng.integers(1, 4))
-    holds = numbers > threshold if side == "above" else numbers < threshold
-    in_a_row = 0
-    for count, held in enumerate(holds, start=1):
-        in_a_row = in_a_row + 1 if held else 0
-        if in_a_row == tokens_in_a_row:
-            return {"probe": "p", side: threshold, "for": tokens_in_a_row}, count
-    return {"probe": "p", side: threshold, "for": tokens_in_a_row}, None
+SAMPLE = (60, 16) if RUNNER == "v1" else (12, 5)
+"""Rules, and tokens of an answer, where the engine computes ahead of the rules."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
+def test_stop_rules_under_asynchronous_scheduling(start: Start, oracle: Oracle) -> None:
+    """A step is in flight when a rule fires: its tokens are thrown away."""
+    llm = start(max_num_batched_tokens=64, max_num_seqs=16)
+    assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
+    assert_stop_rules(llm, oracle, *SAMPLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["Scheduler", "AsyncScheduler"])
+def test_stop_rules_with_drafts(
+    start: Start, oracle: Oracle, tiny_llama: str, scheduler: str, request: pytest.FixtureRequest
+) -> None:
+    """A rule fires among accepted drafts: those after its token are thrown away."""
+    if scheduler == "AsyncScheduler":
+        request.getfixturevalue("asynchronous")
+    llm = start(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
+    assert type(core_of(llm).scheduler).__name__ == scheduler
+    _, accepted = drafts_of(llm, [], lambda llm, _: assert_stop_rules(llm, oracle, *SAMPLE))
+    assert accepted > 0
 
 
 def test_the_text_of_the_token_that_fired_is_returned(tiny: LLM) -> None:
