@@ -11,6 +11,7 @@ import numpy as np
 from helpers.driving import params, prompt_logprobs, sampled, score, tokens
 from helpers.engines import RUNNER
 from steer_engine import LLM
+from steer_engine.llm import probed_numbers
 
 PREFIXES, LONGEST_TAIL = ((0, 34, 70), 50) if RUNNER == "v1" else ((0, 34), 12)
 """Lengths of what prompts have in common (nothing, one block of the cache, two), and of what they have not."""
@@ -36,6 +37,8 @@ class Answer:
     logprobs: np.ndarray
     """float64: of the prompt's tokens except the first, if they were requested, and of the answer's."""
     cached: int
+    numbers: dict[str, Any] | None = None
+    """Of the request's probes, as in a server's answers; None without any, and of an answer that was aborted."""
 
 
 def random_batch(rng: np.random.Generator, specs: Sequence[dict[str, Any]], num: int, max_tokens: int) -> list[Request]:
@@ -82,7 +85,12 @@ def run_together(llm: LLM, batch: Sequence[Request]) -> list[Answer]:
             request = batch[number]
             ids, logprobs = sampled(output)
             answered = [*(prompt_logprobs(output) if request.scores_prompt else ()), *logprobs]
-            answers[number] = Answer(ids=ids, logprobs=np.array(answered), cached=output.num_cached_tokens or 0)
+            numbers = None
+            if output.finished and request.spec is not None and "probes" in request.spec:
+                numbers = probed_numbers(output, output.outputs[0], llm._frontend.resolve(request.spec))
+            answers[number] = Answer(
+                ids=ids, logprobs=np.array(answered), cached=output.num_cached_tokens or 0, numbers=numbers
+            )
             if not output.finished and request.abort is not None and len(ids) >= request.abort:
                 engine.abort_request([output.request_id])
     return [answers[number] for number in range(len(batch))]
