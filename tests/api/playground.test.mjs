@@ -230,6 +230,9 @@ test("copied code", () => {
   assert.match(curl("http://h/", "v1/chat/completions", body, true), /\$API_KEY/);
   assert.doesNotMatch(curl("http://h/", "v1/chat/completions", body, false), /API_KEY/);
   assert.match(python("http://h/", "v1/chat/completions", body), /extra_body=\{"repetition_penalty": 1.1, "steering": .*"preserve_norm": True/);
+  const watched = (probe) => python("http://h/", "v1/chat/completions", { ...body, steering: { probes: [probe] } });
+  assert.match(watched({ name: "p" }), /print\(answer.choices\[0\].steering\)/);
+  assert.doesNotMatch(watched({ name: "p", return: "none" }), /choices\[0\].steering/); // the answer has none
   assert.match(node("http://h/", "v1/chat/completions", body, false), /await fetch\("http:\/\/h\/v1\/chat\/completions"/);
   assert.equal(literal([null, true, "x", 1.5]), '[None, True, "x", 1.5]');
 });

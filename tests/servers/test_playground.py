@@ -293,7 +293,9 @@ def test_a_link_has_every_field_and_the_answers_on_wish(server: Server, profile:
         assert "came with the link" in page.the("#status", "textContent")
 
 
-@pytest.mark.parametrize("part", CONTROLS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.slow] if part != "operations" else []) for part in CONTROLS]
+)
 def test_each_control_changes_what_the_server_receives(
     server: Server, every_kind: None, bodies: Bodies, profile: Path, part: str
 ) -> None:

@@ -65,7 +65,7 @@ export function python(base, path, body) {
     "import os", "", "from openai import OpenAI", "",
     `client = OpenAI(base_url=${JSON.stringify(`${base}v1`)}, api_key=os.environ.get("API_KEY", "none"))`,
     `answer = ${call}.create(`, ...lines, ")", `print(${text})`,
-    ...(steering?.probes ? ["print(answer.choices[0].steering)"] : []), "",
+    ...(steering?.probes?.some((probe) => probe.return !== "none") ? ["print(answer.choices[0].steering)"] : []), "",
   ].join("\n");
 }
 
