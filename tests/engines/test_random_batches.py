@@ -11,13 +11,14 @@ from helpers.driving import edit, steering
 from helpers.engines import RUNNER, SETTINGS, assert_meant, kept
 from helpers.oracle import Oracle
 from helpers.random_batches import Answer, Request, alone, random_batch, run_together, unsteered
-from helpers.random_specs import BY_DIGEST, HIDDEN_SIZE, NUM_BLOCKS, VECTORS, specs
+from helpers.random_specs import BY_DIGEST, HIDDEN_SIZE, NUM_BLOCKS, ROW_SETS, VECTORS, specs
 from helpers.tiny_models import tiny_llama_path
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from steer_engine import LLM
 from steer_engine.settings import SteeringConfig
+from steer_engine.spec import DIRECTIONAL, Op
 
 LARGEST, LARGEST_OF_SHORT, LONGEST, SHORT_RUN, LONG_RUN = (64, 64, 8, 3, 40) if RUNNER == "v1" else (64, 4, 2, 1, 1)
 """Requests in a batch of the long test and of the short one, tokens of an answer, and batches of either."""
@@ -27,10 +28,10 @@ SURE = steering(edit("a", 1.5, scope="all"))
 
 EPSILON = float(np.finfo(np.float32).eps)
 NEAR_A_GATE = 1e-4
-"""A cosine so near the bound of its gate that rounding may decide; such a request is compared with nothing."""
+"""A number so near the bound of its gate or feature that rounding may decide; its request is compared with nothing."""
 
 Batch = tuple[list[dict[str, Any]], int]
-batches = st.tuples(st.lists(specs(max_edits=3), min_size=4, max_size=8), st.integers(0, 2**32 - 1))
+batches = st.tuples(st.lists(specs(max_edits=3, ops=tuple(Op)), min_size=4, max_size=8), st.integers(0, 2**32 - 1))
 """Specs, and the seed of everything else."""
 
 
@@ -46,7 +47,7 @@ def llm(model: str) -> LLM:
     slots = {"max_num_seqs": 48, "max_num_batched_tokens": 160, "num_gpu_blocks_override": 96}
     engine = LLM(
         model,
-        vectors=VECTORS,
+        vectors=VECTORS | ROW_SETS,
         steering=SteeringConfig(rows=8),
         enforce_eager=True,
         dtype="float32",
@@ -58,7 +59,7 @@ def llm(model: str) -> LLM:
 
 @pytest.fixture(scope="module")
 def oracle(model: str) -> Oracle:
-    return Oracle(model, VECTORS | BY_DIGEST)
+    return Oracle(model, VECTORS | BY_DIGEST, ROW_SETS)
 
 
 def check(llm: LLM, oracle: Oracle, drawn: Batch, largest: int) -> None:
@@ -89,6 +90,7 @@ def check(llm: LLM, oracle: Oracle, drawn: Batch, largest: int) -> None:
             f"the oracle moves by {expected:.2g}: {request}"
         )
         EFFECTS.append(moved / bound)
+        OPERATIONS.update(Op(edit["op"]) for edit in request.spec["edits"] if "op" in edit)
     CACHED.append(sum(answer.cached for answer in steered))
 
 
@@ -112,6 +114,8 @@ COMPARED: list[int] = []
 EFFECTS: list[float] = []
 """Of each steered request that was compared, in bounds of equality; 0 where the oracle too says that nothing moves."""
 CACHED: list[int] = []
+OPERATIONS: set[Op] = set()
+"""Of the steered requests that were compared."""
 
 REPEATABLE = settings(
     derandomize=True,
@@ -145,3 +149,5 @@ def test_the_batches_were_worth_it() -> None:
     assert np.mean(np.array(EFFECTS) >= 100) >= (0.8 if many else 0.9)
     assert np.median(EFFECTS) >= 1000
     assert RUNNER == "v2" or min(CACHED) > 0
+    assert RUNNER == "v2" or OPERATIONS - set(DIRECTIONAL)
+    assert not many or OPERATIONS.issuperset(Op)
