@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from helpers.asking import events
+from helpers.oracle import Oracle
 from helpers.oracle_when import covered
 from helpers.server_process import SMALL, Server, steer_engine_serve
 from helpers.tiny_models import tiny_llama_path
@@ -44,16 +45,31 @@ CONDITION = {"vector": "early", "measure": "cosine"}
 LINEAR = {"kind": "linear", "over": 2, "to": 0.0}
 
 
+def _vectors() -> dict[str, ControlVector]:
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, block, size in (("early", 0, 1.0), ("late", 1, 40.0)):
+        direction_D = rng.normal(size=64)
+        direction_D *= size / np.linalg.norm(direction_D)
+        found[name] = ControlVector(directions={block: direction_D.astype(np.float32)})
+    return found
+
+
+VECTORS = _vectors()
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_models_dir: Path) -> Oracle:
+    return Oracle(str(tiny_llama_path(tiny_models_dir, tags=TAGS)), VECTORS)
+
+
 @pytest.fixture(scope="module")
 def server(tiny_models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = tiny_llama_path(tiny_models_dir, tags=TAGS)
     folder = tmp_path_factory.mktemp("when")
     (folder / "vectors").mkdir()
-    rng = np.random.default_rng(0)
-    for name, block, size in (("early", 0, 1.0), ("late", 1, 40.0)):
-        direction_D = rng.normal(size=64)
-        direction_D *= size / np.linalg.norm(direction_D)
-        save(ControlVector(directions={block: direction_D.astype(np.float32)}), folder / f"vectors/{name}.safetensors")
+    for name, vector in VECTORS.items():
+        save(vector, folder / f"vectors/{name}.safetensors")
     preset = {
         "edits": [EDIT | {"scope": {"after": "</think>", "until": "<tool_call>", "each": True}}],
         "when": CONDITION | {"above": -1.0},
@@ -93,11 +109,9 @@ def sequences(answer: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 def counted(scope: Any, answer: dict[str, Any]) -> int:
     """Computed positions in the scope: all but the last token of each answer, which is sampled only."""
-    scope = WINDOWS.get(scope, scope) if isinstance(scope, str) else dict(scope)
-    if isinstance(scope, dict) and isinstance(scope.get("except"), str):
-        scope["except"] = WINDOWS[scope["except"]]
+    spelled = spelled_out(scope)
     return sum(
-        int(covered(scope, [*prompt, *tokens[:-1]], len(prompt))[0].sum()) for prompt, tokens in sequences(answer)
+        int(covered(spelled, [*prompt, *tokens[:-1]], len(prompt))[0].sum()) for prompt, tokens in sequences(answer)
     )
 
 
@@ -130,6 +144,52 @@ def test_every_scope_of_a_chat(server: Server, name: str, forced: int | None) ->
     (edit,) = answer["steering"]["edits"]
     assert edit["applied_tokens"] == counted(SCOPES[name], answer)
     assert edit["applied_tokens"] > 0 or (name == "the generated answer" and forced != END_THINK)
+
+
+GENTLE = {"vector": "late", "scale": 0.05}
+"""A push of norm 2: the stream keeps its size, and so do its rounding errors."""
+BOUND = 1e-4
+"""Of a float32 logprob against the oracle."""
+
+
+@pytest.mark.parametrize(
+    "scope", ["thinking", "answer", "tool_calls", *({"except": word} for word in WINDOWS)], ids=str
+)
+@pytest.mark.parametrize("forced", [None, END_THINK, CALL], ids=["free", "</think>", "<tool_call>"])
+def test_the_words_steer_their_tokens_and_no_others(
+    server: Server, oracle: Oracle, scope: Any, forced: int | None
+) -> None:
+    """Every token of prompt and answer is as likely as in a model that is steered at exactly these positions.
+
+    The logprobs are those before a forced token is forced.
+    """
+    bias = {} if forced is None else {"logit_bias": {str(forced): 100}}
+    fields = {"logprobs": True, "prompt_logprobs": 1, "steering": {"edits": [GENTLE | {"scope": scope}]}}
+    answer = asked(server, CHAT, messages=TALK, **bias, **fields)
+    ((prompt, tokens),) = sequences(answer)
+    whole = [*prompt, *tokens]
+    told = [step[str(token)]["logprob"] for step, token in zip(answer["prompt_logprobs"][1:], prompt[1:], strict=True)]
+    told += [each["logprob"] for each in answer["choices"][0]["logprobs"]["content"]]
+    spelled = {"edits": [GENTLE | {"scope": spelled_out(scope)}]}
+    rows = np.arange(len(whole) - 1)
+    steered_T, plain_T = (oracle.logprobs(whole, spec, len(prompt))[rows, whole[1:]] for spec in (spelled, None))
+    assert np.abs(told - steered_T).max() <= BOUND
+    moved_T, inside_T = np.abs(steered_T - plain_T), covered(spelled_out(scope), whole, len(prompt))[0].numpy()[:-1]
+    assert moved_T.max() >= 100 * BOUND
+    # Outside and before, nothing moves; some tokens of each kind are there.
+    assert not moved_T[: inside_T.argmax()].any()
+    assert inside_T.any()
+    assert not inside_T.all()
+
+
+def spelled_out(scope: Any) -> Any:
+    """`scope` with the tokens of its word."""
+    if isinstance(scope, str):
+        return WINDOWS.get(scope, scope)
+    spelled = dict(scope)
+    if isinstance(spelled.get("except"), str):
+        spelled["except"] = WINDOWS[spelled["except"]]
+    return spelled
 
 
 def test_texts_are_the_tokens_of_the_vocabulary(server: Server) -> None:
