@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import struct
 from typing import Any
@@ -13,7 +14,9 @@ from helpers.attack import VECTORS, ask, refusal, send
 from helpers.living import HIDDEN_SIZE, NUM_BLOCKS, along
 from helpers.server_process import Server
 
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, RowSet
+from steer_engine.vectors.row_set_format import from_bytes as rows_from_bytes
+from steer_engine.vectors.row_set_format import to_bytes as rows_to_bytes
 from steer_engine.vectors.safetensors_format import from_bytes, to_bytes
 
 GOOD = to_bytes(along(2))
@@ -116,7 +119,94 @@ ATTACKS: dict[str, tuple[bytes, int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "status"), ATTACKS.values(), ids=ATTACKS)
+# Row sets: format version 2
+
+RNG = np.random.default_rng(0)
+ROWS = RowSet(
+    kind="features",
+    read={1: RNG.normal(size=(2, HIDDEN_SIZE)).astype(np.float32)},
+    write={1: RNG.normal(size=(2, HIDDEN_SIZE)).astype(np.float32)},
+    bias={1: np.array([0.5, -0.5], np.float32)},
+    threshold={1: np.array([0.25, 0.5], np.float32)},
+    indices={1: np.array([3, 40])},
+)
+GOOD_ROWS = rows_to_bytes(ROWS)
+(ROW_HEADER_BYTES,) = struct.unpack("<Q", GOOD_ROWS[:8])
+ROW_HEADER: dict[str, Any] = json.loads(GOOD_ROWS[8 : 8 + ROW_HEADER_BYTES])
+ROW_DATA = GOOD_ROWS[8 + ROW_HEADER_BYTES :]
+
+
+def rows(name: str | None = None, data: bytes = ROW_DATA, **fields: Any) -> bytes:
+    """The good row set with other fields of one tensor; None: of its metadata."""
+    header = copy.deepcopy(ROW_HEADER)
+    header["__metadata__" if name is None else name].update(fields)
+    return file(header, data)
+
+
+def renamed(old: str, new: str) -> bytes:
+    return file({new if name == old else name: each for name, each in ROW_HEADER.items()}, ROW_DATA)
+
+
+def overwritten(name: str, raw: bytes) -> bytes:
+    """The good row set with other bytes at the start of one tensor."""
+    begin = ROW_HEADER[name]["data_offsets"][0]
+    return rows(data=ROW_DATA[:begin] + raw + ROW_DATA[begin + len(raw) :])
+
+
+def of_shape(hidden_size: int, block: int) -> bytes:
+    part = {block: np.ones((1, hidden_size), np.float32)}
+    return rows_to_bytes(RowSet(kind="features", read=part, write=part))
+
+
+NUMBERS = {"NaN": float("nan"), "infinity": float("inf")}
+ROW_ATTACKS: dict[str, tuple[bytes, int]] = {
+    "rows cut short": (GOOD_ROWS[:-1], 400),
+    "rows and trailing bytes": (GOOD_ROWS + b"\0", 400),
+    "rows, and a vector behind": (GOOD_ROWS + GOOD, 400),
+    "rows of no kind": (rows(kind=""), 400),
+    "rows of a foreign kind": (rows(kind="rotation"), 400),
+    "rows of version 3": (rows(format_version="3"), 400),
+    "rows of version 1": (rows(format_version="1"), 400),
+    "ranks with thresholds": (rows(kind="low_rank"), 400),
+    "labels that are no JSON": (rows(labels="{"), 400),
+    "labels with a key twice": (rows(labels='{"1":{"3":"a","3":"b"}}'), 400),
+    "labels of 10,000 brackets": (rows(labels="[" * 10_000), 400),
+    "labels of many rows": (rows(labels=json.dumps({"1": dict.fromkeys(map(str, range(300_000)), "")})), 400),
+    "a label that clears the screen": (rows(labels='{"1":{"3":"\\u001b[2J"}}'), 400),
+    "a label with half a character": (rows(labels='{"1":{"3":"\\ud800"}}'), 400),
+    "rows with a fitted probe": (rows(probe='{"at":"mean_prompt","blocks":{"1":{}}}'), 400),
+    "a direction among rows": (renamed("bias.1", "direction.1"), 400),
+    "rows of block 01": (renamed("bias.1", "bias.01"), 400),
+    "rows of block 10^30": (renamed("bias.1", f"bias.{10**30}"), 400),
+    "no write rows": (renamed("write.1", "write.2"), 400),
+    "a bias of 16 bits": (rows("bias.1", dtype="F16"), 400),
+    "rows of 64 bits": (rows("read.1", dtype="F64"), 400),
+    "numbers that are floats": (rows("index.1", dtype="F32", shape=[4]), 400),
+    "rows that are a row": (rows("read.1", shape=[2 * HIDDEN_SIZE]), 400),
+    "read and write rows of other shapes": (rows("read.1", shape=[1, 2 * HIDDEN_SIZE]), 400),
+    "no rows": (rows("read.1", shape=[0, HIDDEN_SIZE]), 400),
+    "2^62 rows": (rows("read.1", shape=[2**62, 4]), 400),
+    "rows of 40 GB": (rows("read.1", shape=[4096, 65536], data_offsets=[0, 4096 * 65536 * 4]), 400),
+    "a million rows": (rows("read.1", shape=[10**6, HIDDEN_SIZE]), 400),
+    "a number of rows that is true": (rows("read.1", shape=[True, 2 * HIDDEN_SIZE]), 400),
+    "rows over other rows": (rows("write.1", data_offsets=ROW_HEADER["read.1"]["data_offsets"]), 400),
+    "rows backwards": (rows("write.1", data_offsets=ROW_HEADER["write.1"]["data_offsets"][::-1]), 400),
+    "rows in descending order": (overwritten("index.1", struct.pack("<2q", 40, 3)), 400),
+    "a row twice": (overwritten("index.1", struct.pack("<2q", 3, 3)), 400),
+    "row -1": (overwritten("index.1", struct.pack("<2q", -1, 3)), 400),
+    "row 2^63-1": (overwritten("index.1", struct.pack("<2q", 3, 2**63 - 1)), 400),
+    **{
+        f"{word} in {part}": (overwritten(f"{part}.1", struct.pack("<f", number)), 422)
+        for part in ("read", "write", "bias", "threshold")
+        for word, number in NUMBERS.items()
+    },
+    "rows of another model": (of_shape(HIDDEN_SIZE + 1, 1), 422),
+    "rows of a block too many": (of_shape(HIDDEN_SIZE, NUM_BLOCKS), 422),
+}
+EVERY = ATTACKS | ROW_ATTACKS
+
+
+@pytest.mark.parametrize(("data", "status"), EVERY.values(), ids=EVERY)
 def test_a_hostile_file_is_refused(living: Server, data: bytes, status: int) -> None:
     refusal(send(living, "PUT", f"{VECTORS}/hostile", data), data, status=status)
 
@@ -125,15 +215,28 @@ def test_a_good_file_is_what_these_are_made_of(living: Server) -> None:
     assert from_bytes(file(HEADER)) == from_bytes(file(with_entry())) == along(2)
     assert send(living, "PUT", f"{VECTORS}/good", file(with_entry())).status_code == 201
     assert send(living, "DELETE", f"{VECTORS}/good").status_code == 200
+    assert rows_from_bytes(rows()) == ROWS
+    assert send(living, "PUT", f"{VECTORS}/good-rows", rows()).status_code == 201
+    answer = ask(living, json.dumps(asking(rows(), FEATURE)).encode())
+    assert answer.status_code == 200, answer.text
+    assert send(living, "DELETE", f"{VECTORS}/good-rows").status_code == 200
+
+
+FEATURE = {"op": "feature", "feature": 3, "target": 1.0}
+
+
+def asking(data: bytes, edit: dict[str, Any]) -> dict[str, Any]:
+    """A generating request with a file in it."""
+    edit = edit | {"vector": {"data": base64.b64encode(data).decode()}}
+    return {"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": {"edits": [edit]}}
 
 
 def test_a_hostile_file_in_a_request_is_refused_too(living: Server) -> None:
-    """The same table as inline vectors: base64 inside a generating request."""
-    for name, (data, _) in ATTACKS.items():
+    """The same tables as inline vectors: base64 inside a generating request."""
+    for name, (data, _) in EVERY.items():
         if len(data) > 100_000:
             continue  # more than a spec may have: below
-        vector = {"data": base64.b64encode(data).decode()}
-        body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "steering": {"edits": [{"vector": vector}]}}
+        body = asking(data, FEATURE if name in ROW_ATTACKS else {})
         answer = ask(living, json.dumps(body).encode())
         assert 400 <= answer.status_code < 500, (name, answer.status_code, answer.text[:500])
         error = refusal(answer, json.dumps(body))
