@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from helpers.driving import edit, params, steering, tokens
 from helpers.engines import RUNNER
 from helpers.oracle import Oracle
 from helpers.traffic import (
+    AT_SITES,
     CLOSE,
     OPEN,
     PROBES,
+    PROBES_AT_SITES,
     SPECS,
     Ask,
     Start,
@@ -33,6 +37,8 @@ from helpers.traffic import (
 
 from steer_engine import LLM
 from steer_engine.llm import probed_numbers
+from steer_engine.settings import SteeringConfig
+from steer_engine.site import SITES_IN_BLOCKS
 
 NUM = 24 if RUNNER == "v1" else 8
 
@@ -153,6 +159,55 @@ def test_samples_of_one_request(start: Start, oracle: Oracle) -> None:
         assert_right(oracle, requested, outputs)
 
 
+@pytest.fixture(scope="module")
+def start_with_sites(start: Start) -> Start:
+    """Starts an engine whose attention and MLP outputs can be edited."""
+    return partial(start, steering=SteeringConfig(rows=8, sites=SITES_IN_BLOCKS))
+
+
+def at_sites(num: int, **fields: Any) -> list[Ask]:
+    return asks(num, specs=AT_SITES, probes=PROBES_AT_SITES, **fields)
+
+
+@pytest.mark.slow
+def test_sites_in_chunks_and_preempted(start_with_sites: Start, oracle: Oracle) -> None:
+    small = {"num_gpu_blocks_override": 14, "max_num_seqs": 8, "max_model_len": 256, "max_num_batched_tokens": 16}
+    llm = start_with_sites(enable_prefix_caching=False, **small)
+    num, length = (16, 40) if RUNNER == "v1" else (6, 8)
+    requested = [
+        replace(ask, prompt=marked(tokens(900 + i, 60)), max_tokens=length) for i, ask in enumerate(at_sites(num))
+    ]
+    with (
+        counting(core_of(llm).scheduler, "schedule") as steps,
+        counting(core_of(llm).scheduler, "_preempt_request") as out,
+    ):
+        assert_right(oracle, requested, run(llm, requested))
+    assert len(steps) >= num * 60 / 16
+    assert out, "nothing was preempted"
+
+
+@pytest.mark.slow
+def test_sites_with_drafts(start_with_sites: Start, oracle: Oracle, tiny_llama: str) -> None:
+    llm = start_with_sites(speculative_config={"model": tiny_llama, "num_speculative_tokens": 3}, max_num_seqs=16)
+    requested = at_sites(NUM if RUNNER == "v1" else 4)
+    outputs, accepted = drafts_of(llm, requested)
+    assert_right(oracle, requested, outputs)
+    assert accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
+def test_sites_under_asynchronous_scheduling(start_with_sites: Start, oracle: Oracle) -> None:
+    """With a prefix cache, cold and warm."""
+    llm = start_with_sites(max_num_batched_tokens=64, max_num_seqs=16)
+    assert type(core_of(llm).scheduler).__name__ == "AsyncScheduler"
+    requested = at_sites(NUM, shared=70)
+    for _ in ("cold", "warm"):
+        outputs = run(llm, requested)
+        assert_right(oracle, requested, outputs)
+    assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
+
+
 def test_steering_changes_between_turns(start: Start, oracle: Oracle) -> None:
     """A conversation of three turns; what a turn may take from the cache, and what it must compute anew."""
     llm = start()
@@ -216,7 +271,7 @@ def test_nothing_in_the_matrix_is_plain(oracle: Oracle) -> None:
     """Every spec of the traffic moves the next token's logprobs by far more than any bound here."""
     prompt = marked(tokens(1, 40))
     plain = oracle.logprobs(prompt, None)[-1]
-    for spec in SPECS:
+    for spec in (*SPECS, *AT_SITES):
         moved = abs(oracle.logprobs(prompt, spec, prompt_len=len(prompt))[-1] - plain).max()
         assert (moved == 0) if spec is None else moved > 1e-2
 

@@ -71,6 +71,33 @@ PROBES: tuple[list[dict[str, Any]], ...] = (
 """Five: with the specs, every spec meets every list of probes."""
 
 
+AT_SITES: tuple[dict[str, Any] | None, ...] = (
+    None,
+    steering(edit("r0", 1.5, site="attn")),
+    steering(edit("r1", 1.5, site="mlp", scope="generation"), edit("r2", 1.0, blocks=1)),
+    steering(
+        edit("r8", 2.0, site="mlp", scope={"after": OPEN, "until": CLOSE, "each": True}),
+        edit("r9", 0.5, op="ablate", site="attn"),
+    ),
+    steering(edit("r11", 2.0, site="attn", blocks=[1, 2], when=_HOLDS), edit("r12", 1.0, site="mlp", blocks=0)),
+    None,
+    steering(
+        edit("r15", 2.0, site="attn", scope="generation", schedule={"kind": "linear", "over": 4, "to": 0.5}),
+        {"vector": "reft", "op": "low_rank", "site": "mlp", "blocks": [0, 2]},
+        {"vector": "r16", "op": "rotate", "toward": "r17", "degrees": 60, "site": "attn", "blocks": 1},
+        {"vector": "relu", "op": "feature", "feature": [3, 40], "target": 2.0, "site": "mlp"},
+    ),
+    steering(edit("r3", 1.5, site="mlp"), edit("r4", 1.0, site="attn"), edit("r5", 0.5), preserve_norm=True),
+)
+"""At the outputs of attention and MLP, and beside these at the block's."""
+
+PROBES_AT_SITES: tuple[list[dict[str, Any]], ...] = (
+    [],
+    [{"name": site, "vector": "r20", "measure": "dot", "site": site} for site in ("block", "attn", "mlp")],
+    [{"name": "after", "vector": "r21", "site": "mlp", "after": True, "scope": "all"}],
+)
+
+
 @dataclass(frozen=True)
 class Ask:
     prompt: list[int]
@@ -90,15 +117,24 @@ def marked(prompt: list[int]) -> list[int]:
     return [*prompt[:1], OPEN, *prompt[1:middle], CLOSE, *prompt[middle:-1], OPEN, *prompt[-1:]]
 
 
-def asks(num: int, *, shared: int = 40, longest: int = 60, max_tokens: int = 8, seed: int = 0) -> list[Ask]:
-    """`num` requests over SPECS, every second one behind a prefix of `shared` tokens that they have in common."""
+def asks(
+    num: int,
+    *,
+    shared: int = 40,
+    longest: int = 60,
+    max_tokens: int = 8,
+    seed: int = 0,
+    specs: Sequence[dict[str, Any] | None] = SPECS,
+    probes: Sequence[Sequence[dict[str, Any]]] = PROBES,
+) -> list[Ask]:
+    """`num` requests over `specs`, every second one behind a prefix of `shared` tokens that they have in common."""
     prefix = marked(tokens(7_000 + seed, shared))[:shared]
     return [
         Ask(
             prompt=[*(prefix if i % 2 else []), *marked(tokens(8_000 + 100 * seed + i, 5 + (11 * i) % longest))],
-            spec=SPECS[i % len(SPECS)],
+            spec=specs[i % len(specs)],
             max_tokens=1 + (3 * i + max_tokens - 1) % max_tokens,
-            probes=PROBES[i % len(PROBES)],
+            probes=probes[i % len(probes)],
         )
         for i in range(num)
     ]
