@@ -6,4 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is required; set its path: PYTHON=python3.11 benchmarks/gpu.sh" >&2
+    exit 2
+}
 exec "$python" benchmarks/gpu_steps.py "$@"

@@ -43,7 +43,7 @@ SERVE_FLAGS = ("--steering-fuse-norm", "--steering-sites", "attn,mlp", "--steeri
 V1 = {"STEER_TEST_RUNNER": "v1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 V2 = {"STEER_TEST_RUNNER": "v2", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
-OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+OK, FAILED, SKIPPED, NOT_RUN = "ok", "failed", "skipped", "not run"
 STATE = "steps.json"
 TABLE = "verdict.txt"
 
@@ -369,14 +369,18 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     run = Run(out, len(gpus), again=again, planning=planning)
     # What a job scheduler sends ends the running step and shows the table too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 0
+    status, now = 0, chosen(todo, arguments.only)
     try:
-        for step in chosen(todo, arguments.only):
+        for step in now:
             run(step)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on with the step that was running.", file=sys.stderr)
         status = 130
-    verdicts = [run.verdicts[step.name] for step in todo if step.name in run.verdicts]
+    verdicts = [
+        run.verdicts.get(step.name, Verdict(step=step.name, verdict=NOT_RUN))
+        for step in todo
+        if step in now or step.name in run.verdicts
+    ]
     (out / TABLE).write_text(table(verdicts))
     print(f"\n{table(verdicts)}\nLogs, numbers and this table ({TABLE}): {out}")
     if failed := [each.step for each in verdicts if each.verdict == FAILED]:

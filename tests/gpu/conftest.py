@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            item.add_marker(pytest.mark.timeout(900))  # the first engine compiles
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(900))  # the first test with an engine waits until it is compiled
             if not torch.cuda.is_available() and not REHEARSAL:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
