@@ -374,7 +374,8 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         for step in now:
             run(step)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on with the step that was running.", file=sys.stderr)
+        later = "starts again" if planning else "goes on with the step that was running"
+        print(f"\nInterrupted. The same command {later}.", file=sys.stderr)
         status = 130
     verdicts = [
         run.verdicts.get(step.name, Verdict(step=step.name, verdict=NOT_RUN))
