@@ -157,12 +157,15 @@ def test_a_condition_on_an_edit_of_an_mlp(tiny_sites: LLM, oracle: Oracle) -> No
 def test_a_condition_on_an_output(tiny_sites: LLM, oracle: Oracle, site: str, at: str) -> None:
     """Its number is that of hooks on the modules, and it decides as the oracle does, whichever way."""
     when = {"vector": "r9", "blocks": [0, 1], "site": site, "at": at, "measure": "dot"}
-    edits = [edit("r0", 1.5, site="mlp", blocks=[1, 2]), edit("r1", 0.8, blocks=0)]
-    number = oracle.decisions(PROMPT, steering(*edits, when=when | {"above": 0.0}), len(PROMPT)).value(
-        when | {"above": 0.0}
-    )
+
+    def spec_of(condition: dict[str, Any]) -> dict[str, Any]:
+        conditional = edit("r0", 1.5, site="mlp", blocks=[1, 2]) | {"when": condition}
+        return steering(conditional, edit("r1", 0.8, blocks=0))
+
+    anything = when | {"above": -1e6}
+    number = oracle.decisions(PROMPT, spec_of(anything), len(PROMPT)).value(anything)
     for above in (number - 0.05, number + 0.05):
-        spec = steering(*edits, when=when | {"above": above})
+        spec = spec_of(when | {"above": above})
         (steered,) = generate(tiny_sites, [PROMPT], [spec], max_tokens=4)
         (told,) = steered.steering["conditions"]
         assert told["site"] == site
