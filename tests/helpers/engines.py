@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from steer_engine import LLM, ControlVector
 from steer_engine.settings import SteeringConfig
-from steer_engine.vectors import RowSet, VectorMetadata
+from steer_engine.vectors import ControlVector, RowSet, VectorMetadata
+
+if TYPE_CHECKING:
+    from steer_engine import LLM  # which imports vLLM; tests of servers do not need it
 
 RUNNER = os.environ.get("STEER_TEST_RUNNER", "v1")
 DEVICE = os.environ.get("STEER_TEST_DEVICE", "cpu")
@@ -90,6 +92,8 @@ def assert_meant(llm: LLM, *, num_blocks: int, form: str = "split") -> None:
 
 def tiny_engine(model: str, **settings: Any) -> LLM:
     """An engine of `tiny_llama`, kept to the end, with vectors r0..r31 of norm 1; float32 unless `settings` say so."""
+    from steer_engine import LLM
+
     # Mixed traffic asks for more rows at a block than the default has room for.
     settings = {"dtype": "float32", "steering": SteeringConfig(rows=8), **SETTINGS, **settings}
     llm = LLM(model, vectors={**VECTORS, **ROW_SETS}, max_logprobs=TINY_VOCAB, **settings)

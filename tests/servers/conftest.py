@@ -116,8 +116,8 @@ def living(
 ) -> Iterator[Server]:
     """With keys, a default preset, traces, a log of requests, a mirror, and a registry that changes.
 
-    The last test of test_living_server ends it: who else needs
-    it lives in attacks/, which runs before.
+    The last test of test_living_server ends it: who else needs it lives in attacks/ or in
+    test_features_and_ranks.py, which run before.
     """
     folder = tmp_path_factory.mktemp("living")
     vectors = folder / "vectors"
