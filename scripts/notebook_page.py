@@ -61,7 +61,7 @@ def page_of(notebook: Any) -> tuple[str, dict[str, bytes]]:
         if cell["cell_type"] == "markdown":
             parts.append(text.replace("](../docs/", "]("))
             continue
-        parts.append(f"{MARK}\n```python\n{text.removeprefix('%%capture').strip()}\n```")
+        parts.append(f"{MARK}\n```python\n{text.removeprefix('%%capture').strip().removesuffix(';')}\n```")
         for output in cell["outputs"]:
             if "image/png" in (data := output.get("data", {})):
                 name = f"notebook_{cell['id']}.png".replace("-", "_")
