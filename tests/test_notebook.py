@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +70,3 @@ def kernels() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_the_notebook_runs() -> None:
     assert_steers_and_measures(notebook_page.execute(stored()))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("kernels")
-def test_a_plot_is_the_first_picture_of_a_notebook() -> None:
-    """Nothing else has imported matplotlib's part that draws in notebooks."""
-    code = """
-        from steer_engine.evaluate import Sweep
-        from steer_engine.evaluate.outcome import Point
-        from steer_engine.evaluate.statistics import Interval
-
-        value = {"kl": Interval(mean=1.0, low=0.5, high=1.5)}
-        Sweep(facts={}, points=[Point(split="neutral", vector="v", blocks="1", alpha=1.0, metrics=value)]).plot(
-            "kl", split="neutral"
-        )"""
-    cell = {"cell_type": "code", "id": "plot", "execution_count": None, "metadata": {}, "outputs": []}
-    notebook = stored() | {"cells": [cell | {"source": textwrap.dedent(code)}]}
-    (made,) = notebook_page.execute(notebook)["cells"]
-    assert [sorted(output["data"]) for output in made["outputs"]] == [["image/png", "text/plain"]]
