@@ -114,8 +114,9 @@ def test_language_and_marks_are_known(block: Block) -> None:
 
 
 def test_most_blocks_run() -> None:
-    """README and documentation are executed, not excused; deployment needs clusters."""
-    candidates = [block for block in (*SHELL, *PYTHON) if block.page.startswith(("README", "docs/"))]
+    """README and documentation are executed, not excused; deployment needs clusters. The notebook has its own test."""
+    pages = [block for block in (*SHELL, *PYTHON) if block.page.startswith(("README", "docs/"))]
+    candidates = [block for block in pages if block.page != "docs/notebook.md"]
     assert len(candidates) >= 30
     assert sum(block.runs for block in candidates) >= 0.7 * len(candidates)
 
