@@ -33,6 +33,7 @@ from steer_engine.settings import SteeringConfig
 from steer_engine.site import SITES_IN_BLOCKS
 from steer_engine.spec import Op, SteeringSpec
 from steer_engine.vectors import files
+from steer_engine.vocabulary import Vocabulary
 
 MANY = 3000
 STEERING = {"edits": [{"vector": "house"}]}
@@ -55,6 +56,7 @@ def test_the_corpus_is_valid_and_has_every_carrying_path() -> None:
     model = replace(MODEL, hidden_size=corpus.HIDDEN_SIZE, num_blocks=3, armed_blocks=(0, 1, 2), ops=tuple(Op))
     model = replace(model, sites=SITES_IN_BLOCKS, capture_blocks=(0, 1, 2))
     frontend = Frontend(SteeringConfig(), model)
+    frontend.vocabulary = Vocabulary(lambda text: list(text.encode()), 512, lambda name: "there are no tags.")
     for name, file in (("house", along(5)), ("sae", features()), ("reft", low_rank())):
         frontend.registry.add(name, file)
     asked = [{"steering": spec} for spec in corpus.specs() if "preset" not in spec and "thinking" not in str(spec)]
