@@ -5,9 +5,9 @@ every route that carries or manages steering are damaged and sent: values, keys 
 encodings, headers, vector files. Then raw bytes are sent that no HTTP client sends.
 
 A body that clearly asks for steering must be steered or refused. Wrong are also: an answer of 5xx that is not promised
-(promised are 503 with Retry-After, 507 for a full registry, and the 500 of a steered request whose numbers are not
-finite), a hang, a cut connection, steering that was not asked for, and an error that shows something of the server.
-Afterwards plain and steered reference answers, the processes, the folder of uploads and the log are checked.
+(promised are 503 with Retry-After, and 507 for a full registry), a hang, a cut connection, steering that was not asked
+for, and an error that shows something of the server. Afterwards plain and steered reference answers, the processes, the
+folder of uploads and the log are checked.
 
 What plain vLLM answers with 5xx too is counted separately: those requests are sent again to an unarmed server.
 

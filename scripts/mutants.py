@@ -119,6 +119,20 @@ MUTANTS = (
         test="engines/test_at_the_limits.py::test_what_is_accepted_is_finite_and_leaves_nothing_behind[float32]",
     ),
     Mutant(
+        name="norms that a client wrote loosen the bound on growth",
+        file="containment.py",
+        right="return max(assumed, PEAK_NORMS",
+        wrong="return min(assumed, PEAK_NORMS",
+        test="test_containment.py::test_the_norms_in_a_file_never_loosen_the_bound",
+    ),
+    Mutant(
+        name="bodies in flight are not counted",
+        file="api/gates.py",
+        right="self._budget.held += count",
+        wrong="self._budget.held += 0",
+        test="api/test_middleware.py::test_unfinished_bodies_share_a_budget",
+    ),
+    Mutant(
         name="numbers that are not finite stay in the KV cache",
         file="vllm/non_finite.py",
         right=".nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)",

@@ -272,6 +272,11 @@ class ApiLimits(NamedLimits):
 
     max_body_bytes: int = Field(default=64 * 2**20, ge=1)
     """Body of any request. vLLM itself has no limit."""
+    max_other_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    """Body of a request to a path that cannot carry steering, such as /tokenize: a million tokens of text fit. Audio
+    files have `max_body_bytes`; vLLM takes them up to 25 MB."""
+    max_bodies_bytes: int = Field(default=2**30, ge=0)
+    """All bodies that are held at once, until their answers end. One above 256 KiB that would exceed it gets 503."""
     max_upload_bytes: int = Field(default=64 * 2**20, ge=1)
     """Body of an uploaded vector. 80 blocks of 8192 numbers are 2.6 MB."""
     max_uploads: int = Field(default=4, ge=1)

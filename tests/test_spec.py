@@ -19,11 +19,13 @@ from steer_engine.fields import (
     MAX_FIELDS,
     MAX_NAME_CHARS,
     InlineVector,
+    Strict,
     parse_blocks,
     shown,
 )
 from steer_engine.parse import parse_spec
-from steer_engine.scope import AllSpec, AnySpec, ConditionSpec, ScheduleSpec, ScopeSpec
+from steer_engine.probe_spec import ProbeSpec, StopSpec
+from steer_engine.scope import AllSpec, AnySpec, ConditionSpec, ExceptSpec, ScheduleSpec, ScopeSpec, TriggerSpec
 from steer_engine.site import Site
 from steer_engine.spec import MAX_EDITS, MAX_SPEC_CHARS, CaptureSpec, EditSpec, Gate, Op, SteeringSpec
 from steer_engine.vectors.metadata import MAX_BLOCKS
@@ -91,19 +93,97 @@ def test_defaults() -> None:
     assert (edit.gate, edit.lo, edit.hi, edit.target) == (None, None, None, None)
 
 
-def test_null_is_the_same_as_leaving_an_optional_field_out() -> None:
+SMALLEST: dict[type[Strict], dict[str, Any]] = {
+    SteeringSpec: {"edits": [{"vector": "v"}]},
+    EditSpec: {"vector": "v"},
+    InlineVector: {"data": "AAAA"},
+    Gate: {"vector": "v", "min_cos": 0.0},
+    ScheduleSpec: {"kind": "linear", "over": 4, "to": 0.5},
+    ConditionSpec: {"vector": "v"},
+    AnySpec: {"any": [{"vector": "v"}]},
+    AllSpec: {"all": [{"vector": "v"}]},
+    ScopeSpec: {"start": 1},
+    ExceptSpec: {"after": "x"},
+    TriggerSpec: {"after": "x"},
+    ProbeSpec: {"name": "p", "vector": "v"},
+    StopSpec: {"probe": "p", "above": 1.0},
+    CaptureSpec: {},
+}
+"""An object of each class of the schema, as a client that leaves out what it may writes it."""
+
+
+def strict_classes(base: type[Strict] = Strict) -> set[type[Strict]]:
+    below = set(base.__subclasses__())
+    return below.union(*(strict_classes(each) for each in below))
+
+
+def test_every_class_of_the_schema_is_here() -> None:
+    assert strict_classes() == set(SMALLEST)
+
+
+@pytest.mark.parametrize("schema", SMALLEST, ids=lambda schema: schema.__name__)
+def test_null_is_the_same_as_leaving_an_optional_field_out(schema: type[Strict]) -> None:
     """Typed clients and tables send null for every field that they do not set."""
-    optional = ("scale", "op", "unit", "blocks", "scope", "gate", "lo", "hi", "target")
-    plain = parse_spec({"edits": [{"vector": "v"}], "capture": {}})
-    nulls = {
-        "edits": [{"vector": "v", **dict.fromkeys(optional)}],
-        "capture": dict.fromkeys(("blocks", "site", "scope", "positions", "after")),
-        "preserve_norm": None,
-        "preset": None,
+    fields, plain = SMALLEST[schema], schema.model_validate(SMALLEST[schema])
+    nulls = dict.fromkeys(name for name in schema.field_names() if name not in fields)
+    assert schema.model_validate({**fields, **nulls}) == plain
+    for name in nulls:
+        assert schema.model_validate({**fields, name: None}) == plain
+    for name, field in schema.model_fields.items():
+        if field.is_required():
+            with pytest.raises(ValidationError, match="Field required"):
+                schema.model_validate({**fields, field.alias or name: None})
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        schema.model_validate({**fields, "strength": None})
+
+
+def test_nulls_in_every_object_of_a_request_change_nothing() -> None:
+    raw = {
+        "edits": [
+            {
+                "vector": "v",
+                "gate": SMALLEST[Gate],
+                "scope": {"start": 1, "except": SMALLEST[ExceptSpec]},
+                "schedule": SMALLEST[ScheduleSpec],
+                "when": {"any": [{"vector": "v"}]},
+            },
+            {"vector": SMALLEST[InlineVector], "when": {"all": [{"vector": "v"}]}},
+            {"vector": "v", "when": {"vector": "v", "above": 0.5}},
+        ],
+        "probes": [SMALLEST[ProbeSpec]],
+        "stop": [SMALLEST[StopSpec]],
+        "capture": {},
     }
-    assert parse_spec(nulls) == plain
+
+    def with_nulls(value: Any, schema: type[Strict] | None) -> Any:
+        if isinstance(value, list):
+            return [with_nulls(each, schema) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if schema is None:
+            schema = next(each for each in (AnySpec, AllSpec, ConditionSpec) if value.keys() <= set(each.field_names()))
+        names = schema.field_names()
+        return dict.fromkeys(names) | {name: with_nulls(inner, BELOW.get(name)) for name, inner in value.items()}
+
+    spec = parse_spec(with_nulls(raw, SteeringSpec))
+    assert spec is not None
+    assert spec == parse_spec(raw)
     assert refused({"edits": [{"vector": None}]}).param == "steering.edits[0].vector"
     assert refused({"edits": [{"vector": "v", "strength": None}]}).param == "steering.edits[0].strength"
+
+
+BELOW: dict[str, type[Strict]] = {
+    "edits": EditSpec,
+    "vector": InlineVector,
+    "gate": Gate,
+    "scope": ScopeSpec,
+    "except": ExceptSpec,
+    "schedule": ScheduleSpec,
+    "probes": ProbeSpec,
+    "stop": StopSpec,
+    "capture": CaptureSpec,
+}
+"""The class of the objects in a field; those of conditions have one of three."""
 
 
 def test_a_mapping_and_its_text_read_alike() -> None:

@@ -1,6 +1,7 @@
 """Valid requests to every route that carries or manages steering; the mutations start from these.
 
-They fit a server of the model `tiny` (3 blocks, hidden size 64, vocabulary 512) with the vector and the preset `house`.
+They fit a server of the model `tiny` (3 blocks, hidden size 64, vocabulary 512) with the vector and the preset `house`,
+the row sets `sae` and `reft`, all sites armed and captures at all blocks.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import numpy as np
 from gguf import GGUFWriter
 from helpers.asking import MESSAGES, TOKENS_PATH
 from helpers.attack import PRESETS, VECTORS
-from helpers.living import HIDDEN_SIZE, along
+from helpers.living import HIDDEN_SIZE, along, features, low_rank
 
 from steer_engine.vectors import ControlVector
-from steer_engine.vectors.safetensors_format import to_bytes
+from steer_engine.vectors.files import to_bytes
 
 MODEL, HOUSE = "tiny", "house"
+SAE, REFT = "sae", "reft"
 VALIDATE = "/v1/steering/validate"
 NAMES = tuple(f"fuzz-{number}" for number in range(6))
 """Names that the fuzz uploads and deletes; `house` stays, for the reference answers."""
@@ -79,6 +81,10 @@ def specs() -> tuple[dict[str, Any], ...]:
     condition = {"vector": {"data": base64.b64encode(to_bytes(early)).decode()}, "above": 0.1, "at": "mean_prompt"}
     trigger = {"after": "a", "until": [98, 99], "each": True, "tokens": 5, "except": {"after": 100}}
     schedule = {"kind": "linear", "over": 4, "to": 0.5}
+    probes = [
+        {"name": "push", "vector": HOUSE, "measure": "dot", "blocks": [1]},
+        {"name": "after", "vector": HOUSE, "scope": "all", "after": True, "return": "summary", "site": "mlp"},
+    ]
     return (
         {"edits": [edit]},
         {"preset": HOUSE},
@@ -94,6 +100,33 @@ def specs() -> tuple[dict[str, Any], ...]:
         {"edits": [edit | {"scope": {"from": "generation", "start": 0, "end": 2}, "when": condition}]},
         {"edits": [edit], "when": {"any": [condition, condition | {"measure": "dot", "below": 0.5}]}},
         {"vectors": [{"source": HOUSE, "scale": 2.0, "layers": [1], "apply": {"phases": ["prompt"]}}]},
+        {"edits": [{"vector": SAE, "op": "feature", "feature": [3, 7], "target": 2.0, "blocks": 1}]},
+        {"edits": [{"vector": SAE, "op": "feature", "feature": 3, "add": 0.5}, {"vector": REFT, "op": "low_rank"}]},
+        {"edits": [edit | {"gate": {"vector": SAE, "feature": 7, "min_dot": 0.0, "max_dot": 9.0}}]},
+        {"edits": [{"vector": HOUSE, "op": "rotate", "toward": {"data": inline}, "degrees": 30.0, "blocks": 1}]},
+        {"edits": [edit | {"site": "attn"}, edit | {"site": "mlp", "op": "ablate", "scale": 0.5}]},
+        {"edits": [edit], "when": {"all": [condition, condition | {"at": "max_prompt", "below": 0.9}]}},
+        {"edits": [edit | {"scope": "thinking"}, edit | {"schedule": schedule | {"kind": "exponential"}}]},
+        {"probes": probes},
+        {"edits": [edit], "probes": probes, "stop": [{"probe": "push", "above": 50.0, "for": 2, "block": 1}]},
+        {"preset": HOUSE, "probes": probes[:1], "stop": [{"probe": "push", "below": -50.0}]},
+        {"edits": [edit], "capture": {"blocks": [1], "scope": "generation", "positions": "mean", "after": True}},
+        {"capture": {"positions": [0, -1]}},
+        {"edits": [edit | {"vector": {"data": base64.b64encode(to_bytes(low_rank())).decode()}, "op": "low_rank"}]},
+    )
+
+
+@cache
+def foreign() -> tuple[dict[str, Any], ...]:
+    """The fields of a request that asks in another server's form: of hotwire, and of vllm-lens."""
+    row = np.linspace(-1, 1, HIDDEN_SIZE, dtype=np.float32)
+    activations = {"data": base64.b64encode(row.tobytes()).decode(), "dtype": "float32", "shape": [1, HIDDEN_SIZE],
+                   "original_dtype": "torch.float32"}  # fmt: skip
+    lens = [{"activations": activations, "layer_indices": [1], "scale": 2.0, "norm_match": True}]
+    wires = [{"id": HOUSE, "layer": 1, "scale": 1.5, "decode_only": True}]
+    return tuple(
+        {"vllm_xargs": {name: json.dumps(value)}}
+        for name, value in (("hotwire", wires), ("hotwire", wires[0]), ("apply_steering_vectors", lens))
     )
 
 
@@ -104,7 +137,7 @@ def in_xargs(spec: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def vector_files() -> tuple[bytes, ...]:
-    """Vectors that fit the model: two in safetensors, one in GGUF."""
+    """Files that fit the model: two vectors in safetensors, one in GGUF, and both kinds of row sets."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "v.gguf")
         writer = GGUFWriter(path, "controlvector")
@@ -116,7 +149,7 @@ def vector_files() -> tuple[bytes, ...]:
         writer.write_tensors_to_file()
         writer.close()
         gguf = path.read_bytes()
-    return to_bytes(along(3)), to_bytes(along(4, 0.5)), gguf
+    return to_bytes(along(3)), to_bytes(along(4, 0.5)), gguf, to_bytes(features()), to_bytes(low_rank())
 
 
 def reads() -> tuple[str, ...]:

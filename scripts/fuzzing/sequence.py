@@ -18,6 +18,7 @@ from fuzzing.corpus import (
     VALIDATE,
     VECTORS,
     Sent,
+    foreign,
     in_xargs,
     reads,
     specs,
@@ -50,10 +51,12 @@ def _generate(rng: Random, group: str) -> Sent:
     way = rng.random()
     if way < 0.7:
         body["steering"] = copy(rng.choice(specs()))
-    elif way < 0.85:
+    elif way < 0.82:
         body |= in_xargs(rng.choice(specs()))
-    elif way < 0.93:
+    elif way < 0.9:
         body["model"] = f"{MODEL}:{HOUSE}"
+    elif way < 0.96:
+        body |= copy(rng.choice(foreign()))
     return _mutated(rng, Sent(group, "POST", path), body)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from helpers.living import ADMIN, INFERENCE, along
+from helpers.living import ADMIN, INFERENCE, along, features, low_rank
 from helpers.server_process import Server, plain_vllm_serve, steer_engine_serve
 from helpers.tiny_models import tiny_llama_path
 
-from fuzzing.corpus import GENERATING, HOUSE, JSON, MODEL, PRESETS, VECTORS, Sent
+from fuzzing.corpus import GENERATING, HOUSE, JSON, MODEL, PRESETS, REFT, SAE, VECTORS, Sent
 from fuzzing.sending import Finding, Sender
-from steer_engine.vectors.safetensors_format import to_bytes
+from steer_engine.vectors.files import to_bytes
 
 _FRAME = re.compile(r'File "([^"]+)", line')
 _AFTER_TRACEBACK = re.compile(r"^INFO: |\bINFO \d", re.MULTILINE)
@@ -28,13 +28,15 @@ FLAGS = ("--served-model-name", MODEL, "--api-key", INFERENCE, "--enable-scale-o
 
 @contextmanager
 def own_server() -> Iterator[Server]:
-    """An armed server of a random Llama of 3 blocks, with the vector and the preset `house`."""
+    """An armed server of a random Llama of 3 blocks, as the corpus needs it."""
     with tempfile.TemporaryDirectory() as folder:
         vectors = Path(folder, "vectors")
         vectors.mkdir()
-        (vectors / f"{HOUSE}.safetensors").write_bytes(to_bytes(along(5)))
+        for name, file in ((HOUSE, along(5)), (SAE, features()), (REFT, low_rank())):
+            (vectors / f"{name}.safetensors").write_bytes(to_bytes(file))
         (vectors / f"{HOUSE}.preset.json").write_text(json.dumps({"edits": [{"vector": HOUSE}]}))
-        command = steer_engine_serve(_model(folder), *FLAGS, "--steering-vectors", str(vectors))
+        armed = ("--steering-vectors", str(vectors), "--steering-sites", "attn,mlp", "--steering-capture", "all")
+        command = steer_engine_serve(_model(folder), *FLAGS, *armed)
         server = Server(command, Path(folder, "server.log"), env={"STEER_ENGINE_ADMIN_KEYS": ADMIN})
         try:
             yield server

@@ -13,9 +13,6 @@ from helpers.attack import quiet
 from fuzzing.corpus import GENERATING, HOUSE, MODEL, Sent
 from fuzzing.mutate import ELSEWHERE, Pairs
 
-NOT_FINITE = "not finite"
-"""A steered request whose numbers are not finite ends with a 500 that says so, as CHANGELOG.md promises."""
-
 _ERROR = re.compile(r'"error": ?\{')
 _STREAMED_ERROR = re.compile(r'"code": ?(5\d\d)')
 _HINTS = (b"steer", b"hotwire", b"\\u", b"\0", f":{HOUSE}".encode())
@@ -87,8 +84,6 @@ def verdict(sent: Sent, status: int, headers: Mapping[str, str], text: str) -> s
     """What is wrong with an answer; None: nothing."""
     if status == 503 and "retry-after" in headers:
         return None
-    if status == 500 and NOT_FINITE in text and asks(sent.content):
-        return None
     if status >= 500 and not (status == 507 and sent.method == "PUT"):
         return f"{status}, not promised"
     if status < 300 and sent.method == "POST" and (wrong := _wrong_200(sent, headers, text)) is not None:
@@ -115,7 +110,7 @@ def _wrong_200(sent: Sent, headers: Mapping[str, str], text: str) -> str | None:
             return "silently unsteered: no 'steering' in the answer"
     elif "x-steering" in headers and asks_nothing(sent.content):
         return "steered without being asked"
-    if "event-stream" in headers.get("content-type", "") and _ERROR.search(text) and NOT_FINITE not in text:
+    if "event-stream" in headers.get("content-type", "") and _ERROR.search(text):
         found = _STREAMED_ERROR.search(text)
         return f"{found[1]} within a stream" if found else None
     return None

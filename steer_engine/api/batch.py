@@ -96,7 +96,7 @@ def parse_line(number: int, raw: bytes, context: Context = no_context) -> Line:
     if not isinstance(custom_id, str):
         return Line(number=number, digest=digest, custom_id=None, fault="custom_id must be a string.")
     url, body = parsed.get("url"), parsed.get("body")
-    wrong = _fault_of(parsed.get("method", "POST"), url, body)
+    wrong = _fault_of(parsed.get("method"), url, body)
     if wrong is not None or not isinstance(body, dict):
         return Line(number=number, digest=digest, custom_id=custom_id, fault=wrong)
     sha.update(b"\n" + context(body))
@@ -105,7 +105,7 @@ def parse_line(number: int, raw: bytes, context: Context = no_context) -> Line:
 
 
 def _fault_of(method: Any, url: Any, body: Any) -> str | None:
-    if method != "POST":
+    if method is not None and method != "POST":
         return f"method must be POST, not {str(method)[:20]}."
     if url not in URLS:
         return f"url must be one of {', '.join(URLS)}, not {str(url)[:80]}."

@@ -72,8 +72,8 @@ def is_easysteer(steering: dict[str, Any]) -> bool:
 def from_easysteer(steering: dict[str, Any], limits: Limits) -> dict[str, Any]:
     """Translate an EasySteer spec. Raises as `ForeignSteering.to_spec`."""
     check_chars(steering, limits.max_spec_bytes)
-    _check_fields(steering, {"vectors", "conflict", "debug"}, "steering")
-    vectors = steering["vectors"]
+    steering = _given(steering, {"vectors", "conflict", "debug"}, "steering")
+    vectors = steering.get("vectors")
     if not isinstance(vectors, list) or not vectors:
         raise SteeringRequestError("vectors must be a list with at least one vector.", "steering.vectors")
     if len(vectors) > 1 and steering.get("conflict", "priority") != "sequential":
@@ -86,10 +86,9 @@ def from_easysteer(steering: dict[str, Any], limits: Limits) -> dict[str, Any]:
 def _easysteer_edit(vector: Any, param: str) -> dict[str, Any]:
     if not isinstance(vector, dict):
         raise SteeringRequestError("A vector must be an object.", param)
-    _check_fields(
-        vector, {"source", "data", "algorithm", "scale", "layers", "normalize", "apply", "params", "name"}, param
-    )
-    if vector.get("data") is not None:
+    known = {"source", "data", "algorithm", "scale", "layers", "normalize", "apply", "params", "name"}
+    vector = _given(vector, known, param)
+    if "data" in vector:
         raise SteeringRequestError('Send tensors as "vector": {"data": base64 of a safetensors file}.', f"{param}.data")
     if vector.get("algorithm", "direct") != "direct":
         raise SteeringRequestError("Only algorithm 'direct' is supported.", f"{param}.algorithm")
@@ -98,7 +97,7 @@ def _easysteer_edit(vector: Any, param: str) -> dict[str, Any]:
     if vector.get("params"):
         raise SteeringRequestError("params are not supported.", f"{param}.params")
     edit = {"vector": _name(vector.get("source"), f"{param}.source"), "scale": vector.get("scale", 1.0)}
-    if vector.get("layers") is not None:
+    if "layers" in vector:
         edit["blocks"] = vector["layers"]
     return edit | {"scope": _easysteer_scope(vector.get("apply"), f"{param}.apply")}
 
@@ -106,6 +105,7 @@ def _easysteer_edit(vector: Any, param: str) -> dict[str, Any]:
 def _easysteer_scope(apply: Any, param: str) -> str | dict[str, Any]:
     if not isinstance(apply, dict):
         raise SteeringRequestError("apply is required: an object with phases, or with prompt and generation.", param)
+    apply = {name: value for name, value in apply.items() if value is not None}
     if set(apply) == {"phases"} and isinstance(apply["phases"], list):
         phases = set(map(str, apply["phases"]))
     elif set(apply) <= {"prompt", "generation"} and all(value == "all" for value in apply.values()):
@@ -129,8 +129,7 @@ def from_hotwire(text: Any, limits: Limits) -> dict[str, Any]:
     entries = _json_list(text, param, limits.max_spec_bytes)
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise SteeringRequestError("Expected {id, layer, scale}, or a list of such objects.", param)
-    for entry in entries:
-        _check_fields(entry, {"id", "layer", "scale", "decode_only"}, param)
+    entries = [_given(entry, {"id", "layer", "scale", "decode_only"}, param) for entry in entries]
     layers = [entry.get("layer") for entry in entries]
     if not all(type(layer) is int for layer in layers):
         raise SteeringRequestError("layer must be a whole number.", param)
@@ -169,8 +168,8 @@ def from_vllm_lens(text: Any, limits: Limits, model: ModelShape) -> dict[str, An
         raise SteeringRequestError("norm_match is supported for a single vector only.", param)
     edits = []
     for entry in entries:
-        _check_fields(entry, {"activations", "layer_indices", "scale", "norm_match", "position_indices"}, param)
-        if entry.get("position_indices") is not None:
+        entry = _given(entry, {"activations", "layer_indices", "scale", "norm_match", "position_indices"}, param)
+        if "position_indices" in entry:
             raise SteeringRequestError("position_indices is not supported; use an edit with a scope.", param)
         try:
             vector = vllm_lens_format.from_object({**entry, "scale": 1.0, "norm_match": False})
@@ -228,9 +227,15 @@ def _json_list(text: Any, param: str, max_chars: int) -> list[Any]:
     return items if isinstance(items, list) else [items]
 
 
-def _check_fields(found: Mapping[str, Any], known: set[str], param: str) -> None:
+def _given(found: Mapping[str, Any], known: set[str], param: str) -> dict[str, Any]:
+    """The fields that are not null: typed clients send null for what they leave out.
+
+    Raises:
+        SteeringRequestError: one is not of `known`.
+    """
     unknown = sorted(set(found) - known)
     if unknown:
         raise SteeringRequestError(
             f"Unknown field {unknown[0][:MAX_ECHO_CHARS]!r}.", f"{param}.{unknown[0][:MAX_ECHO_CHARS]}"
         )
+    return {name: value for name, value in found.items() if value is not None}

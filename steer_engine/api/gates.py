@@ -1,4 +1,5 @@
-"""Two gates that a request passes in the API process: the drain gate of a shutdown, and the limit on the bank queue."""
+"""Gates that a request passes in the API process: the drain gate of a shutdown, and the limits on the bank queue and on
+the bytes of all bodies."""
 
 from __future__ import annotations
 
@@ -16,6 +17,11 @@ REFRESH_SECONDS = 0.25
 """Maximum age of the engine's queue length. The engine answers between two steps, so it is not asked per request."""
 
 QUEUE_RETRY_SECONDS = 2.0
+
+BODY_RETRY_SECONDS = 2.0
+
+SMALL_BODY_BYTES = 2**18
+"""A body up to this size is counted, but never refused: large ones cannot keep ordinary requests out."""
 
 
 class DrainGate:
@@ -88,3 +94,34 @@ class QueueLimit:
                 QUEUE_RETRY_SECONDS,
             )
         self._entered += 1
+
+
+class BodyBudget:
+    """Bounds the bytes of the bodies that are held at once. For use on the event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+
+class BodyShare:
+    """What one request holds of the budget, from the first bytes of its body until `release`."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._held = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes that were received. Raises CapacityError if they exceed the budget and the body is not small."""
+        self._held += count
+        self._budget.held += count
+        if self._budget.held > self._budget.limit and self._held > SMALL_BODY_BYTES:
+            raise CapacityError(
+                f"The bodies of running requests fill the budget of {self._budget.limit} bytes (max_bodies_bytes); "
+                "retry later.",
+                BODY_RETRY_SECONDS,
+            )
+
+    def release(self) -> None:
+        self._budget.held -= self._held
+        self._held = 0

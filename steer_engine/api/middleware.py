@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from steer_engine.api.answers import RequestNote, current_note, envelope, envelope_of, status_of
 from steer_engine.api.body_search import search_body
-from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, DrainGate
+from steer_engine.api.gates import RETRY_AFTER_SECONDS, SHUTTING_DOWN, BodyBudget, BodyShare, DrainGate
 from steer_engine.api.request_field import FIELD, model_of
 from steer_engine.errors import CapacityError, PayloadTooLargeError, SteerError, SteeringRequestError
+from steer_engine.settings import ApiLimits
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -41,6 +43,9 @@ CARRYING_PATHS = frozenset(
 
 OWN_PREFIX = "/v1/steering"
 
+AUDIO_PREFIX = "/v1/audio/"
+"""Paths that take whole files."""
+
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that a draining server answers until its end; the shutdown does not wait for them."""
 
@@ -62,12 +67,13 @@ class SteeringMiddleware:
     A body that requests steering is steered or refused. A path that cannot carry steering is refused before its handler
     runs, and so is steering in a place that nothing reads. Elsewhere the handler's check decides, and an unsteered
     answer is replaced by a refusal. Requests that change or generate something are counted by the drain gate, from
-    their whole body to the end of their answer.
+    their whole body to the end of their answer. The size of each body and of all together is limited.
     """
 
-    def __init__(self, app: App, max_body_bytes: int = 64 * 2**20, drain: DrainGate | None = None) -> None:
+    def __init__(self, app: App, limits: ApiLimits | None = None, drain: DrainGate | None = None) -> None:
         self.app = app
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits or ApiLimits()
+        self._bodies = BodyBudget(self._limits.max_bodies_bytes)
         self._drain = drain or DrainGate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,18 +82,20 @@ class SteeringMiddleware:
             return
         note = RequestNote()
         token = current_note.set(note)
+        share = BodyShare(self._bodies)
         try:
-            await self._handle(scope, receive, send, note)
+            await self._handle(scope, receive, send, note, share)
         finally:
+            share.release()
             current_note.reset(token)
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send, note: RequestNote) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, note: RequestNote, share: BodyShare) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         has_body = scope["method"] in ("POST", "PUT", "PATCH") and not path.startswith(OWN_PREFIX)
         found = None
         if has_body:
             try:
-                body, receive = await _read(receive, self._max_body_bytes, _declared_length(scope))
+                body, receive = await _read(receive, *self._largest(path), _declared_length(scope), share)
                 if path == INVOCATIONS:
                     note.body_model = model_of(body)
                 # Parsing megabytes would block every other request of this process.
@@ -96,6 +104,10 @@ class SteeringMiddleware:
                 note.searched = True
             except SteeringRequestError as error:
                 await _send_error(send, error)
+                return
+            except CapacityError as error:
+                note.retry_after = error.retry_after
+                await _send_error(send, error, _headers(note, 503, self._drain))
                 return
             if found is not None and path not in CARRYING_PATHS:
                 await _refuse(send, path)
@@ -122,6 +134,13 @@ class SteeringMiddleware:
             await answer.refuse_for_shutdown()
         finally:
             self._drain.leave()
+
+    def _largest(self, path: str) -> tuple[int, str]:
+        """The largest body that a path takes, and the name of that limit."""
+        if path in CARRYING_PATHS or path.startswith(AUDIO_PREFIX):
+            return self._limits.max_body_bytes, "max_body_bytes"
+        name = min("max_other_body_bytes", "max_body_bytes", key=lambda name: int(getattr(self._limits, name)))
+        return getattr(self._limits, name), name
 
 
 class _Answer:
@@ -196,26 +215,35 @@ def _declared_length(scope: Scope) -> int:
     return int(values[0]) if values and values[0].isdigit() else 0
 
 
-async def _read(receive: Receive, max_bytes: int, declared: int) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that replays it before it waits for further messages.
+async def _read(receive: Receive, max_bytes: int, limit: str, declared: int, share: BodyShare) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it in one message before it waits for further messages.
+
+    limit: the name of `max_bytes`. share: counts what is held.
 
     Raises:
         PayloadTooLargeError: the declared length, before anything is read, or the counted length is too large.
+        CapacityError: other bodies use the budget.
     """
-    messages: list[Message] = []
+    pieces: list[bytes] = []
+    pending: deque[Message] = deque()
     counted, more = 0, True
     while more and max(declared, counted) <= max_bytes:
         message = await receive()
-        messages.append(message)
-        counted += len(message.get("body", b""))
-        more = message["type"] == "http.request" and message.get("more_body", False)
+        if message["type"] != "http.request":
+            pending.append(message)  # the client has gone
+            break
+        piece = message.get("body", b"")
+        share.add(len(piece))
+        pieces.append(piece)
+        counted += len(piece)
+        more = message.get("more_body", False)
     if max(declared, counted) > max_bytes:
-        raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes.", "body")
-    body = b"".join(message.get("body", b"") for message in messages)
-    replay = iter(messages)
+        raise PayloadTooLargeError(f"The body may have at most {max_bytes} bytes ({limit}).", "body")
+    body = b"".join(pieces)
+    pending.appendleft({"type": "http.request", "body": body, "more_body": bool(pending)})
 
     async def again() -> Message:
-        return next(replay, None) or await receive()
+        return pending.popleft() if pending else await receive()
 
     return body, again
 

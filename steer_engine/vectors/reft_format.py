@@ -36,6 +36,8 @@ from steer_engine.vectors.torch_format import Array, NotOnlyTensorsError
 
 CONFIG = "config.json"
 MAX_INTERVENTIONS = 4 * MAX_BLOCKS
+MAX_UNITS = 1_000_000
+"""Positions of one intervention. The number is part of a file's name."""
 
 _TYPE = re.compile(r"(?:<class ')?(?:[\w.]+\.)?(\w+?)(?:'>)?")
 _KEY = re.compile(r"layer_(\d{1,4})_comp_block_output_unit_pos_nunit_\d+#(\d{1,3})")
@@ -161,7 +163,8 @@ def _place(representation: Any, where: Path) -> tuple[int, str]:
         values: list[Any] = [representation.get(name) for name in names]
     else:
         values = list(representation[:4]) if isinstance(representation, list) and len(representation) >= 4 else []
-    if len(values) < 4 or not isinstance(values[1], str) or values[2] != "pos" or type(values[3]) is not int:
+    is_one = len(values) == 4 and isinstance(values[1], str) and values[2] == "pos" and type(values[3]) is int
+    if not is_one or not 0 < values[3] < MAX_UNITS:
         raise VectorFileError(f"{where}: a representation is not [layer, component, 'pos', units, ...].")
     layer, component, unit, count = values
     if component == "block_output" and type(layer) is int and 0 <= layer < MAX_BLOCKS:

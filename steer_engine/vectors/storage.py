@@ -31,17 +31,15 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def read_file(path: Path, max_bytes: int) -> tuple[bytes, FileSignature]:
     """The content of a regular file and its signature, both of one version of the file.
 
-    Everything that a folder contains is read this way. Opening a pipe without `O_NONBLOCK` waits for a writer.
+    Everything that a folder contains is read this way.
 
     Raises:
         OSError: the file cannot be read, or does not exist.
         VectorFileError: it is not a regular file, or has more than `max_bytes`. The message does not name it.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    handle = open_regular(path)
     try:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise VectorFileError("not a regular file.")
         if status.st_size > max_bytes:
             raise VectorFileError(f"the file has {status.st_size} bytes; at most {max_bytes} are read.")
         with os.fdopen(handle, "rb", closefd=False) as file:
@@ -49,6 +47,20 @@ def read_file(path: Path, max_bytes: int) -> tuple[bytes, FileSignature]:
     finally:
         os.close(handle)
     return data, (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def open_regular(path: Path) -> int:
+    """A handle to read a regular file. Opening a pipe without `O_NONBLOCK` waits for a writer.
+
+    Raises:
+        OSError: the file cannot be read, or does not exist.
+        VectorFileError: it is not a regular file. The message does not name it.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise VectorFileError("not a regular file.")
+    return handle
 
 
 def read_vector_file(path: Path, max_bytes: int) -> bytes:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from steer_engine.errors import UnreadableFileError, VectorFileError
 from steer_engine.vectors.safetensors_format import ITEMSIZE, MAX_HEADER_BYTES, checked_entry, decode, parse_header
+from steer_engine.vectors.storage import open_regular
 
 Floats = npt.NDArray[np.float32]
 Read = Callable[[int, int], bytes]
@@ -120,7 +121,7 @@ def open_tensors(path: Path) -> Iterator[Mapping[str, StoredTensor]]:
         VectorFileError: it is not such a file, or cannot be read. The message names the file.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
             if path.suffix == ".npz":
                 with zipfile.ZipFile(path) as archive:
                     yield _npz(archive, file.fileno())

@@ -215,6 +215,8 @@ def _check_steering(core: Any, request: Any) -> None:
     resident, named = _resident(core), _vectors_of(request.sampling_params)
     absent = [digest for digest in named if digest not in resident]
     if absent:
+        # The API process confirmed them within FRESH_SECONDS, and they are kept for PIN_SECONDS: the request was under
+        # way for half a minute. vLLM logs this error and answers 500, for it passes on no reason from here.
         raise CapacityError(f"The engine does not hold vector {absent[0]}; send the request again.")
     resident.touch(named, time.monotonic())
     measured.watch(core, request)

@@ -97,7 +97,7 @@ class SteerEndpointPlugin:
         app.state.steering_engine_limits = EngineLimits.from_environment()
         app.state.steering_admin_keys = keys = AdminKeys.from_environment()
         app.state.steering_drain = drain = DrainGate()
-        app.add_middleware(SteeringMiddleware, max_body_bytes=app.state.steering_api_limits.max_body_bytes, drain=drain)
+        app.add_middleware(SteeringMiddleware, limits=app.state.steering_api_limits, drain=drain)
         routes.document_field(app)
         _admit_admin_keys(app.state.args, keys.plain_keys())
 

@@ -49,6 +49,11 @@ def test_good_lines_of_each_kind(tmp_path: Path) -> None:
     assert all(line.fault is None and line.body == {"prompt": "x"} for line in found)
 
 
+def test_a_null_method_is_left_out() -> None:
+    """Tables have null where a row has nothing."""
+    assert parse_line(0, request(method=None)).fault is None
+
+
 @pytest.mark.parametrize(
     ("raw", "says"),
     [

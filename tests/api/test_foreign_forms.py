@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from steer_engine.api.answers import status_of
 from steer_engine.api.body_search import Found, search_fields
 from steer_engine.api.foreign_forms import ForeignSteering
 from steer_engine.api.frontend import Frontend
@@ -52,6 +53,45 @@ def lens_vector(**fields: Any) -> dict[str, Any]:
         "shape": [2, 4],
     }  # fmt: skip
     return {"activations": activations, "layer_indices": [8, 10], "scale": 2.0} | fields
+
+
+NULLS = {
+    "EasySteer": (
+        easysteer(),
+        {
+            "steering": {
+                "vectors": [
+                    {
+                        "source": "happy",
+                        "apply": {"phases": ["prompt", "generation"], "prompt": None, "generation": None},
+                        **dict.fromkeys(("data", "algorithm", "scale", "layers", "normalize", "params", "name")),
+                    }
+                ],
+                "conflict": None,
+                "debug": None,
+            }
+        },
+    ),
+    "hotwire": (hotwire({"id": "v", "layer": 3}), hotwire({"id": "v", "layer": 3, "scale": None, "decode_only": None})),
+    "vllm-lens": (
+        lens({key: value for key, value in lens_vector().items() if key != "scale"}),
+        lens(lens_vector(scale=None, norm_match=None, position_indices=None)),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", NULLS)
+def test_null_is_the_same_as_leaving_a_field_out(form: str) -> None:
+    left_out, nulls = NULLS[form]
+    found = parse_spec(spec_of(nulls))
+    assert found is not None
+    assert found == parse_spec(spec_of(left_out))
+
+
+@pytest.mark.parametrize("body", [easysteer(source=None), easysteer(apply=None), hotwire({"id": "v", "layer": None})])
+def test_null_for_a_required_field_is_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(SteeringRequestError):
+        spec_of(body)
 
 
 @pytest.mark.parametrize(
@@ -214,3 +254,32 @@ def test_a_request_whose_vectors_are_only_looked_at_is_not_decoded() -> None:
     assert isinstance(requested, ForeignSteering)
     assert requested.has_vectors
     assert not isinstance(steering_of(hotwire({"id": "a"})), dict)
+
+
+LONG = {"edits": [{"vector": "v" * 100, "scale": 1.0}] * 3}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"steering": LONG},
+        {"steering": json.dumps(LONG)},
+        {"vllm_xargs": {"steering": json.dumps(LONG)}},
+        {"steering": {"vectors": [{"source": "v" * 300, "apply": BOTH}]}},
+        hotwire({"id": "v" * 300, "layer": 3, "scale": 1.0}),
+        lens({"activations": {}, "layer_indices": [1] * 300}),
+    ],
+    ids=["object", "text", "text in vllm_xargs", "EasySteer", "hotwire", "vllm-lens"],
+)
+def test_the_limit_of_the_environment_holds_for_every_form(
+    body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEER_ENGINE_MAX_SPEC_BYTES", "250")
+    monkeypatch.setenv("STEER_ENGINE_MAX_INLINE_BYTES", "16")
+    with pytest.raises(PayloadTooLargeError) as caught:
+        Frontend(SteeringConfig(), SHAPE).resolve(steering_of(body))
+    assert status_of(caught.value) == 413
+    monkeypatch.setenv("STEER_ENGINE_MAX_SPEC_BYTES", "2000")
+    with pytest.raises(SteeringRequestError) as caught_later:
+        Frontend(SteeringConfig(), SHAPE).resolve(steering_of(body))
+    assert status_of(caught_later.value) in (400, 404), "within the limit, the form itself is read"

@@ -15,8 +15,10 @@ from steer_engine.api.frontend import Frontend
 from steer_engine.errors import SteeringRequestError
 from steer_engine.probe import Platt
 from steer_engine.settings import SteeringConfig
-from steer_engine.vectors import ControlVector, safetensors_format, save
+from steer_engine.vectors import ControlVector, save
+from steer_engine.vectors.cache import InlineVectors
 from steer_engine.vectors.metadata import FittedProbe, ProbeBlock
+from steer_engine.vectors.safetensors_format import to_bytes
 
 FIRST, SECOND = Platt(1.5, -1.0), Platt(-4.0, 2.5)
 
@@ -29,7 +31,7 @@ def trained(platt: Platt) -> ControlVector:
 
 
 def inline(platt: Platt) -> dict[str, str]:
-    return {"data": base64.b64encode(safetensors_format.to_bytes(trained(platt))).decode()}
+    return {"data": base64.b64encode(to_bytes(trained(platt))).decode()}
 
 
 def probe(vector: Any, name: str = "p") -> dict[str, Any]:
@@ -96,3 +98,18 @@ def test_the_digest_of_an_inline_vector_brings_no_calibration(frontend: Frontend
     assert resolved is not None
     with pytest.raises(SteeringRequestError, match="no calibration"):
         frontend.resolve({"probes": [probe(digest)]})
+
+
+def test_a_resolved_request_keeps_its_vectors_whatever_the_cache_forgets(frontend: Frontend) -> None:
+    """Many inline requests at once: the cache has room for none of their vectors until they are shipped."""
+    frontend.inline = InlineVectors(frontend.limits.max_inline_bytes, budget=1)
+    vectors = [VECTORS["a"] * (1.0 + number) for number in range(8)]
+    specs = [{"edits": [{"vector": {"data": base64.b64encode(to_bytes(vector)).decode()}}]} for vector in vectors]
+    results = [frontend.resolve(spec) for spec in specs]
+    for vector, resolved in zip(vectors, results, strict=True):
+        assert resolved is not None
+        assert resolved.vectors == {vector.digest: vector}
+        assert frontend.missing(resolved) == [vector.digest]
+    assert sum(frontend.inline.find(vector.digest) is not None for vector in vectors) <= 1, (
+        "the cache forgot the others"
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+import tracemalloc
+from itertools import chain, repeat
 from typing import Any
 
 import httpx
@@ -14,6 +17,7 @@ from steer_engine.api import answers
 from steer_engine.api.gates import DrainGate
 from steer_engine.api.middleware import CARRYING_PATHS, MESSAGES, Receive, Scope, Send, SteeringMiddleware
 from steer_engine.errors import CapacityError, SteerError, SteeringRequestError
+from steer_engine.settings import ApiLimits
 
 SPEC = {"edits": [{"vector": "cheerful"}]}
 CARRYING = "/v1/chat/completions"
@@ -213,7 +217,7 @@ async def test_a_large_body_costs_little_more_than_parsing_it() -> None:
     content = b'{"x":"steer","y":[' + b"{}," * (8 * 2**20 // 3) + b"{}]}"
     began = time.process_time()
     app = App()
-    assert (await post(app, OTHER, content)).status_code == 200
+    assert (await post(app, CARRYING, content)).status_code == 200
     spent = time.process_time() - began
     began = time.process_time()
     json.loads(content)
@@ -250,24 +254,42 @@ async def test_our_own_routes_take_specs() -> None:
 async def test_a_body_in_pieces_is_read_whole_and_listening_goes_on() -> None:
     pieces = [b'{"steer', b'ing": ', b'{"edits": []}}']
     messages = [{"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]} for piece in pieces]
-    incoming = iter([*messages, {"type": "http.disconnect"}])
+    incoming = chain(messages, repeat({"type": "http.disconnect"}))
     seen, sent = [], []
 
     async def receive() -> Any:
         return next(incoming)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.extend([await receive() for _ in range(4)])
+        seen.extend([await receive() for _ in range(3)])
 
     async def send(message: Any) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": CARRYING, "headers": []}
     await SteeringMiddleware(app)(scope, receive, send)
-    assert seen == [*messages, {"type": "http.disconnect"}]
+    whole = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
+    assert seen == [whole, {"type": "http.disconnect"}, {"type": "http.disconnect"}]
     incoming = iter(messages)
     await SteeringMiddleware(app)(scope | {"path": OTHER}, receive, send)
     assert sent[0]["status"] == 400
+
+
+async def test_a_client_that_goes_while_it_sends_is_told_to_the_handler() -> None:
+    incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    seen = []
+
+    async def receive() -> Any:
+        return next(incoming)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([await receive(), await receive()])
+
+    async def send(message: Any) -> None:
+        raise AssertionError("there is nobody")
+
+    await SteeringMiddleware(app)({"type": "http", "method": "POST", "path": OTHER, "headers": []}, receive, send)
+    assert seen == [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
 
 
 async def test_concurrent_requests_do_not_see_each_other() -> None:
@@ -297,7 +319,7 @@ async def test_a_body_that_is_too_large_is_refused_by_its_length_or_by_counting(
 
     headers = [(b"content-length", b"400")] if declared else []
     scope = {"type": "http", "method": "POST", "path": CARRYING, "headers": headers}
-    await SteeringMiddleware(app, max_body_bytes=100)(scope, receive, send)
+    await SteeringMiddleware(app, ApiLimits(max_body_bytes=100))(scope, receive, send)
     assert sent[0]["status"] == 413
     assert json.loads(sent[1]["body"])["error"]["code"] == 413
     assert len(reads) == (0 if declared else 3)
@@ -305,11 +327,130 @@ async def test_a_body_that_is_too_large_is_refused_by_its_length_or_by_counting(
 
 async def test_the_largest_body_is_let_through() -> None:
     app = App()
-    middleware = SteeringMiddleware(app, max_body_bytes=100)
+    middleware = SteeringMiddleware(app, ApiLimits(max_body_bytes=100))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://server") as client:
         assert (await client.post(CARRYING, content=b"x" * 100)).status_code == 200
         assert (await client.post(CARRYING, content=b"x" * 101)).status_code == 413
     assert app.bodies == [b"x" * 100]
+
+
+async def test_a_path_that_cannot_carry_steering_takes_smaller_bodies() -> None:
+    app = App()
+    middleware = SteeringMiddleware(app, ApiLimits(max_body_bytes=1000, max_other_body_bytes=100))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://server") as client:
+        for path in ("/tokenize", "/nope", "/v1/load_lora_adapter"):
+            assert (await client.post(path, content=b"x" * 100)).status_code == 200
+            answer = await client.post(path, content=b"x" * 101)
+            assert answer.status_code == 413
+            assert "100 bytes (max_other_body_bytes)" in answer.json()["error"]["message"]
+        for path in (CARRYING, "/v1/audio/transcriptions"):
+            assert (await client.post(path, content=b"x" * 1000)).status_code == 200
+            answer = await client.post(path, content=b"x" * 1001)
+            assert answer.status_code == 413
+            assert "1000 bytes (max_body_bytes)" in answer.json()["error"]["message"]
+    assert max(map(len, app.bodies)) == 1000
+
+
+async def test_the_smaller_of_both_limits_holds() -> None:
+    app = App()
+    middleware = SteeringMiddleware(app, ApiLimits(max_body_bytes=50))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://server") as client:
+        assert (await client.post("/tokenize", content=b"x" * 50)).status_code == 200
+        assert (await client.post("/tokenize", content=b"x" * 51)).status_code == 413
+
+
+async def test_a_long_chat_fits_where_it_is_counted_in_tokens() -> None:
+    """A million tokens, the longest contexts that vLLM serves, are about four megabytes of English."""
+    chat = body(messages=[{"role": "user", "content": "word" * 10_000}] * 100)
+    assert len(chat) > 4_000_000
+    assert (await post(App(), "/tokenize", chat)).status_code == 200
+
+
+class Client:
+    """Sends a body in pieces of `size` bytes and may stop before its end; keeps what it is answered."""
+
+    def __init__(self, middleware: SteeringMiddleware, path: str = CARRYING) -> None:
+        self.pieces: asyncio.Queue[Any] = asyncio.Queue()
+        self.sent: list[Any] = []
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        self.task = asyncio.ensure_future(middleware(scope, self.pieces.get, self._keep))
+
+    async def _keep(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def send(self, size: int, *, ends: bool = False) -> None:
+        self.pieces.put_nowait({"type": "http.request", "body": bytes(size), "more_body": not ends})
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def leave(self) -> None:
+        self.pieces.put_nowait({"type": "http.disconnect"})
+        await self.task
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+
+async def test_unfinished_bodies_share_a_budget() -> None:
+    piece = 600 * 1024
+    middleware = SteeringMiddleware(App(), ApiLimits(max_bodies_bytes=4 * 2**20))
+    clients = [Client(middleware) for _ in range(10)]
+    for client in clients:
+        await client.send(piece)
+    assert [client.status for client in clients] == [None] * 6 + [503] * 4
+    start, content = clients[-1].sent
+    error = json.loads(content["body"])["error"]
+    assert (error["code"], error["type"]) == (503, "ServiceUnavailableError")
+    assert "4194304 bytes (max_bodies_bytes)" in error["message"]
+    assert int(dict(start["headers"])[b"retry-after"]) >= 1
+    small = Client(middleware)
+    await small.send(200 * 1024, ends=True)
+    await small.task
+    assert small.status == 200, "large bodies cannot keep small ones out"
+    for client in clients[:6]:
+        await client.leave()
+    again = [Client(middleware) for _ in range(6)]
+    for client in again:
+        await client.send(piece, ends=True)
+        await client.task
+    assert [client.status for client in again] == [200] * 6, "what is over is no longer counted"
+
+
+async def test_a_body_is_counted_until_its_answer_ends_and_kept_once() -> None:
+    size, piece, held = 8 * 2**20, 2**16, []
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if len((await receive())["body"]) != size:
+            return
+        await asyncio.sleep(0)
+        held.append(tracemalloc.get_traced_memory()[0])
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    middleware = SteeringMiddleware(app, ApiLimits(max_bodies_bytes=size))
+    tracemalloc.start()
+    try:
+        first = Client(middleware)
+        for number in range(size // piece):
+            await first.send(piece, ends=number == size // piece - 1)
+        async with asyncio.timeout(60):
+            while not held:
+                await asyncio.sleep(0.01)
+    finally:
+        tracemalloc.stop()
+    assert held[0] < 1.5 * size
+    second = Client(middleware)
+    await second.send(2**19)
+    assert second.status == 503
+    go_on.set()
+    await first.task
+    assert first.status == 200
+    third = Client(middleware)
+    await third.send(2**19)
+    assert third.status is None
+    await third.leave()
 
 
 @pytest.mark.parametrize(

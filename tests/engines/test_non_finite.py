@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.driving import generate, params, sampled, steering, tokens
@@ -28,6 +30,9 @@ LONG = PROMPTS[0][:BLOCK] + tokens(99, BLOCK - 2)
 def overflow(scope: Any) -> dict[str, Any]:
     return steering(*({"vector": name, "op": "set", "target": 3e38, "scope": scope} for name in ("r0", "r1")))
 
+
+BROKEN_TOKEN = 511
+"""Its row of the embeddings becomes NaN in one test. No other prompt has it."""
 
 FROM_SECOND_BLOCK = overflow({"start": BLOCK})
 
@@ -68,7 +73,66 @@ def break_one(llm: LLM, spec: dict[str, Any] = FROM_SECOND_BLOCK) -> None:
     assert generate(llm, [LONG], [spec])[0].outputs[0].finish_reason == "error"
 
 
-def test_only_the_request_itself_ends_with_an_error(llm: LLM) -> None:
+def test_only_the_request_itself_ends_with_an_error(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("ERROR", logger="steer_engine.requests"):
+        one_in_four_breaks(llm)
+    lines = [record.getMessage() for record in caplog.records if record.name == "steer_engine.requests"]
+    assert len(lines) == len(range(1, NUM, 4))
+    for line in lines:
+        assert re.fullmatch(r"Request \S+ ended with an error: its numbers are not finite\. Its edits: \[.+\]", line)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
+def test_the_scheduler_may_be_a_step_ahead(start: Start) -> None:
+    """The step after the one that broke is under way, with the request in it, when its numbers are known."""
+    llm = start(num_gpu_blocks_override=NUM_BLOCKS, max_num_seqs=8)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    assert type(scheduler).__name__ == "AsyncScheduler"
+    for _ in range(2):
+        one_in_four_breaks(llm)
+        llm.llm_engine.reset_prefix_cache()
+    plain = plain_answers(llm)
+    llm.llm_engine.reset_prefix_cache()
+    break_one(llm)
+    assert plain_answers(llm) == plain
+    assert all_finite(llm)
+
+
+@pytest.mark.slow_on_v2
+def test_a_broken_model_is_not_made_worse(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """A plain request whose numbers are not finite ends as in plain vLLM; a steered one beside it goes on."""
+    ended = llm.steering_status()["ended_non_finite"]
+    plain = plain_answers(llm)
+    (row,) = llm.apply_model(lambda model: model.model.embed_tokens.weight.data[BROKEN_TOKEN])
+    kept = row.clone()
+    row.fill_(torch.nan)
+    try:
+        with caplog.at_level("ERROR", logger="steer_engine.requests"):
+            specs = [None, steering({"vector": "r0"}), None]
+            broken, steered, other = generate(llm, [[BROKEN_TOKEN, 1, 2], *PROMPTS[:2]], specs)
+        assert [each.outputs[0].finish_reason for each in (broken, steered, other)] == ["length"] * 3
+        assert not np.isfinite(sampled(broken)[1]).any()
+        assert np.isfinite(sampled(steered)[1]).all()
+        assert sampled(other) == plain[1]
+        assert not caplog.records
+    finally:
+        row.copy_(kept)
+        clean(llm)
+    assert llm.steering_status()["ended_non_finite"] == ended
+    llm.llm_engine.reset_prefix_cache()
+    assert plain_answers(llm) == plain
+
+
+def clean(llm: LLM) -> None:
+    """What vLLM does not do for plain requests."""
+    core = llm.llm_engine.engine_core.engine_core
+    for layer in core.vllm_config.compilation_config.static_forward_context.values():
+        if hasattr(layer, "kv_cache"):
+            layer.kv_cache.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def one_in_four_breaks(llm: LLM) -> None:
     plain = plain_answers(llm)
     llm.llm_engine.reset_prefix_cache()
     before = llm.steering_status()["ended_non_finite"]

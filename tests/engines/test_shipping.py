@@ -11,8 +11,9 @@ from helpers.driving import edit, generate, sampled, steering, tokens
 from helpers.engines import random_vector
 
 from steer_engine import LLM, __version__
+from steer_engine.api.answers import status_of
 from steer_engine.api.frontend import FRESH_SECONDS, ShippedVectors
-from steer_engine.errors import UnsupportedEngineError
+from steer_engine.errors import CapacityError, UnsupportedEngineError
 from steer_engine.vllm import engine_client, engine_core
 
 PROMPT = tokens(0, 12)
@@ -146,6 +147,33 @@ def test_captured_rows_of_stages_are_joined_in_the_order_of_points() -> None:
     assert rows_LPD[:, 0, 0].tolist() == [0, 1, 2, 10]
     assert engine_core.fetch_capture(Stages(captured(0), {"ok": False, "reason": "why"}), "key")["reason"] == "why"
     assert not engine_core.fetch_capture(Stages(captured(0), captured(1, positions=(4,))), "key")["ok"]
+
+
+@pytest.mark.parametrize("shipped_before", [False, True])
+async def test_an_engine_that_cannot_take_a_vector_is_a_503(
+    tiny: LLM, clock: list[float], shipped_before: bool
+) -> None:
+    """One of two engines of a server has no room. Nothing is believed to be shipped afterwards."""
+    replies = {
+        "hold": [False, False],
+        "put": [{"ok": True, "dropped": []}, {"ok": False, "reason": "the store is full"}],
+    }
+    frontend = tiny._frontend
+    resolved = frontend.resolve(SPEC)
+    assert resolved is not None
+    if shipped_before:
+        frontend.shipped.confirm(DIGEST, -FRESH_SECONDS)
+
+    async def call_utility_all_async(name: str, action: str, args: list[Any]) -> list[Any]:
+        return replies[action]
+
+    core = SimpleNamespace(call_utility_all_async=call_utility_all_async)
+    server = SimpleNamespace(engine_core=core, input_processor=SimpleNamespace(steering=frontend))
+    with pytest.raises(CapacityError, match="could not take vector sha256:[0-9a-f]{64}: the store is full") as caught:
+        await engine_client.ship(server, resolved)
+    assert status_of(caught.value) == 503
+    assert caught.value.retry_after >= 1
+    assert DIGEST not in frontend.shipped
 
 
 class OneRankFails:

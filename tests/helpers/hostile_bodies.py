@@ -36,6 +36,30 @@ BODIES: dict[str, bytes] = {
     "a scope of 10^30": b'{"edits": [{"vector": "house", "scope": {"start": 1000000000000000000000000000000}}]}',
     "9 edits": json.dumps({"edits": [{"vector": "house"}] * 9}).encode(),
     "preset of a preset": b'{"preset": {"preset": "house"}}',
+    **{
+        name: json.dumps({"edits": [{"vector": "house", **edit}]}).encode()
+        for name, edit in {
+            "a feature without a number": {"op": "feature", "scale": 0},
+            "a feature of 10^30": {"op": "feature", "feature": 10**30, "scale": 0},
+            "a low rank with a target": {"op": "low_rank", "target": 1.0},
+            "a rotation toward nothing": {"op": "rotate", "degrees": 30},
+            "a rotation by 10^30": {"op": "rotate", "toward": "house", "degrees": 10**30},
+            "an unknown site": {"site": "head"},
+            "a trigger of nothing": {"scope": {"after": ""}},
+            "a trigger that closes where it opens": {"scope": {"after": "a", "until": "a"}},
+            "an exception of nothing": {"scope": {"except": {}}},
+            "a schedule over no token": {"schedule": {"kind": "linear", "over": 0, "to": 0.5}},
+            "a schedule to 10^300": {"schedule": {"kind": "exponential", "over": 9, "to": 1e300}},
+            "a condition that never holds": {"when": {"vector": "house", "above": 1.0, "below": 0.0}},
+            "no condition": {"when": {"any": []}},
+            "conditions in conditions": {"when": {"all": [{"any": [{"vector": "house"}]}]}},
+        }.items()
+    },
+    "a stop rule without a probe": b'{"edits": [{"vector": "house"}], "stop": [{"probe": "p", "above": 1}]}',
+    "a probe without a vector": b'{"probes": [{"name": "p"}]}',
+    "a probe with a long name": b'{"probes": [{"vector": "house", "name": "' + b"p" * 9_000 + b'"}]}',
+    "a capture of another word": b'{"capture": {"positions": "first"}}',
+    "other servers' vectors without an end": b'{"vectors": [{"source": "house", "apply": ' + b"[" * 5_000,
 }
 """By what they are: not a valid `steering` field for a server with a vector and a preset called house."""
 
@@ -70,12 +94,14 @@ class HostileBodies:
     def __init__(self, rng: random.Random, vector: bytes, operator: dict[str, str]) -> None:
         self._rng, self._vector, self._operator = rng, vector, operator
         self._too_much = {name: json.dumps(spec).encode() for name, spec in excesses(vector).items()}
+        self._foreign = foreign(vector)
         self._kinds = (
             self._spec,
             self._spec,
             self._cut,
             self._twice,
             self._excess,
+            self._foreign_form,
             self._unknown,
             self._upload,
             self._no_key,
@@ -113,6 +139,11 @@ class HostileBodies:
     def _excess(self) -> Hostile:
         name = self._rng.choice(list(self._too_much))
         return self._generating(name, self._too_much[name])
+
+    def _foreign_form(self) -> Hostile:
+        name = self._rng.choice(list(self._foreign))
+        path = self._rng.choice(("/v1/completions", "/v1/chat/completions"))
+        return self._json(name, "POST", path, json.dumps(GENERATING[path] | self._foreign[name]).encode())
 
     def _unknown(self) -> Hostile:
         """Another word each time: nothing may keep them."""
@@ -162,6 +193,32 @@ def excesses(vector: bytes) -> dict[str, dict[str, Any]]:
         "an inline vector that overflows": {"edits": [{"vector": {"data": huge}}]},
         "an inline vector of NaN": {"edits": [{"vector": {"data": nan}}]},
         "an inline vector of 9 MiB": {"edits": [{"vector": {"data": "A" * (12 * 2**20)}}]},
+        "a body of 17 MiB": {"edits": [house], "padding": "A" * (17 * 2**20)},
         "an inline vector that is none": {"edits": [{"vector": {"data": "AAAA"}}]},
         "a block that there is not": {"edits": [house | {"blocks": 7}]},
+    }
+
+
+def foreign(vector: bytes) -> dict[str, dict[str, Any]]:
+    """Fields of requests in other servers' forms that cannot be served. vector: as in `excesses`."""
+    zeros = base64.b64encode(bytes(64)).decode()
+    tensor = {"data": zeros, "dtype": "float32", "original_dtype": "torch.float32", "shape": [1, 16]}
+    lens = {"activations": tensor, "layer_indices": [1], "scale": 1.0}
+
+    def xargs(name: str, value: Any) -> dict[str, Any]:
+        return {"vllm_xargs": {name: value if isinstance(value, str) else json.dumps(value)}}
+
+    return {
+        "hotwire that is no JSON": xargs("hotwire", "{"),
+        "hotwire of a path": xargs("hotwire", {"id": "../house.pt", "layer": 1, "scale": 1.0}),
+        "hotwire of 10^30": xargs("hotwire", {"id": "house", "layer": 10**30, "scale": 1.0}),
+        "hotwire twice at one layer": xargs("hotwire", [{"id": "house", "layer": 1, "scale": 1.0}] * 2),
+        "vllm-lens of another width": xargs("apply_steering_vectors", [lens]),
+        "vllm-lens that declares too much": xargs(
+            "apply_steering_vectors", [lens | {"activations": tensor | {"shape": [256, 65536]}}]
+        ),
+        "20,000 vectors of vllm-lens": xargs("apply_steering_vectors", [{}] * 20_000),
+        "EasySteer with a tensor": {
+            "steering": {"vectors": [{"source": "x", "data": base64.b64encode(vector).decode()}]}
+        },
     }

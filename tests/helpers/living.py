@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 
 from helpers.server_process import Server
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, RowSet
 from steer_engine.vectors.safetensors_format import to_bytes
 
 INFERENCE, ADMIN = "the-inference-key-of-a-test", "the-admin-key-of-a-test"
@@ -24,6 +24,22 @@ def along(axis: int, size: float = 40.0) -> ControlVector:
     direction = np.zeros(HIDDEN_SIZE, np.float32)
     direction[axis] = size
     return ControlVector(directions={1: direction})
+
+
+def features() -> RowSet:
+    """Features 3 and 7 of a sparse autoencoder at block 1. Each reads one axis and writes another."""
+    read, write = _axes((10, 11), 1.0), _axes((12, 13), 40.0)
+    return RowSet(kind="features", read=read, write=write, indices={1: np.array([3, 7])})
+
+
+def low_rank() -> RowSet:
+    """An intervention of rank 2 at block 1."""
+    bias = {1: np.array([30.0, -30.0], np.float32)}
+    return RowSet(kind="low_rank", read=_axes((14, 15), 0.5), write=_axes((16, 17), 1.0), bias=bias)
+
+
+def _axes(axes: tuple[int, ...], size: float) -> dict[int, np.ndarray]:
+    return {1: np.float32(size * np.eye(HIDDEN_SIZE)[list(axes)])}
 
 
 def complete(server: Server, **fields: Any) -> httpx.Response:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from helpers.living import HIDDEN_SIZE, NUM_BLOCKS
+from helpers.living import HIDDEN_SIZE, NUM_BLOCKS, features, low_rank
 from helpers.load_judging import Known, Verdict, judged
 from helpers.server_process import Server
-from steer_engine.vectors import ControlVector
+from steer_engine.vectors import ControlVector, row_set_format
 from steer_engine.vectors.safetensors_format import to_bytes
 
 MODEL = "tiny"
@@ -69,13 +70,32 @@ STEERINGS: dict[str, dict[str, Any]] = {
     "span": edits({"vector": "north", "scope": {"start": 1, "end": -1}}, {"vector": "east", "scope": {"start": -1}}),
     "gate": edits({"vector": "east", "gate": {"vector": "west", "min_cos": -1.0}}),
     "preserve_norm": edits({"vector": "west", "scale": 2.0}, preserve_norm=True),
+    "feature": edits({"vector": "sae", "op": "feature", "feature": 3, "add": 1.0}),
+    "low_rank": edits({"vector": "reft", "op": "low_rank"}),
+    "rotate": edits({"vector": "east"}, {"vector": "east", "op": "rotate", "toward": "west", "degrees": 90}),
+    "site": edits({"vector": "east", "site": "mlp"}),
+    "trigger": edits({"vector": "north", "scope": {"after": 97, "each": True, "tokens": 8}}),
+    "except": edits({"vector": "north", "scope": {"from": "generation", "except": {"after": 97, "tokens": 2}}}),
+    "schedule": edits({"vector": "east", "scope": "generation", "schedule": {"kind": "linear", "over": 6, "to": 0.2}}),
+    "condition": edits(
+        {"vector": "east", "when": {"vector": "west", "blocks": [0], "above": -1.0, "at": "mean_prompt"}}
+    ),
+    "probes": edits({"vector": "west"}, probes=[{"name": "east", "vector": "east", "blocks": [1], "measure": "dot"}]),
+    "stop rule": edits(
+        {"vector": "north"},
+        probes=[{"name": "east", "vector": "east", "blocks": [1], "measure": "dot", "return": "none"}],
+        stop=[{"probe": "east", "above": 1e9}],
+    ),
 }
+"""The stop rule never ends an answer: known answers have one length."""
 
 
 def write_folder(folder: Path) -> None:
     """What the server under load has from its operator."""
     for name, axis in AXES.items():
         (folder / f"{name}.safetensors").write_bytes(push(axis))
+    (folder / "sae.safetensors").write_bytes(row_set_format.to_bytes(features()))
+    (folder / "reft.safetensors").write_bytes(row_set_format.to_bytes(low_rank()))
     (folder / "loud.preset.json").write_text(json.dumps(LOUD))
     (folder / "house.preset.json").write_text(json.dumps(edits({"vector": "house"})))
 
@@ -89,7 +109,7 @@ class Recorder:
     def catalogue(self) -> list[Known]:
         """Every steering with three forms, and plain requests of the same prompts in every form."""
         found: list[Known] = []
-        forms = [form for form in FORMS for _ in range(6)]
+        forms = [*FORMS] * math.ceil(3 * len(STEERINGS) / len(FORMS))
         self._rng.shuffle(forms)
         for number, (name, spec) in enumerate(STEERINGS.items()):
             for form in forms[3 * number : 3 * number + 3]:

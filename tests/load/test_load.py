@@ -50,7 +50,8 @@ def loaded(tiny_llama: str, tmp_path: Path) -> Iterator[Server]:
     write_folder(vectors)
     command = steer_engine_serve(
         tiny_llama, "--served-model-name", MODEL, "--steering-vectors", str(vectors),
-        "--steering-bank-rows", "18", "--steering-limit", f"max_bank_queue={QUEUE}", "--num-gpu-blocks-override", "64",
+        "--steering-bank-rows", "18", "--steering-sites", "attn,mlp",
+        "--steering-limit", f"max_bank_queue={QUEUE}", "--num-gpu-blocks-override", "64",
     )  # fmt: skip
     running = Server(command, tmp_path / "server.log", env={"STEER_ENGINE_ADMIN_KEYS": ADMIN, **FEW_SHAPES})
     yield running

@@ -97,6 +97,11 @@ def test_a_preset_as_model_tokenizes_like_its_base(server: Server) -> None:
     tokens = [server.post("/tokenize", {"prompt": "a b", "model": name}).json() for name in (MODEL, f"{MODEL}:loud")]
     assert tokens[0]["tokens"]
     assert tokens[0] == tokens[1]
+    texts = [
+        server.post("/detokenize", {"tokens": tokens[0]["tokens"], "model": name}) for name in (MODEL, f"{MODEL}:loud")
+    ]
+    assert [text.status_code for text in texts] == [200, 200]
+    assert texts[0].json() == texts[1].json()
     for path in ("/tokenize", "/detokenize"):
         unknown = server.post(path, {"prompt": "x", "tokens": [1], "model": f"{MODEL}:nobody"})
         assert unknown.status_code == 404, path

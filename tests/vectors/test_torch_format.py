@@ -18,9 +18,10 @@ import torch
 from helpers.damage import SPECIAL, damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save as save_safetensors
 
 from steer_engine.errors import VectorFileError
-from steer_engine.vectors.importers import KINDS, import_vector
+from steer_engine.vectors.importers import KINDS, Choice, import_vector
 from steer_engine.vectors.torch_format import NotOnlyTensorsError, load
 
 
@@ -136,33 +137,93 @@ LENS = {
     "layer_indices": [1],
     "scale": 1.5,
 }
-FILES = {
-    "caa": ("vec_layer_3_m.pt", saved(torch.arange(8.0))),
-    "persona": ("evil_diff.pt", saved(torch.ones(5, 8).half())),
-    "refusal": ("direction.pt", saved(torch.arange(8.0).double())),
-    "layers": ("layers.pt", GOOD),
-    "vllm-lens": ("lens.json", json.dumps(LENS).encode()),
+
+
+LITE = {"method": "mean_diff", "layers": [3], "target": "residual", "target_submodule": None, "coeff": 2.5}
+LITE_CFG = {"cfg": json.dumps(LITE)}
+NEURONPEDIA = {
+    "modelId": "gpt2-small",
+    "hookName": "blocks.6.hook_resid_pre",
+    "vector": [0.5, -1.25, 3],
+    "vectorLabel": "Jedi",
+    "vectorDefaultSteerStrength": 15,
 }
-"""A file of each kind that no server reads. GGUF files have their own tests."""
+SAELENS = {
+    "architecture": "jumprelu",
+    "d_in": 4,
+    "d_sae": 9,
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "metadata": {"model_name": "gpt2-small", "hook_name": "blocks.3.hook_resid_post"},
+}
+SAE = {"W_enc": (4, 9), "W_dec": (9, 4), "b_enc": (9,), "b_dec": (4,), "threshold": (9,)}
+WEIGHTS = {name: np.ones(shape, np.float32) for name, shape in SAE.items()}
+LOREFT = {"weight": torch.ones(2, 6), "bias": torch.zeros(2), "rotate_layer": torch.eye(6)[:, :2].contiguous()}
+REFT = {
+    "representations": [[4, "block_output", "pos", 1, 2, *[None] * 9]],
+    "intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>"],
+    "mode": "parallel",
+    "sorted_keys": [],
+}
+CONCEPT = "comp_model_layers[20]_output_unit_pos_nunit_1#0"
+FILES: dict[str, dict[str, bytes]] = {
+    "caa": {"vec_layer_3_m.pt": saved(torch.arange(8.0))},
+    "persona": {"evil_diff.pt": saved(torch.ones(5, 8).half())},
+    "refusal": {"direction.pt": saved(torch.arange(8.0).double()), "direction_metadata.json": b'{"layer": 4}'},
+    "layers": {"layers.pt": GOOD},
+    "vllm-lens": {"lens.json": json.dumps(LENS).encode()},
+    "neuronpedia": {"vector.json": json.dumps({"vector": NEURONPEDIA}).encode()},
+    "steering-lite": {"v.safetensors": save_safetensors({"layer3.v": np.ones(4, np.float32)}, LITE_CFG)},
+    "saelens": {
+        "cfg.json": json.dumps(SAELENS).encode(),
+        "sae_weights.safetensors": save_safetensors(WEIGHTS),
+    },
+    "reft": {
+        "config.json": json.dumps(REFT).encode(),
+        "intkey_layer_4_comp_block_output_unit_pos_nunit_1#0.bin": saved(LOREFT),
+    },
+    "axbench": {
+        "LoReFT_weight.pt": saved(
+            {
+                f"{CONCEPT}.proj_weight": torch.eye(6)[:, :2].expand(3, 6, 2).contiguous(),
+                f"{CONCEPT}.source_weight": torch.ones(3, 6, 2),
+            }
+        ),
+        "LoReFT_bias.pt": saved({f"{CONCEPT}.bias": torch.ones(3, 2)}),
+    },
+}
+"""The files of each kind that no server reads. The first is the one to import, if not the whole folder is. GGUF files
+and the arrays of gemma-scope have their own tests."""
+
+FOLDERS = ("saelens", "reft")
+CHOICES = {"saelens": Choice(features=(2, 5)), "axbench": Choice(features=(1,))}
 
 
 SEEDED = settings(
-    max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 def write(folder: Path, kind: str) -> Path:
-    (folder / "direction_metadata.json").write_text('{"layer": 4}')
-    name, data = FILES[kind]
-    (folder / name).write_bytes(data)
-    return folder / name
+    for name, data in FILES[kind].items():
+        (folder / name).write_bytes(data)
+    return folder if kind in FOLDERS else folder / next(iter(FILES[kind]))
 
 
+def test_undamaged_files_are_read(tmp_path: Path) -> None:
+    sizes = {}
+    for kind in FILES:
+        (tmp_path / kind).mkdir()
+        sizes[kind] = import_vector(write(tmp_path / kind, kind), kind, choice=CHOICES.get(kind)).hidden_size
+    assert list(sizes.values()) == [8, 8, 8, 8, 2, 3, 4, 4, 6, 6], sizes
+
+
+@pytest.mark.parametrize("kind", FILES)
 @SEEDED
 @given(data=st.data())
-def test_damaged_files_are_errors_of_one_line(tmp_path: Path, data: st.DataObject) -> None:
-    path = write(tmp_path, kind := data.draw(st.sampled_from(sorted(FILES))))
-    which = path.with_name("direction_metadata.json") if kind == "refusal" and data.draw(st.booleans()) else path
+def test_damaged_files_are_errors_of_one_line(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+    path = write(tmp_path, kind)
+    which = tmp_path / data.draw(st.sampled_from(sorted(FILES[kind])))
     which.write_bytes(data.draw(damaged(which.read_bytes())))
     expect_a_vector_or_one_line(path, kind)
 
@@ -171,17 +232,52 @@ def test_damaged_files_are_errors_of_one_line(tmp_path: Path, data: st.DataObjec
 @given(data=st.data())
 def test_damage_inside_an_archive_is_an_error_of_one_line(tmp_path: Path, data: st.DataObject) -> None:
     """The checksums of the archive fit, so that the damage reaches the unpickler."""
-    path = write(tmp_path, kind := data.draw(st.sampled_from(("caa", "layers"))))
-    with zipfile.ZipFile(path) as archive:
+    path = write(tmp_path, kind := data.draw(st.sampled_from(("caa", "layers", "reft", "axbench"))))
+    which = tmp_path / next(name for name in FILES[kind] if name.endswith((".pt", ".bin")))
+    with zipfile.ZipFile(which) as archive:
         text = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
-    path.write_bytes(rewritten(path.read_bytes(), {"data.pkl": data.draw(damaged(text))}))
+    which.write_bytes(rewritten(which.read_bytes(), {"data.pkl": data.draw(damaged(text))}))
+    expect_a_vector_or_one_line(path, kind)
+
+
+JSON_OF = {
+    "vllm-lens": ("lens.json", LENS),
+    "neuronpedia": ("vector.json", NEURONPEDIA),
+    "saelens": ("cfg.json", SAELENS),
+    "reft": ("config.json", REFT),
+}
+ODD = st.sampled_from(
+    [None, True, -1, 10**400, 1e308, "", "x" * 5_000, "\ud800", "a\nb", [], [[]], {}, {"a": 1}, [10**400], "1" * 5_000]
+)
+
+
+@SEEDED
+@given(data=st.data())
+def test_odd_values_in_a_configuration_are_errors_of_one_line(tmp_path: Path, data: st.DataObject) -> None:
+    """Valid JSON of the wrong kinds, sizes and characters, one to three times, at any depth."""
+    kind = data.draw(st.sampled_from(sorted(JSON_OF)))
+    path = write(tmp_path, kind)
+    name, good = JSON_OF[kind]
+    content = json.loads(json.dumps(good))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = content
+        while True:
+            keys = list(range(len(place))) if isinstance(place, list) else sorted(place)
+            if not keys:
+                break
+            key = data.draw(st.sampled_from(keys))
+            if not isinstance(place[key], dict | list) or data.draw(st.booleans()):
+                place[key] = json.loads(json.dumps(data.draw(ODD)))
+                break
+            place = place[key]
+    (tmp_path / name).write_text(json.dumps(content))
     expect_a_vector_or_one_line(path, kind)
 
 
 def expect_a_vector_or_one_line(path: Path, kind: str) -> None:
     began, message = time.monotonic(), ""
     try:
-        assert import_vector(path, kind).hidden_size > 0
+        assert import_vector(path, kind, choice=CHOICES.get(kind)).hidden_size > 0
     except VectorFileError as error:
         message = error.message
     assert "\n" not in message
@@ -193,21 +289,28 @@ def expect_a_vector_or_one_line(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.timeout(20)
 def test_special_files_are_refused(tmp_path: Path, kind: str, special: str) -> None:
-    path = tmp_path / FILES.get(kind, ("v.gguf",))[0]
-    (tmp_path / "direction_metadata.json").write_text('{"layer": 4}')
+    names = [] if kind in FOLDERS else list(FILES.get(kind, ()))
+    for name in names[1:]:
+        (tmp_path / name).write_bytes(FILES[kind][name])
+    path = tmp_path / (names[0] if names else "v.gguf")
     SPECIAL[special](path)
     with pytest.raises(VectorFileError):
-        import_vector(path, kind)
+        import_vector(path, kind, choice=CHOICES.get(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, files in FILES.items() if len(files) > 1 for name in files]
+)
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.timeout(20)
-def test_a_special_file_beside_a_direction_is_refused(tmp_path: Path, special: str) -> None:
-    path = write(tmp_path, "refusal")
-    (tmp_path / "direction_metadata.json").unlink()
-    SPECIAL[special](tmp_path / "direction_metadata.json")
-    with pytest.raises(VectorFileError, match="the layer is unknown"):
-        import_vector(path, "refusal")
+def test_a_special_file_among_several_is_refused(tmp_path: Path, kind: str, name: str, special: str) -> None:
+    path = write(tmp_path, kind)
+    (tmp_path / name).unlink()
+    SPECIAL[special](tmp_path / name)
+    with pytest.raises(VectorFileError) as refused:
+        import_vector(path, kind, choice=CHOICES.get(kind))
+    if name == "direction_metadata.json":
+        assert "the layer is unknown" in refused.value.message
 
 
 @pytest.mark.parametrize("name", ["expanded dict", "one storage many times", "deflated", "memo bomb"])

@@ -66,6 +66,7 @@ def test_what_is_too_large_is_refused(living: Server) -> None:
     for method, path, key, limit in (
         ("PUT", f"{VECTORS}/large", ADMIN, limits["max_upload_bytes"]),
         ("POST", "/v1/completions", INFERENCE, limits["max_body_bytes"]),
+        ("POST", "/tokenize", INFERENCE, limits["max_other_body_bytes"]),
     ):
         received = raw(living, head(method, path, key, f"Content-Length: {limit + 1}"), ends=False)
         assert statuses(received) == [413]
