@@ -175,7 +175,7 @@ def test_the_same_in_full_numbers_where_every_kernel_is_interpreted(start: Start
 
 
 def check(start: Start, dtype: str, numbers: Numbers) -> None:
-    room = SteeringConfig(rows=24, sites=SITES_IN_BLOCKS if numbers.sites else ())
+    room = SteeringConfig(rows=16, sites=SITES_IN_BLOCKS if numbers.sites else ())
     llm = start(dtype=dtype, num_gpu_blocks_override=NUM_BLOCKS, max_num_seqs=8, steering=room)
     prompts = [tokens(seed, 20 + seed % 30) for seed in range(numbers.plain)]
     fresh = [sampled(output) for output in generate(llm, prompts, [None] * numbers.plain)]

@@ -413,8 +413,9 @@ def test_it_fits_390_pixels_and_breaks_no_rule_of_accessibility(
 ) -> None:
     if axe_source() is None:  # asked here: collecting tests waits for no network
         pytest.skip("needs axe-core, which npm could not fetch")
-    probe = {"vector": NAME, "block": "14", "measure": "cosine"}
-    with opened(server, profile, {"prompt": "How are you?", "tokens": 20, "probe": probe}) as page:
+    probe = {"name": "mood", "vector": NAME, "blocks": [14], "measure": "cosine"}
+    steering = {"edits": [{"vector": NAME, "scale": 0.3}], "probes": [probe]}
+    with opened(server, profile, {"prompt": "How are you?", "tokens": 20, "steering": steering}) as page:
         page.show_as(dark=dark)
         compared(page, "#three")
         page.evaluate("document.querySelectorAll('#settings details').forEach((each) => { each.open = true; })")
