@@ -173,7 +173,7 @@ def at_sites(num: int, **fields: Any) -> list[Ask]:
 def test_sites_in_chunks_and_preempted(start_with_sites: Start, oracle: Oracle) -> None:
     small = {"num_gpu_blocks_override": 14, "max_num_seqs": 8, "max_model_len": 256, "max_num_batched_tokens": 16}
     llm = start_with_sites(enable_prefix_caching=False, **small)
-    num, length = (16, 40) if RUNNER == "v1" else (6, 8)
+    num, length = (16, 40) if RUNNER == "v1" else (6, 24)
     requested = [
         replace(ask, prompt=marked(tokens(900 + i, 60)), max_tokens=length) for i, ask in enumerate(at_sites(num))
     ]
