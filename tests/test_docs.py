@@ -20,7 +20,7 @@ import check_links
 import pytest
 import yaml
 from helpers.doc_blocks import LANGUAGES, RUN_LANGUAGES, Block, all_blocks, blocks_of, commands, request_in
-from helpers.families import FORM
+from helpers.family_settings import FORM
 from helpers.oracle_when import covered
 from typer.testing import CliRunner
 

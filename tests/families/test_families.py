@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from helpers.driving import edit, generate, prompt_logprobs, sampled, steering
 from helpers.engines import SETTINGS
-from helpers.families import ANSWER, FORM, PROMPT, REFUSED, SCALE, directions, make_refused
+from helpers.families import ANSWER, PROMPT, SCALE, directions
+from helpers.family_settings import FORM
+from helpers.refused_families import NOT_HERE, REFUSED, make_refused
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from steer_engine import LLM
@@ -29,23 +31,26 @@ _MLA = {"attention_backend": "CPU_MLA", "block_size": 16}
 """What vLLM takes by itself where the processor has AMX computes in bfloat16 only."""
 _TORCH_ROTARY = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
 """vLLM 0.32's eager kernel for CPUs rotates queries of shape [T, heads, D] wrongly, in plain vLLM too."""
-ENGINE: dict[str, dict[str, Any]] = {"deepseek_v2": _MLA, "deepseek_v3": _MLA, "lfm2": _TORCH_ROTARY}
+ENGINE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "lfm2": _TORCH_ROTARY,
+}
 
 Answers = Callable[[str], tuple[str, np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Answers:
-    """Checkpoint, ids and logprobs of an architecture, see families.py; all of this run are made in one process."""
+    """Checkpoint, ids and logprobs of an architecture, see families; all of this run are made in one process."""
     folder = tmp_path_factory.mktemp("families")
     items = [item for item in request.session.items if item.module is request.module]
     wanted = sorted({item.callspec.params["name"] for item in items} & FORM.keys())
-    script = Path(__file__).parents[1] / "helpers" / "families.py"
     limit = 120 + 20 * len(wanted)  # seconds; each takes 1 to 3 on a free core
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    subprocess.run(
-        [sys.executable, "-P", str(script), str(folder), *wanted], check=True, env=environment, timeout=limit
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-P", "-m", "helpers.families", str(folder), *wanted]
+    subprocess.run(command, check=True, env=environment, timeout=limit)
 
     def load(name: str) -> tuple[str, np.ndarray, np.ndarray]:
         saved = np.load(folder / f"{name}.npz")
@@ -146,16 +151,33 @@ MODEL_CLASS = {"gemma3n_text": "Gemma3nDecoderLayer", "iquestloopcoder": "IQuest
 def test_refused_by_name(tmp_path: Path, name: str) -> None:
     try:
         with pytest.raises(UnsupportedEngineError, match=MODEL_CLASS[name]):
-            LLM(
-                str(make_refused(name, tmp_path)),
-                load_format="dummy",
-                enforce_eager=True,
-                dtype="float32",
-                skip_tokenizer_init=True,
-                **SETTINGS,
-            )
+            no_weights_engine(make_refused(name, tmp_path))
     finally:
         cleanup_dist_env_and_memory()
+
+
+VLLM_SAYS = {
+    "internlm": r"was supported in vLLM until v0\.23",
+    "deepseek_v32": "Sparse Attention is not supported on CPU",
+    "glm_moe_dsa": "Sparse Attention is not supported on CPU",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_plain_vllm_does_not_run_here(tmp_path: Path, name: str) -> None:
+    """When one of these starts to run, it needs a row of its own."""
+    try:
+        with pytest.raises(Exception, match=VLLM_SAYS[name]):
+            no_weights_engine(make_refused(name, tmp_path))
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def no_weights_engine(path: Path) -> LLM:
+    return LLM(
+        str(path), load_format="dummy", enforce_eager=True, dtype="float32", skip_tokenizer_init=True, **SETTINGS
+    )
 
 
 def assert_parity(
