@@ -74,8 +74,8 @@ STEERINGS: dict[str, dict[str, Any]] = {
     "low_rank": edits({"vector": "reft", "op": "low_rank"}),
     "rotate": edits({"vector": "east"}, {"vector": "east", "op": "rotate", "toward": "west", "degrees": 90}),
     "site": edits({"vector": "east", "site": "mlp"}),
-    "trigger": edits({"vector": "north", "scope": {"after": 97, "each": True, "tokens": 8}}),
-    "except": edits({"vector": "north", "scope": {"from": "generation", "except": {"after": 97, "tokens": 2}}}),
+    "trigger": edits({"vector": "north", "scope": {"after": "a", "each": True, "tokens": 8}}),
+    "except": edits({"vector": "north", "scope": {"from": "generation", "except": {"after": "a", "tokens": 2}}}),
     "schedule": edits({"vector": "east", "scope": "generation", "schedule": {"kind": "linear", "over": 6, "to": 0.2}}),
     "condition": edits(
         {"vector": "east", "when": {"vector": "west", "blocks": [0], "above": -1.0, "at": "mean_prompt"}}
