@@ -49,6 +49,17 @@ SITE_MODULES = {
 }
 """Architecture -> the modules of Hugging Face's blocks whose outputs are the sites "attn" and "mlp"."""
 
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
 MLA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "kv_lora_rank": 512,  # with 64 for the rotary part, the only size of vLLM's MLA kernel for CPUs
@@ -64,30 +75,10 @@ MLA: dict[str, Any] = {
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
     # As published checkpoints have it. Without, vLLM takes its eager rotary kernel; see test_families.py.
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    },
+    "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
 }
 
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
-
-_YARN: dict[str, Any] = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": True, "logit_scale": 1.0, "use_qk_norm": False},

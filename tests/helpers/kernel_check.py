@@ -115,17 +115,17 @@ def assert_captured(case: Case, expected: Expected, after_TD: torch.Tensor, *, u
 
     after_TD: float32, the stream that the side under test left behind.
     """
-    captured_LCD, capture_T = case.tables.captured_MCD, case.tables.capture_T
-    assert captured_LCD is not None
+    captured_MCD, capture_T = case.tables.captured_MCD, case.tables.capture_T
+    assert captured_MCD is not None
     assert capture_T is not None
     asked_T = capture_T[: len(expected.x_TD)]
     late_N = (asked_T < 0).nonzero().squeeze(1)
-    assert torch.equal(captured_LCD[SITE, -asked_T[late_N].long() - 1], after_TD[late_N])
+    assert torch.equal(captured_MCD[SITE, -asked_T[late_N].long() - 1], after_TD[late_N])
     rows_N = (asked_T > 0).nonzero().squeeze(1)
     assert len(rows_N) > 0
     places_N = asked_T[rows_N].long() - 1
-    bound_ND = store_error(expected.x_TD, expected.x_error_TD, captured_LCD.dtype, ulps=ulps)[rows_N]
-    assert (np.abs(to_float64(captured_LCD[SITE, places_N]) - expected.x_TD[rows_N]) <= bound_ND).all()
-    rest_LCD = captured_LCD.clone()
-    rest_LCD[SITE, asked_T[asked_T != 0].abs().long() - 1] = 0
-    assert not rest_LCD.any()
+    bound_ND = store_error(expected.x_TD, expected.x_error_TD, captured_MCD.dtype, ulps=ulps)[rows_N]
+    assert (np.abs(to_float64(captured_MCD[SITE, places_N]) - expected.x_TD[rows_N]) <= bound_ND).all()
+    rest_MCD = captured_MCD.clone()
+    rest_MCD[SITE, asked_T[asked_T != 0].abs().long() - 1] = 0
+    assert not rest_MCD.any()
